@@ -1,0 +1,91 @@
+"""linear: y = act(x · weightᵀ + bias) + residual, and the activations alone.
+
+x [..., K], weight [N, K], bias [N], residual [..., N] -> y [..., N]. Arithmetic in float32 as NUMERICS.md, "linear";
+each y[m, n] is one expression of row x[m] and row weight[n]: no other row, no M, no thread count is in it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rerank_kernels import backend
+from rerank_kernels.ops import check
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "tanh", "relu", "silu", "sigmoid")
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """y = act(x · weightᵀ + bias) + residual, rounded once.
+
+    x: [..., K], weight: [N, K] as in nn.Linear, bias: [N], residual: [..., N]; float32, float16 or bfloat16 in any mix.
+    activation: None, "gelu" (erf), "gelu_tanh", "tanh", "relu", "silu" or "sigmoid".
+    out_dtype: dtype of the result, x.dtype if not given. Returns [..., N].
+
+    The sum over K is cut in chunks of 512, k ascending, one fma a step (NUMERICS.md, "dot"). M = 1 and N = 1 take the same
+    expression as every other size. Raises ValueError for shapes, TypeError for dtypes, BackendError if no backend serves.
+    """
+    check.floating("linear", x=x, weight=weight, bias=bias, residual=residual)
+    if x.dim() < 1:
+        check.fail("linear", "x", "[..., K]", "a scalar")
+    check.shape("linear", "weight", weight, "N", x.shape[-1])
+    n, k = weight.shape
+    if k == 0 or n == 0:
+        check.fail("linear", "weight", "[N, K] with N, K > 0", check.shape_of(weight))
+    if bias is not None:
+        check.shape("linear", "bias", bias, n)
+    check.choice("linear", "activation", activation, (None, *ACTIVATIONS))
+    out_dtype = out_dtype or x.dtype
+    check.choice("linear", "out_dtype", out_dtype, check.FLOATS)
+    rows = x.reshape(-1, k).contiguous()
+    if residual is not None:
+        check.shape("linear", "residual", residual, *x.shape[:-1], n)
+        residual = residual.reshape(-1, n).contiguous()
+    y = backend.select("linear", x.device)(rows, weight, bias, activation, residual, out_dtype)
+    return y.view(*x.shape[:-1], n)
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    """act(x), element by element; x of any shape, result of the same shape and dtype.
+
+    gelu: x Φ(x) with Φ from erf; gelu_tanh: x (1 + tanh(√(2/π)(x + 0.044715 x³))) / 2 (Hendrycks and Gimpel, 2016);
+    silu: x σ(x). Error bounds in ulp: NUMERICS.md, "elementwise".
+    """
+    check.floating("activation", x=x)
+    check.choice("activation", "kind", kind, ACTIVATIONS)
+    return backend.select("activation", x.device)(x.contiguous(), kind)
+
+
+def activation_truth(x: Tensor, kind: str | None) -> Tensor:
+    """float64 in, float64 out."""
+    if kind is None:
+        return x
+    if kind == "gelu":
+        return x * 0.5 * torch.special.erfc(-x / math.sqrt(2.0))
+    if kind == "gelu_tanh":
+        # (1 + tanh u) / 2 = σ(2u), which keeps its digits where 1 + tanh u cancels
+        return x * torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))
+    if kind == "silu":
+        return x * torch.sigmoid(x)
+    return {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid}[kind](x)
+
+
+def linear_truth(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """The same formula in float64 on the given (already rounded) inputs."""
+    y = x.double() @ weight.double().t()
+    if bias is not None:
+        y = y + bias.double()
+    y = activation_truth(y, activation)
+    return y if residual is None else y + residual.double()

@@ -1,0 +1,127 @@
+"""pool, sigmoid and score_head: from hidden states to one vector a sequence, and from a vector to logit and score.
+
+The head computes and returns float32 whatever the body's dtype: two adjacent float16 logits already give the two scores
+0.9990601 and 0.9990638 that users report for one pair. Rank by logit, never by score: near 1.0 scores tie, logits do not.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rerank_kernels import backend
+from rerank_kernels.ops import check
+from rerank_kernels.ops.linear import ACTIVATIONS, linear_truth
+
+POOL_MODES = ("cls", "mean")
+
+
+class HeadOutput(NamedTuple):
+    """float32 [B, L] each: logit, score = sigmoid(logit), complement = 1 - score = sigmoid(-logit), distinct near score 1."""
+
+    logit: Tensor
+    score: Tensor
+    complement: Tensor
+
+
+def pool(
+    x: Tensor,
+    mode: str,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """One vector a sequence: its first token ("cls") or the mean over its tokens ("mean").
+
+    x: [total, D] with cu_seqlens [B + 1], or [B, T, D] with an optional mask [B, T]. Returns [B, D] in out_dtype (x.dtype).
+    The mean is one ascending chain per feature over valid tokens, divided by their number. A sequence of no tokens gives 0.
+    """
+    check.floating("pool", x=x)
+    check.choice("pool", "mode", mode, POOL_MODES)
+    out_dtype = out_dtype or x.dtype
+    check.choice("pool", "out_dtype", out_dtype, check.FLOATS)
+    if cu_seqlens is not None and mask is not None:
+        raise ValueError("pool: cu_seqlens and mask exclude each other; cu_seqlens is for packed, mask for padded input")
+    if cu_seqlens is not None:
+        check.shape("pool", "x", x, "total", "D")
+        cu = check.cu_seqlens("pool", cu_seqlens, x.shape[0], x.device)
+        rows = x
+    else:
+        check.shape("pool", "x", x, "B", "T", "D")
+        b, t = x.shape[:2]
+        rows = x.reshape(b * t, x.shape[2])
+        if mask is None:
+            cu = torch.arange(b + 1, dtype=torch.int32, device=x.device) * t
+        else:
+            index, cu = check.mask_to_cu_seqlens("pool", mask, b, t)
+            rows = rows.index_select(0, index)
+    return backend.select("pool", x.device)(rows.contiguous(), cu, mode, out_dtype)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)) in float32, returned in float32 whatever the dtype of x. sigmoid(-x) is the exact-to-1-ulp complement."""
+    check.floating("sigmoid", x=x)
+    return backend.select("sigmoid", x.device)(x.contiguous())
+
+
+def score_head(
+    pooled: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor | None = None,
+    *,
+    dense_weight: Tensor | None = None,
+    dense_bias: Tensor | None = None,
+    activation: str | None = "tanh",
+) -> HeadOutput:
+    """logit = out(act(dense(pooled))), score = sigmoid(logit), complement = sigmoid(-logit): one call, float32 throughout.
+
+    pooled: [B, D]; dense_weight [P, D] and dense_bias [P], left out if the head has no dense layer (then activation is not
+    used); out_weight: [L, P], out_bias: [L]. Weights of any float dtype are widened exactly. Returns three float32 [B, L].
+    """
+    check.floating(
+        "score_head", pooled=pooled, out_weight=out_weight, out_bias=out_bias, dense_weight=dense_weight, dense_bias=dense_bias
+    )
+    check.shape("score_head", "pooled", pooled, "B", "D")
+    width = pooled.shape[1]
+    check.choice("score_head", "activation", activation, (None, *ACTIVATIONS))
+    if dense_weight is not None:
+        check.shape("score_head", "dense_weight", dense_weight, "P", width)
+        width = dense_weight.shape[0]
+        if dense_bias is not None:
+            check.shape("score_head", "dense_bias", dense_bias, width)
+    elif dense_bias is not None:
+        check.fail("score_head", "dense_bias", "left out without dense_weight", check.shape_of(dense_bias))
+    check.shape("score_head", "out_weight", out_weight, "L", width)
+    if out_bias is not None:
+        check.shape("score_head", "out_bias", out_bias, out_weight.shape[0])
+    serve = backend.select("score_head", pooled.device)
+    return HeadOutput(*serve(pooled.contiguous(), dense_weight, dense_bias, activation, out_weight, out_bias))
+
+
+def pool_truth(x: Tensor, mode: str, *, cu_seqlens: Tensor) -> Tensor:
+    offsets = cu_seqlens.tolist()
+    rows = [x[a:b].double() for a, b in zip(offsets, offsets[1:], strict=False)]
+    zero = torch.zeros(x.shape[1], dtype=torch.float64)
+    return torch.stack([zero if not len(r) else r[0] if mode == "cls" else r.mean(0) for r in rows])
+
+
+def sigmoid_truth(x: Tensor) -> Tensor:
+    return torch.sigmoid(x.double())
+
+
+def score_head_truth(
+    pooled: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor | None = None,
+    *,
+    dense_weight: Tensor | None = None,
+    dense_bias: Tensor | None = None,
+    activation: str | None = "tanh",
+) -> HeadOutput:
+    if dense_weight is not None:
+        pooled = linear_truth(pooled, dense_weight, dense_bias, activation=activation)
+    logit = linear_truth(pooled, out_weight, out_bias)
+    return HeadOutput(logit, torch.sigmoid(logit), torch.sigmoid(-logit))

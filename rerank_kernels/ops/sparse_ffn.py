@@ -1,0 +1,67 @@
+"""sparse_ffn: down(relu(up(x))) or down(relu(gate(x)) * up(x)), computing only what active neurons touch.
+
+x [..., K], up and gate [F, K], down [D, F] -> [..., D]. A neuron is active for a token if its relu is not zero. The sum over
+neurons is the `dot` of NUMERICS.md with the zero terms left out; fma(0, w, s) = s for finite w, so sparse equals dense bit for
+bit, and each token has its own list: the batch changes nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rerank_kernels import backend
+from rerank_kernels.ops import check
+from rerank_kernels.ops.linear import linear_truth
+
+
+def sparse_ffn(
+    x: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    *,
+    gate_weight: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """Feed-forward layer with ReLU (no gate_weight) or ReGLU (with), sparse where the relu is zero.
+
+    x: [..., K]; up_weight, gate_weight: [F, K]; down_weight: [D, F] as in nn.Linear; biases [F], [F], [D]. Returns [..., D]
+    in x.dtype. The hidden activations stay float32. Weights must be finite: a zero activation times an infinite weight
+    would be NaN in the dense formula and is skipped here. A NaN activation counts as active and gives NaN.
+    """
+    tensors = {"x": x, "up_weight": up_weight, "down_weight": down_weight, "gate_weight": gate_weight}
+    check.floating("sparse_ffn", **tensors, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias)
+    k = x.shape[-1] if x.dim() else 0
+    if k == 0:
+        check.fail("sparse_ffn", "x", "[..., K] with K > 0", check.shape_of(x))
+    check.shape("sparse_ffn", "up_weight", up_weight, "F", k)
+    f = up_weight.shape[0]
+    check.shape("sparse_ffn", "down_weight", down_weight, "D", f)
+    if gate_weight is not None:
+        check.shape("sparse_ffn", "gate_weight", gate_weight, f, k)
+    elif gate_bias is not None:
+        check.fail("sparse_ffn", "gate_bias", "left out without gate_weight", check.shape_of(gate_bias))
+    for name, t, n in (("up_bias", up_bias, f), ("gate_bias", gate_bias, f), ("down_bias", down_bias, down_weight.shape[0])):
+        if t is not None:
+            check.shape("sparse_ffn", name, t, n)
+    rows = x.reshape(-1, k).contiguous()
+    serve = backend.select("sparse_ffn", x.device)
+    y = serve(rows, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
+    return y.view(*x.shape[:-1], down_weight.shape[0])
+
+
+def sparse_ffn_truth(
+    x: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    *,
+    gate_weight: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    up = linear_truth(x, up_weight, up_bias)
+    hidden = torch.relu(up) if gate_weight is None else torch.relu(linear_truth(x, gate_weight, gate_bias)) * up
+    return linear_truth(hidden, down_weight, down_bias)
