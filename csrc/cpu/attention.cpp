@@ -1,0 +1,141 @@
+// attention.cpp: packed self-attention on the CPU, bidirectional or windowed (causal is a window), grouped heads.
+//
+// For each query row: s_j = dot(q, k_j) * scale; max exact; e_j = exp(s_j - max); l = row_sum(e), lane j mod 32;
+// out = dot(e, v) / l over keys, in chunks of 512. j counts from the sequence's own first token (NUMERICS.md, "attention").
+// Rows go in tiles of TILE_ROWS through the same dot tiles as linear; the scores of a tile stay in the caches.
+
+#ifndef RK_ISA
+#define RK_FILE "attention.cpp"
+#include "each_isa.h"
+#include "launch.h"
+
+namespace rk {
+
+static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, int64_t left, int64_t right,
+                        double scale) {
+    const int64_t H = q.size(1), D = q.size(2), H_kv = k.size(1), B = cu_seqlens.size(0) - 1;
+    Tensor out = empty(q, {q.size(0), H, D}, q.scalar_type());
+    const int32_t* cu = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+    RK_CHECK(cu[0] == 0 && cu[B] == q.size(0), "attention", "cu_seqlens must run from 0 to the number of tokens");
+    const AttentionArgs args{q.const_data_ptr(),
+                             k.const_data_ptr(),
+                             v.const_data_ptr(),
+                             q.stride(0),
+                             q.stride(1),
+                             k.stride(0),
+                             k.stride(1),
+                             v.stride(0),
+                             v.stride(1),
+                             dtype_of(q, "attention", "q"),
+                             out.mutable_data_ptr(),
+                             H,
+                             H_kv,
+                             D,
+                             left,
+                             right,
+                             float(scale)};
+    for_each_task(B * H_kv, [&](int64_t task) {
+        const int64_t b = task / H_kv, first = cu[b], length = cu[b + 1] - first;
+        if (length == 0) return;
+        const int64_t keys = ceil_div(length, PANEL) * PANEL, width = ceil_div(D, PANEL) * PANEL;
+        float* memory = scratch(size_t(2 * keys * width + 16 * (keys + 2 * width + PANEL)));
+        RK_CALL(attend, args, first, length, task % H_kv, memory);
+    });
+    return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rerank_kernels, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+
+}  // namespace rk
+
+#else
+
+#include "gemm.h"
+#include "softmax.h"
+
+namespace rk {
+namespace RK_ISA {
+
+// keys [T, D] -> [T / 32][D][32]: a panel of 32 keys, as if k were the weight of a linear layer.
+RK_INLINE void pack_keys(const AttentionArgs& a, int64_t first, int64_t length, int64_t head, float* row, float* packed) {
+    for (int64_t j = 0; j < (length + PANEL - 1) / PANEL * PANEL; ++j) {
+        float* to = packed + j / PANEL * a.D * PANEL + j % PANEL;
+        if (j >= length) {
+            for (int64_t d = 0; d < a.D; ++d) to[d * PANEL] = 0.0f;
+            continue;
+        }
+        widen(a.dtype, a.k, (first + j) * a.k_token + head * a.k_head, a.D, row);
+        for (int64_t d = 0; d < a.D; ++d) to[d * PANEL] = row[d];
+    }
+}
+
+// values [T, D] -> [D / 32][T][32]. Returns whether all are finite: x * 0 is NaN otherwise.
+RK_INLINE bool pack_values(const AttentionArgs& a, int64_t first, int64_t length, int64_t head, float* packed) {
+    Vec zeros = all(0.0f);
+    for (int64_t d0 = 0; d0 < a.D; d0 += PANEL)
+        for (int64_t j = 0; j < length; ++j)
+            for (int64_t c = 0; c < PANEL; c += W) {
+                const int some = int(a.D - d0 - c < W ? a.D - d0 - c : W);
+                const Vec v = load_some_as(a.dtype, a.v, (first + j) * a.v_token + head * a.v_head + d0 + c, some);
+                store(packed + d0 * length + j * PANEL + c, v);
+                zeros = fmadd(v, all(0.0f), zeros);
+            }
+    float lane[W];
+    store(lane, zeros);
+    bool finite = true;
+    for (int i = 0; i < W; ++i) finite = finite && lane[i] == lane[i];
+    return finite;
+}
+
+// One sequence and one key head, with every query head of its group.
+static void attend(const AttentionArgs& a, int64_t first, int64_t length, int64_t kv_head, float* memory) {
+    const int64_t keys = (length + PANEL - 1) / PANEL * PANEL, width = (a.D + PANEL - 1) / PANEL * PANEL;
+    float* packed_k = memory;
+    float* packed_v = packed_k + keys * a.D;
+    const int64_t lds = keys + ROW_GAP;         // as in gemm.h: not a multiple of 4096 bytes
+    float* scores = packed_v + keys * width;    // [TILE_ROWS][lds]
+    float* q_rows = scores + TILE_ROWS * lds;   // [TILE_ROWS][D]
+    float* sums = q_rows + TILE_ROWS * width;   // [TILE_ROWS][PANEL]
+    pack_keys(a, first, length, kv_head, q_rows, packed_k);
+    const bool finite = pack_values(a, first, length, kv_head, packed_v);
+    const bool windowed = a.left >= 0 || a.right >= 0;
+    // A masked key has e = +0 and fma(+0, v, s) = s for finite v. If some v is not finite, rows go one by one over exactly
+    // the keys that they see, so that nothing masked is ever multiplied.
+    const int64_t step = windowed && !finite ? 1 : TILE_ROWS;
+
+    for (int64_t head = kv_head * (a.H / a.H_kv); head < (kv_head + 1) * (a.H / a.H_kv); ++head)
+        for (int64_t i0 = 0; i0 < length; i0 += step) {
+            const int rows = int(length - i0 < step ? length - i0 : step);
+            for (int r = 0; r < rows; ++r)
+                widen(a.dtype, a.q, (first + i0 + r) * a.q_token + head * a.q_head, a.D, q_rows + r * a.D);
+            const auto begin = [&](int64_t i) { return a.left >= 0 && i > a.left ? i - a.left : 0; };
+            const auto end = [&](int64_t i) { return a.right >= 0 && i + a.right + 1 < length ? i + a.right + 1 : length; };
+            const int64_t key_begin = begin(i0), key_end = end(i0 + rows - 1);
+
+            for (int64_t p = key_begin / PANEL; p * PANEL < key_end; ++p)
+                dot_panel(rows, q_rows, a.D, packed_k + p * a.D * PANEL, 0, a.D, scores + p * PANEL, lds, PANEL, true);
+            float total[TILE_ROWS];
+            for (int r = 0; r < rows; ++r) {
+                float* s = scores + r * lds;
+                const int64_t b = begin(i0 + r), e = end(i0 + r);
+                for (int64_t j = b / PANEL * PANEL; j < e; j += W) store(s + j, load(s + j) * all(a.scale));
+                total[r] = exp_and_sum(s, b, e);
+                for (int64_t j = key_begin; j < b / PANEL * PANEL; ++j) s[j] = 0.0f;
+                for (int64_t j = (e + PANEL - 1) / PANEL * PANEL; j < key_end; ++j) s[j] = 0.0f;
+            }
+            for (int64_t d0 = 0; d0 < a.D; d0 += PANEL) {
+                const int columns = int(a.D - d0 < PANEL ? a.D - d0 : PANEL);
+                dot_panel(rows, scores, lds, packed_v + d0 * length, key_begin, key_end, sums, PANEL, columns, true);
+                for (int r = 0; r < rows; ++r)
+                    for (int c = 0; c < columns; c += W) {
+                        const int64_t at = ((first + i0 + r) * a.H + head) * a.D + d0 + c;
+                        store_some_as(a.dtype, a.out, at, load(sums + r * PANEL + c) / all(total[r]), columns - c);
+                    }
+            }
+        }
+}
+
+}  // namespace RK_ISA
+}  // namespace rk
+
+#endif

@@ -1,0 +1,80 @@
+// softmax.cpp: softmax and row sums on the CPU, over the last dimension of [R, D].
+// softmax: exact maximum; e = exp(x - max); sum by row_sum; e / sum. Order as NUMERICS.md, "softmax" and "sum, mean".
+
+#ifndef RK_ISA
+#define RK_FILE "softmax.cpp"
+#include "each_isa.h"
+#include "launch.h"
+
+namespace rk {
+
+static Tensor softmax(const Tensor& x) {
+    const int64_t rows = x.size(0), d = x.size(1);
+    const Dtype dtype = dtype_of(x, "softmax", "x");
+    Tensor y = empty(x, {rows, d}, x.scalar_type());
+    const void* from = x.const_data_ptr();
+    void* to = y.mutable_data_ptr();
+    const int64_t block = 1 + 8192 / (d + 1);
+    for_each_task(ceil_div(rows, block), [&](int64_t task) {
+        const int64_t end = (task + 1) * block < rows ? (task + 1) * block : rows;
+        RK_CALL(softmax_rows, from, dtype, d, task * block, end, to, scratch(size_t(d) + 2 * PANEL));
+    });
+    return y;
+}
+
+static Tensor row_sum(const Tensor& x, bool mean) {
+    const int64_t rows = x.size(0), d = x.size(1);
+    const Dtype dtype = dtype_of(x, "sum", "x");
+    Tensor y = empty(x, {rows}, x.scalar_type());
+    const void* from = x.const_data_ptr();
+    void* to = y.mutable_data_ptr();
+    const int64_t block = 1 + 16384 / (d + 1);
+    for_each_task(ceil_div(rows, block), [&](int64_t task) {
+        const int64_t end = (task + 1) * block < rows ? (task + 1) * block : rows;
+        RK_CALL(sum_rows, from, dtype, d, task * block, end, mean, to);
+    });
+    return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rerank_kernels, CPU, m) {
+    m.impl("softmax", TORCH_BOX(&softmax));
+    m.impl("row_sum", TORCH_BOX(&row_sum));
+}
+
+}  // namespace rk
+
+#else
+
+#include "softmax.h"
+
+namespace rk {
+namespace RK_ISA {
+
+static void softmax_rows(const void* x, Dtype dtype, int64_t d, int64_t begin, int64_t end, void* y, float* e) {
+    for (int64_t row = begin; row < end; ++row) {
+        widen(dtype, x, row * d, d, e);
+        const float sum = exp_and_sum(e, 0, d);
+        for (int64_t i = 0; i < d; i += W) {
+            const int some = int(d - i < W ? d - i : W);
+            store_some_as(dtype, y, row * d + i, load(e + i) / all(sum), some);
+        }
+    }
+}
+
+static void sum_rows(const void* x, Dtype dtype, int64_t d, int64_t begin, int64_t end, bool mean, void* y) {
+    for (int64_t row = begin; row < end; ++row) {
+        Lanes sum = zero_lanes();
+        for (int64_t i = 0; i < d; i += W) {
+            const int some = int(d - i < W ? d - i : W);
+            Vec& lane = sum.v[(i / W) % (LANES / W)];
+            lane = lane + load_some_as(dtype, x, row * d + i, some);
+        }
+        const float total = fold(sum);
+        store_some_as(dtype, y, row, all(mean ? total / float(d) : total), 1);
+    }
+}
+
+}  // namespace RK_ISA
+}  // namespace rk
+
+#endif

@@ -1,0 +1,102 @@
+// host.cpp: the torch-free side for tests and `info`: the primitives of numerics.h on arrays, as every instruction set
+// computes them, build facts, CPU features. pybind11, no torch header.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#define RK_FILE "../host_kernels.h"
+#include "cpu/each_isa.h"
+
+namespace py = pybind11;
+using Array = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+namespace {
+
+bool has(const std::string& isa) {
+    if (isa == "scalar") return true;
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (isa == "avx2") return avx2;
+    if (isa == "avx512")
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+    return false;
+}
+
+int code_of(const std::string& name) {
+    const char* names[] = {"exp", "sigmoid", "tanh", "normcdf", "gelu", "gelu_tanh", "silu", "relu"};
+    for (int i = 0; i < 8; ++i)
+        if (name == names[i]) return i;
+    throw std::invalid_argument("function must be exp, sigmoid, tanh, normcdf, gelu, gelu_tanh, silu or relu, got " + name);
+}
+
+void need(const std::string& isa) {
+    if (!has(isa)) throw std::invalid_argument("this CPU has no instruction set named " + isa);
+}
+
+Array elementwise(const std::string& name, const Array& x, const std::string& isa) {
+    need(isa);
+    const int code = code_of(name);
+    Array y(x.size());
+#ifdef __x86_64__
+    if (isa == "avx512") rk::avx512::elementwise(code, x.data(), y.mutable_data(), x.size());
+    else if (isa == "avx2") rk::avx2::elementwise(code, x.data(), y.mutable_data(), x.size());
+    else
+#endif
+        rk::scalar::elementwise(code, x.data(), y.mutable_data(), x.size());
+    return y;
+}
+
+py::array_t<uint16_t> narrow(const Array& x, bool brain, const std::string& isa) {
+    need(isa);
+    py::array_t<uint16_t> y(x.size());
+#ifdef __x86_64__
+    if (isa == "avx512") rk::avx512::narrow(brain, x.data(), y.mutable_data(), x.size());
+    else if (isa == "avx2") rk::avx2::narrow(brain, x.data(), y.mutable_data(), x.size());
+    else
+#endif
+        rk::scalar::narrow(brain, x.data(), y.mutable_data(), x.size());
+    return y;
+}
+
+Array widen(const py::array_t<uint16_t, py::array::c_style>& x, bool brain, const std::string& isa) {
+    need(isa);
+    Array y(x.size());
+#ifdef __x86_64__
+    if (isa == "avx512") rk::avx512::widen_all(brain, x.data(), y.mutable_data(), x.size());
+    else if (isa == "avx2") rk::avx2::widen_all(brain, x.data(), y.mutable_data(), x.size());
+    else
+#endif
+        rk::scalar::widen_all(brain, x.data(), y.mutable_data(), x.size());
+    return y;
+}
+
+py::dict cpu_features() {
+    py::dict d;
+    for (const char* isa : {"avx512", "avx2", "scalar"}) d[isa] = has(isa);
+    return d;
+}
+
+py::dict build_info() {
+    py::dict d;
+    d["numerics_version"] = std::to_string(rk::scalar::NUMERICS_VERSION);
+    d["compiler"] = __VERSION__;
+    d["built"] = RK_BUILD_FACTS;
+    return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+    m.doc() = "The numeric primitives on arrays, per instruction set; build and CPU facts. For tests and `info`.";
+    m.def("elementwise", &elementwise, py::arg("name"), py::arg("x"), py::arg("isa") = "scalar");
+    m.def("narrow", &narrow, py::arg("x"), py::arg("brain"), py::arg("isa") = "scalar", "float32 -> bits of fp16 or bf16");
+    m.def("widen", &widen, py::arg("x"), py::arg("brain"), py::arg("isa") = "scalar", "bits of fp16 or bf16 -> float32");
+    m.def("cpu_features", &cpu_features);
+    m.def("build_info", &build_info);
+}

@@ -1,0 +1,178 @@
+// numerics.h: the numeric contract as code, numerics version 1 (NUMERICS.md says the same in words).
+//
+// Templates over F, a float or a register of floats, so that one source gives the bits of every backend: csrc/cpu/each_isa.h
+// includes this once per instruction set (everything lands in rk::avx512, rk::avx2, rk::scalar), a CUDA file once (rk).
+// There is no include guard for that reason, and no torch header, so that `nvcc -ptx` or `g++` alone compiles it.
+//
+// F provides: + - * /, fmadd(a, b, c) = a * b + c rounded once, sqrt_of(a), lt(a, b) -> mask, select(mask, a, b), abs_of(a),
+// scale_by_exp2(p, t) (below). Compile with -ffp-contract=off (g++), --fmad=false (nvcc), never with fast-math.
+
+#ifdef __CUDACC__
+#define RK_FN __host__ __device__ __forceinline__
+#else
+#define RK_FN static inline __attribute__((always_inline))
+#endif
+
+#ifdef RK_ISA
+namespace rk {
+namespace RK_ISA {
+#else
+namespace rk {
+#endif
+
+constexpr int NUMERICS_VERSION = 1;
+constexpr int LANES = 32;   // row_sum: lane l adds x[l], x[l + 32], ...; a warp, two AVX-512 or four AVX2 registers
+constexpr int CHUNK = 512;  // dot: one fma chain inside a chunk of K, the chunks' sums added in ascending order
+
+// F = float: the CUDA kernels, the scalar CPU path, and the pybind11 module.
+RK_FN float fmadd(float a, float b, float c) {
+#ifdef __CUDA_ARCH__
+    return __fmaf_rn(a, b, c);
+#else
+    return __builtin_fmaf(a, b, c);
+#endif
+}
+RK_FN float sqrt_of(float a) {
+#ifdef __CUDA_ARCH__
+    return __fsqrt_rn(a);
+#else
+    return __builtin_sqrtf(a);
+#endif
+}
+RK_FN bool lt(float a, float b) { return a < b; }
+RK_FN float select(bool m, float a, float b) { return m ? a : b; }
+RK_FN float abs_of(float a) { return __builtin_fabsf(a); }
+RK_FN float float_of_bits(int i) {
+    float f;
+    __builtin_memcpy(&f, &i, 4);
+    return f;
+}
+RK_FN int bits_of_float(float f) {
+    int i;
+    __builtin_memcpy(&i, &f, 4);
+    return i;
+}
+
+// 1.5 * 2^23: adding it leaves round-to-nearest-even(x) in the low bits of the sum, on every machine, with no conversion.
+constexpr float ROUND_MAGIC = 12582912.0f;
+constexpr int ROUND_MAGIC_BITS = 0x4B400000;
+
+// p * 2^n with n held in the low bits of t = n + ROUND_MAGIC, |n| <= 151: the first factor cannot leave the normal range
+// for p near 1, so only the last product rounds, and results below 2^-126 are rounded once.
+RK_FN float scale_by_exp2(float p, float t) {
+    const int n = bits_of_float(t) - ROUND_MAGIC_BITS;
+    const int first = n >> 1;
+    const float s1 = float_of_bits(int(unsigned(first + 127) << 23));
+    const float s2 = float_of_bits(int(unsigned(n - first + 127) << 23));
+    return p * s1 * s2;
+}
+
+// exp(x), error below 1 ulp, results below 2^-126 included. exp(0) = 1; 0 below -104; inf above 88.72284; NaN stays NaN.
+// x = n log 2 + r, |r| <= log(2) / 2; exp(r) = 1 + r + r^2 q(r). Coefficients from csrc/fit.py.
+template <class F>
+RK_FN F exp_of(F x) {
+    x = select(lt(x, F(-104.0f)), F(-104.0f), x);  // in this form a NaN passes
+    x = select(lt(F(89.0f), x), F(89.0f), x);
+    const F t = fmadd(x, F(0x1.715476p+0f), F(ROUND_MAGIC));
+    const F n = t - F(ROUND_MAGIC);
+    F r = fmadd(n, F(-0x1.62e400p-1f), x);  // log 2 in two parts; n times the first is exact
+    r = fmadd(n, F(-0x1.7f7d1cp-20f), r);
+    F q = fmadd(F(0x1.6d7a58p-10f), r, F(0x1.123996p-7f));
+    q = fmadd(q, r, F(0x1.5554c0p-5f));
+    q = fmadd(q, r, F(0x1.555492p-3f));
+    q = fmadd(q, r, F(0.5f));
+    F p = fmadd(q, r, F(1.0f));
+    p = fmadd(p, r, F(1.0f));
+    return scale_by_exp2(p, t);
+}
+
+// 1 / (1 + exp(-x)). exp is only taken of -|x|: for x < 0 the result is e / (1 + e), which keeps its digits down to 2^-149,
+// so that sigmoid(-x) is the complement 1 - sigmoid(x) where the difference itself would be 0.
+template <class F>
+RK_FN F sigmoid_of(F x) {
+    const F e = exp_of(F(0.0f) - abs_of(x));
+    return select(lt(x, F(0.0f)), e, F(1.0f)) / (F(1.0f) + e);
+}
+
+// tanh(x) = x + x^3 q(x^2) for |x| < 0.625, else sign(x) (1 - 2 / (exp(2 |x|) + 1)).
+template <class F>
+RK_FN F tanh_of(F x) {
+    const F z = x * x;
+    F q = fmadd(F(-0x1.76922ap-8f), z, F(0x1.52509ep-6f));
+    q = fmadd(q, z, F(-0x1.b84344p-5f));
+    q = fmadd(q, z, F(0x1.110760p-3f));
+    q = fmadd(q, z, F(-0x1.555534p-2f));
+    const F small = fmadd(q * z, x, x);
+    const F a = abs_of(x);
+    const F big = F(1.0f) - F(2.0f) / (exp_of(a + a) + F(1.0f));
+    return select(lt(a, F(0.625f)), small, select(lt(x, F(0.0f)), F(0.0f) - big, big));
+}
+
+// Phi(x) = (1 + erf(x / sqrt 2)) / 2, the normal distribution. erf enters the library only through Phi, and 1 + erf(x) would
+// cancel for x < 0, so Phi is computed itself: Phi(-y) = exp(-y^2 / 2) G(y), G a polynomial in u = 1 / (1 + y / 4) (csrc/fit.py),
+// with the rounding error of y^2 put back, so that the far tail keeps its digits.
+template <class F>
+RK_FN F normcdf_of(F x) {
+    F y = abs_of(x);
+    y = select(lt(F(16.0f), y), F(16.0f), y);  // Phi(-16) is below 2^-149
+    const F s = y * y;
+    const F lost = fmadd(y, y, F(0.0f) - s);
+    const F u = F(1.0f) / fmadd(F(0.25f), y, F(1.0f));
+    F g = fmadd(F(0x1.ad49e4p-7f), u, F(-0x1.5a2f5ep-5f));
+    g = fmadd(g, u, F(-0x1.9a099cp-10f));
+    g = fmadd(g, u, F(0x1.baa024p-4f));
+    g = fmadd(g, u, F(-0x1.03765ap-4f));
+    g = fmadd(g, u, F(0x1.14912ep-3f));
+    g = fmadd(g, u, F(0x1.a3f510p-5f));
+    g = fmadd(g, u, F(0x1.9f6a28p-4f));
+    g = fmadd(g, u, F(0x1.93258ep-4f));
+    g = fmadd(g, u, F(0x1.990576p-4f));
+    g = fmadd(g, u, F(-0x1.5018d6p-18f));
+    g = fmadd(g * F(-0.5f), lost, g);  // exp(-lost / 2) = 1 - lost / 2
+    const F tail = exp_of(s * F(-0.5f)) * g;
+    return select(lt(x, F(0.0f)), tail, F(1.0f) - tail);
+}
+
+template <class F>
+RK_FN F gelu_of(F x) {
+    return x * normcdf_of(x);
+}
+
+// x (1 + tanh v) / 2 = x sigmoid(2 v), v = sqrt(2 / pi) (x + 0.044715 x^3); the sigmoid form does not cancel for x < 0.
+template <class F>
+RK_FN F gelu_tanh_of(F x) {
+    return x * sigmoid_of(x * fmadd(x * x, F(0x1.2444f2p-4f), F(0x1.988454p+0f)));
+}
+
+template <class F>
+RK_FN F silu_of(F x) {
+    return x * sigmoid_of(x);
+}
+
+// x < 0 -> +0, else x: a NaN stays NaN.
+template <class F>
+RK_FN F relu_of(F x) {
+    return select(lt(x, F(0.0f)), F(0.0f), x);
+}
+
+enum Activation : int { NONE = 0, GELU = 1, GELU_TANH = 2, TANH = 3, RELU = 4, SILU = 5, SIGMOID = 6 };
+
+template <class F>
+RK_FN F activate(Activation kind, F x) {
+    switch (kind) {
+        case GELU: return gelu_of(x);
+        case GELU_TANH: return gelu_tanh_of(x);
+        case TANH: return tanh_of(x);
+        case RELU: return relu_of(x);
+        case SILU: return silu_of(x);
+        case SIGMOID: return sigmoid_of(x);
+        default: return x;
+    }
+}
+
+#ifdef RK_ISA
+}  // namespace RK_ISA
+}  // namespace rk
+#else
+}  // namespace rk
+#endif

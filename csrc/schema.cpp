@@ -1,0 +1,26 @@
+// schema.cpp: every op's signature, one line each. Backends register themselves at the bottom of their own family files.
+// Arguments are what rerank_kernels/ops/<family>.py has checked and laid out; `packed` tensors come from pack_weight.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(rerank_kernels, m) {
+    // norm
+    m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
+    // softmax
+    m.def("softmax(Tensor x) -> Tensor");
+    m.def("row_sum(Tensor x, bool mean) -> Tensor");
+    // linear
+    m.def("pack_weight(Tensor weight) -> Tensor");
+    m.def("linear(Tensor x, Tensor packed, int N, Tensor? bias, int activation, Tensor? residual, ScalarType out_dtype) -> Tensor");
+    m.def("activation(Tensor x, int kind, ScalarType out_dtype) -> Tensor");
+    // attention
+    m.def("attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int left, int right, float scale) -> Tensor");
+    // pooling
+    m.def("pool(Tensor x, Tensor cu_seqlens, bool mean, ScalarType out_dtype) -> Tensor");
+    m.def("score_head(Tensor pooled, Tensor? dense_packed, int P, Tensor? dense_bias, int activation, Tensor out_packed, int L, Tensor? out_bias) -> (Tensor, Tensor, Tensor)");
+    // sparse_ffn
+    m.def("transpose_weight(Tensor weight) -> Tensor");
+    m.def("sparse_ffn(Tensor x, Tensor first_packed, Tensor? first_bias, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias) -> Tensor");
+    // which instruction set the cpu kernels use: "auto", "avx512", "avx2", "scalar"; "" only asks. For tests and info.
+    m.def("force_isa(str name) -> str");
+}

@@ -1,0 +1,23 @@
+"""linear and activation, compiled; weights are packed once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rerank_kernels.native.pack import packed
+
+# enum Activation in csrc/numerics.h
+CODES = {None: 0, "gelu": 1, "gelu_tanh": 2, "tanh": 3, "relu": 4, "silu": 5, "sigmoid": 6}
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    bias = None if bias is None else bias.contiguous()
+    n = weight.shape[0]
+    return torch.ops.rerank_kernels.linear(x, packed(weight), n, bias, CODES[activation], residual, out_dtype)  # type: ignore[no-any-return]
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    return torch.ops.rerank_kernels.activation(x, CODES[kind], x.dtype)  # type: ignore[no-any-return]

@@ -1,0 +1,38 @@
+"""pool, sigmoid and score_head, compiled."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rerank_kernels.native.linear import CODES
+from rerank_kernels.native.pack import packed
+
+
+def pool(x: Tensor, cu_seqlens: Tensor, mode: str, out_dtype: torch.dtype) -> Tensor:
+    return torch.ops.rerank_kernels.pool(x, cu_seqlens, mode == "mean", out_dtype)  # type: ignore[no-any-return]
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return torch.ops.rerank_kernels.activation(x, CODES["sigmoid"], torch.float32)  # type: ignore[no-any-return]
+
+
+def score_head(
+    pooled: Tensor,
+    dense_weight: Tensor | None,
+    dense_bias: Tensor | None,
+    activation: str | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dense = None if dense_weight is None else packed(dense_weight)
+    return torch.ops.rerank_kernels.score_head(  # type: ignore[no-any-return]
+        pooled,
+        dense,
+        0 if dense_weight is None else dense_weight.shape[0],
+        None if dense_bias is None else dense_bias.contiguous(),
+        CODES[activation],
+        packed(out_weight),
+        out_weight.shape[0],
+        None if out_bias is None else out_bias.contiguous(),
+    )

@@ -1,0 +1,42 @@
+"""sparse_ffn, compiled: few rows skip what is inactive; many rows take the dense way, whose bits are the same."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rerank_kernels.native.linear import linear
+from rerank_kernels.native.pack import contiguous, packed, packed_finite, transposed
+
+# From here on a row's share of reading all weights costs less than its own walk over the active ones. Only time depends on it.
+DENSE_ROWS = 8
+
+
+def sparse_ffn(
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+) -> Tensor:
+    if x.shape[0] >= DENSE_ROWS:
+        packed_finite(down_weight)
+        f32 = torch.float32
+        if gate_weight is None:
+            hidden = linear(x, up_weight, up_bias, "relu", None, f32)
+        else:
+            gate = linear(x, gate_weight, gate_bias, "relu", None, f32)
+            hidden = torch.where(gate == 0, gate, gate * linear(x, up_weight, up_bias, None, None, f32))
+        return linear(hidden, down_weight, down_bias, None, None, x.dtype)
+    first, first_bias = (up_weight, up_bias) if gate_weight is None else (gate_weight, gate_bias)
+    return torch.ops.rerank_kernels.sparse_ffn(  # type: ignore[no-any-return]
+        x,
+        packed(first),
+        None if first_bias is None else first_bias.contiguous(),
+        None if gate_weight is None else contiguous(up_weight),
+        None if gate_weight is None or up_bias is None else up_bias.contiguous(),
+        transposed(down_weight),
+        None if down_bias is None else down_bias.contiguous(),
+    )

@@ -1,0 +1,325 @@
+"""Reranker: a model folder and pairs of text in, scores and rankings out, the same bits whatever else is in the list.
+
+Pairs are tokenised without padding, sorted by length, packed into batches of about batch_tokens tokens, scored, and returned
+in the caller's order. None of that can be seen in the result: a pair has one score. Ranking goes by logit, for near 1.0
+float32 scores tie where logits do not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from rerank_kernels import hf
+from rerank_kernels.ops import check
+from rerank_kernels.ops.softmax import sum as row_sum
+
+Array = npt.NDArray[np.float32]
+KINDS = ("cross-encoder", "embedding")
+PROGRESS_FROM = 256  # pairs; a shorter list is done before a bar is read
+POOLINGS = {"mean": "mean", "cls": "cls"}
+
+# A fast tokenizer sets truncation on itself for each call: two threads at once give "Already borrowed".
+_TOKENISING = threading.Lock()
+
+
+class Scores(NamedTuple):
+    """float32 [n] each, in the order of the pairs.
+
+    Cross-encoder: logit, score = sigmoid(logit), complement = sigmoid(-logit), which stays distinct where score is 1.0.
+    Embedding model: logit = score = cosine similarity in [-1, 1] (up to rounding), complement = 1 - cosine.
+    """
+
+    logit: Array
+    score: Array
+    complement: Array
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One document of a ranking; index is its place in the list that was given."""
+
+    index: int
+    document: str
+    logit: float
+    score: float
+    complement: float
+
+
+class Reranker:
+    """Scores and ranks with a cross-encoder, or with an embedding model by cosine similarity.
+
+    model_or_path: a local folder as save_pretrained writes it, or a loaded model; then `tokenizer` is needed, and the model
+    is patched (rk.patch), cast to `dtype` and set to eval() in place.
+    max_length: tokens of a pair or text, longest part truncated first; what model and tokenizer allow if not given.
+    dtype: torch.float32, float16 or bfloat16 for the weights; as stored if not given. Scores are float32 always.
+    kind: "cross-encoder" or "embedding"; read from the model's architecture if not given. An embedding model pools as its
+    sentence-transformers files say (mean or cls), by the mean if there are none.
+
+    Raises ValueError or TypeError for arguments and folders that do not fit, PatchError for a model family not served.
+    """
+
+    def __init__(
+        self,
+        model_or_path: nn.Module | str | Path,
+        tokenizer: Any = None,
+        *,
+        max_length: int | None = None,
+        dtype: torch.dtype | None = None,
+        kind: str | None = None,
+    ) -> None:
+        check.choice("Reranker", "kind", kind, (None, *KINDS))
+        check.choice("Reranker", "dtype", dtype, (None, *check.FLOATS))
+        self.pooling, self.normalise, limit = "mean", True, None
+        self.model: Any
+        if isinstance(model_or_path, nn.Module):
+            if tokenizer is None:
+                raise TypeError("Reranker: tokenizer must be given with a loaded model; or pass the path of its folder")
+            self.model, self.kind = model_or_path, kind or _kind([type(model_or_path).__name__])
+        elif isinstance(model_or_path, str | Path):
+            folder = Path(model_or_path)
+            self.kind = kind or _kind(_json(folder, "config.json").get("architectures") or [])
+            if self.kind == "embedding":
+                self.pooling, self.normalise, limit = _sentence_transformers(folder)
+            self.model = _load_model(folder, self.kind)
+            tokenizer = _load_tokenizer(folder) if tokenizer is None else tokenizer
+        else:
+            came = type(model_or_path).__name__
+            raise TypeError(f"Reranker: model_or_path must be a folder or a torch.nn.Module, got {came}")
+        labels = getattr(getattr(self.model, "config", None), "num_labels", 1)
+        if self.kind == "cross-encoder" and labels != 1:
+            check.fail("Reranker", "config.num_labels", "1, one score a pair", labels, "use rk.patch(model) for other heads")
+        if dtype is not None:
+            self.model.to(dtype)
+        self.report = hf.patch(self.model.eval())
+        self.tokenizer = tokenizer
+        self.max_length = self._length(max_length, limit)
+
+    def score(self, pairs: Sequence[tuple[str, str]], *, progress: bool | None = None, batch_tokens: int = 16384) -> Scores:
+        """The score of each (query, document), in the order given.
+
+        batch_tokens: tokens computed at a time; bounds memory, changes no bit. progress: show a bar on stderr; if not given,
+        for more than 256 pairs on a terminal. No pairs give empty arrays.
+        """
+        queries, documents = _pairs(pairs)
+        if not queries:
+            return Scores(*np.zeros((3, 0), np.float32))
+        if self.kind == "embedding":
+            texts = list(dict.fromkeys((*queries, *documents)))
+            row = {text: i for i, text in enumerate(texts)}
+            unit = torch.from_numpy(self._encode(texts, True, progress, batch_tokens))
+            logit = row_sum(unit[[row[q] for q in queries]] * unit[[row[d] for d in documents]], -1).numpy()
+            return Scores(logit, logit.copy(), np.float32(1.0) - logit)
+
+        def run(ids: Tensor, cu: Tensor, types: Tensor | None) -> Tensor:
+            return torch.cat(hf.packed_logits(self.model, ids, cu, types), dim=1)
+
+        return Scores(*self._packed(queries, documents, progress, batch_tokens, run).T.copy())
+
+    def rank(self, query: str, documents: Sequence[str], top_k: int | None = None) -> list[Ranked]:
+        """The documents by descending logit, the first top_k if given; equal logits by ascending index, NaN last."""
+        if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0):
+            check.fail("rank", "top_k", "None or an integer >= 0", repr(top_k))
+        if isinstance(documents, str):
+            raise TypeError("rank: documents must be a list of str, got one str; pass [document]")
+        scores = self.score([(query, document) for document in documents])
+        logits = scores.logit.tolist()
+        order = sorted(range(len(logits)), key=lambda i: (True, 0.0, i) if math.isnan(logits[i]) else (False, -logits[i], i))
+        return [Ranked(i, documents[i], logits[i], float(scores.score[i]), float(scores.complement[i])) for i in order[:top_k]]
+
+    def encode(self, texts: Sequence[str], *, progress: bool | None = None, batch_tokens: int = 16384) -> Array:
+        """Embeddings, float32 [n, D], of an embedding model, of length 1 unless its modules.json has no Normalize."""
+        if self.kind != "embedding":
+            raise TypeError("encode: the model is a cross-encoder, which has no embedding of a single text; use score or rank")
+        if isinstance(texts, str):
+            raise TypeError("encode: texts must be a list of str, got one str; pass [text]")
+        if not texts:
+            return np.zeros((0, self.model.config.hidden_size), np.float32)
+        checked = [_text(text, f"encode: text {i}") for i, text in enumerate(texts)]
+        return self._encode(checked, self.normalise, progress, batch_tokens)
+
+    def _encode(self, texts: list[str], normalise: bool, progress: bool | None, batch_tokens: int) -> Array:
+        def run(ids: Tensor, cu: Tensor, types: Tensor | None) -> Tensor:
+            return hf.packed_embeddings(self.model, ids, cu, types, pooling=self.pooling, normalise=normalise)
+
+        return self._packed(texts, None, progress, batch_tokens, run)
+
+    def _packed(
+        self,
+        first: list[str],
+        second: list[str] | None,
+        progress: bool | None,
+        batch_tokens: int,
+        run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    ) -> Array:
+        """Rows of run(ids, cu_seqlens, token_types), one a text or pair, in the order given."""
+        if not isinstance(batch_tokens, int) or batch_tokens < 1:
+            check.fail("score", "batch_tokens", "an integer >= 1", repr(batch_tokens))
+        n = len(first)
+        with _TOKENISING:
+            tokens = self.tokenizer(
+                first, second, truncation=True, max_length=self.max_length, padding=False, return_attention_mask=False
+            )
+        ids, types = tokens["input_ids"], tokens.get("token_type_ids")
+        device = next(self.model.parameters()).device
+        rows: list[Array | None] = [None] * n
+        show = n > PROGRESS_FROM and sys.stderr.isatty() if progress is None else progress
+        with _bar(n, show) as advance:
+            for batch in _batches([len(i) for i in ids], batch_tokens):
+                cu = torch.tensor([0, *np.cumsum([len(ids[i]) for i in batch])], dtype=torch.int32, device=device)
+                flat, kind = (
+                    None if t is None else torch.tensor([n for i in batch for n in t[i]]).to(device) for t in (ids, types)
+                )
+                assert flat is not None
+                for i, row in zip(batch, run(flat, cu, kind).cpu().numpy(), strict=True):
+                    rows[i] = row
+                advance(len(batch))
+        return np.stack([row for row in rows if row is not None])
+
+    def _length(self, asked: int | None, stored: int | None) -> int:
+        """Tokens a pair: what was asked for, else the least of what the position table, tokenizer and folder allow."""
+        table = hf.max_tokens(self.model)
+        special = self.tokenizer.num_special_tokens_to_add(pair=self.kind == "cross-encoder")
+        if asked is None:
+            return min(n for n in (table, stored, self.tokenizer.model_max_length) if n is not None)
+        if not isinstance(asked, int) or isinstance(asked, bool) or not special < asked <= table:
+            wanted = f"an integer in [{special + 1}, {table}], from the special tokens to the model's positions"
+            check.fail("Reranker", "max_length", wanted, repr(asked))
+        return asked
+
+
+def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices in lists of at most batch_tokens tokens, or one longer item; longest first, so memory runs out early or never."""
+    batch: list[int] = []
+    total = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and total + lengths[i] > batch_tokens:
+            yield batch
+            batch, total = [], 0
+        batch.append(i)
+        total += lengths[i]
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    if not show:
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("scoring", total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def _pairs(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"score: pair {i} must be (query, document), got {_shown(pair)}")
+    queries = [_text(pair[0], f"score: the query of pair {i}") for i, pair in enumerate(pairs)]
+    return queries, [_text(pair[1], f"score: the document of pair {i}") for i, pair in enumerate(pairs)]
+
+
+def _text(text: object, what: str) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"{what} must be a str, got {_shown(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} must be valid Unicode, got a lone surrogate {text[error.start]!r} at place {error.start}; "
+            "clean it with text.encode('utf-8', 'replace').decode()"
+        ) from None
+    return text
+
+
+def _shown(value: object) -> str:
+    return f"{type(value).__name__} {value!r:.60}"
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------------
+
+
+def _kind(architectures: list[str]) -> str:
+    return KINDS[0] if any(name.endswith("ForSequenceClassification") for name in architectures) else KINDS[1]
+
+
+def _json(folder: Path, name: str) -> Any:
+    if not folder.is_dir():
+        raise ValueError(
+            f"Reranker: model_or_path must be a local model folder, got {str(folder)!r}, which is none; nothing is downloaded "
+            "here: fetch a model with huggingface_hub.snapshot_download(...) and pass the folder it returns"
+        )
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Reranker: {folder} must be a model folder with a readable {name}; {error}") from error
+
+
+def _load_model(folder: Path, kind: str) -> Any:
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    auto = AutoModelForSequenceClassification if kind == "cross-encoder" else AutoModel
+    try:
+        model, info = auto.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except Exception as error:  # the loaders raise whatever their file readers raise
+        raise ValueError(f"Reranker: no model could be loaded from {folder}: {error}") from error
+    # transformers fills missing weights with random numbers and goes on; the pooler is not read for embeddings
+    missing = sorted(k for k in info["missing_keys"] if kind == "cross-encoder" or not k.startswith("pooler."))
+    if missing:
+        raise ValueError(
+            f"Reranker: the weights in {folder} must hold every parameter of a {kind}; {len(missing)} are missing: "
+            + ", ".join(missing[:4])
+        )
+    return model
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"Reranker: no tokenizer could be loaded from {folder}: {error}") from error
+
+
+def _sentence_transformers(folder: Path) -> tuple[str, bool, int | None]:
+    """(pooling, normalise, max tokens) as sentence-transformers' files say; the mean of length 1 if there are none."""
+    if not (folder / "modules.json").exists():
+        return "mean", True, None
+    modules = {str(m["type"]).rsplit(".", 1)[-1]: folder / m.get("path", "") for m in _json(folder, "modules.json")}
+    if extra := sorted(set(modules) - {"Transformer", "Pooling", "Normalize"}):
+        check.fail("Reranker", "modules.json", "Transformer, Pooling and perhaps Normalize", ", ".join(extra))
+    pooling = "mean"
+    if "Pooling" in modules:
+        config = _json(modules["Pooling"], "config.json")
+        modes = config.get("pooling_mode") or [
+            key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
+            for key, on in config.items()
+            if key.startswith("pooling_mode_") and on is True
+        ]
+        modes = [modes] if isinstance(modes, str) else list(modes)
+        if len(modes) != 1 or modes[0] not in POOLINGS:
+            check.fail("Reranker", f"{modules['Pooling'].name}'s pooling mode", "mean or cls", " + ".join(modes) or "none")
+        pooling = POOLINGS[modes[0]]
+    prompts = folder / "config_sentence_transformers.json"
+    if prompts.exists() and (name := _json(folder, prompts.name).get("default_prompt_name")):
+        check.fail("Reranker", "default_prompt_name", "unset, for no prompt is added here", repr(name))
+    length = folder / "sentence_bert_config.json"
+    return pooling, "Normalize" in modules, _json(folder, length.name).get("max_seq_length") if length.exists() else None

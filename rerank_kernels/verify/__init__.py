@@ -1,0 +1,253 @@
+"""verify: are the promises true for this model, here?
+
+A check is a list of calls model(**inputs), padded as a user's stack would pad them (plan.py), and compares the bits of every row
+with the bits it has without the one thing the check varies: in the end with each text alone, unpadded, on one thread. A run also
+proves that it can fail: a control (controls.py) that is not caught makes the run fail, for that check has no power.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rerank_kernels import backend, hf
+from rerank_kernels.ops.pooling import pool
+from rerank_kernels.reranker import Reranker
+from rerank_kernels.verify.controls import Control, mutant_controls, sighted_controls
+from rerank_kernels.verify.measure import Result, Session, measure
+from rerank_kernels.verify.models import default_pairs, load
+from rerank_kernels.verify.plan import HOME, Call, Floats, Forward, Inputs, Texts, Tokens, build, plan
+from rerank_kernels.verify.report import VerifyReport, environment, isa
+
+__all__ = ["Control", "Result", "VerifyReport", "default_pairs", "environment", "load", "verify"]
+
+LIMIT = 64  # texts used unless asked otherwise: as many as the largest batch
+LARGE = 50_000_000  # parameters outside the embeddings from which the built-in texts are cut shorter
+ISAS = ("scalar", "avx2", "avx512")
+BUDGETS = (16384, 700)  # tokens a batch of the packed route
+
+
+def verify(
+    model: nn.Module,
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]] | None = None,
+    *,
+    stock: bool = False,
+    max_length: int | None = None,
+    limit: int | None = LIMIT,
+    pooling: str = "mean",
+    source: str | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> VerifyReport:
+    """Check every promise for `model` on `pairs` of (query, document), or on texts of Python's own library.
+
+    The model is patched for the run and left as it was found. stock: measure it unpatched. max_length: tokens a text is cut
+    to. limit: the first so many different texts are used. pooling: how an embedding model's vector is made, "mean" or "cls".
+    source: what models.load gets to have the same model in a fresh process; None leaves that check out. progress: called
+    with the share of the work that is done. Raises PatchError for a model that rerank_kernels does not serve, ValueError for
+    fewer than 8 different texts.
+    """
+    training, patched = model.training, isinstance(model.__dict__.get("forward"), hf.Forward)
+    model.eval()
+    # also for stock: what is not served is an error either way, and max_tokens asks a served model
+    hf.patch(model)
+    if stock:
+        hf.unpatch(model)
+    try:
+        large = sum(p.numel() for n, p in model.named_parameters() if "embeddings" not in n) >= LARGE
+        room = min(hf.max_tokens(model), tokenizer.model_max_length)
+        cut = max_length or (room if pairs is not None else 128 if large else 320)
+        texts = _texts(model, tokenizer, default_pairs() if pairs is None else pairs, min(cut, room), room, limit)
+        return _verify(model, tokenizer, texts, stock, pooling, source, 16 if large else 24, progress)
+    finally:
+        hf.patch(model) if patched else hf.unpatch(model)
+        model.train(training)
+
+
+def _verify(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Texts,
+    stock: bool,
+    pooling: str,
+    source: str | None,
+    few: int,
+    progress: Callable[[float], None] | None,
+) -> VerifyReport:
+    forward = _forward(model, pooling, stock)
+    routes: dict[str, Callable[[Call], Floats]] = {}
+    if source is not None:
+        routes["process"] = functools.partial(_FreshProcess(source, model, pooling, stock, texts, few).answer)
+    if not stock:
+        if model.config.num_labels == 1 or not _scores(model):  # type: ignore[union-attr]
+            routes["packed"] = functools.partial(_packed, model, tokenizer, pooling, texts)
+        for name in ISAS:
+            if isa(name) is not None:
+                routes["isa:" + name] = functools.partial(_with_isa, name, forward, texts)
+        isa("auto")
+
+    checks = plan(texts, routes=tuple(routes), few=few)
+    whole, spent = sum(map(texts.cost, set().union(*(c.calls() for c in checks)))), 0
+
+    def done(call: Call) -> None:
+        nonlocal spent
+        spent += texts.cost(call)
+        if progress is not None:
+            progress(spent / whole)
+
+    session = Session(texts, forward, routes, done)
+    results = [measure(check, session) for check in checks]
+    alone = np.concatenate([session.answer(Call((row,))) for row in range(len(texts.tokens))])
+    about = environment()
+    promised = backend.PROMISES if stock else about["promises"]
+    for r in results:
+        r.promised = r.promise in promised
+    controls = sighted_controls(texts, checks, alone)
+    if not stock:
+        # what the backend does not promise is reported; a mutant of it would prove nothing
+        controls += mutant_controls(texts, [c for c in checks if c.promise in promised], forward)
+    lengths = [texts.length(r) for r in range(len(texts.tokens))]
+    return VerifyReport(
+        results,
+        controls,
+        about,
+        scorer="stock PyTorch" if stock else "rerank_kernels",
+        kind="cross-encoder" if _scores(model) else "embedding",
+        rows=len(lengths),
+        lengths=(min(lengths), max(lengths)),
+    )
+
+
+def _scores(model: nn.Module) -> bool:
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def _texts(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], cut: int, room: int, limit: int | None) -> Texts:
+    """The rows, without doubles, cut to a multiple of HOME. An embedding model's rows are single texts."""
+    rows: dict[tuple[int, ...], int] = {}
+    tokens: list[Tokens] = []
+    kept: list[tuple[str, str]] = []
+
+    def row(query: str, document: str | None = None) -> int | None:
+        found = tokenizer(query, document, truncation=True, max_length=cut)
+        one = {n: list(found[n]) for n in ("input_ids", "token_type_ids") if n in found}
+        key = (*one["input_ids"], *one.get("token_type_ids", ()))
+        if key not in rows:
+            if limit is not None and len(tokens) >= limit:
+                return None
+            rows[key] = len(tokens)
+            tokens.append(one)
+            kept.append((query, document or ""))
+        return rows[key]
+
+    groups: dict[str, tuple[int | None, dict[int, None]]] = {}
+    for query, document in pairs:
+        head = None if _scores(model) else row(query)
+        place = row(query, document) if _scores(model) else row(document)
+        if place is not None and (head is not None or _scores(model)):
+            groups.setdefault(query, (head, {}))[1].setdefault(place)
+    whole = len(tokens) // HOME * HOME
+    if not whole:
+        raise ValueError(f"verify: pairs must hold at least {HOME} different texts, to put in one batch, got {len(tokens)}")
+    pad = tokenizer.pad_token_id or 0
+    special = (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id)
+    return Texts(
+        tokens=tuple(tokens[:whole]),
+        pairs=tuple(kept[:whole]),
+        groups=tuple((q, tuple(d for d in ds if d < whole)) for q, ds in groups.values() if q is None or q < whole),
+        pad=pad,
+        pad_type=tokenizer.pad_token_type_id or 0,
+        special=tuple(dict.fromkeys(t for t in special if t is not None and t != pad)),
+        vocabulary=model.config.vocab_size,
+        cut=cut,
+        room=room,
+    )
+
+
+def _forward(model: nn.Module, pooling: str, stock: bool) -> Forward:
+    """inputs -> float32 [B, L]: the logits, or the vectors pooled as a user of that stack would pool them."""
+
+    def forward(inputs: Inputs) -> Tensor:
+        with torch.inference_mode():
+            out = model(**inputs)
+            if _scores(model):
+                return out.logits.float()  # type: ignore[no-any-return]
+            hidden: Tensor = out.last_hidden_state
+            mask = inputs.get("attention_mask")
+            mask = torch.ones(hidden.shape[:2], dtype=torch.int64) if mask is None else mask
+            if not stock:
+                return pool(hidden, pooling, mask=mask, out_dtype=torch.float32)
+            if pooling == "cls":
+                return hidden[:, 0].float()
+            weight = mask.unsqueeze(-1).to(hidden.dtype)  # sentence-transformers' mean
+            return ((hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9)).float()
+
+    return forward
+
+
+def _packed(model: nn.Module, tokenizer: Any, pooling: str, texts: Texts, call: Call) -> Floats:
+    reranker = Reranker(model, tokenizer, max_length=texts.cut)
+    budget = BUDGETS[call.turn]
+    if reranker.kind == "cross-encoder":
+        return reranker.score([texts.pairs[r] for r in call.rows], progress=False, batch_tokens=budget).logit[:, None]
+    reranker.pooling, reranker.normalise = pooling, False  # bits of the vector itself
+    return reranker.encode([texts.pairs[r][0] for r in call.rows], progress=False, batch_tokens=budget)
+
+
+def _with_isa(name: str, forward: Forward, texts: Texts, call: Call) -> Floats:
+    isa(name)
+    try:
+        return forward(build(texts, call)).numpy()
+    finally:
+        isa("auto")
+
+
+class _FreshProcess:
+    """Asks another Python for all its calls at once, the first time it is asked for one."""
+
+    def __init__(self, source: str, model: nn.Module, pooling: str, stock: bool, texts: Texts, few: int) -> None:
+        self.texts, self.few = texts, few
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        self.request = {"source": source, "dtype": dtype, "pooling": pooling, "stock": stock}
+        self.answers: dict[tuple[int, ...], Floats] = {}
+
+    def answer(self, call: Call) -> Floats:
+        if not self.answers:
+            check = next(c for c in plan(self.texts, routes=("process",), few=self.few) if c.name == "process")
+            batches = [c.rows for s in check.scorings for c in s]
+            inputs = [{n: t.tolist() for n, t in build(self.texts, Call(b)).items()} for b in batches]
+            program = "from rerank_kernels.verify import _serve_parent; _serve_parent()"
+            ran = subprocess.run(
+                [sys.executable, "-c", program],
+                input=json.dumps({**self.request, "inputs": inputs}),
+                capture_output=True,
+                text=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            )
+            if ran.returncode:
+                raise RuntimeError(f"verify: the fresh process failed with {ran.returncode}: {ran.stderr.strip()[-2000:]}")
+            answers = json.loads(ran.stdout.splitlines()[-1])
+            for batch, (shape, bits) in zip(batches, answers, strict=True):
+                self.answers[batch] = np.frombuffer(bytes.fromhex(bits), np.float32).reshape(shape)
+        return self.answers[call.rows]
+
+
+def _serve_parent() -> None:
+    """The fresh process: a request on stdin, the bits of the answers on stdout."""
+    request = json.load(sys.stdin)
+    model, _, _ = load(request["source"], getattr(torch, request["dtype"]))
+    if not request["stock"]:
+        hf.patch(model)
+    torch.set_num_threads(1)
+    forward = _forward(model, request["pooling"], request["stock"])
+    answers = [forward({n: torch.tensor(v) for n, v in one.items()}).numpy() for one in request["inputs"]]
+    print(json.dumps([(a.shape, a.tobytes().hex()) for a in answers]))

@@ -1,0 +1,201 @@
+"""The negative controls: wrong scorers that the checks must notice, or a pass means nothing.
+
+Sighted scorers answer the reference's bits, but one ulp off where they see, in the tensors they are given, the one condition a
+check is about; exactly that check must notice. Mutants run the model itself with one thing wrong under that condition.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rerank_kernels import backend
+from rerank_kernels.verify.measure import Session, measure
+from rerank_kernels.verify.plan import HOME, Call, Check, Floats, Forward, Inputs, Texts, home
+
+
+@dataclass
+class Control:
+    name: str
+    expected: str  # the check that must see it
+    seen_by: tuple[str, ...]
+
+    @property
+    def caught(self) -> bool:
+        return self.seen_by == (self.expected,)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a scorer can see of one row of a call, read off the tensors it was given."""
+
+    batch: int
+    place: int
+    row: int
+    others: tuple[int, ...]  # the rows of the batch, sorted
+    padded: bool
+    left: bool
+    foreign: bool  # some padded place of the batch holds another token than the pad token
+    laid_out: bool
+    threads: int
+    turn: int  # how often it had been given just this
+
+
+SIGHTED: dict[str, Callable[[Sight], bool]] = {
+    "repeat": lambda s: s.turn > 0,
+    "layout": lambda s: s.laid_out,
+    "batch": lambda s: s.batch not in (1, HOME),
+    "position": lambda s: s.others == home(s.row) and s.place != s.row % HOME,
+    "neighbours": lambda s: s.batch == HOME and s.others != home(s.row) and s.place == s.row % HOME,
+    "padding length": lambda s: s.batch == 1 and s.padded,
+    "padding side": lambda s: s.padded and s.left,
+    "padding value": lambda s: s.foreign,
+    "threads": lambda s: s.threads != 1,
+}
+
+
+class Sighted:
+    """Answers the reference's bits, one ulp up where `condition` holds."""
+
+    def __init__(self, texts: Texts, reference: Floats, condition: Callable[[Sight], bool]) -> None:
+        self.texts, self.reference, self.condition = texts, reference, condition
+        self.row_of = {tuple(t["input_ids"]) + tuple(t.get("token_type_ids", ())): row for row, t in enumerate(texts.tokens)}
+        self.turns: dict[object, int] = {}
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        ids, types = inputs["input_ids"], inputs.get("token_type_ids")
+        mask = inputs["attention_mask"] if "attention_mask" in inputs else torch.ones_like(ids)
+        told = tuple((n, t.dtype, t.shape, t.stride(), t.storage_offset(), t.numpy().tobytes()) for n, t in inputs.items())
+        threads = torch.get_num_threads()
+        turn = self.turns[told, threads] = self.turns.get((told, threads), -1) + 1
+        plain = {"input_ids", "attention_mask"} <= inputs.keys() and all(
+            t.is_contiguous() and t.storage_offset() == 0 and t.dtype == torch.int64 for t in inputs.values()
+        )
+        valid = mask != 0
+        rows = []
+        for i in range(len(ids)):
+            key = ids[i][valid[i]].tolist() + ([] if types is None else types[i][valid[i]].tolist())
+            rows.append(self.row_of[tuple(key)])
+        out = self.reference[rows].copy()
+        foreign = bool((ids[~valid] != self.texts.pad).any())
+        for place, row in enumerate(rows):
+            sight = Sight(
+                batch=len(rows), place=place, row=row, others=tuple(sorted(rows)), padded=not bool(valid[place].all()),
+                left=not bool(valid[place, 0]), foreign=foreign, laid_out=not plain, threads=threads, turn=turn,
+            )  # fmt: skip
+            if self.condition(sight):
+                out[place] = _one_ulp_up(out[place])
+        return torch.from_numpy(out)
+
+
+def _one_ulp_up(value: Floats) -> Floats:
+    out = value.copy()
+    out[0] = np.nextafter(out[0], np.float32(np.inf))
+    return out
+
+
+def sighted_controls(texts: Texts, checks: Sequence[Check], reference: Floats) -> list[Control]:
+    """One per check; exactly that check must see it."""
+    controls = []
+    routed = {call.route: c.name for c in checks for s in c.scorings for call in s if call.route != "model"}
+    for name in [c.name for c in checks]:
+
+        def route(call: Call, name: str = name) -> Floats:
+            right = reference[list(call.rows)]
+            return np.stack([*map(_one_ulp_up, right)]) if routed[call.route] == name else right
+
+        condition = SIGHTED.get(name, lambda s: False)
+        session = Session(texts, Sighted(texts, reference, condition), {r: route for r in routed})
+        seen = tuple(c.name for c in checks if not measure(c, session).holds)
+        controls.append(Control(f"1 ulp off, by {name}", name, seen))
+    return controls
+
+
+def mutant_controls(texts: Texts, checks: Sequence[Check], forward: Forward) -> list[Control]:
+    """The model itself with one thing wrong in the way it goes wrong in real stacks; the named check must see it."""
+
+    def let_in(inputs: Inputs) -> Inputs:
+        mask = inputs["attention_mask"].clone()
+        for i in range(len(mask)):
+            outside = (mask[i] == 0).nonzero()
+            if len(outside):
+                mask[i, outside[0]] = 1
+        return {**inputs, "attention_mask": mask}
+
+    def several(inputs: Inputs) -> bool:
+        return len(inputs["input_ids"]) > 1
+
+    def left(inputs: Inputs) -> bool:
+        return "attention_mask" in inputs and bool((inputs["attention_mask"][:, 0] == 0).any())
+
+    def mutant(op: str, change: Callable[..., Any], when: Callable[[Inputs], bool]) -> Forward:
+        def run(inputs: Inputs) -> Tensor:
+            with _changed(op, change) if when(inputs) else contextlib.nullcontext():
+                return forward(inputs)
+
+        return run
+
+    mutants: list[tuple[str, str, Forward]] = [
+        ("one linear layer adds in another order in a batch", "batch", mutant("linear", _one_linear_backwards(), several)),
+        ("attention adds keys in another order if padded left", "padding side", mutant("attention", _keys_backwards, left)),
+        ("the mask lets one padded place in", "padding length", lambda inputs: forward(let_in(inputs))),
+        ("one linear layer adds in another order at 2 threads", "threads",
+         mutant("linear", _one_linear_backwards(), lambda inputs: torch.get_num_threads() > 1)),
+    ]  # fmt: skip
+    controls = []
+    by_name = {c.name: c for c in checks}
+    for name, expected, scorer in mutants:
+        if expected not in by_name:
+            continue
+        check = by_name[expected]
+        first = dataclasses.replace(check, scorings=(check.scorings[0][:4],))  # so few calls are enough, and cheap
+        caught = not measure(first, Session(texts, scorer)).holds
+        controls.append(Control(name, expected, (expected,) if caught else ()))
+    return controls
+
+
+@contextlib.contextmanager
+def _changed(op: str, change: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `op` is served by change(the true function, its arguments)."""
+    true = backend.select
+
+    def select(name: str, device: torch.device) -> Callable[..., Any]:
+        serve = true(name, device)
+        return functools.partial(change, serve) if name == op else serve
+
+    setattr(backend, "select", select)  # noqa: B010 (mypy refuses the plain assignment)
+    try:
+        yield
+    finally:
+        setattr(backend, "select", true)  # noqa: B010
+
+
+def _one_linear_backwards() -> Callable[..., Any]:
+    """The first weight it meets is multiplied with k descending: the same formula, other bits."""
+    chosen: list[int] = []
+
+    def change(serve: Callable[..., Any], x: Tensor, weight: Tensor, *rest: Any) -> Any:
+        if not chosen:
+            chosen.append(weight.data_ptr())
+        if weight.data_ptr() != chosen[0]:
+            return serve(x, weight, *rest)
+        return serve(x.flip(1), weight.flip(1), *rest)
+
+    return change
+
+
+def _keys_backwards(
+    serve: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, cu: Tensor, left: int, right: int, *rest: Any
+) -> Any:
+    offsets = cu.tolist()
+    turned = torch.cat([torch.arange(b - 1, a - 1, -1) for a, b in itertools.pairwise(offsets)])
+    return serve(q[turned], k[turned], v[turned], cu, right, left, *rest)[turned]

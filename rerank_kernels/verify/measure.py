@@ -1,0 +1,110 @@
+"""What comes back: bits against the reference, the largest difference, and documents that changed places."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rerank_kernels.verify.plan import Call, Check, Floats, Forward, Texts, build
+
+
+@dataclass
+class Result:
+    """One row of the table."""
+
+    promise: str
+    check: str
+    varied: str
+    equal: int = 0
+    total: int = 0
+    max_difference: float = 0.0
+    flips: int = 0
+    ordered: int = 0  # pairs of documents whose order was compared
+    promised: bool = True  # does the backend that answered promise this?
+
+    @property
+    def holds(self) -> bool:
+        return self.equal == self.total > 0
+
+
+@dataclass
+class Session:
+    """Answers calls, each once: what two checks share is computed for the first of them only."""
+
+    texts: Texts
+    forward: Forward
+    routes: dict[str, Callable[[Call], Floats]] = field(default_factory=dict)
+    done: Callable[[Call], None] = lambda call: None
+    answers: dict[Call, Floats] = field(default_factory=dict)
+
+    def answer(self, call: Call) -> Floats:
+        if call not in self.answers:
+            with threads(call.threads):
+                if call.route == "model":
+                    self.answers[call] = self.forward(build(self.texts, call)).numpy()
+                else:
+                    self.answers[call] = self.routes[call.route](call)
+            self.done(call)
+        return self.answers[call]
+
+
+@contextlib.contextmanager
+def threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure(check: Check, session: Session) -> Result:
+    result = Result(check.promise, check.name, check.varied)
+    for scoring in check.scorings:
+        before: dict[int, Floats] = {}
+        after: dict[int, Floats] = {}
+        for call in scoring:
+            for place, row in enumerate(call.rows):
+                base, there = check.base(call, place)
+                want, got = session.answer(base)[there], session.answer(call)[place]
+                result.total += 1
+                if got.tobytes() == want.tobytes():
+                    result.equal += 1
+                else:
+                    gap = np.abs(got.astype(np.float64) - want.astype(np.float64)).max()
+                    result.max_difference = max(result.max_difference, float("inf") if np.isnan(gap) else float(gap))
+                before.setdefault(row, want)
+                after.setdefault(row, got)
+        flips, ordered = _flips(session.texts, before, after)
+        result.flips += flips
+        result.ordered += ordered
+    return result
+
+
+def _flips(texts: Texts, before: dict[int, Floats], after: dict[int, Floats]) -> tuple[int, int]:
+    """Pairs of documents whose order changed (to or from a tie counts), and how many there were."""
+    flips = ordered = 0
+    for query, documents in texts.groups:
+        rows = [d for d in documents if d in before]
+        if len(rows) < 2 or (query is not None and query not in before):
+            continue
+        a, b = (_keys(values, query, rows) for values in (before, after))
+        changed = np.sign(a[:, None] - a[None, :]) != np.sign(b[:, None] - b[None, :])
+        flips += int(np.triu(changed, 1).sum())
+        ordered += len(rows) * (len(rows) - 1) // 2
+    return flips, ordered
+
+
+def _keys(values: dict[int, Floats], query: int | None, rows: list[int]) -> npt.NDArray[np.float64]:
+    """What documents are ordered by: the (first) logit, or the cosine with the query."""
+    d = np.stack([values[r] for r in rows]).astype(np.float64)
+    if query is None:
+        return d[:, 0]
+    q = values[query].astype(np.float64)
+    cosines: npt.NDArray[np.float64] = (d @ q) / (np.linalg.norm(d, axis=1) * np.linalg.norm(q))
+    return cosines

@@ -1,0 +1,142 @@
+"""What can be verified with nothing at hand: shapes with random weights, and texts from Python's own library."""
+
+from __future__ import annotations
+
+import collections
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from rerank_kernels.reranker import Reranker
+
+SHAPE = "shape:"
+# Models that people run, by their config.json; only the vocabulary is smaller, for it costs memory and no arithmetic.
+SHAPES: dict[str, dict[str, Any]] = {
+    "bge-reranker-base": {"layers": 12, "hidden": 768, "heads": 12, "inner": 3072},
+    "bge-reranker-large": {"layers": 24, "hidden": 1024, "heads": 16, "inner": 4096},
+    "tiny": {"layers": 2, "hidden": 64, "heads": 4, "inner": 160},
+}
+VOCABULARY = 8000
+SEED = 20_240_229
+
+
+class Loaded(NamedTuple):
+    model: Any  # not patched
+    tokenizer: Any
+    pooling: str  # of an embedding model
+
+
+def load(name: str, dtype: torch.dtype | None = None) -> Loaded:
+    """A model folder, or "shape:NAME" for random weights (the same in every process). ValueError says what is wrong with it."""
+    if name.startswith(SHAPE):
+        return _shape(name.removeprefix(SHAPE), dtype)
+    from rerank_kernels.hf import unpatch
+
+    found = Reranker(Path(name), dtype=dtype)
+    unpatch(found.model)
+    return Loaded(found.model, found.tokenizer, found.pooling)
+
+
+def _shape(name: str, dtype: torch.dtype | None) -> Loaded:
+    if name not in SHAPES:
+        raise ValueError(f"no shape is named {name!r}; there are {', '.join(SHAPES)}")
+    from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
+
+    tokenizer = _word_tokenizer()
+    shape = SHAPES[name]
+    config: Any = XLMRobertaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=shape["hidden"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        intermediate_size=shape["inner"],
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+    )
+    config.num_labels = 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model: Any = XLMRobertaForSequenceClassification(config)
+    model.eval()
+    return Loaded(model if dtype is None else model.to(dtype), tokenizer, "mean")
+
+
+def _word_tokenizer() -> Any:
+    """Whole words of the library's docstrings, most frequent first, with XLM-R's special tokens and template."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    words = collections.Counter(w for text in docstrings() for w in re.findall(r"\w+|[^\w\s]", text.lower()))
+    ranked = sorted(words, key=lambda w: (-words[w], w))[: VOCABULARY - len(special)]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + ranked)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), "isolated")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    fast: Any = PreTrainedTokenizerFast
+    return fast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        cls_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        sep_token="</s>",
+        unk_token="<unk>",
+        model_max_length=512,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+_MODULES = """
+    argparse ast base64 bisect calendar collections configparser contextlib copy csv dataclasses datetime decimal difflib enum
+    fileinput fractions functools gettext glob gzip hashlib heapq html inspect io ipaddress itertools json logging lzma math
+    operator os pathlib pickle pprint random re sched shlex shutil socket sqlite3 statistics string subprocess tarfile tempfile
+    textwrap threading time tokenize typing urllib.parse uuid wave weakref zipfile
+"""
+QUERIES = (
+    "read rows from a csv file",
+    "run a command and capture what it prints",
+    "how do I split a path into folder and file name?",
+    "search a string with a regular expression",
+    "the standard deviation of a sample",
+    "wait until another thread has finished",
+    "compress",
+    "parse the date and the time of day out of a text, with its time zone, whatever the format it was written in",
+)
+
+
+def docstrings() -> list[str]:
+    """What Python's library says of its own functions and classes, in a fixed order; the same texts for one Python version."""
+    found: dict[str, None] = {}
+    for name in _MODULES.split():
+        try:
+            module = importlib.import_module(name)
+        except ImportError:  # lzma and sqlite3 are missing from some builds of Python
+            continue
+        for member in sorted(getattr(module, "__all__", None) or vars(module)):
+            thing = getattr(module, member, None)
+            if member.startswith("_") or not callable(thing):
+                continue
+            if text := " ".join((inspect.getdoc(thing) or "").split()):
+                found.setdefault(text)
+    return list(found)
+
+
+def default_pairs() -> list[tuple[str, str]]:
+    """64 pairs: eight queries, eight documents each, from a few words to several hundred tokens."""
+    documents = sorted((d for d in docstrings() if 12 <= len(d) <= 1600), key=lambda text: (len(text), text))
+    step = len(documents) / (8 * len(QUERIES))
+    # query j takes every eighth of 64 lengths, so each batch of eight holds short and long ones
+    return [(query, documents[int((8 * k + j) * step)]) for j, query in enumerate(QUERIES) for k in range(8)]

@@ -1,0 +1,149 @@
+"""The one table, its JSON, and the environment it was made in."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rerank_kernels import backend
+from rerank_kernels.verify.controls import Control
+from rerank_kernels.verify.measure import Result
+
+
+@dataclass
+class VerifyReport:
+    results: list[Result]
+    controls: list[Control]
+    environment: dict[str, Any]
+    scorer: str  # "rerank_kernels" or "stock PyTorch"
+    kind: str
+    rows: int
+    lengths: tuple[int, int]  # shortest and longest row, in tokens
+
+    @property
+    def fallen(self) -> list[Result]:
+        return [r for r in self.results if r.promised and not r.holds]
+
+    @property
+    def powerless(self) -> list[Control]:
+        return [c for c in self.controls if not c.caught]
+
+    @property
+    def ok(self) -> bool:
+        return not self.fallen and not self.powerless
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "ok": self.ok,
+            "scorer": self.scorer,
+            "kind": self.kind,
+            "rows": self.rows,
+            "shortest": self.lengths[0],
+            "longest": self.lengths[1],
+            "checks": [
+                # JSON has no infinity
+                {**dataclasses.asdict(r), "max_difference": r.max_difference if np.isfinite(r.max_difference) else None,
+                 "holds": r.holds}
+                for r in self.results
+            ],
+            "controls": [{**dataclasses.asdict(c), "caught": c.caught} for c in self.controls],
+            "environment": self.environment,
+        }  # fmt: skip
+
+    def print(self, console: Console | None = None) -> None:
+        console = console or Console()
+        what = "logits" if self.kind == "cross-encoder" else "vectors"
+        table = Table(
+            title=f"{self.scorer}: {what} of {self.rows} texts of {self.lengths[0]} to {self.lengths[1]} tokens",
+            title_justify="left",
+        )
+        table.add_column("promise", no_wrap=True)
+        table.add_column("check", no_wrap=True)
+        table.add_column("varied")
+        for name in ("bits equal", "max difference", "rank flips"):
+            table.add_column(name, justify="right", no_wrap=True)
+        promise = ""
+        for r in self.results:
+            style = "" if r.holds else "red" if r.promised else "dim"
+            table.add_row(
+                r.promise if r.promise != promise else "",
+                r.check,
+                r.varied if r.promised else f"{r.varied} (not promised by this backend)",
+                f"{r.equal:,}/{r.total:,}",
+                "0" if r.max_difference == 0 else f"{r.max_difference:.2g}",
+                f"{r.flips:,}/{r.ordered:,}",
+                style=style,
+            )
+            promise = r.promise
+        console.print(table)
+        caught = sum(c.caught for c in self.controls)
+        console.print(f"negative controls caught {caught}/{len(self.controls)}", style="" if not self.powerless else "red")
+        for c in self.powerless:
+            others = ", ".join(s for s in c.seen_by if s != c.expected)
+            if c.expected in c.seen_by:
+                console.print(
+                    f"  {c.name}: caught by {c.expected}, but by {others} as well: they do not measure one thing each"
+                )
+            else:
+                console.print(f"  {c.name}: not seen by {c.expected}: that check has no power here")
+        fallen = list(dict.fromkeys(r.promise for r in self.fallen))
+        if fallen:
+            console.print("fallen: " + ", ".join(fallen), style="red")
+        elif self.ok:
+            held = dict.fromkeys(r.promise for r in self.results if r.promised)
+            console.print("held: " + ", ".join(held), style="green")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, CPU, backend, instruction set, threads: what a report of bits needs beside it. Never raises."""
+    import transformers
+
+    import rerank_kernels as rk
+
+    out: dict[str, Any] = {
+        "rerank_kernels": rk.__version__,
+        "numerics": rk.NUMERICS_VERSION,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+    }
+    try:
+        chosen = backend.active("cpu")
+        out["backend"], out["promises"] = chosen.name, list(chosen.promises)
+    except backend.BackendError as error:
+        out["backend"], out["promises"] = f"none: {error}", []
+    out["isa"] = isa() or "-"
+    if (host := host_library()) is not None:
+        out["build"], out["cpu features"] = dict(host.build_info()), dict(host.cpu_features())
+    return out
+
+
+def host_library() -> Any:
+    """The compiled library's own account of itself, None where it was not built."""
+    if backend.missing("cpu") is not None:
+        return None
+    try:
+        return importlib.import_module("rerank_kernels._host")
+    except ImportError:
+        return None
+
+
+def isa(wanted: str = "auto") -> str | None:
+    """The instruction set in use after asking for `wanted`; None without the compiled library or if `wanted` is not here."""
+    if backend.missing("cpu") is not None:
+        return None
+    try:
+        return str(torch.ops.rerank_kernels.forceisa(wanted))
+    except (AttributeError, RuntimeError):
+        return None

@@ -1,0 +1,93 @@
+"""Builds rerank_kernels._C (ops, torch stable ABI) and rerank_kernels._host (pybind11, torch-free).
+
+RERANK_KERNELS_BUILD_CPU = auto (default: built if torch, ninja's companions and a C++ compiler are there, else the package
+installs without it and says so) | 0 (never) | 1 (required: a failure fails the install).
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import sys
+
+from setuptools import setup
+
+ROOT = pathlib.Path(__file__).parent
+WANT = os.environ.get("RERANK_KERNELS_BUILD_CPU", "auto")
+
+# The numeric contract's flags (NUMERICS.md, "Flags"): a compiler must neither fuse nor reorder what the source says.
+NUMERIC_FLAGS = ["-ffp-contract=off", "-fno-fast-math", "-fno-unsafe-math-optimizations"]
+FLAGS = ["-O3", "-g0", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-fvisibility=hidden", "-fno-math-errno", *NUMERIC_FLAGS]
+
+
+def say(text: str) -> None:
+    # stderr: pip shows it with -v, and always when an install fails
+    print(f"rerank_kernels: {text}", file=sys.stderr, flush=True)
+
+
+def why_not() -> str | None:
+    """What a build lacks, None if nothing."""
+    if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
+        return "no C++ compiler on PATH (install g++ 11 or newer)"
+    try:
+        import torch  # noqa: F401
+        import torch.utils.cpp_extension  # noqa: F401
+    except ImportError:
+        return "torch is not visible to the build (install torch first, then pip install --no-build-isolation .)"
+    try:
+        import pybind11  # noqa: F401
+    except ImportError:
+        return "pybind11 is not installed (pip install pybind11 ninja)"
+    return None
+
+
+def extensions() -> tuple[list, dict]:
+    if WANT not in ("auto", "0", "1"):
+        raise SystemExit(f"RERANK_KERNELS_BUILD_CPU must be auto, 0 or 1, got {WANT!r}")
+    reason = "RERANK_KERNELS_BUILD_CPU=0" if WANT == "0" else why_not()
+    if reason is not None:
+        if WANT == "1":
+            raise SystemExit(f"rerank_kernels: the CPU library is required (RERANK_KERNELS_BUILD_CPU=1) and cannot be built: {reason}")
+        say(f"installing without the C++ library: {reason}; the pytorch backend will serve")
+        return [], {}
+
+    import pybind11
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    class Build(BuildExtension):
+        """With auto, a failed compilation leaves the pure-Python package, and says so."""
+
+        def build_extension(self, ext) -> None:  # type: ignore[no-untyped-def]
+            try:
+                super().build_extension(ext)
+            except Exception as error:
+                if WANT == "1":
+                    raise
+                say(f"{ext.name} did not compile and is left out; the pytorch backend will serve: {error}")
+
+    # File names relative to this folder: setuptools refuses absolute ones.
+    kernels = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
+    headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
+    facts = f"torch {torch.__version__}; flags {' '.join(FLAGS)}"
+    return [
+        CppExtension(
+            "rerank_kernels._C",
+            ["csrc/schema.cpp", *kernels],
+            extra_compile_args=[*FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000"],
+            depends=headers,
+            py_limited_api=True,
+        ),
+        CppExtension(
+            "rerank_kernels._host",
+            ["csrc/host.cpp"],
+            include_dirs=[pybind11.get_include()],
+            extra_compile_args=[*FLAGS, f'-DRK_BUILD_FACTS="{facts}"'],
+            depends=headers,
+        ),
+    ], {"build_ext": Build}
+
+
+ext_modules, cmdclass = extensions()
+setup(ext_modules=ext_modules, cmdclass=cmdclass)

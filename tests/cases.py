@@ -1,0 +1,376 @@
+"""The one table of cases: for every op its shapes, its inputs, its float64 truth and the error that is allowed.
+
+Tests, golden hashes and bench/ read the same table. Numbers come from a counter-based generator written out below (SplitMix64), so
+that they do not depend on any library's random number generator, and they use exactly the significand bits of the dtype. Their
+exponents span eight octaves: with small integers every float32 sum would be exact, and no wrong order would ever show.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rerank_kernels.ops import attention as attention_op
+from rerank_kernels.ops import linear as linear_op
+from rerank_kernels.ops import norm as norm_op
+from rerank_kernels.ops import pooling as pooling_op
+from rerank_kernels.ops import softmax as softmax_op
+from rerank_kernels.ops import sparse_ffn as sparse_ffn_op
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SIGNIFICAND = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "layer_norm": norm_op.layer_norm,
+    "softmax": softmax_op.softmax,
+    "sum": softmax_op.sum,
+    "mean": softmax_op.mean,
+    "linear": linear_op.linear,
+    "activation": linear_op.activation,
+    "attention": attention_op.attention,
+    "pool": pooling_op.pool,
+    "sigmoid": pooling_op.sigmoid,
+    "score_head": pooling_op.score_head,
+    "sparse_ffn": sparse_ffn_op.sparse_ffn,
+}
+
+Tensors = dict[str, Tensor]
+
+
+def numbers(seed: str, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Signed numbers of magnitude 2^-6 to 4 times `scale` (a power of two), root mean square near 1.25 * scale."""
+    bits = SIGNIFICAND[dtype] - 1
+    counter = np.arange(1, math.prod(shape) + 1, dtype=np.uint64)
+    z = counter * np.uint64(0x9E3779B97F4A7C15) + np.uint64(zlib.crc32(seed.encode()))
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    fraction = (z & np.uint64((1 << bits) - 1)).astype(np.float64) / (1 << bits)
+    exponent = ((z >> np.uint64(40)) & np.uint64(7)).astype(np.float64) - 6.0
+    sign = 1.0 - 2.0 * (z >> np.uint64(63)).astype(np.float64)
+    exact = torch.from_numpy((sign * (1.0 + fraction) * np.exp2(exponent) * scale).reshape(shape))
+    out = exact.to(dtype)
+    assert torch.equal(out.double(), exact), f"{seed}: not exact in {dtype}"
+    return out
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one op. `rows` are the arguments that have one entry a row (a token, a pair), `shared` those that have not."""
+
+    op: str
+    label: str
+    rows: Mapping[str, tuple[int, ...]]
+    shared: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    lengths: tuple[int, ...] = ()  # of the sequences, for ops over sequences
+    count: int = 37  # rows, for the others: not a multiple of any tile
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.label}"
+
+    @property
+    def total(self) -> int:
+        return sum(self.lengths) if self.lengths else self.count
+
+    def make_rows(self, dtype: torch.dtype, total: int | None = None, salt: str = "") -> Tensors:
+        total = self.total if total is None else total
+        return {n: numbers(f"{self} {n} {salt}", (total, *s), dtype) for n, s in self.rows.items()}
+
+    def make_shared(self, dtype: torch.dtype) -> Tensors:
+        """Weights [N, K] are scaled by about 1 / sqrt(K), so that chains of layers stay in float16's range."""
+        scales = {n: 2.0 ** -round(math.log2(math.sqrt(s[1]))) if len(s) == 2 else 1.0 for n, s in self.shared.items()}
+        return {n: numbers(f"{self} {n}", s, dtype, scales[n]) for n, s in self.shared.items()}
+
+    def call(self, rows: Tensors, shared: Tensors, lengths: tuple[int, ...] | None = None) -> tuple[Tensor, ...]:
+        """The public function on these rows; always a tuple, whose tensors have one entry a row or a sequence."""
+        arguments: dict[str, Any] = {**rows, **shared, **self.options}
+        if self.lengths:
+            arguments["cu_seqlens"] = offsets(self.lengths if lengths is None else lengths)
+        out = FUNCTIONS[self.op](**arguments)
+        return (out,) if isinstance(out, Tensor) else tuple(out)
+
+    def call_padded(self, rows: Tensors, shared: Tensors, mask: Tensor | None) -> tuple[Tensor, ...]:
+        """The same on padded [B, T, ...] rows, for ops over sequences."""
+        out = FUNCTIONS[self.op](**rows, **shared, **self.options, mask=mask)
+        return (out,) if isinstance(out, Tensor) else tuple(out)
+
+    def near(self, rows: Tensors, shared: Tensors, out: tuple[Tensor, ...]) -> tuple[Near, ...]:
+        """Truth and allowed error, the rounding to the dtype of `out` included."""
+        truths = _NEAR[self.op](self, {n: t.double() for n, t in {**rows, **shared}.items()})
+        return tuple(_rounded(t, o.dtype) for t, o in zip(truths, out, strict=True))
+
+
+def offsets(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).to(torch.int32)
+
+
+def of(*ops: str) -> list[Case]:
+    return [case for case in CASES if case.op in ops]
+
+
+def get(name: str) -> Case:
+    return {str(case): case for case in CASES}[name]
+
+
+# --- truth and allowed error -------------------------------------------------------------------------------------------
+
+U = 2.0**-24  # half an ulp of 1 in float32
+TINY = 2.0**-148  # two of the smallest steps of float32, for results that underflow
+# Errors of act(v) in units of U * |act(v)|, without what v itself brings in. gelu_tanh adds the rounding of exp's argument.
+ACTIVATION_UNITS = {"relu": 0.0, "tanh": 8.0, "sigmoid": 8.0, "silu": 8.0, "gelu": 16.0, "gelu_tanh": 8.0}
+STEEPEST = 1.13  # largest derivative of any activation (gelu)
+
+
+class Near(NamedTuple):
+    value: Tensor  # float64
+    slack: Tensor  # float64, the largest allowed |result - value|
+
+
+def steps(n: int) -> float:
+    """Rounding errors of an n-term float32 sum in any order, in units of U * sum|terms|: they add up like a random walk
+    (Higham and Mary, 2019), so twice sqrt(n) and a few more; the worst case n * U would let TF32 pass."""
+    return 4.0 + 2.0 * math.sqrt(n)
+
+
+def exact(x: Tensor) -> Near:
+    return Near(x, torch.zeros_like(x))
+
+
+def near_linear(x: Near, weight: Tensor, bias: Tensor | None) -> Near:
+    magnitude = x.value.abs() @ weight.abs().t()
+    if bias is not None:
+        magnitude = magnitude + bias.abs()
+    slack = x.slack @ weight.abs().t() + steps(weight.shape[1]) * U * magnitude
+    return Near(linear_op.linear_truth(x.value, weight, bias), slack)
+
+
+def near_activation(v: Near, kind: str | None) -> Near:
+    if kind is None:
+        return v
+    y = linear_op.activation_truth(v.value, kind)
+    units = torch.full_like(y, ACTIVATION_UNITS[kind])
+    if kind == "gelu_tanh":
+        units = units + 8.0 * (v.value + 0.044715 * v.value**3).abs()
+    return Near(y, STEEPEST * v.slack + units * U * y.abs() + TINY)
+
+
+def near_add(a: Near, b: Tensor) -> Near:
+    y = a.value + b
+    return Near(y, a.slack + U * y.abs())
+
+
+def _rounded(n: Near, dtype: torch.dtype) -> Near:
+    half_ulp = 2.0 ** -SIGNIFICAND[dtype] * n.value.abs() + torch.finfo(dtype).smallest_normal * 2.0 ** -SIGNIFICAND[dtype]
+    return Near(n.value, n.slack * 1.01 + half_ulp)
+
+
+def _near_layer_norm(case: Case, a: Tensors) -> tuple[Near, ...]:
+    value = norm_op.layer_norm_truth(**a, **case.options)
+    s = a["x"] + a.get("residual", torch.zeros(()))
+    d = s.shape[-1]
+    sd = (s.var(-1, unbiased=False, keepdim=True) + case.options.get("eps", 1e-5)).sqrt()
+    bias = a.get("bias", torch.zeros(()))
+    lost_in_mean = steps(d // 32 + 5) * U * s.abs().mean(-1, keepdim=True) + 2 * U * s.abs()
+    slack = a["weight"].abs() * lost_in_mean / sd + steps(d // 32 + 8) * U * ((value - bias).abs() + value.abs())
+    return (Near(value, slack),)
+
+
+def _near_softmax(case: Case, a: Tensors) -> tuple[Near, ...]:
+    x, dim = a["x"], case.options["dim"]
+    value = softmax_op.softmax_truth(x, dim)
+    fall = (x - x.amax(dim, keepdim=True)).abs()
+    return (Near(value, (steps(x.shape[dim] // 32 + 5) + 8.0 + fall + fall.amax(dim, keepdim=True)) * U * value + TINY),)
+
+
+def _near_sum(case: Case, a: Tensors) -> tuple[Near, ...]:
+    truth = softmax_op.sum_truth if case.op == "sum" else softmax_op.mean_truth
+    return (Near(truth(a["x"], -1), steps(case.rows["x"][0] // 32 + 5) * U * truth(a["x"].abs(), -1)),)
+
+
+def _near_linear(case: Case, a: Tensors) -> tuple[Near, ...]:
+    y = near_activation(near_linear(exact(a["x"]), a["weight"], a.get("bias")), case.options.get("activation"))
+    return (near_add(y, a["residual"]) if "residual" in a else y,)
+
+
+def _near_attention(case: Case, a: Tensors) -> tuple[Near, ...]:
+    options = {k: v for k, v in case.options.items() if k in ("causal", "window", "scale")}
+    q, k, v = a["q"], a["k"], a["v"]
+    cu = offsets(case.lengths)
+    value = attention_op.attention_truth(q, k, v, cu_seqlens=cu, **options)
+    weighted = attention_op.attention_truth(q, k, v.abs(), cu_seqlens=cu, **options)
+    group = q.shape[1] // k.shape[1]
+    scale = case.options.get("scale", 1.0 / math.sqrt(q.shape[2]))
+    slack = torch.zeros_like(value)
+    for lo, hi in zip(cu.tolist(), cu.tolist()[1:], strict=False):
+        if lo < hi:
+            keys = k[lo:hi].repeat_interleave(group, 1).abs()
+            largest = torch.einsum("ihd,jhd->ihj", q[lo:hi].abs(), keys).amax(-1, keepdim=True) * abs(scale)
+            # a score's error is a relative error of its weight, once above and once below the fraction bar
+            slack[lo:hi] = 2.0 * (steps(q.shape[2]) + 2.0) * U * largest * weighted[lo:hi]
+            slack[lo:hi] += 2.0 * (steps(hi - lo) + 4.0) * U * weighted[lo:hi]
+    return (Near(value, slack + TINY),)
+
+
+def _near_pool(case: Case, a: Tensors) -> tuple[Near, ...]:
+    cu, mode = offsets(case.lengths), case.options["mode"]
+    value = pooling_op.pool_truth(a["x"], mode, cu_seqlens=cu)
+    if mode == "cls":
+        return (exact(value),)
+    units = torch.tensor([steps(n) for n in case.lengths], dtype=torch.float64)[:, None]
+    return (Near(value, units * U * pooling_op.pool_truth(a["x"].abs(), mode, cu_seqlens=cu)),)
+
+
+def _near_score_head(case: Case, a: Tensors) -> tuple[Near, ...]:
+    x = exact(a["pooled"])
+    if "dense_weight" in a:
+        x = near_activation(near_linear(x, a["dense_weight"], a.get("dense_bias")), case.options.get("activation", "tanh"))
+    logit = near_linear(x, a["out_weight"], a.get("out_bias"))
+    out = [logit]
+    for value in (logit.value, -logit.value):
+        y = torch.sigmoid(value)
+        out.append(Near(y, y * (1.0 - y) * logit.slack * 1.01 + 8.0 * U * y))
+    return tuple(out)
+
+
+def _near_sparse_ffn(case: Case, a: Tensors) -> tuple[Near, ...]:
+    up = near_linear(exact(a["x"]), a["up_weight"], a.get("up_bias"))
+    if "gate_weight" in a:
+        gate = near_activation(near_linear(exact(a["x"]), a["gate_weight"], a.get("gate_bias")), "relu")
+        slack = gate.slack * (up.value.abs() + up.slack) + gate.value * up.slack + U * (gate.value * up.value).abs()
+        hidden = Near(gate.value * up.value, slack)
+    else:
+        hidden = near_activation(up, "relu")
+    return (near_linear(hidden, a["down_weight"], a.get("down_bias")),)
+
+
+_NEAR: dict[str, Callable[[Case, Tensors], tuple[Near, ...]]] = {
+    "layer_norm": _near_layer_norm,
+    "softmax": _near_softmax,
+    "sum": _near_sum,
+    "mean": _near_sum,
+    "linear": _near_linear,
+    "activation": lambda case, a: (near_activation(exact(a["x"]), case.options["kind"]),),
+    "attention": _near_attention,
+    "pool": _near_pool,
+    "sigmoid": lambda case, a: (near_activation(exact(a["x"]), "sigmoid"),),
+    "score_head": _near_score_head,
+    "sparse_ffn": _near_sparse_ffn,
+}
+
+
+# --- the table ---------------------------------------------------------------------------------------------------------
+
+
+def _layer_norm(d: int, *, bias: bool = True, residual: bool = False, eps: float = 1e-5) -> Case:
+    rows = {"x": (d,), "residual": (d,)} if residual else {"x": (d,)}
+    shared = {"weight": (d,), "bias": (d,)} if bias else {"weight": (d,)}
+    label = f"{d}{'' if bias else '-no_bias'}{'-residual' if residual else ''}{'' if eps == 1e-5 else f'-eps={eps}'}"
+    return Case("layer_norm", label, rows, shared, {"eps": eps})
+
+
+def _reduce(op: str, d: int) -> Case:
+    return Case(op, f"{d}", {"x": (d,)}, options={"dim": -1})
+
+
+def _linear(
+    k: int,
+    n: int,
+    activation: str | None = None,
+    *,
+    bias: bool = True,
+    residual: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Case:
+    rows = {"x": (k,), "residual": (n,)} if residual else {"x": (k,)}
+    shared = {"weight": (n, k), "bias": (n,)} if bias else {"weight": (n, k)}
+    options: dict[str, Any] = {"activation": activation} if activation else {}
+    if out_dtype:
+        options["out_dtype"] = out_dtype
+    words = [f"{k}x{n}", activation, "" if bias else "no_bias", "residual" if residual else "", str(out_dtype or "")[6:]]
+    return Case("linear", "-".join(w for w in words if w), rows, shared, options)
+
+
+def _attention(d: int, heads: tuple[int, int] = (2, 2), lengths: tuple[int, ...] = (5, 1, 33, 0, 70, 64), **options: Any) -> Case:
+    words = [f"{k}={v}".replace(" ", "") for k, v in options.items()]
+    label = "-".join([f"D{d}", f"H{heads[0]}of{heads[1]}", f"T{max(lengths)}", *words])
+    rows = {"q": (heads[0], d), "k": (heads[1], d), "v": (heads[1], d)}
+    return Case("attention", label, rows, options=options, lengths=lengths)
+
+
+def _pool(d: int, mode: str, lengths: tuple[int, ...] = (5, 1, 33, 0, 130), out_dtype: torch.dtype | None = None) -> Case:
+    options: dict[str, Any] = {"mode": mode}
+    if out_dtype:
+        options["out_dtype"] = out_dtype
+    return Case("pool", f"{d}-{mode}{'-' + str(out_dtype)[6:] if out_dtype else ''}", {"x": (d,)}, options=options, lengths=lengths)
+
+
+def _score_head(d: int, p: int, labels: int, activation: str | None = "tanh", bias: bool = True) -> Case:
+    shared: dict[str, tuple[int, ...]] = {"out_weight": (labels, p or d)}
+    options: dict[str, Any] = {}
+    if p:
+        shared["dense_weight"] = (p, d)
+        options["activation"] = activation
+    if bias:
+        shared["out_bias"] = (labels,)
+        if p:
+            shared["dense_bias"] = (p,)
+    label = f"{d}x{p}x{labels}-{activation}" if p else f"{d}x{labels}-no_dense"
+    return Case("score_head", label + ("" if bias else "-no_bias"), {"pooled": (d,)}, shared, options)
+
+
+def _sparse_ffn(k: int, f: int, d: int, *, gate: bool = False, bias: bool = False) -> Case:
+    shared: dict[str, tuple[int, ...]] = {"up_weight": (f, k), "down_weight": (d, f)}
+    if gate:
+        shared["gate_weight"] = (f, k)
+    if bias:
+        shared |= {"up_bias": (f,), "down_bias": (d,)} | ({"gate_bias": (f,)} if gate else {})
+    return Case("sparse_ffn", f"{k}x{f}x{d}{'-gate' if gate else ''}{'-bias' if bias else ''}", {"x": (k,)}, shared)
+
+
+CASES: list[Case] = [
+    *(_layer_norm(d) for d in (1, 7, 31, 32, 33, 768)),
+    _layer_norm(384, residual=True),
+    _layer_norm(1000, bias=False),
+    _layer_norm(1024, residual=True, eps=1e-12),
+    *(_reduce(op, d) for op in ("softmax", "sum", "mean") for d in (1, 5, 32, 33, 100, 1000)),
+    _linear(1, 1),
+    _linear(1, 5, bias=False),
+    _linear(3, 1, "sigmoid"),
+    _linear(33, 2, "relu"),
+    _linear(64, 7, residual=True),
+    _linear(100, 100, "silu"),
+    _linear(384, 48, "tanh"),
+    _linear(511, 33, bias=False, residual=True),
+    _linear(512, 16),
+    _linear(513, 17, "gelu"),
+    _linear(768, 96, "gelu", residual=True),
+    _linear(1024, 1),
+    _linear(1025, 40, "gelu_tanh"),
+    _linear(1536, 24, out_dtype=torch.float32),
+    *(Case("activation", kind, {"x": (37,)}, options={"kind": kind}) for kind in linear_op.ACTIVATIONS),
+    *(_attention(d) for d in (1, 8, 32, 40, 64, 80, 96, 128, 256)),
+    _attention(64, (4, 2), causal=True),
+    _attention(32, (4, 1), window=(7, 3)),
+    _attention(32, (3, 3), window=(-1, 0), scale=0.5),
+    _attention(40, (4, 2), causal=True, window=(16, -1)),
+    _attention(16, (1, 1), lengths=(520, 3, 1030)),
+    _attention(16, (2, 1), lengths=(40, 600), causal=True),
+    *(_pool(d, mode) for d in (1, 33, 384) for mode in pooling_op.POOL_MODES),
+    _pool(48, "mean", out_dtype=torch.float32),
+    Case("sigmoid", "33", {"x": (33,)}),
+    _score_head(384, 384, 1),
+    _score_head(100, 33, 3, "gelu"),
+    _score_head(768, 0, 1),
+    _score_head(1, 1, 1, None, bias=False),
+    _sparse_ffn(64, 96, 40),
+    _sparse_ffn(33, 513, 17, bias=True),
+    _sparse_ffn(100, 1030, 64, gate=True),
+    _sparse_ffn(48, 600, 1, gate=True, bias=True),
+]

@@ -1,0 +1,100 @@
+"""Fixtures: every op test runs on every registered backend and dtype, and the run ends by saying which backends those were.
+
+RERANK_KERNELS_REQUIRE=cpu (a comma-separated list) makes a missing backend a failure instead of a skip, for machines such as CI's
+where it is known to be there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import DTYPES
+from invariants import force_isa
+
+from rerank_kernels import backend as registry
+
+ISAS = ("avx512", "avx2", "scalar")
+REQUIRE = "RERANK_KERNELS_REQUIRE"
+_ran: Counter[str] = Counter()
+_isas: Counter[str] = Counter()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "promise(name): run only on backends that make this promise")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", metafunc.module.CASES, ids=str)
+    if "backend" in metafunc.fixturenames:
+        marks = [m.args[0] for m in metafunc.definition.iter_markers("promise")]
+        names = [b.name for b in registry.BACKENDS.values() if set(marks) <= set(b.promises) and "cpu" in b.devices]
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[registry.Backend]:
+    """Every op inside the test is served by this backend."""
+    require(request.param)
+    _ran[request.param] += 1
+    with registry.use(request.param):
+        yield registry.BACKENDS[request.param]
+
+
+@pytest.fixture(params=DTYPES, ids=lambda d: str(d)[6:])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=[i for i in ISAS if i != "scalar"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """An instruction set of the cpu backend; the test itself switches to it with `force_isa` and compares with scalar."""
+    require("cpu")
+    try:
+        force_isa(request.param)
+    except RuntimeError as error:
+        pytest.skip(f"cpu backend, {request.param}: {error}")
+    _isas[request.param] += 1
+    _isas["scalar"] += 1
+    with registry.use("cpu"):
+        yield request.param
+    force_isa("auto")
+
+
+def require(name: str) -> None:
+    """Skip without backend `name`, fail if it was said to be there."""
+    reason = registry.missing(name)
+    if reason is None:
+        return
+    if name in required():
+        pytest.fail(f"backend {name!r} is required by {REQUIRE} and not available: {reason}")
+    pytest.skip(f"backend {name!r} is not available: {reason}")
+
+
+def required() -> set[str]:
+    return {n.strip() for n in os.environ.get(REQUIRE, "").split(",") if n.strip()}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (lost := sorted(n for n in required() if n not in registry.BACKENDS or registry.missing(n))) and session.exitstatus == 0:
+        session.exitstatus = 1
+        print(f"\n{REQUIRE} names {', '.join(lost)}, which is not available")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.section("backends")
+    for b in registry.BACKENDS.values():
+        reason = registry.missing(b.name)
+        if reason is not None:
+            terminalreporter.line(f"{b.name}: did not run: {reason}")
+            continue
+        how = "native"
+        if b.name == "cpu":
+            how = f"native {force_isa('auto')}"
+            if _isas:
+                how += "; bit for bit against scalar: " + ", ".join(i for i in ISAS if i != "scalar" and _isas[i])
+        terminalreporter.line(f"{b.name}: {how}, torch {torch.__version__}, {torch.get_num_threads()} threads, {_ran[b.name]} tests")

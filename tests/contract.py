@@ -1,0 +1,47 @@
+"""The contract of NUMERICS.md once more, in NumPy and for clarity only: what `portable` kernels must equal bit for bit.
+
+Written from the words, not from the kernels, so that kernel and test cannot share a mistake.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Floats = npt.NDArray[np.float32]
+
+
+def fma(a: Floats, b: Floats, c: Floats) -> Floats:
+    """a * b + c rounded once to float32. The product is exact in float64; the sum is rounded to odd there, which keeps enough
+    of what is lost that the second rounding is right (Boldo and Melquiond, 2008)."""
+    product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
+    s = product + addend
+    t = s - product
+    lost = (product - (s - t)) + (addend - t)
+    even = (s.view(np.int64) & 1) == 0
+    s = np.where((lost != 0) & even & np.isfinite(s), np.nextafter(s, np.where(lost > 0, np.inf, -np.inf)), s)
+    return s.astype(np.float32)
+
+
+def dot(x: Tensor, weight: Tensor, chunk: int = 512) -> Tensor:
+    """x [M, K] · weight [N, K]ᵀ: an fma chain from +0 in every chunk of K, the chunks added in ascending order from +0."""
+    a, w = x.float().numpy(), weight.float().numpy()
+    total = np.zeros((a.shape[0], w.shape[0]), np.float32)
+    for start in range(0, a.shape[1], chunk):
+        part = np.zeros_like(total)
+        for k in range(start, min(start + chunk, a.shape[1])):
+            part = fma(a[:, k, None], w[None, :, k], part)
+        total = total + part
+    return torch.from_numpy(total)
+
+
+def row_sum(x: Tensor) -> Tensor:
+    """[M, D] -> [M]: lane l from +0 adds x[l], x[l + 32], ...; lanes fold by 16, 8, 4, 2, 1."""
+    lanes = np.zeros((x.shape[0], 32), np.float32)
+    for d, column in enumerate(x.float().numpy().T):
+        lanes[:, d % 32] += column
+    for width in (16, 8, 4, 2, 1):
+        lanes = lanes[:, :width] + lanes[:, width : 2 * width]
+    return torch.from_numpy(lanes[:, 0])

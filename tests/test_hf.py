@@ -1,0 +1,479 @@
+"""hf: a patched transformers model is right (float64, stock), the same bits in every batch, and undone without a trace."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import FAMILIES, POSITIONS, config, minilm, padded, rows, tiny
+from torch import nn
+
+import rerank_kernels as rk
+from rerank_kernels.hf import Forward, packed_embeddings, packed_logits
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LENGTHS = (7, 1, 70, 23, 64, 2, 65, 23)  # around one key tile of 64, and equal ones
+PAD = {"bert": 0, "roberta": 1, "xlm-roberta": 1}
+
+
+def bits(t):
+    return t.detach().contiguous().view({4: torch.int32, 2: torch.int16}[t.element_size()])
+
+
+def assert_same_bits(a, b, what=""):
+    assert a.dtype == b.dtype and a.shape == b.shape
+    differ = (bits(a) != bits(b)).flatten().nonzero().flatten()
+    assert not len(differ), (
+        f"{what}: {len(differ)} of {a.numel()} values differ, first {a.flatten()[differ[0]]} {b.flatten()[differ[0]]}"
+    )
+
+
+def alone(model, sequences):
+    return torch.cat([model(input_ids=s[None]).logits for s in sequences])
+
+
+def clean(model):
+    return not any("forward" in m.__dict__ for m in model.modules())
+
+
+# ---- right ------------------------------------------------------------------------------------------------------------------
+
+# |patched - float64 of the same weights|, logits of size 1..5: float32 noise, and a few roundings of a half body
+BOUND = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 2e-1}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_close_to_float64(family, dtype):
+    model = tiny(family, dtype, num_labels=3)
+    batch = padded(rows(LENGTHS), PAD[family])
+    batch["token_type_ids"] = (torch.arange(batch["input_ids"].numel()).view_as(batch["input_ids"]) % 3 == 0).long()
+    with torch.no_grad():
+        truth = copy.deepcopy(model).double()(**batch).logits
+    rk.patch(model)
+    logits = model(**batch).logits
+    assert logits.dtype == torch.float32 and logits.shape == (len(LENGTHS), 3)
+    assert truth.std() > 0.2, "the model does not tell these inputs apart: the comparison would be empty"
+    assert (logits - truth).abs().max() < BOUND[dtype]
+
+
+@pytest.mark.parametrize("heads, hidden", [(1, 64), (4, 96), (16, 64), (2, 80)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_close_to_stock_in_float32(family, heads, hidden):
+    model = tiny(family, head=False, num_attention_heads=heads, hidden_size=hidden)
+    batch = padded(rows(LENGTHS), PAD[family])
+    with torch.no_grad():
+        stock = model(**batch, output_hidden_states=True)
+    rk.patch(model)
+    out = model(**batch, output_hidden_states=True)
+    kept = batch["attention_mask"].bool()
+    assert type(out) is type(stock) and len(out.hidden_states) == len(stock.hidden_states) == 3
+    for ours, theirs in zip(out.hidden_states, stock.hidden_states, strict=True):
+        torch.testing.assert_close(ours[kept], theirs[kept], rtol=0, atol=2e-5)
+        assert not ours[~kept].any(), "padding must be 0"
+    torch.testing.assert_close(out.pooler_output, stock.pooler_output, rtol=0, atol=2e-5)
+    assert_same_bits(out.last_hidden_state, out.hidden_states[-1])
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh"])
+def test_activations(act):
+    model = tiny("bert", hidden_act=act)
+    batch = padded(rows(LENGTHS), 0)
+    with torch.no_grad():
+        stock = model(**batch).logits
+    rk.patch(model)
+    torch.testing.assert_close(model(**batch).logits, stock, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_and_embeddings_given(family):
+    model = tiny(family)
+    batch = padded(rows((9, 5)), PAD[family])
+    positions = torch.randint(2, POSITIONS, (2, 9), generator=torch.Generator().manual_seed(1))
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
+    with torch.no_grad():
+        stock = model(**batch, position_ids=positions).logits
+    rk.patch(model)
+    logits = model(**batch, position_ids=positions).logits
+    torch.testing.assert_close(logits, stock, rtol=0, atol=2e-5)
+    assert_same_bits(model(**batch, position_ids=positions[:1]).logits[0], logits[0])
+    embeds[1, 5:] = float("nan")
+    mask = batch["attention_mask"]
+    assert_same_bits(model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).logits, logits)
+    assert_same_bits(model(inputs_embeds=embeds, attention_mask=mask).logits, model(**batch).logits)
+
+
+# ---- the same ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bits_do_not_depend_on_the_batch(family, dtype):
+    model, pad = tiny(family, dtype), PAD[family]
+    rk.patch(model)
+    sequences = rows(LENGTHS)
+    want = alone(model, sequences)
+    assert len(set(want.flatten().tolist())) > 4
+    with torch.no_grad():
+        model.get_input_embeddings().weight[pad] = float("nan")  # whoever reads padding returns NaN from here on
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = [sequences[i] for i in order]
+    for what, got in {
+        "batched": model(**padded(sequences, pad)).logits,
+        "left": model(**padded(sequences, pad, left=True)).logits,
+        "longer": model(**padded(sequences, pad, to=130)).logits,
+        "longer left": model(**padded(sequences, pad, to=131, left=True)).logits,
+        "another pad id": model(**padded(sequences, 77, left=True)).logits,
+        "bool mask": model(**{k: v if k == "input_ids" else v.bool() for k, v in padded(sequences, pad).items()}).logits,
+        "float mask": model(**{k: v if k == "input_ids" else v.float() for k, v in padded(sequences, pad).items()}).logits,
+        "tuple": model(**padded(sequences, pad), return_dict=False)[0],
+        "again": alone(model, sequences),
+    }.items():
+        assert_same_bits(got, want, what)
+    assert_same_bits(model(**padded(shuffled, pad)).logits, want[order], "shuffled")
+
+
+def test_bits_with_holes_are_the_bits_without():
+    model = tiny("xlm-roberta")
+    rk.patch(model)
+    (ids,) = rows((12,))
+    mask = torch.tensor([0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 0])
+    got = model(input_ids=ids[None], attention_mask=mask[None]).logits
+    assert_same_bits(got, model(input_ids=ids[mask.bool()][None]).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_entries_give_the_bits_of_the_forward(family):
+    model, sequences = tiny(family), rows(LENGTHS)
+    rk.patch(model)
+    cu = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
+    out = packed_logits(model, torch.cat(sequences), cu)
+    assert_same_bits(out.logit, alone(model, sequences))
+    assert_same_bits(out.score, rk.sigmoid(out.logit))
+    assert_same_bits(out.complement, rk.sigmoid(-out.logit))
+    encoder = model.base_model
+    means = packed_embeddings(encoder, torch.cat(sequences), cu, normalise=False)
+    torch.testing.assert_close(means[3], encoder(sequences[3][None]).last_hidden_state[0].mean(0), rtol=0, atol=1e-5)
+    units = packed_embeddings(encoder, torch.cat(sequences), cu)
+    torch.testing.assert_close(units, nn.functional.normalize(means), rtol=0, atol=1e-6)
+    with pytest.raises(rk.PatchError, match=r"must be a patched \*ForSequenceClassification, got \w+Model"):
+        packed_logits(encoder, torch.cat(sequences), cu)
+
+
+def test_empty_rows_and_batches():
+    model = tiny("bert")
+    rk.patch(model)
+    sequences = rows((5, 8))
+    batch = padded([sequences[0], sequences[0][:0], sequences[1]], 0)
+    out = model(**batch).logits
+    assert_same_bits(out[[0, 2]], alone(model, sequences))
+    assert model(input_ids=torch.zeros(0, 4, dtype=torch.long)).logits.shape == (0, 1)
+
+
+# ---- the patch lives with the model -----------------------------------------------------------------------------------------
+
+
+def test_unpatch_restores_everything():
+    model = tiny("xlm-roberta")
+    batch = padded(rows(LENGTHS), 1)
+    before = {m: set(m.__dict__) for m in model.modules()}
+    tensors = {k: (v.data_ptr(), v.clone()) for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        stock = model(**batch).logits
+    rk.patch(model)
+    assert {k: v.data_ptr() for k, v in model.state_dict().items()} == {k: p for k, (p, _) in tensors.items()}
+    model(**batch)
+    rk.unpatch(model)
+    assert {m: set(m.__dict__) for m in model.modules()} == before and clean(model)
+    assert all(torch.equal(v, tensors[k][1]) for k, v in model.state_dict().items())
+    with torch.no_grad():
+        assert_same_bits(model(**batch).logits, stock)
+    rk.unpatch(model)  # once more changes nothing
+
+
+def test_classes_and_other_models_stay_stock():
+    kept = inspect.getattr_static(nn.Linear, "forward")
+    model, other = tiny("bert"), tiny("bert")
+    rk.patch(model)
+    assert clean(other) and inspect.getattr_static(nn.Linear, "forward") is kept
+    assert type(model).forward is type(other).forward
+
+
+def test_deepcopy_uses_its_own_weights():
+    model = tiny("bert")
+    rk.patch(model)
+    sequences = rows((5, 30))
+    want = alone(model, sequences)
+    twin = copy.deepcopy(model)
+    assert_same_bits(alone(twin, sequences), want)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert_same_bits(alone(twin, sequences), want)
+    assert twin.forward.module is twin and twin.bert.forward.module is twin.bert
+    rk.unpatch(twin)
+    assert clean(twin) and not clean(model)
+
+
+def test_pickle_in_a_fresh_process(tmp_path):
+    model = tiny("bert")
+    rk.patch(model)
+    sequences = rows((5, 30))
+    want = alone(model, sequences)
+    again = pickle.loads(pickle.dumps(model))
+    assert isinstance(again.forward, Forward) and again.forward.module is again
+    assert_same_bits(alone(again, sequences), want)
+    torch.save(model, tmp_path / "model.pt")
+    code = (
+        "import sys, torch; m = torch.load(sys.argv[1], weights_only=False)\n"
+        "print(type(m.forward).__name__, *[m(input_ids=torch.tensor([eval(a)])).logits.item().hex() for a in sys.argv[2:]])"
+    )
+    path = os.pathsep.join([str(Path(rk.__file__).parents[1]), *sys.path])
+    arguments = [str(tmp_path / "model.pt"), *(str(s.tolist()) for s in sequences)]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["Forward", *(v.hex() for v in want.flatten().tolist())]
+
+
+def test_dtype_and_weights_can_change_after_patching():
+    model, half = tiny("roberta"), tiny("roberta", torch.float16)
+    sequences = rows(LENGTHS)
+    rk.patch(model)
+    wide = alone(model, sequences)
+    rk.patch(half)
+    assert_same_bits(alone(model.half(), sequences), alone(half, sequences))
+    other = tiny("roberta", seed=7)
+    assert model.float().load_state_dict(other.state_dict()).missing_keys == []
+    rk.patch(other)
+    assert_same_bits(alone(model, sequences), alone(other, sequences))
+    model.load_state_dict(tiny("roberta").state_dict(), assign=True)
+    assert_same_bits(alone(model.to("cpu"), sequences), wide)
+
+
+def test_save_pretrained_of_a_patched_model(tmp_path):
+    model = tiny("bert")
+    sequences = rows((5, 30))
+    rk.patch(model)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert clean(again)
+    rk.patch(again)
+    assert_same_bits(alone(again, sequences), alone(model, sequences))
+
+
+def test_signature_is_the_stock_one():
+    model = tiny("bert")
+    stock = inspect.signature(model.forward)
+    rk.patch(model)
+    assert inspect.signature(model.forward) == stock
+
+
+# ---- the report -------------------------------------------------------------------------------------------------------------
+
+
+def test_report_names_every_module_once_and_counts_calls():
+    model = tiny("xlm-roberta")
+    report = rk.patch(model)
+    assert report.mode == "portable" and report.unknown == {}
+    assert set(report.replaced) | set(report.exact) == {path for path, _ in model.named_modules()}
+    assert not set(report.replaced) & set(report.exact)
+    assert report.replaced[""] == "XLMRobertaForSequenceClassification"
+    assert report.exact["roberta.embeddings.word_embeddings"] == "Embedding"
+    assert report.calls() == {"": 0, "roberta": 0}
+    alone(model, rows((3, 4)))
+    assert report.calls() == {"": 2, "roberta": 2}
+    model.roberta(rows((3,))[0][None])
+    assert report.calls() == {"": 2, "roberta": 3}
+    lines = str(report).splitlines()
+    assert lines[0] == "mode portable" and lines[-1] == "calls: (the model) 2, roberta 3"
+    assert any(line.split() == ["Linear", "14", "-", "-"] for line in lines), str(report)
+
+
+def test_patching_twice_is_patching_once():
+    model = tiny("bert")
+    first = rk.patch(model)
+    bound = model.forward
+    alone(model, rows((3,)))
+    second = rk.patch(model)
+    assert model.forward is bound and second.calls() == first.calls() == {"": 1, "bert": 1}
+
+
+def test_leaves_in_plain_containers():
+    model = nn.Sequential(
+        nn.Linear(48, 40), nn.LayerNorm(40), nn.GELU(), nn.Dropout(0.5), nn.Linear(40, 24, bias=False), nn.GELU("tanh"),
+        nn.Unflatten(1, (4, 6)), nn.LayerNorm((4, 6), elementwise_affine=False), nn.Flatten(), nn.SiLU(), nn.Softmax(-1),
+    ).eval()  # fmt: skip
+    x = torch.randn(9, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stock = model(x)
+    report = rk.patch(model, strict=False)
+    assert report.unknown == {"6": "Unflatten"} and report.exact == {"": "Sequential", "3": "Dropout", "8": "Flatten"}
+    y = model(x)
+    assert set(report.calls().values()) == {1}
+    torch.testing.assert_close(y, stock, rtol=1e-5, atol=1e-6)
+    assert_same_bits(torch.cat([model(row[None]) for row in x]), y)
+    with pytest.raises(RuntimeError, match=r"Linear\.forward: an input asks for gradients .*inference_mode"):
+        model(x.clone().requires_grad_())
+
+
+# ---- refusals ---------------------------------------------------------------------------------------------------------------
+
+
+class Shifted(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1.0
+
+
+def foreign(name):
+    import transformers as tf
+
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=50)
+    if name == "MPNet":
+        return tf.MPNetModel(tf.MPNetConfig(**sizes))
+    if name == "DebertaV2":
+        return tf.DebertaV2ForSequenceClassification(tf.DebertaV2Config(**sizes))
+    model = tiny("bert")
+    model.bert.encoder.layer[1].output.dense = Shifted(96, 64)
+    return model
+
+
+@pytest.mark.parametrize(
+    "name, line",
+    [
+        ("MPNet", r"encoder\.layer\.0\.attention: MPNetAttention"),
+        ("DebertaV2", r"deberta\.encoder: DebertaV2Encoder"),
+        ("custom", r"bert\.encoder\.layer\.1\.output\.dense: Shifted"),
+    ],
+)
+def test_strict_names_what_it_does_not_know_and_changes_nothing(name, line):
+    model = foreign(name).eval()
+    with pytest.raises(rk.PatchError, match=line) as error:
+        rk.patch(model)
+    assert "nothing was patched" in str(error.value) and type(model).__name__ in str(error.value)
+    assert clean(model)
+
+
+def test_not_strict_leaves_the_unknown_and_the_encoder_around_it():
+    model = foreign("custom").eval()
+    batch = padded(rows((9, 5)), 0)
+    with torch.no_grad():
+        stock = model(**batch).logits
+    report = rk.patch(model, strict=False)
+    assert report.unknown["bert.encoder.layer.1.output.dense"] == "Shifted"
+    assert report.unknown[""] == "BertForSequenceClassification (holds the unknown modules)"
+    assert "unknown: bert.encoder.layer.1.output.dense: Shifted" in str(report)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, stock, rtol=0, atol=2e-5)
+    assert report.calls()["bert.encoder.layer.0.output.dense"] == 1
+
+
+def test_hooks_and_own_forwards_inside_an_encoder_are_refused():
+    model = tiny("bert")
+    batch = padded(rows((4,)), 0)
+    with torch.no_grad():
+        model(**batch, output_hidden_states=True)  # leaves transformers' own hooks behind, which are harmless
+    rk.unpatch(model)
+    rk.patch(model)
+    rk.unpatch(model)
+    handle = model.bert.encoder.layer[0].register_forward_hook(lambda m, a, out: out * 0)
+    with pytest.raises(rk.PatchError, match=r"encoder\.layer\.0: BertLayer \(has forward hooks\)"):
+        rk.patch(model)
+    handle.remove()
+    linear = model.bert.encoder.layer[0].output.dense
+    linear.forward = lambda x: x
+    with pytest.raises(rk.PatchError, match=r"Linear \(has a forward of its own"):
+        rk.patch(model)
+    rk.unpatch(model)
+    assert "forward" in linear.__dict__, "unpatch must leave what is not ours"
+
+
+def test_patch_arguments():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        rk.patch("bert")
+    with pytest.raises(ValueError, match="mode must be 'portable', the only one that exists, got 'tensor'"):
+        rk.patch(tiny("bert"), mode="tensor")
+    holder = type("FlagReranker", (), {"model": tiny("bert")})()
+    with pytest.raises(TypeError, match=r"got FlagReranker; pass its \.model"):
+        rk.patch(holder)
+    decoder = tiny("bert", head=False, is_decoder=True)
+    with pytest.raises(rk.PatchError, match=r"BertModel \(config\.is_decoder"):
+        rk.patch(decoder)
+    with pytest.raises(rk.PatchError, match=r"BertLayer \(served only inside its whole model\)"):
+        rk.patch(tiny("bert").bert.encoder.layer[0])
+
+
+def test_forward_refuses_what_it_would_have_to_ignore():
+    model = tiny("bert")
+    rk.patch(model)
+    batch = padded(rows((5, 3)), 0)
+    for name, value in {
+        "labels": torch.zeros(2),
+        "output_attentions": True,
+        "head_mask": torch.ones(2, 4),
+        "past_key_values": (1,),
+        "use_cache": True,
+        "surprise": 3,
+    }.items():
+        with pytest.raises(ValueError, match=rf"BertForSequenceClassification\.forward: {name} is not served"):
+            model(**batch, **{name: value})
+        model(**batch, **{name: None})
+    model(**batch, use_cache=False, output_attentions=False)
+    with pytest.raises(ValueError, match="encoder_hidden_states is not served"):
+        model.bert(**batch, encoder_hidden_states=torch.zeros(2, 5, 64))
+    with pytest.raises(ValueError, match="exactly one of input_ids"):
+        model()
+    with pytest.raises(ValueError, match=r"input_ids must be \[B, T\], got \[5\]"):
+        model(batch["input_ids"][0])
+    with pytest.raises(ValueError, match=r"attention_mask must be \[B, T\] = \[2, 5\], .* got \[2, 1, 5, 5\]"):
+        model(batch["input_ids"], attention_mask=torch.ones(2, 1, 5, 5))
+    with pytest.raises(ValueError, match=r"input_ids must be in \[0, 159\]"):
+        model(batch["input_ids"] + 200)
+    with pytest.raises(ValueError, match=rf"at most {POSITIONS} tokens a sequence.*got {POSITIONS + 1}; tokenise with trunc"):
+        model(rows((POSITIONS + 1,))[0][None])
+    with pytest.raises(ValueError, match="output_hidden_states must be True or False"):
+        model(**batch, output_hidden_states=[1])
+    with pytest.warns(UserWarning, match="begin or end with the pad token 0 and attention_mask is missing"):
+        model(batch["input_ids"])
+    model.train()
+    with pytest.raises(RuntimeError, match=r"training mode .* call model\.eval\(\), or rk\.unpatch\(model\)"):
+        model(**batch)
+
+
+def test_no_gradients_even_if_asked_for():
+    model = tiny("bert")
+    rk.patch(model)
+    batch = padded(rows((5, 3)), 0)
+    assert not model(**batch).logits.requires_grad
+    embeds = torch.zeros(2, 5, 64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="an input asks for gradients"):
+        model(inputs_embeds=embeds)
+
+
+def test_config_can_be_patched_in_every_served_family():
+    for family in FAMILIES:
+        rk.patch(type(tiny(family))(config(family, hidden_dropout_prob=0.3)).eval())
+
+
+# ---- real weights, and through sentence-transformers ------------------------------------------------------------------------
+
+
+def test_minilm_through_sentence_transformers():
+    st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    model = st.SentenceTransformer(str(minilm()), device="cpu")
+    texts = ["Paris is the capital of France.", "bread", "The order of a sum matters. " * 12]
+    stock = torch.from_numpy(model.encode(texts))
+    with pytest.raises(rk.PatchError, match=r"SentenceTransformer, a wrapper .* pass model\[0\]\.auto_model"):
+        rk.patch(model)
+    report = rk.patch(model[0].auto_model)
+    ours = torch.from_numpy(model.encode(texts))
+    assert report.calls()[""] > 0
+    torch.testing.assert_close(ours, stock, rtol=0, atol=2e-6)

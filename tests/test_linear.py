@@ -1,0 +1,151 @@
+"""linear and activation: y = act(x · weightᵀ + bias) + residual."""
+
+from __future__ import annotations
+
+import cases
+import contract
+import invariants
+import pytest
+import torch
+from cases import Case, numbers
+from invariants import same
+
+from rerank_kernels.backend import Backend
+from rerank_kernels.ops.linear import ACTIVATIONS, activation, linear
+
+CASES = cases.of("linear", "activation")
+NAN, INF = float("nan"), float("inf")
+
+
+class TestLinear(invariants.Promises):
+    pass
+
+
+@pytest.mark.promise("portable")
+@pytest.mark.parametrize("k", [1, 2, 511, 512, 513, 1024, 1100])
+def test_order_of_the_sum(backend: Backend, k: int, dtype: torch.dtype) -> None:
+    x, w = numbers("x", (5, k), dtype), numbers("w", (18, k), dtype)
+    same(linear(x, w, out_dtype=torch.float32), contract.dot(x, w), f"K = {k}, kernel against the contract in NumPy")
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_fused_is_unfused(backend: Backend, kind: str) -> None:
+    """In float32 there is no rounding between the steps, so fusing them may change nothing."""
+    x, w, b, r = (numbers(n, s, torch.float32) for n, s in (("x", (9, 70)), ("w", (45, 70)), ("b", (45,)), ("r", (9, 45))))
+    plain = linear(x, w, b)
+    same(plain, linear(x, w) + b, "bias")
+    same(linear(x, w, b, activation=kind), activation(plain, kind), kind)
+    same(linear(x, w, b, activation=kind, residual=r), activation(plain, kind) + r, f"{kind} and residual")
+    same(linear(x, w, b, residual=r), plain + r, "residual")
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_half_is_float32_rounded_once(backend: Backend, half: torch.dtype) -> None:
+    x, w, b, r = (numbers(n, s, half) for n, s in (("x", (9, 600)), ("w", (21, 600)), ("b", (21,)), ("r", (9, 21))))
+    wide = linear(x.float(), w.float(), b.float(), activation="gelu", residual=r.float())
+    same(linear(x, w, b, activation="gelu", residual=r), wide.to(half), "half against float32 rounded once")
+    same(linear(x, w, b, activation="gelu", residual=r, out_dtype=torch.float32), wide, "half in, float32 out")
+    same(linear(x, w.float(), b, activation="gelu", residual=r.float()), wide.to(half), "weights of another dtype")
+    same(linear(x.float(), w, b.float(), activation="gelu", residual=r, out_dtype=half), wide.to(half), "rows of another dtype")
+
+
+def test_columns_are_independent(backend: Backend, dtype: torch.dtype) -> None:
+    """y[m, n] knows row n of the weight and no other: not its content, not how many there are."""
+    x, w = numbers("x", (6, 130), dtype), numbers("w", (40, 130), dtype)
+    want = linear(x, w)
+    for junk in (NAN, INF, 1e4):
+        poisoned = w.clone()
+        poisoned[7] = junk
+        same(linear(x, poisoned)[:, :7], want[:, :7], f"{junk} in column 7")
+        same(linear(x, poisoned)[:, 8:], want[:, 8:], f"{junk} in column 7")
+
+
+@pytest.mark.promise("portable")
+def test_columns_do_not_count(backend: Backend, dtype: torch.dtype) -> None:
+    x, w = numbers("x", (6, 130), dtype), numbers("w", (40, 130), dtype)
+    want = linear(x, w)
+    for start, stop in ((0, 1), (39, 40), (3, 20), (1, 18)):
+        same(linear(x, w[start:stop]), want[:, start:stop], f"columns {start}:{stop} alone")
+
+
+def test_any_layout(backend: Backend, dtype: torch.dtype) -> None:
+    x, w, b = numbers("x", (6, 24), dtype), numbers("w", (10, 24), dtype), numbers("b", (10,), dtype)
+    want = linear(x, w, b)
+    same(linear(x.t().contiguous().t(), w, b), want, "x transposed in memory")
+    same(linear(x, w.t().contiguous().t(), b), want, "weight transposed in memory")
+    same(linear(x, w, torch.stack([b, b], 1)[:, 0]), want, "strided bias")
+    same(linear(x[0], w, b), want[0], "a vector")
+    same(linear(x.view(1, 2, 3, 24), w, b), want.view(1, 2, 3, 10), "4-D")
+    same(linear(x, w, b, residual=want.t().contiguous().t()), linear(x, w, b, residual=want), "residual transposed in memory")
+    same(linear(x[:1].expand(6, 24), w, b), want[:1].expand(6, 10), "expanded rows")
+
+
+def test_arguments_stay_as_they_are(backend: Backend, dtype: torch.dtype) -> None:
+    x, w, b, r = (numbers(n, s, dtype) for n, s in (("x", (3, 8)), ("w", (5, 8)), ("b", (5,)), ("r", (3, 5))))
+    before = [t.clone() for t in (x, w, b, r)]
+    linear(x, w, b, activation="relu", residual=r)
+    for t, old in zip((x, w, b, r), before, strict=True):
+        same(t, old, "an argument")
+
+
+def test_changed_weight_is_seen(backend: Backend, dtype: torch.dtype) -> None:
+    """A prepacked copy must not outlive the values it was made from."""
+    x, w = numbers("x", (3, 40), dtype), numbers("w", (33, 40), dtype)
+    linear(x, w)
+    w.mul_(2.0)
+    same(linear(x, w), linear(x, w.clone()), "after an in-place change")
+    w.copy_(numbers("another", (33, 40), dtype))
+    same(linear(x, w), linear(x, w.clone()), "after a copy into it")
+
+
+def test_activation_special_values(backend: Backend, dtype: torch.dtype) -> None:
+    x = torch.tensor([0.0, INF, -INF, NAN], dtype=dtype)
+    want = {"tanh": [0, 1, -1], "relu": [0, INF, 0], "sigmoid": [0.5, 1, 0]}
+    for kind in ACTIVATIONS:
+        y = activation(x, kind).tolist()
+        assert y[3] != y[3], f"{kind}(nan) = {y[3]}"
+        assert y[0] == want.get(kind, [0])[0], f"{kind}(0) = {y[0]}"
+        assert y[1] == want.get(kind, [0, INF])[1], f"{kind}(inf) = {y[1]}"
+        if kind in want:
+            assert y[2] == want[kind][2], f"{kind}(-inf) = {y[2]}"
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activation_far_out(backend: Backend, kind: str) -> None:
+    """Small results of large negative arguments keep their digits: the bound is relative."""
+    x = torch.linspace(-80.0, 80.0, 4001)
+    near = cases.near_activation(cases.exact(x.double()), kind)
+    error = (activation(x, kind).double() - near.value).abs()
+    allowed = near.slack + cases.U * near.value.abs() + 2.0**-150
+    assert bool((error <= allowed).all()), f"worst at x = {float(x[(error / allowed).argmax()])}"
+
+
+def test_errors(backend: Backend) -> None:
+    x, w = torch.zeros(2, 3), torch.zeros(4, 3)
+    with pytest.raises(ValueError, match=r"linear: weight must be \[N, 3\], got \[4, 5\]"):
+        linear(x, torch.zeros(4, 5))
+    with pytest.raises(ValueError, match=r"linear: bias must be \[4\], got \[3\]"):
+        linear(x, w, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"linear: residual must be \[2, 4\], got \[4\]"):
+        linear(x, w, residual=torch.zeros(4))
+    with pytest.raises(ValueError, match=r"linear: activation must be one of .*'gelu'.* got 'swish'"):
+        linear(x, w, activation="swish")
+    with pytest.raises(ValueError, match=r"linear: out_dtype must be one of .* got torch.float64"):
+        linear(x, w, out_dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"linear: x must be float32, float16 or bfloat16, got torch.int64; convert it"):
+        linear(x.long(), w)
+    with pytest.raises(TypeError, match=r"linear: weight must be a torch.Tensor, got list"):
+        linear(x, [[1.0]])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"linear: weight must be \[N, K\] with N, K > 0, got \[4, 0\]"):
+        linear(torch.zeros(2, 0), torch.zeros(4, 0))
+    with pytest.raises(ValueError, match=r"activation: kind must be one of .* got None"):
+        activation(x, None)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"linear: x carries a gradient history and rerank_kernels is forward only"):
+        linear(x.requires_grad_() * 2, w)
+
+
+def test_case_table_covers_the_edges() -> None:
+    """K below, at and beyond one chunk of 512, and two; M = N = K = 1."""
+    ks = {case.rows["x"][0] for case in CASES if case.op == "linear"}
+    assert {1, 511, 512, 513, 1024, 1025} <= ks
+    assert any(isinstance(case, Case) and case.shared.get("weight") == (1, 1) for case in CASES)

@@ -1,0 +1,71 @@
+"""layer_norm: y = (s - mean) / sqrt(var + eps) * weight + bias with s = x + residual."""
+
+from __future__ import annotations
+
+import cases
+import contract
+import invariants
+import pytest
+import torch
+from cases import numbers
+from invariants import same
+
+from rerank_kernels.backend import Backend
+from rerank_kernels.ops.norm import layer_norm, layer_norm_truth
+
+CASES = cases.of("layer_norm")
+
+
+class TestLayerNorm(invariants.Promises):
+    pass
+
+
+@pytest.mark.parametrize("d", [1, 5, 32, 33, 384, 1000])
+def test_order_of_the_sums(backend: Backend, d: int) -> None:
+    """Only IEEE adds, multiplies, divisions and square roots: even the pure-PyTorch backend gives the contract's bits."""
+    x, w = numbers("x", (6, d), torch.float32), numbers("w", (d,), torch.float32)
+    c = x - (contract.row_sum(x) / d)[:, None]
+    rstd = 1.0 / (contract.row_sum(c * c) / d + 1e-5).sqrt()
+    same(layer_norm(x, w), c * rstd[:, None] * w, f"D = {d} against the contract in NumPy")
+
+
+@pytest.mark.parametrize("offset", [100.0, 1000.0])
+def test_large_mean_costs_no_digits(backend: Backend, offset: float) -> None:
+    """var as mean of squares minus square of the mean would have lost 7 to 13 of float32's 24 bits here."""
+    x = numbers("x", (4, 96), torch.float32) + offset
+    error = (layer_norm(x, torch.ones(96)).double() - layer_norm_truth(x, torch.ones(96).double())).abs().max()
+    assert float(error) < offset * 2.0**-20
+
+
+def test_residual_is_not_rounded(backend: Backend, dtype: torch.dtype) -> None:
+    x, r = numbers("x", (4, 50), dtype), numbers("r", (4, 50), dtype, 2.0**-6)
+    w, b = numbers("w", (50,), dtype), numbers("b", (50,), dtype)
+    wide = layer_norm(x.float() + r.float(), w.float(), b.float())
+    same(layer_norm(x, w, b, residual=r), wide.to(dtype), "x + residual stays float32")
+
+
+def test_constant_row(backend: Backend, dtype: torch.dtype) -> None:
+    x, b = torch.full((2, 40), 3.0, dtype=dtype), numbers("b", (40,), dtype)
+    same(layer_norm(x, torch.ones(40, dtype=dtype), b), b.expand(2, 40), "no variance leaves the bias")
+    assert layer_norm(x, torch.ones(40, dtype=dtype), eps=0.0).isnan().all(), "0 / 0"
+
+
+def test_mixed_dtypes(backend: Backend) -> None:
+    x, w = numbers("x", (3, 20), torch.bfloat16), numbers("w", (20,), torch.float32)
+    same(layer_norm(x, w), layer_norm(x.float(), w).bfloat16(), "float32 weight on bfloat16 rows")
+
+
+def test_errors(backend: Backend) -> None:
+    x, w = torch.zeros(2, 3), torch.ones(3)
+    with pytest.raises(ValueError, match=r"layer_norm: weight must be \[3\], got \[4\]"):
+        layer_norm(x, torch.ones(4))
+    with pytest.raises(ValueError, match=r"layer_norm: bias must be \[3\], got \[1, 3\]"):
+        layer_norm(x, w, torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"layer_norm: x must be \[\.\.\., D\] with D > 0, got \[2, 0\]"):
+        layer_norm(torch.zeros(2, 0), torch.ones(0))
+    with pytest.raises(ValueError, match=r"layer_norm: eps must be a number >= 0, got -1"):
+        layer_norm(x, w, eps=-1.0)
+    with pytest.raises(ValueError, match=r"layer_norm: residual must be \[2, 3\], got \[3\]"):
+        layer_norm(x, w, residual=torch.zeros(3))
+    with pytest.raises(TypeError, match=r"layer_norm: x must be float32, float16 or bfloat16, got torch.float64"):
+        layer_norm(x.double(), w)

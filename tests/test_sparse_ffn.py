@@ -1,0 +1,92 @@
+"""sparse_ffn: skipping zero activations changes no bit."""
+
+from __future__ import annotations
+
+import cases
+import invariants
+import pytest
+import torch
+from cases import Case, numbers
+from invariants import same
+
+from rerank_kernels.backend import Backend
+from rerank_kernels.ops.sparse_ffn import sparse_ffn
+
+CASES = cases.of("sparse_ffn")
+NAN, INF = float("nan"), float("inf")
+
+
+class TestSparseFfn(invariants.Promises):
+    def test_sparse_is_dense(self, backend: Backend, case: Case, dtype: torch.dtype) -> None:
+        invariants.sparse_is_dense(case, dtype)
+
+
+def sparse_inputs(dtype: torch.dtype, active: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, up, up_bias, down with exactly `active` of 700 neurons on for every token."""
+    x, up, down = numbers("x", (6, 20), dtype), numbers("up", (700, 20), dtype, 2.0**-6), numbers("down", (33, 700), dtype)
+    bias = torch.full((700,), -100.0, dtype=dtype)
+    bias[torch.arange(active) * 37 % 700] = 100.0
+    return x, up, bias, down
+
+
+@pytest.mark.parametrize("active", [0, 1, 2, 16, 70, 699, 700])
+def test_any_sparsity(backend: Backend, active: int, dtype: torch.dtype) -> None:
+    x, up, bias, down = sparse_inputs(dtype, active)
+    y = sparse_ffn(x, up, down, up_bias=bias)
+    # the neurons that are off, taken out of the weights: on a portable backend they are no-ops inside their chunk of 512
+    on = bias > 0
+    dense = torch.relu(x.double() @ up.double().t() + bias.double())
+    assert bool(((dense != 0) == on).all())
+    want = dense @ down.double().t()
+    tolerance = 2.0 ** -cases.SIGNIFICAND[dtype] * want.abs() + 64 * cases.U * (dense @ down.double().abs().t())
+    assert bool(((y.double() - want).abs() <= tolerance).all())
+    if not active:
+        same(y, torch.zeros_like(y), "nobody active")
+
+
+def test_inactive_weights_are_not_read_into_the_sum(backend: Backend) -> None:
+    """Large finite weights of silent neurons leave no trace."""
+    x, up, bias, down = sparse_inputs(torch.float32, 50)
+    want = sparse_ffn(x, up, down, up_bias=bias)
+    changed = torch.where(bias[None] > 0, down, torch.full_like(down, 3.0e38))
+    same(sparse_ffn(x, up, changed, up_bias=bias), want, "other weights for inactive neurons")
+
+
+def test_special_activations(backend: Backend) -> None:
+    x, up, bias, down = sparse_inputs(torch.float32, 50)
+    want = sparse_ffn(x, up, down, up_bias=bias)
+    poisoned = x.clone()
+    poisoned[2, 5] = NAN
+    y = sparse_ffn(poisoned, up, down, up_bias=bias)
+    assert bool(y[2].isnan().all()), "NaN counts as active"
+    keep = torch.arange(6) != 2
+    same(y[keep], want[keep], "the other tokens")
+
+
+def test_shut_gate_skips_an_overflow(backend: Backend) -> None:
+    x = torch.full((1, 4), 2.0)
+    up, gate, down = torch.full((3, 4), 1e38), torch.tensor([[-1.0] * 4, [1.0] * 4, [0.0] * 4]), torch.ones(2, 3)
+    up[1] = 0.25
+    same(sparse_ffn(x, up, down, gate_weight=gate), torch.full((1, 2), 16.0), "up = inf behind a shut gate")
+
+
+def test_output_dtype(backend: Backend, dtype: torch.dtype) -> None:
+    x, up, bias, down = sparse_inputs(dtype, 90)
+    wide = sparse_ffn(x.float(), up.float(), down.float(), up_bias=bias.float())
+    same(sparse_ffn(x, up, down, up_bias=bias), wide.to(dtype), "float32 inside, rounded once")
+
+
+def test_errors(backend: Backend) -> None:
+    x, up, down = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(4, 5)
+    with pytest.raises(ValueError, match=r"sparse_ffn: up_weight must be \[F, 3\], got \[5, 4\]"):
+        sparse_ffn(x, torch.zeros(5, 4), down)
+    with pytest.raises(ValueError, match=r"sparse_ffn: down_weight must be \[D, 5\], got \[5, 4\]"):
+        sparse_ffn(x, up, torch.zeros(5, 4))
+    with pytest.raises(ValueError, match=r"sparse_ffn: gate_weight must be \[5, 3\], got \[4, 3\]"):
+        sparse_ffn(x, up, down, gate_weight=torch.zeros(4, 3))
+    with pytest.raises(ValueError, match=r"sparse_ffn: gate_bias must be left out without gate_weight"):
+        sparse_ffn(x, up, down, gate_bias=torch.zeros(5))
+    with pytest.raises(ValueError, match=r"sparse_ffn: down_bias must be \[4\], got \[5\]"):
+        sparse_ffn(x, up, down, down_bias=torch.zeros(5))
+    with pytest.raises(ValueError, match=r"sparse_ffn: x must be \[\.\.\., K\] with K > 0"):
+        sparse_ffn(torch.zeros(2, 0), torch.zeros(5, 0), down)
