@@ -92,16 +92,15 @@ def main() -> None:
         [0, 1, 2, 3, 4],
         lambda z: z,
     )
-    # Phi(-y) = exp(-y^2 / 2) G(y), G(y) = erfcx(y / sqrt 2) / 2 as a polynomial in u = 1 / (1 + c y)
-    c = mp.mpf("0.25")
+    # Phi(-y) = exp(-y^2 / 2) u Q(1 - u), u = 1 / (1 + y / 2): u Q = erfcx(y / sqrt 2) / 2, and Q stays between 0.2 and 0.5,
+    # so that its Horner form does not cancel
+    def mills(v: mp.mpf) -> mp.mpf:
+        u = 1 - v
+        y = 2 * (1 / u - 1)
+        return mp.erfc(y / mp.sqrt(2)) * mp.exp(y * y / 2) / 2 / u
 
-    def mills(u: mp.mpf) -> mp.mpf:
-        y = (1 / u - 1) / c
-        return mp.erfc(y / mp.sqrt(2)) * mp.exp(y * y / 2) / 2
-
-    low = float(1 / (1 + c * 16))
-    g = np.vectorize(lambda u: LD(mp.nstr(mills(mp.mpf(str(u))), 25)))
-    fit("normcdf G", mills, low, 1.0, list(range(11)), lambda u: 1 / g(u).astype(LD))
+    q = np.vectorize(lambda v: LD(mp.nstr(mills(mp.mpf(str(v))), 25)))
+    fit("normcdf Q", mills, 0.0, float(1 - 1 / mp.mpf(9)), list(range(11)), lambda v: 1 / q(v).astype(LD))
 
 
 if __name__ == "__main__":

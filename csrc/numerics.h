@@ -57,7 +57,7 @@ RK_FN int bits_of_float(float f) {
 constexpr float ROUND_MAGIC = 12582912.0f;
 constexpr int ROUND_MAGIC_BITS = 0x4B400000;
 
-// p * 2^n with n held in the low bits of t = n + ROUND_MAGIC, |n| <= 151: the first factor cannot leave the normal range
+// p * 2^n with n held in the low bits of t = n + ROUND_MAGIC, |n| <= 250: the first factor cannot leave the normal range
 // for p near 1, so only the last product rounds, and results below 2^-126 are rounded once.
 RK_FN float scale_by_exp2(float p, float t) {
     const int n = bits_of_float(t) - ROUND_MAGIC_BITS;
@@ -69,10 +69,10 @@ RK_FN float scale_by_exp2(float p, float t) {
 
 // exp(x), error below 1 ulp, results below 2^-126 included. exp(0) = 1; 0 below -104; inf above 88.72284; NaN stays NaN.
 // x = n log 2 + r, |r| <= log(2) / 2; exp(r) = 1 + r + r^2 q(r). Coefficients from csrc/fit.py.
+//
+// exp_within: for -170 <= x < 89, where nothing needs clamping.
 template <class F>
-RK_FN F exp_of(F x) {
-    x = select(lt(x, F(-104.0f)), F(-104.0f), x);  // in this form a NaN passes
-    x = select(lt(F(89.0f), x), F(89.0f), x);
+RK_FN F exp_within(F x) {
     const F t = fmadd(x, F(0x1.715476p+0f), F(ROUND_MAGIC));
     const F n = t - F(ROUND_MAGIC);
     F r = fmadd(n, F(-0x1.62e400p-1f), x);  // log 2 in two parts; n times the first is exact
@@ -86,11 +86,22 @@ RK_FN F exp_of(F x) {
     return scale_by_exp2(p, t);
 }
 
+// For x <= 0: exp(-104) is 0 already. In this form a NaN passes.
+template <class F>
+RK_FN F exp_of_negative(F x) {
+    return exp_within(select(lt(x, F(-104.0f)), F(-104.0f), x));
+}
+
+template <class F>
+RK_FN F exp_of(F x) {
+    return exp_of_negative(select(lt(F(89.0f), x), F(89.0f), x));
+}
+
 // 1 / (1 + exp(-x)). exp is only taken of -|x|: for x < 0 the result is e / (1 + e), which keeps its digits down to 2^-149,
 // so that sigmoid(-x) is the complement 1 - sigmoid(x) where the difference itself would be 0.
 template <class F>
 RK_FN F sigmoid_of(F x) {
-    const F e = exp_of(F(0.0f) - abs_of(x));
+    const F e = exp_of_negative(F(0.0f) - abs_of(x));
     return select(lt(x, F(0.0f)), e, F(1.0f)) / (F(1.0f) + e);
 }
 
@@ -109,27 +120,28 @@ RK_FN F tanh_of(F x) {
 }
 
 // Phi(x) = (1 + erf(x / sqrt 2)) / 2, the normal distribution. erf enters the library only through Phi, and 1 + erf(x) would
-// cancel for x < 0, so Phi is computed itself: Phi(-y) = exp(-y^2 / 2) G(y), G a polynomial in u = 1 / (1 + y / 4) (csrc/fit.py),
-// with the rounding error of y^2 put back, so that the far tail keeps its digits.
+// cancel for x < 0, so Phi is computed itself: Phi(-y) = exp(-y^2 / 2) u Q(1 - u), u = 1 / (1 + y / 2), Q a polynomial from
+// csrc/fit.py, with the rounding error of y^2 put back, so that the far tail keeps its digits.
 template <class F>
 RK_FN F normcdf_of(F x) {
     F y = abs_of(x);
     y = select(lt(F(16.0f), y), F(16.0f), y);  // Phi(-16) is below 2^-149
     const F s = y * y;
     const F lost = fmadd(y, y, F(0.0f) - s);
-    const F u = F(1.0f) / fmadd(F(0.25f), y, F(1.0f));
-    F g = fmadd(F(0x1.ad49e4p-7f), u, F(-0x1.5a2f5ep-5f));
-    g = fmadd(g, u, F(-0x1.9a099cp-10f));
-    g = fmadd(g, u, F(0x1.baa024p-4f));
-    g = fmadd(g, u, F(-0x1.03765ap-4f));
-    g = fmadd(g, u, F(0x1.14912ep-3f));
-    g = fmadd(g, u, F(0x1.a3f510p-5f));
-    g = fmadd(g, u, F(0x1.9f6a28p-4f));
-    g = fmadd(g, u, F(0x1.93258ep-4f));
-    g = fmadd(g, u, F(0x1.990576p-4f));
-    g = fmadd(g, u, F(-0x1.5018d6p-18f));
+    const F u = F(1.0f) / fmadd(F(0.5f), y, F(1.0f)), v = F(1.0f) - u;
+    F g = fmadd(F(-0x1.54bb04p-5f), v, F(0x1.b4dc28p-3f));
+    g = fmadd(g, v, F(-0x1.9891f2p-2f));
+    g = fmadd(g, v, F(0x1.6e0a1ep-2f));
+    g = fmadd(g, v, F(-0x1.b31ae6p-3f));
+    g = fmadd(g, v, F(0x1.7e0782p-4f));
+    g = fmadd(g, v, F(0x1.36bfeep-5f));
+    g = fmadd(g, v, F(0x1.6aef72p-5f));
+    g = fmadd(g, v, F(-0x1.88b432p-4f));
+    g = fmadd(g, v, F(-0x1.310816p-2f));
+    g = fmadd(g, v, F(0x1.000000p-1f));
+    g = g * u;
     g = fmadd(g * F(-0.5f), lost, g);  // exp(-lost / 2) = 1 - lost / 2
-    const F tail = exp_of(s * F(-0.5f)) * g;
+    const F tail = exp_within(s * F(-0.5f)) * g;
     return select(lt(x, F(0.0f)), tail, F(1.0f) - tail);
 }
 

@@ -294,9 +294,14 @@ def _load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ValueError(f"Reranker: no tokenizer could be loaded from {folder}: {error}") from error
+    # without its files transformers 5 makes an empty tokenizer, for which all texts are alike
+    names = sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
+    if not any((folder / name).exists() for name in names):
+        raise ValueError(f"Reranker: no tokenizer could be loaded from {folder}: it holds none of {', '.join(names)}")
+    return tokenizer
 
 
 def _sentence_transformers(folder: Path) -> tuple[str, bool, int | None]:

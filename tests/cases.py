@@ -1,12 +1,14 @@
 """The one table of cases: for every op its shapes, its inputs, its float64 truth and the error that is allowed.
 
-Tests, golden hashes and bench/ read the same table. Numbers come from a counter-based generator written out below (SplitMix64), so
-that they do not depend on any library's random number generator, and they use exactly the significand bits of the dtype. Their
-exponents span eight octaves: with small integers every float32 sum would be exact, and no wrong order would ever show.
+Tests, golden hashes and bench/ read the same table. Numbers come from a counter-based generator written out below
+(SplitMix64), so that they do not depend on any library's random number generator, and they use exactly the significand bits of
+the dtype. Their exponents span eight octaves: with small integers every float32 sum would be exact, and no wrong order would
+ever show.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -62,7 +64,7 @@ def numbers(seed: str, shape: tuple[int, ...], dtype: torch.dtype, scale: float 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of one op. `rows` are the arguments that have one entry a row (a token, a pair), `shared` those that have not."""
+    """One call of one op. `rows`: the arguments that have one entry a row (a token, a pair); `shared`: those that have not."""
 
     op: str
     label: str
@@ -208,7 +210,7 @@ def _near_attention(case: Case, a: Tensors) -> tuple[Near, ...]:
     group = q.shape[1] // k.shape[1]
     scale = case.options.get("scale", 1.0 / math.sqrt(q.shape[2]))
     slack = torch.zeros_like(value)
-    for lo, hi in zip(cu.tolist(), cu.tolist()[1:], strict=False):
+    for lo, hi in itertools.pairwise(cu.tolist()):
         if lo < hi:
             keys = k[lo:hi].repeat_interleave(group, 1).abs()
             largest = torch.einsum("ihd,jhd->ihj", q[lo:hi].abs(), keys).amax(-1, keepdim=True) * abs(scale)
@@ -297,7 +299,9 @@ def _linear(
     return Case("linear", "-".join(w for w in words if w), rows, shared, options)
 
 
-def _attention(d: int, heads: tuple[int, int] = (2, 2), lengths: tuple[int, ...] = (5, 1, 33, 0, 70, 64), **options: Any) -> Case:
+def _attention(
+    d: int, heads: tuple[int, int] = (2, 2), lengths: tuple[int, ...] = (5, 1, 33, 0, 70, 64), **options: Any
+) -> Case:
     words = [f"{k}={v}".replace(" ", "") for k, v in options.items()]
     label = "-".join([f"D{d}", f"H{heads[0]}of{heads[1]}", f"T{max(lengths)}", *words])
     rows = {"q": (heads[0], d), "k": (heads[1], d), "v": (heads[1], d)}
@@ -308,7 +312,9 @@ def _pool(d: int, mode: str, lengths: tuple[int, ...] = (5, 1, 33, 0, 130), out_
     options: dict[str, Any] = {"mode": mode}
     if out_dtype:
         options["out_dtype"] = out_dtype
-    return Case("pool", f"{d}-{mode}{'-' + str(out_dtype)[6:] if out_dtype else ''}", {"x": (d,)}, options=options, lengths=lengths)
+    return Case(
+        "pool", f"{d}-{mode}{'-' + str(out_dtype)[6:] if out_dtype else ''}", {"x": (d,)}, options=options, lengths=lengths
+    )
 
 
 def _score_head(d: int, p: int, labels: int, activation: str | None = "tanh", bias: bool = True) -> Case:

@@ -1,7 +1,7 @@
 """Fixtures: every op test runs on every registered backend and dtype, and the run ends by saying which backends those were.
 
-RERANK_KERNELS_REQUIRE=cpu (a comma-separated list) makes a missing backend a failure instead of a skip, for machines such as CI's
-where it is known to be there.
+RERANK_KERNELS_REQUIRE=cpu (a comma-separated list) makes a missing backend a failure instead of a skip, for machines such as
+CI's where it is known to be there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" in metafunc.fixturenames:
+    if "case" in metafunc.fixturenames and hasattr(metafunc.module, "CASES"):
         metafunc.parametrize("case", metafunc.module.CASES, ids=str)
     if "backend" in metafunc.fixturenames:
         marks = [m.args[0] for m in metafunc.definition.iter_markers("promise")]
@@ -97,4 +97,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             how = f"native {force_isa('auto')}"
             if _isas:
                 how += "; bit for bit against scalar: " + ", ".join(i for i in ISAS if i != "scalar" and _isas[i])
-        terminalreporter.line(f"{b.name}: {how}, torch {torch.__version__}, {torch.get_num_threads()} threads, {_ran[b.name]} tests")
+        terminalreporter.line(
+            f"{b.name}: {how}, torch {torch.__version__}, {torch.get_num_threads()} threads, {_ran[b.name]} tests"
+        )

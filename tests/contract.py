@@ -37,11 +37,21 @@ def dot(x: Tensor, weight: Tensor, chunk: int = 512) -> Tensor:
     return torch.from_numpy(total)
 
 
-def row_sum(x: Tensor) -> Tensor:
-    """[M, D] -> [M]: lane l from +0 adds x[l], x[l + 32], ...; lanes fold by 16, 8, 4, 2, 1."""
+def row_sum(x: Tensor, squares: bool = False) -> Tensor:
+    """[M, D] -> [M]: lane l from +0 adds x[l], x[l + 32], ... (squares by fma); lanes fold by 16, 8, 4, 2, 1."""
     lanes = np.zeros((x.shape[0], 32), np.float32)
     for d, column in enumerate(x.float().numpy().T):
-        lanes[:, d % 32] += column
+        lane = lanes[:, d % 32]
+        lanes[:, d % 32] = fma(column, column, lane) if squares else lane + column
     for width in (16, 8, 4, 2, 1):
         lanes = lanes[:, :width] + lanes[:, width : 2 * width]
-    return torch.from_numpy(lanes[:, 0])
+    return torch.from_numpy(lanes[:, 0].copy())
+
+
+def layer_norm(s: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """float32 throughout: two row_sums, IEEE division and square root, weight and bias by one fma."""
+    d = np.float32(s.shape[1])
+    c = s.numpy() - (row_sum(s).numpy() / d)[:, None]
+    variance = row_sum(torch.from_numpy(c), squares=True).numpy() / d
+    rstd = np.float32(1.0) / np.sqrt(variance + np.float32(eps))
+    return torch.from_numpy(fma(c * rstd[:, None], weight.numpy()[None], bias.numpy()[None]))

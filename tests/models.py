@@ -91,9 +91,12 @@ def tokenizer(family: str) -> Any:
     t.post_processor = processors.TemplateProcessing(
         single=single, pair=pair, special_tokens=[(cls, t.token_to_id(cls)), (sep, t.token_to_id(sep))]
     )
-    return PreTrainedTokenizerFast(
+    own = PreTrainedTokenizerFast(
         tokenizer_object=t, pad_token=pad, unk_token=unk, cls_token=cls, sep_token=sep, model_max_length=POSITIONS - 10
     )
+    if family == "bert":
+        own.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    return own
 
 
 def save_cross_encoder(folder: Path, family: str = "xlm-roberta", **changes: Any) -> Path:

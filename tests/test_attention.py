@@ -134,7 +134,7 @@ def test_errors(backend: Backend) -> None:
         attention(q, q, q[:, :2], cu_seqlens=cu)
     with pytest.raises(TypeError, match=r"attention: k must be torch.float32 like q, got torch.float16"):
         attention(q, q.half(), q.half(), cu_seqlens=cu)
-    with pytest.raises(ValueError, match=r"attention: cu_seqlens must be ascending from 0 to 6, the number of tokens, got \[0, 5\]"):
+    with pytest.raises(ValueError, match=r"attention: cu_seqlens must be ascending from 0 to 6, the number of tokens, got"):
         attention(q, q, q, cu_seqlens=offsets((5,)))
     with pytest.raises(ValueError, match=r"attention: cu_seqlens must be a 1-D int32 tensor .* got torch.float32 \[2\]"):
         attention(q, q, q, cu_seqlens=cu.float())
@@ -143,7 +143,7 @@ def test_errors(backend: Backend) -> None:
     with pytest.raises(ValueError, match=r"attention: scale must be finite, got nan"):
         attention(q, q, q, cu_seqlens=cu, scale=NAN)
     p = torch.zeros(2, 3, 4, 8)
-    with pytest.raises(ValueError, match=r"attention: mask must be bool or integer \[B, T\] = \[2, 3\].* got torch.float32 \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"attention: mask must be bool or integer \[B, T\] = \[2, 3\].* got torch.float32"):
         attention(p, p, p, mask=torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"attention: mask must be .* got torch.int64 \[3, 2\]"):
         attention(p, p, p, mask=torch.ones(3, 2, dtype=torch.int64))

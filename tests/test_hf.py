@@ -46,7 +46,7 @@ def clean(model):
 # ---- right ------------------------------------------------------------------------------------------------------------------
 
 # |patched - float64 of the same weights|, logits of size 1..5: float32 noise, and a few roundings of a half body
-BOUND = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 2e-1}
+BOUND = {torch.float32: 5e-6, torch.float16: 8e-3, torch.bfloat16: 8e-2}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

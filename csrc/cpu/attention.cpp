@@ -118,8 +118,7 @@ static void attend(const AttentionArgs& a, int64_t first, int64_t length, int64_
             for (int r = 0; r < rows; ++r) {
                 float* s = scores + r * lds;
                 const int64_t b = begin(i0 + r), e = end(i0 + r);
-                for (int64_t j = b / PANEL * PANEL; j < e; j += W) store(s + j, load(s + j) * all(a.scale));
-                total[r] = exp_and_sum(s, b, e);
+                total[r] = exp_and_sum(s, b, e, a.scale);
                 for (int64_t j = key_begin; j < b / PANEL * PANEL; ++j) s[j] = 0.0f;
                 for (int64_t j = (e + PANEL - 1) / PANEL * PANEL; j < key_end; ++j) s[j] = 0.0f;
             }

@@ -227,11 +227,28 @@ RK_INLINE void store_some_as(Dtype t, void* p, int64_t i, Vec v, int n) {
 }
 
 // n values as float32: exact.
+template <class T>
+RK_INLINE void widen_of(const T* from, int64_t n, float* to) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(to + i, load(from + i));
+    if (i < n) store_some(to + i, load_some(from + i, int(n - i)), int(n - i));
+}
 RK_INLINE void widen(Dtype t, const void* from, int64_t start, int64_t n, float* to) {
-    for (int64_t i = 0; i < n; i += W) {
-        const int some = int(n - i < W ? n - i : W);
-        store_some(to + i, load_some_as(t, from, start + i, some), some);
-    }
+    if (t == Dtype::F32) return widen_of(static_cast<const float*>(from) + start, n, to);
+    if (t == Dtype::F16) return widen_of(static_cast<const f16*>(from) + start, n, to);
+    widen_of(static_cast<const bf16*>(from) + start, n, to);
+}
+// n values rounded once to the storage dtype.
+template <class T>
+RK_INLINE void narrow_of(const float* from, int64_t n, T* to) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(to + i, load(from + i));
+    if (i < n) store_some(to + i, load_some(from + i, int(n - i)), int(n - i));
+}
+RK_INLINE void narrow(Dtype t, const float* from, int64_t n, void* to, int64_t start) {
+    if (t == Dtype::F32) return narrow_of(from, n, static_cast<float*>(to) + start);
+    if (t == Dtype::F16) return narrow_of(from, n, static_cast<f16*>(to) + start);
+    narrow_of(from, n, static_cast<bf16*>(to) + start);
 }
 
 // The 32 lanes of row_sum, as registers.
@@ -243,22 +260,35 @@ RK_INLINE Lanes zero_lanes() {
     for (int i = 0; i < LANES / W; ++i) s.v[i] = all(0.0f);
     return s;
 }
+// The last folds, inside a register: lane l takes lane l + half.
+#if defined(RK_ISA_AVX512) || defined(RK_ISA_AVX2)
+RK_INLINE float fold_register(Vec v) {
+#ifdef RK_ISA_AVX512
+    const __m256 by8 = _mm256_add_ps(_mm512_castps512_ps256(v.v), _mm512_extractf32x8_ps(v.v, 1));
+#else
+    const __m256 by8 = v.v;
+#endif
+    const __m128 by4 = _mm_add_ps(_mm256_castps256_ps128(by8), _mm256_extractf128_ps(by8, 1));
+    const __m128 by2 = _mm_add_ps(by4, _mm_movehl_ps(by4, by4));
+    return _mm_cvtss_f32(_mm_add_ss(by2, _mm_shuffle_ps(by2, by2, 1)));
+}
+#else
+RK_INLINE float fold_register(Vec v) { return v; }
+#endif
 // Lanes fold by 16, 8, 4, 2, 1: lane l takes lane l + half.
 RK_INLINE float fold(Lanes s) {
     int have = LANES / W;
     for (int half = 16; half >= W; half /= 2, have /= 2)
         for (int i = 0; i < have / 2; ++i) s.v[i] = s.v[i] + s.v[i + have / 2];
-    float lane[W];
-    store(lane, s.v[0]);
-    for (int half = W / 2; half >= 1; half /= 2)
-        for (int i = 0; i < half; ++i) lane[i] = lane[i] + lane[i + half];
-    return lane[0];
+    return fold_register(s.v[0]);
 }
-RK_INLINE float largest(Vec v, float m) {
+// The largest of W lanes, none of them NaN.
+RK_INLINE float largest(Vec v) {
     float lane[W];
     store(lane, v);
-    for (int i = 0; i < W; ++i) m = m < lane[i] ? lane[i] : m;
-    return m;
+    for (int half = W / 2; half >= 1; half /= 2)
+        for (int i = 0; i < half; ++i) lane[i] = lane[i] < lane[i + half] ? lane[i + half] : lane[i];
+    return lane[0];
 }
 
 }  // namespace RK_ISA

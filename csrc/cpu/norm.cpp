@@ -1,4 +1,4 @@
-// norm.cpp: layer_norm on the CPU. s = x + residual; mean and var by row_sum; y = (s - mean) * (1 / sqrt(var + eps)) * w + b.
+// norm.cpp: layer_norm on the CPU. s = x + residual; mean and var by row_sum; y = fma((s - mean) * (1 / sqrt(var + eps)), w, b).
 // Order as NUMERICS.md, "layer_norm". One row at a time: rows are for the threads, only features shape the work.
 
 #ifndef RK_ISA
@@ -26,7 +26,7 @@ static Tensor layer_norm(const Tensor& x, const Tensor& weight, const std::optio
     const int64_t block = 1 + 16384 / (d + 1);
     for_each_task(ceil_div(rows, block), [&](int64_t task) {
         const int64_t end = (task + 1) * block < rows ? (task + 1) * block : rows;
-        RK_CALL(layer_norm_rows, args, task * block, end, scratch(size_t(d) + PANEL));
+        RK_CALL(layer_norm_rows, args, task * block, end, scratch(size_t(4 * (d + PANEL))));
     });
     return y;
 }
@@ -62,26 +62,27 @@ RK_INLINE float lane_sum(const float* s, int64_t d, float shift) {
     return fold(sum);
 }
 
-static void layer_norm_rows(const NormArgs& a, int64_t begin, int64_t end, float* s) {
+// memory holds weight, bias, one row, and the residual's row: 4 (D + PANEL) floats.
+static void layer_norm_rows(const NormArgs& a, int64_t begin, int64_t end, float* memory) {
+    const int64_t gap = a.D + PANEL;
+    float *weight = memory, *bias = memory + gap, *s = memory + 2 * gap, *residual = memory + 3 * gap;
+    widen(a.weight_dtype, a.weight, 0, a.D, weight);
+    if (a.bias) widen(a.bias_dtype, a.bias, 0, a.D, bias);
     const float count = float(a.D);
     for (int64_t row = begin; row < end; ++row) {
-        const int64_t at = row * a.D;
-        for (int64_t i = 0; i < a.D; i += W) {
-            const int some = int(a.D - i < W ? a.D - i : W);
-            Vec v = load_some_as(a.x_dtype, a.x, at + i, some);
-            if (a.residual) v = v + load_some_as(a.residual_dtype, a.residual, at + i, some);
-            store_some(s + i, v, some);
+        widen(a.x_dtype, a.x, row * a.D, a.D, s);
+        if (a.residual) {
+            widen(a.residual_dtype, a.residual, row * a.D, a.D, residual);
+            for (int64_t i = 0; i < a.D; i += W) store(s + i, load(s + i) + load(residual + i));
         }
         const float mean = lane_sum<false>(s, a.D, 0.0f) / count;
         const float var = lane_sum<true>(s, a.D, mean) / count;
         const float rstd = 1.0f / sqrt_of(var + a.eps);
         for (int64_t i = 0; i < a.D; i += W) {
-            const int some = int(a.D - i < W ? a.D - i : W);
-            const Vec normed = (load_some(s + i, some) - all(mean)) * all(rstd);
-            const Vec w = load_some_as(a.weight_dtype, a.weight, i, some);
-            const Vec y = a.bias ? fmadd(normed, w, load_some_as(a.bias_dtype, a.bias, i, some)) : normed * w;
-            store_some_as(a.x_dtype, a.y, at + i, y, some);
+            const Vec normed = (load(s + i) - all(mean)) * all(rstd), w = load(weight + i);
+            store(s + i, a.bias ? fmadd(normed, w, load(bias + i)) : normed * w);
         }
+        narrow(a.x_dtype, s, a.D, a.y, row * a.D);
     }
 }
 

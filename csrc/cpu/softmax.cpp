@@ -53,21 +53,24 @@ namespace RK_ISA {
 static void softmax_rows(const void* x, Dtype dtype, int64_t d, int64_t begin, int64_t end, void* y, float* e) {
     for (int64_t row = begin; row < end; ++row) {
         widen(dtype, x, row * d, d, e);
-        const float sum = exp_and_sum(e, 0, d);
-        for (int64_t i = 0; i < d; i += W) {
-            const int some = int(d - i < W ? d - i : W);
-            store_some_as(dtype, y, row * d + i, load(e + i) / all(sum), some);
-        }
+        const float sum = exp_and_sum(e, 0, d, 1.0f);
+        for (int64_t i = 0; i < d; i += W) store(e + i, load(e + i) / all(sum));
+        narrow(dtype, e, d, y, row * d);
     }
 }
 
+// Block by block of 32 through a buffer: rows may be as long as a whole tensor.
 static void sum_rows(const void* x, Dtype dtype, int64_t d, int64_t begin, int64_t end, bool mean, void* y) {
+    constexpr int BLOCK = 8 * LANES;
     for (int64_t row = begin; row < end; ++row) {
         Lanes sum = zero_lanes();
-        for (int64_t i = 0; i < d; i += W) {
-            const int some = int(d - i < W ? d - i : W);
-            Vec& lane = sum.v[(i / W) % (LANES / W)];
-            lane = lane + load_some_as(dtype, x, row * d + i, some);
+        for (int64_t i0 = 0; i0 < d; i0 += BLOCK) {
+            float block[BLOCK];
+            const int n = int(d - i0 < BLOCK ? d - i0 : BLOCK), full = (n + LANES - 1) / LANES * LANES;
+            widen(dtype, x, row * d + i0, n, block);
+            for (int i = n; i < full; ++i) block[i] = 0.0f;
+            for (int i = 0; i < full; i += LANES)
+                for (int v = 0; v < LANES / W; ++v) sum.v[v] = sum.v[v] + load(block + i + v * W);
         }
         const float total = fold(sum);
         store_some_as(dtype, y, row, all(mean ? total / float(d) : total), 1);

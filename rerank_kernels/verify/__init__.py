@@ -1,8 +1,8 @@
 """verify: are the promises true for this model, here?
 
-A check is a list of calls model(**inputs), padded as a user's stack would pad them (plan.py), and compares the bits of every row
-with the bits it has without the one thing the check varies: in the end with each text alone, unpadded, on one thread. A run also
-proves that it can fail: a control (controls.py) that is not caught makes the run fail, for that check has no power.
+A check is a list of calls model(**inputs), padded as a user's stack would pad them (plan.py), and compares the bits of every
+row with those it has without the one thing the check varies: in the end with each text alone, unpadded, on one thread. A run
+also proves that it can fail: a control (controls.py) that is not caught makes the run fail, for that check has no power.
 """
 
 from __future__ import annotations
@@ -90,10 +90,11 @@ def _verify(
     if not stock:
         if model.config.num_labels == 1 or not _scores(model):  # type: ignore[union-attr]
             routes["packed"] = functools.partial(_packed, model, tokenizer, pooling, texts)
+        before = isa()
         for name in ISAS:
-            if isa(name) is not None:
+            if before is not None and isa(name) is not None:
                 routes["isa:" + name] = functools.partial(_with_isa, name, forward, texts)
-        isa("auto")
+        isa(before or "")
 
     checks = plan(texts, routes=tuple(routes), few=few)
     whole, spent = sum(map(texts.cost, set().union(*(c.calls() for c in checks)))), 0
@@ -204,11 +205,12 @@ def _packed(model: nn.Module, tokenizer: Any, pooling: str, texts: Texts, call: 
 
 
 def _with_isa(name: str, forward: Forward, texts: Texts, call: Call) -> Floats:
+    before = isa() or ""
     isa(name)
     try:
         return forward(build(texts, call)).numpy()
     finally:
-        isa("auto")
+        isa(before)
 
 
 class _FreshProcess:

@@ -61,8 +61,8 @@ class Check:
             return Call((row,)), 0
         if self.against == "home":
             return Call(home(row)), row % HOME
-        plain = {f.name: f.default for f in dataclasses.fields(Call)}
-        return dataclasses.replace(call, **{self.against: plain[self.against]}), place
+        plain: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Call) if f.name == self.against}
+        return dataclasses.replace(call, **plain), place
 
     def calls(self) -> set[Call]:
         """All that must be computed."""

@@ -139,11 +139,11 @@ def host_library() -> Any:
         return None
 
 
-def isa(wanted: str = "auto") -> str | None:
-    """The instruction set in use after asking for `wanted`; None without the compiled library or if `wanted` is not here."""
+def isa(wanted: str = "") -> str | None:
+    """The instruction set in use, after a switch to `wanted` if given; None if the library or the CPU does not have it."""
     if backend.missing("cpu") is not None:
         return None
     try:
-        return str(torch.ops.rerank_kernels.forceisa(wanted))
+        return str(torch.ops.rerank_kernels.force_isa(wanted))
     except (AttributeError, RuntimeError):
         return None

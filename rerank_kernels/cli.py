@@ -1,0 +1,399 @@
+"""The command `rerank-kernels`: score, rank, verify, info.
+
+Exit codes: 0 done, 1 a promise fell (verify), 2 bad input, 130 interrupted. A file is written beside its place and renamed into
+it when it is whole: whatever happens, what stood there before is intact.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+CHUNK = 1024  # pairs between two looks at the progress bar; no bit depends on it
+SNIPPET = 100
+
+
+class InputError(Exception):
+    """What the user gave is at fault; the message is all they need to see."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        with _terminated_as_interrupted():
+            return int(args.run(args))
+    except InputError as error:
+        print(f"rerank-kernels: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rerank-kernels: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rerank-kernels",
+        description="Score and rank with a cross-encoder: the same bits whatever the batch, padding, threads or run.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.set_defaults(run=run)
+        return sub
+
+    def model_options(sub: argparse.ArgumentParser, what: str = "a local model folder, as save_pretrained writes it") -> None:
+        sub.add_argument("model", metavar="MODEL", help=what)
+        sub.add_argument(
+            "--max-length", type=_positive, metavar="N", help="tokens a text is cut to (default: what the model takes)"
+        )
+        sub.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="type of the weights (default: as stored)")
+
+    score = command("score", _score, "Score the pairs of a JSON Lines file.")
+    model_options(score)
+    score.add_argument(
+        "pairs", metavar="PAIRS", help='JSON Lines, {"query": ..., "document": ...} each, other fields are kept; - for stdin'
+    )
+    score.add_argument(
+        "-o",
+        "--output",
+        default="-",
+        metavar="FILE",
+        help="JSON Lines with logit, score and complement; - for stdout (default)",
+    )
+    score.add_argument(
+        "--batch-tokens",
+        type=_positive,
+        default=16384,
+        metavar="N",
+        help="tokens computed at a time: bounds memory (default: %(default)s)",
+    )
+
+    rank = command("rank", _rank, "Rank documents for one query, best first.")
+    model_options(rank)
+    rank.add_argument("--query", required=True, metavar="Q")
+    rank.add_argument("documents", metavar="DOCS", help='one document a line, or .jsonl with {"document": ...}; - for stdin')
+    rank.add_argument("--top-k", type=_positive, metavar="K", help="only the first K")
+    rank.add_argument("--json", action="store_true", help="JSON Lines instead of a table")
+
+    verify = command("verify", _verify, "Check every promise on this machine; exit code 1 if one falls.")
+    model_options(verify, "a local model folder, or shape:bge-reranker-base (random weights)")
+    verify.add_argument("--stock", action="store_true", help="measure the model without rerank_kernels")
+    verify.add_argument(
+        "--pairs", metavar="FILE", help="JSON Lines of your own pairs (default: docstrings of Python's library)"
+    )
+    verify.add_argument(
+        "--limit", type=_positive, default=64, metavar="N", help="use the first N different texts (default: %(default)s)"
+    )
+    verify.add_argument("--json", metavar="FILE", help="write everything measured to FILE as well")
+    verify.add_argument(
+        "--no-process", action="store_true", help="leave out the check in a fresh process, which loads the model again"
+    )
+
+    command("info", _info, "Say what is installed, what can run here, and why the rest cannot.")
+    return parser
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    return number
+
+
+# ---- commands ---------------------------------------------------------------------------------------------------------------
+
+
+def _score(args: argparse.Namespace) -> int:
+    records = list(_records(args.pairs, ("query", "document")))
+    with _writer(args.output) as out:  # before the model: an output that cannot be written is known at once
+        reranker = _reranker(args)
+        with _progress("scoring", len(records)) as advance:
+            for start in range(0, len(records), CHUNK):
+                part = records[start : start + CHUNK]
+                pairs = [(r["query"], r["document"]) for r in part]
+                scores = reranker.score(pairs, progress=False, batch_tokens=args.batch_tokens)
+                for record, *numbers in zip(part, *scores, strict=True):
+                    out.write(_line({**record, **_numbers(*numbers)}))
+                advance(start + len(part))
+    return 0
+
+
+def _rank(args: argparse.Namespace) -> int:
+    if args.documents.endswith(".jsonl"):
+        documents = [r["document"] for r in _records(args.documents, ("document",))]
+    else:
+        documents = [line for _, line in _lines(args.documents)]
+    ranked = _reranker(args).rank(args.query, documents, args.top_k)
+    if args.json:
+        for place, r in enumerate(ranked, 1):
+            record = {"rank": place, "index": r.index, "document": r.document}
+            sys.stdout.write(_line({**record, **_numbers(r.logit, r.score, r.complement)}))
+        return 0
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for name in ("rank", "index", "logit", "score"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("document", no_wrap=True, overflow="ellipsis")
+    for place, r in enumerate(ranked, 1):
+        numbers = _numbers(r.logit, r.score, r.complement)
+        text = Text(" ".join(r.document.split())[:SNIPPET])  # Text: brackets in a document are no markup
+        table.add_row(str(place), str(r.index), str(numbers["logit"]), str(numbers["score"]), text)
+    _console().print(table)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    pairs = None
+    if args.pairs is not None:
+        pairs = [(r["query"], r["document"]) for r in _records(args.pairs, ("query", "document"))]
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(_writer(args.json)) if args.json else None
+        from rerank_kernels.hf import PatchError
+        from rerank_kernels.verify import load, verify
+
+        _quiet()
+        try:
+            loaded = load(args.model, _dtype(args.dtype))
+            with _progress("verifying", 1.0) as advance:
+                report = verify(
+                    loaded.model,
+                    loaded.tokenizer,
+                    pairs,
+                    stock=args.stock,
+                    max_length=args.max_length,
+                    limit=args.limit,
+                    pooling=loaded.pooling,
+                    source=None if args.no_process else args.model,
+                    progress=advance,
+                )
+        except (ValueError, PatchError) as error:
+            _fail_with(error)
+        report.print(_console())
+        if out is not None:
+            out.write(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    return 0 if report.ok else 1
+
+
+def _info(args: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from rerank_kernels.backend import BACKENDS, backends
+    from rerank_kernels.verify import environment
+
+    console = _console()
+    about = Table(show_header=False)
+    about.add_column(no_wrap=True)
+    about.add_column(overflow="fold")
+    for name, value in environment().items():
+        if isinstance(value, dict):
+            value = "\n".join(f"{k}: {v}" for k, v in value.items())
+        about.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
+    console.print(about, markup=False)
+    rows = backends()
+    table = Table()
+    for name in ("op", *BACKENDS):
+        table.add_column(name)
+    reasons: dict[str, str] = {}
+    for op, row in rows.items():
+        for name, reason in row.items():
+            if reason != "yes":
+                reasons.setdefault(name, reason)
+        table.add_row(op, *("yes" if reason == "yes" else "-" for reason in row.values()))
+    console.print(table)
+    for name, reason in reasons.items():
+        console.print(f"{name}: {reason}", markup=False, soft_wrap=True)
+    return 0
+
+
+# ---- models -----------------------------------------------------------------------------------------------------------------
+
+
+def _reranker(args: argparse.Namespace) -> Any:
+    from rerank_kernels.hf import PatchError
+    from rerank_kernels.reranker import Reranker
+
+    _quiet()
+    try:
+        return Reranker(args.model, max_length=args.max_length, dtype=_dtype(args.dtype))
+    except (ValueError, PatchError) as error:
+        _fail_with(error)
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    return {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+def _fail_with(error: Exception) -> NoReturn:
+    raise InputError(str(error)) from error
+
+
+def _quiet() -> None:
+    """transformers' own bars and load reports would stand between the lines of our output."""
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------------------
+
+
+def _lines(path: str) -> Iterator[tuple[str, str]]:
+    """("file:number", line) of every line that is not blank."""
+    name = "<stdin>" if path == "-" else path
+    try:
+        with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+            for number, raw in enumerate(file, 1):
+                try:
+                    # a byte order mark is no part of the first line
+                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                except UnicodeDecodeError as error:
+                    raise InputError(f"{name}:{number}: not UTF-8: {error.reason} at byte {error.start}") from None
+                if line:
+                    yield f"{name}:{number}", line
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror}") from None
+
+
+def _records(path: str, fields: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    for where, line in _lines(path):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise InputError(f'{where}: must be an object with "{fields[-1]}", got {_kind(record)}')
+        for name in fields:
+            if name not in record:
+                raise InputError(f'{where}: "{name}" is missing')
+            if not isinstance(record[name], str):
+                raise InputError(f'{where}: "{name}" must be a string, got {_kind(record[name])}')
+            if any("\ud800" <= c <= "\udfff" for c in record[name]):
+                raise InputError(f'{where}: "{name}" is not valid Unicode: it holds half of a surrogate pair')
+        yield record
+
+
+def _kind(value: object) -> str:
+    names = {"dict": "an object", "list": "an array", "str": "a string", "NoneType": "null", "bool": "true or false"}
+    return names.get(type(value).__name__, "a number")
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------------------
+
+
+def _numbers(logit: Any, score: Any, complement: Any) -> dict[str, float]:
+    """Python floats that print as the shortest decimals which read back as these float32."""
+    import numpy as np
+
+    found = {"logit": logit, "score": score, "complement": complement}
+    return {name: float(str(np.float32(value))) for name, value in found.items()}
+
+
+def _line(record: dict[str, Any]) -> str:
+    text = json.dumps(record, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a field we only carry holds half of a surrogate pair
+        text = json.dumps(record)
+    return text + "\n"
+
+
+@contextlib.contextmanager
+def _writer(path: str) -> Iterator[IO[str]]:
+    """A text file that takes the place of `path` when the block ends well, and leaves no trace if it does not."""
+    if path == "-":
+        sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    place = Path(os.path.realpath(path))  # a link stays a link
+    try:
+        if place.exists() and not place.is_file():
+            if place.is_dir():
+                raise InputError(f"{path}: Is a directory")
+            with open(place, "w", encoding="utf-8") as device:  # /dev/null, a pipe: nothing to rename
+                yield device
+            return
+        # a file keeps its mode, a new one gets what open() would give it
+        mode = stat.S_IMODE(place.stat().st_mode) if place.exists() else 0o666 & ~_umask()
+        handle, beside = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.", suffix=".part")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    try:
+        with open(handle, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(beside, mode)
+        os.replace(beside, place)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """`kill PID` cleans up like Ctrl-C; only the main thread may say so, and only there does it matter."""
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # into a file or a pipe there is no width; rich's 80 columns would fold the tables
+    return Console() if sys.stdout.isatty() else Console(width=int(os.environ.get("COLUMNS", "140")))
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: float) -> Iterator[Any]:
+    """Yields a function that takes how far it is; a bar on stderr if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)

@@ -1,0 +1,286 @@
+"""Kernels with one deliberate mistake each, of the kinds that real libraries have.
+
+test_mutants.py puts each in the place of the right one and expects the test of the promise that it breaks to fail. HONEST is
+what they deviate from: the control.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import invariants
+import torch
+from cases import Case
+from torch import Tensor
+
+from rerank_kernels.ops import check
+from rerank_kernels.pytorch import attention as honest_attention
+from rerank_kernels.pytorch import linear as honest_linear
+from rerank_kernels.pytorch import norm as honest_norm
+from rerank_kernels.pytorch import pooling as honest_pooling
+from rerank_kernels.pytorch import softmax as honest_softmax
+from rerank_kernels.pytorch import sparse_ffn as honest_sparse_ffn
+
+HONEST: dict[str, Callable[..., Any]] = {
+    "layer_norm": honest_norm.layer_norm,
+    "softmax": honest_softmax.softmax,
+    "sum": honest_softmax.sum,
+    "mean": honest_softmax.mean,
+    "linear": honest_linear.linear,
+    "activation": honest_linear.activation,
+    "attention": honest_attention.attention,
+    "pool": honest_pooling.pool,
+    "sigmoid": honest_pooling.sigmoid,
+    "score_head": honest_pooling.score_head,
+    "sparse_ffn": honest_sparse_ffn.sparse_ffn,
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    op: str
+    kernel: Callable[..., Any]
+    test: Callable[[Case, torch.dtype], None]  # must fail
+    case: str
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        return f"{self.kernel.__name__}-{self.test.__name__}"
+
+
+# --- the sum over K depends on the launch ------------------------------------------------------------------------------
+
+
+def _linear_in_parts(parts: int, rows: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    bias, act, residual, out_dtype = rest
+    y = torch.zeros(rows.shape[0], weight.shape[0])
+    for x, w in zip(rows.float().chunk(parts, 1), weight.float().chunk(parts, 1), strict=True):
+        y = y + honest_linear.linear(x.contiguous(), w.contiguous(), None, None, None, torch.float32)
+    if bias is not None:
+        y = y + bias.float()
+    if act is not None:
+        y = honest_linear.activation(y, act)
+    return (y if residual is None else y + residual.float()).to(out_dtype)
+
+
+def linear_split_k_by_m(rows: Tensor, *rest: Any) -> Tensor:
+    """Few rows: split K to keep the machine busy."""
+    return _linear_in_parts(4 if rows.shape[0] < 16 else 1, rows, *rest)
+
+
+def linear_split_k_by_threads(rows: Tensor, *rest: Any) -> Tensor:
+    return _linear_in_parts(torch.get_num_threads(), rows, *rest)
+
+
+def linear_first_row_apart(rows: Tensor, *rest: Any) -> Tensor:
+    """The remainder of the tile goes another way: where a row stands decides its bits."""
+    y = honest_linear.linear(rows, *rest)
+    if len(rows):
+        residual = rest[3]
+        rest = (*rest[:3], None if residual is None else residual[:1], rest[4])
+        y[:1] = _linear_in_parts(3, rows[:1], *rest)
+    return y
+
+
+# --- precision ---------------------------------------------------------------------------------------------------------
+
+
+def linear_tf32(rows: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    """Operands cut to 10 bits, as tensor cores do with float32 unless told otherwise."""
+    cut = [(t.float().contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (rows, weight)]
+    return honest_linear.linear(*cut, *rest)
+
+
+def linear_rounds_before_bias(rows: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    y = honest_linear.linear(rows, weight, None, None, None, rest[2])
+    return y if bias is None else y + bias
+
+
+def sigmoid_in_half(x: Tensor) -> Tensor:
+    return torch.sigmoid(x).float()
+
+
+def score_head_complement_by_difference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    logit, score, _ = honest_pooling.score_head(*arguments)
+    return logit, score, 1.0 - score
+
+
+def score_head_in_body_dtype(pooled: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    logit = honest_pooling.score_head(pooled, *rest)[0].to(pooled.dtype).float()
+    return logit, honest_pooling.sigmoid(logit), honest_pooling.sigmoid(-logit)
+
+
+def layer_norm_approximate_rsqrt(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None
+) -> Tensor:
+    """rsqrt good to 12 bits without a Newton step, as rsqrtps is."""
+    plain = honest_norm.layer_norm(rows.float(), weight.float(), None, eps, None if residual is None else residual.float())
+    y = plain * (1.0 + 2.0**-12)
+    return (y if bias is None else y + bias.float()).to(rows.dtype)
+
+
+def activation_gelu_from_erf(x: Tensor, kind: str) -> Tensor:
+    """1 + erf cancels for negative x."""
+    v = x.float()
+    return (
+        (v * 0.5 * (1.0 + torch.erf(v * math.sqrt(0.5)))).to(x.dtype) if kind == "gelu" else honest_linear.activation(x, kind)
+    )
+
+
+# --- other rows, other places ------------------------------------------------------------------------------------------
+
+
+def activation_other_tail(x: Tensor, kind: str) -> Tensor:
+    """The last n % 16 elements by a scalar formula, as torch.sigmoid has it."""
+    y = honest_linear.activation(x, kind)
+    n = x.numel() % 16
+    if n:
+        tail = x.flatten()[-n:].float()
+        y.view(-1)[-n:] = (1.0 / (1.0 + torch.exp(-tail))).to(x.dtype)
+    return y
+
+
+def softmax_batch_maximum(rows: Tensor) -> Tensor:
+    if not rows.numel():
+        return rows.clone()
+    e = torch.exp(rows.float() - rows.float().max())
+    return (e / honest_softmax.row_sum(e)[:, None]).to(rows.dtype)
+
+
+def sum_lanes_by_address(rows: Tensor) -> Tensor:
+    """Scalar steps up to the next 64-byte boundary first."""
+    lead = -(rows.data_ptr() // rows.element_size()) % 16
+    lead = min(lead, rows.shape[-1])
+    x = rows.float()
+    return (honest_softmax.row_sum(x[:, :lead]) + honest_softmax.row_sum(x[:, lead:])).to(rows.dtype)
+
+
+def attention_tiles_by_position(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, right: int, scale: float
+) -> Tensor:
+    """Key tiles of 64 counted from the start of the tensor (of the padded row), not from the sequence's own first token.
+
+    Tiles, not lanes: lanes that start elsewhere hold the same chains, only rotated, and folding by halves does not see that."""
+    out = torch.empty_like(q)
+    for start, stop in pairwise(cu_seqlens.tolist()):
+        if start < stop:
+            heads = [t[start:stop].transpose(0, 1).float().contiguous() for t in (q, k, v)]
+            heads[1:] = [t.repeat_interleave(q.shape[1] // k.shape[1], 0) for t in heads[1:]]
+            s = torch.bmm(heads[0], heads[1].transpose(1, 2)) * scale
+            e = torch.exp(s - s.amax(-1, keepdim=True))
+            edges = [0, *range(64 - start % 64, stop - start, 64), stop - start]
+            y, total = torch.zeros(heads[0].shape), torch.zeros(e.shape[:2])
+            for a, b in pairwise(edges):
+                y, total = y + torch.bmm(e[:, :, a:b], heads[2][:, a:b]), total + honest_softmax.row_sum(e[:, :, a:b])
+            out[start:stop] = (y / total[..., None]).transpose(0, 1)
+    return out
+
+
+def attention_multiplies_hidden_keys(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, right: int, scale: float
+) -> Tensor:
+    """Weight 0 instead of a skip: 0 * NaN."""
+    out = torch.empty_like(q)
+    for start, stop in pairwise(cu_seqlens.tolist()):
+        if start < stop:
+            n, group = stop - start, q.shape[1] // k.shape[1]
+            away = torch.arange(n)[:, None] - torch.arange(n)[None]
+            hidden = (away < (-right if right >= 0 else -n)) | (away > (left if left >= 0 else n))
+            heads = [t[start:stop].transpose(0, 1).float() for t in (q, k, v)]
+            heads[1:] = [t.repeat_interleave(group, 0) for t in heads[1:]]
+            s = (torch.bmm(heads[0], heads[1].transpose(1, 2)) * scale).masked_fill(hidden, -math.inf)
+            out[start:stop] = torch.bmm(torch.softmax(s, -1), heads[2]).transpose(0, 1)
+    return out
+
+
+def pool_by_membership(x: Tensor, cu_seqlens: Tensor, mode: str, out_dtype: torch.dtype) -> Tensor:
+    """A matrix of ones and zeros instead of a loop: other sequences come in as 0 * x."""
+    lengths = cu_seqlens.diff()
+    member = torch.zeros(len(lengths), x.shape[0])
+    for b, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+        member[b, start:stop] = 1.0
+    return (member @ x.float() / lengths.clamp(min=1)[:, None]).to(out_dtype)
+
+
+def pool_by_prefix_sums(x: Tensor, cu_seqlens: Tensor, mode: str, out_dtype: torch.dtype) -> Tensor:
+    """One running sum over the whole batch, differences at the boundaries."""
+    running = torch.cat([torch.zeros(1, x.shape[1]), x.float().cumsum(0)])
+    total = running[cu_seqlens[1:].long()] - running[cu_seqlens[:-1].long()]
+    return (total / cu_seqlens.diff().clamp(min=1)[:, None]).to(out_dtype)
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------------
+
+
+def _sparse_in_order(order: Tensor, rows: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+    up, up_bias, gate, gate_bias, down, down_bias = arguments
+    assert gate is None and gate_bias is None
+    h = honest_linear.linear(rows, up, up_bias, "relu", None, torch.float32)
+    y = torch.zeros(rows.shape[0], down.shape[0])
+    for f in order.tolist():
+        y = y + h[:, f, None] * down[:, f].float()
+    return (y if down_bias is None else y + down_bias.float()).to(rows.dtype)
+
+
+def sparse_ffn_atomics(rows: Tensor, *arguments: Any) -> Tensor:
+    """Each neuron adds its column when its turn comes, and turns differ from run to run."""
+    return _sparse_in_order(torch.randperm(arguments[0].shape[0]), rows, arguments)
+
+
+def sparse_ffn_other_order(rows: Tensor, *arguments: Any) -> Tensor:
+    """Repeatable, but not the order of the dense layer."""
+    return _sparse_in_order(torch.arange(arguments[0].shape[0] - 1, -1, -1), rows, arguments)
+
+
+def sparse_ffn_batch_union(rows: Tensor, *arguments: Any) -> Tensor:
+    """The neurons that are active anywhere in the batch, in one smaller dense product."""
+    up, up_bias, gate, gate_bias, down, down_bias = arguments
+    assert gate is None and gate_bias is None
+    h = honest_linear.linear(rows, up, up_bias, "relu", None, torch.float32)
+    some = (h != 0).any(0)
+    return _linear_in_parts(1, h[:, some], down[:, some], down_bias, None, None, rows.dtype)
+
+
+# --- before the kernel --------------------------------------------------------------------------------------------------
+
+
+def mask_ignored(op: str, mask: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """In place of check.mask_to_cu_seqlens: every place counts as a token from the first valid one on."""
+    valid = (mask != 0).cummax(1).values if mask.shape[1] else mask != 0
+    return check_mask(op, valid, batch, length)
+
+
+check_mask = check.mask_to_cu_seqlens
+
+MUTANTS = [
+    Mutant("linear", linear_split_k_by_m, invariants.batch_invariant, "linear-1025x40-gelu_tanh"),
+    Mutant("linear", linear_split_k_by_m, invariants.batch_invariant, "linear-1024x1"),
+    Mutant("linear", linear_first_row_apart, invariants.padding_invariant, "linear-100x100-silu"),
+    Mutant("linear", linear_split_k_by_threads, invariants.thread_invariant, "linear-513x17-gelu"),
+    Mutant("linear", linear_first_row_apart, invariants.batch_invariant, "linear-511x33-no_bias-residual"),
+    Mutant("linear", linear_tf32, invariants.right, "linear-3x1-sigmoid"),
+    Mutant("linear", linear_tf32, invariants.right, "linear-1024x1"),
+    Mutant("linear", linear_rounds_before_bias, invariants.right, "linear-512x16", torch.float16),
+    Mutant("linear", linear_rounds_before_bias, invariants.right, "linear-512x16", torch.bfloat16),
+    Mutant("layer_norm", layer_norm_approximate_rsqrt, invariants.right, "layer_norm-768"),
+    Mutant("activation", activation_other_tail, invariants.batch_invariant, "activation-sigmoid"),
+    Mutant("activation", activation_gelu_from_erf, invariants.right, "activation-gelu"),
+    Mutant("softmax", softmax_batch_maximum, invariants.batch_invariant, "softmax-33"),
+    Mutant("sum", sum_lanes_by_address, invariants.batch_invariant, "sum-100"),
+    Mutant("attention", attention_tiles_by_position, invariants.batch_invariant, "attention-D64-H2of2-T70"),
+    Mutant("attention", attention_multiplies_hidden_keys, invariants.hidden_keys, "attention-D64-H4of2-T70-causal=True"),
+    Mutant("attention", attention_multiplies_hidden_keys, invariants.hidden_keys, "attention-D32-H4of1-T70-window=(7,3)"),
+    Mutant("pool", pool_by_membership, invariants.batch_invariant, "pool-33-mean"),
+    Mutant("pool", pool_by_prefix_sums, invariants.batch_invariant, "pool-33-mean"),
+    Mutant("sigmoid", sigmoid_in_half, invariants.right, "sigmoid-33", torch.float16),
+    Mutant("sigmoid", sigmoid_in_half, invariants.right, "sigmoid-33", torch.bfloat16),
+    Mutant("score_head", score_head_in_body_dtype, invariants.right, "score_head-768x1-no_dense", torch.float16),
+    Mutant("score_head", score_head_complement_by_difference, invariants.right, "score_head-1x1x1-None-no_bias"),
+    Mutant("sparse_ffn", sparse_ffn_atomics, invariants.repeatable, "sparse_ffn-64x96x40"),
+    Mutant("sparse_ffn", sparse_ffn_other_order, invariants.sparse_is_dense, "sparse_ffn-64x96x40"),
+    Mutant("sparse_ffn", sparse_ffn_batch_union, invariants.batch_invariant, "sparse_ffn-33x513x17-bias"),
+]

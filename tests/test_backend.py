@@ -1,0 +1,130 @@
+"""The registry: who serves an op, how a user changes it, and what is said when nobody can."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from rerank_kernels import backend as registry
+from rerank_kernels.backend import BACKENDS, ENVIRONMENT, OPS, Backend, BackendError
+from rerank_kernels.ops.linear import linear
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    yield
+    registry.missing.cache_clear()
+    registry._load.cache_clear()
+
+
+@pytest.fixture
+def no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a compiler."""
+    b = BACKENDS["cpu"]
+    monkeypatch.setitem(BACKENDS, "cpu", Backend(b.name, b.package, b.devices, b.promises, lambda: "not built here"))
+    registry.missing.cache_clear()
+
+
+def test_default_is_the_first_that_is_there() -> None:
+    assert registry.active().name == ("pytorch" if registry.missing("cpu") else "cpu")
+
+
+def test_default_without_the_library(no_cpu: None) -> None:
+    assert registry.active().name == "pytorch"
+    assert registry.active().promises == ("repeatable", "batch-invariant", "padding-invariant")
+
+
+def test_use_nests_and_is_restored() -> None:
+    before = registry.active().name
+    with registry.use("pytorch"):
+        assert registry.active().name == "pytorch"
+        with registry.use("pytorch"):
+            assert registry.active().name == "pytorch"
+        with pytest.raises(KeyError), registry.use("pytorch"):
+            raise KeyError
+        assert registry.active().name == "pytorch"
+    assert registry.active().name == before
+
+
+def test_use_belongs_to_its_thread() -> None:
+    seen: list[str] = []
+    with registry.use("pytorch"):
+        thread = threading.Thread(target=lambda: seen.append(registry.active().name))
+        thread.start()
+        thread.join()
+    assert seen == [registry.active().name]
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT, "pytorch")
+    assert registry.active().name == "pytorch"
+    monkeypatch.setenv(ENVIRONMENT, "")
+    assert registry.active().name == ("pytorch" if registry.missing("cpu") else "cpu")
+    monkeypatch.setenv(ENVIRONMENT, "nonsense")
+    with pytest.raises(BackendError, match=rf"unknown backend 'nonsense' \(asked for by {ENVIRONMENT}\); there are cpu,"):
+        registry.active()
+    with registry.use("pytorch"):
+        assert registry.active().name == "pytorch", "the program's word comes before the environment's"
+
+
+def test_asked_for_and_missing_is_an_error(no_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = r"backend 'cpu' \(asked for by {}\) is not available: not built here; .*pytorch: available"
+    with pytest.raises(BackendError, match=said.format(r"use\('cpu'\)")), registry.use("cpu"):
+        pass
+    monkeypatch.setenv(ENVIRONMENT, "cpu")
+    with pytest.raises(BackendError, match=said.format(ENVIRONMENT)):
+        linear(torch.zeros(1, 1), torch.zeros(1, 1))
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(BackendError, match="unknown backend 'cuda'"), registry.use("cuda"):
+        pass
+
+
+def test_other_device() -> None:
+    with pytest.raises(BackendError, match=r"no backend serves meta tensors; cpu serves cpu only; pytorch serves cpu only"):
+        linear(torch.zeros(1, 1, device="meta"), torch.zeros(1, 1, device="meta"))
+    with (
+        registry.use("pytorch"),
+        pytest.raises(BackendError, match=r"backend 'pytorch' \(asked for by use.*\) does not serve meta tensors"),
+    ):
+        registry.active("meta")
+
+
+def test_tensors_on_two_devices() -> None:
+    with pytest.raises(ValueError, match=r"linear: weight must be on cpu like x, got a tensor on meta; move it"):
+        linear(torch.zeros(1, 1), torch.zeros(1, 1, device="meta"))
+
+
+def test_every_backend_has_every_op() -> None:
+    for b in BACKENDS.values():
+        for op, family in OPS.items():
+            module = importlib.import_module(f"{b.package}.{family}")
+            assert callable(getattr(module, op, None)), f"{b.name} has no {op}"
+
+
+def test_missing_op_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPS, "conv", "linear")
+    with registry.use("pytorch"), pytest.raises(BackendError, match="conv: backend 'pytorch' has no such op"):
+        registry.select("conv", torch.device("cpu"))
+    assert registry.backends()["conv"]["pytorch"] == "conv: backend 'pytorch' has no such op"
+
+
+def test_table(no_cpu: None) -> None:
+    table = registry.backends()
+    assert set(table) == set(OPS)
+    assert table["linear"] == {"cpu": "not built here", "pytorch": "yes"}
+    text = str(table)
+    assert "cpu: not built here" in text
+    assert "pytorch: serves cpu; promises repeatable, batch-invariant, padding-invariant" in text
+
+
+def test_promises_have_names() -> None:
+    assert registry.PROMISES == ("repeatable", "batch-invariant", "padding-invariant", "thread-invariant", "portable")
+    for b in BACKENDS.values():
+        assert set(b.promises) <= set(registry.PROMISES) and "repeatable" in b.promises

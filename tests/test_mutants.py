@@ -1,0 +1,86 @@
+"""The tests are tested: every mutant must fail the test of the promise that it breaks, and the honest kernel must pass it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import invariants
+import mutants
+import pytest
+import torch
+from mutants import HONEST, MUTANTS, Mutant
+
+from rerank_kernels import backend
+from rerank_kernels.ops import check
+
+Serve = Callable[..., None]
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
+    """serve(linear=kernel): every op from the honest kernels, this one from the given one."""
+
+    def serve(**kernels: Callable[..., Any]) -> None:
+        monkeypatch.setattr(backend, "select", lambda op, device: {**HONEST, **kernels}[op])
+
+    return serve
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_caught(serve: Serve, mutant: Mutant) -> None:
+    case = cases.get(mutant.case)
+    assert case.op == mutant.op
+    serve()
+    if mutant.test is not invariants.thread_invariant:  # which the honest kernels of this file do not promise
+        mutant.test(case, mutant.dtype)
+    serve(**{mutant.op: mutant.kernel})
+    with pytest.raises(AssertionError, match=r"differ|beyond the bound"):
+        mutant.test(case, mutant.dtype)
+
+
+@pytest.mark.parametrize("case", ["pool-33-mean", "attention-D40-H2of2-T70"])
+def test_mask_mutant_is_caught(serve: Serve, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    serve()
+    invariants.padding_invariant(cases.get(case), torch.float32)
+    monkeypatch.setattr(check, "mask_to_cu_seqlens", mutants.mask_ignored)
+    with pytest.raises(AssertionError):
+        invariants.padding_invariant(cases.get(case), torch.float32)
+
+
+def test_every_invariant_has_a_mutant() -> None:
+    used = {m.test.__name__ for m in MUTANTS}
+    wanted = {
+        "right",
+        "repeatable",
+        "batch_invariant",
+        "padding_invariant",
+        "thread_invariant",
+        "hidden_keys",
+        "sparse_is_dense",
+    }
+    assert used == wanted
+    assert {m.op for m in MUTANTS} >= {"layer_norm", "softmax", "linear", "attention", "pool", "score_head", "sparse_ffn"}
+
+
+def test_differences_are_reported_in_full() -> None:
+    want = torch.tensor([[1.0, 2.0], [0.0, float("nan")]])
+    got = want.clone()
+    invariants.same(got, want, "nan")
+    got[1, 0] = -0.0
+    with pytest.raises(
+        AssertionError, match=r"zeros: 1 of 4 values differ, by up to 0 ulp; first at \(1, 0\): got 0x80000000 \(-0"
+    ):
+        invariants.same(got, want, "zeros")
+    got = torch.nextafter(want, torch.tensor(3.0))
+    with pytest.raises(
+        AssertionError, match=r"3 of 4 .* at \(0, 0\): got 0x3f800001 \(1.00000011.*want 0x3f800000 \(1.0\), 1 ulp"
+    ):
+        invariants.same(got, want, "neighbours")
+    with pytest.raises(AssertionError, match=r"signs: .* by up to 3 ulp"):
+        invariants.same(torch.tensor([2.0**-149]), torch.tensor([-(2.0**-148)]), "signs")
+    with pytest.raises(AssertionError, match=r"dtype torch.float16, want torch.float32"):
+        invariants.same(torch.zeros(1).half(), torch.zeros(1), "dtypes")
+    with pytest.raises(AssertionError, match=r"shape \(1,\), want \(2,\)"):
+        invariants.same(torch.zeros(1), torch.zeros(2), "shapes")
