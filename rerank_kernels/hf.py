@@ -46,21 +46,20 @@ class Forward:
     a word. This one copies and pickles with its module, and a copy's forward reads the copy's weights.
     """
 
+    def __new__(cls, *args: Any) -> Forward:
+        global _serve
+        if _serve is _serve_eagerly:
+            # torch.compile must call it, not look inside: fused arithmetic has other bits. Here and not at import, for the
+            # compiler takes seconds to import; in __new__, for pickle and deepcopy pass here too.
+            _serve = torch.compiler.disable(_serve_eagerly)  # type: ignore[no-untyped-call]
+        return super().__new__(cls)
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.calls = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.enter()
-        if torch.is_grad_enabled():
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, Tensor) and value.requires_grad:
-                    raise RuntimeError(
-                        f"{_class(self.module)}.forward: an input asks for gradients and rerank_kernels is forward only; "
-                        "run under torch.inference_mode(), or call rk.unpatch(model) to train"
-                    )
-        with torch.no_grad():
-            return FORWARDS[_name(self.module)](self.module, *args, **kwargs)
+        return _serve(self, args, kwargs)
 
     def enter(self) -> None:
         if self.module.training:
@@ -74,6 +73,22 @@ class Forward:
     def __signature__(self) -> inspect.Signature:
         """Callers that filter arguments by inspect.signature(model.forward) see the class's own signature."""
         return inspect.signature(type(self.module).forward.__get__(self.module))
+
+
+def _serve_eagerly(self: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    self.enter()
+    if torch.is_grad_enabled():
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise RuntimeError(
+                    f"{_class(self.module)}.forward: an input asks for gradients and rerank_kernels is forward only; "
+                    "run under torch.inference_mode(), or call rk.unpatch(model) to train"
+                )
+    with torch.no_grad():
+        return FORWARDS[_name(self.module)](self.module, *args, **kwargs)
+
+
+_serve = _serve_eagerly
 
 
 @dataclass
@@ -103,7 +118,8 @@ class Report:
         lines = [f"mode {self.mode}", "class".ljust(wide) + "".join(kind.rjust(10) for kind in kinds)]
         lines += [name.ljust(wide) + "".join(str(c[name] or "-").rjust(10) for c in counts.values()) for name in names]
         lines += [f"unknown: {path or '(the model)'}: {what}" for path, what in self.unknown.items()]
-        lines.append("calls: " + ", ".join(f"{path or '(the model)'} {n}" for path, n in list(self.calls().items())[:8]))
+        calls = [f"{path or '(the model)'} {n}" for path, n in self.calls().items()]
+        lines.append("calls: " + ", ".join(calls[:8]) + (f" and {len(calls) - 8} more" if len(calls) > 8 else ""))
         return "\n".join(lines)
 
 
@@ -113,7 +129,8 @@ def patch(model: nn.Module, mode: str = "portable", strict: bool = True) -> Repo
     Served: BERT, RoBERTa and XLM-RoBERTa (transformers >= 5), the encoders and their *ForSequenceClassification; and the
     leaves of LEAVES (nn.Linear, nn.LayerNorm, activations) in plain containers. What differs from stock: logits are float32
     whatever the body's dtype, hidden states at padding are 0, positions are counted over the tokens that attention_mask
-    keeps (a left-padded pair gets the bits it gets alone), hooks and forwards of modules inside the encoder do not run.
+    keeps (a left-padded pair gets the bits it gets alone), hooks and forwards of modules inside the encoder do not run, and a
+    row without tokens gives the head's value for a zero vector.
 
     mode: "portable", the only one so far. strict: raise PatchError if any module is unknown, and change nothing; otherwise
     leave those modules, and the encoder that holds them, as they are, and list them in the report.
@@ -156,20 +173,19 @@ def _plan(model: nn.Module, mode: str) -> Report:
     for root in roots:  # the encoder's forward does not call the modules inside it, so their hooks would be passed over
         problems |= {p: "has forward hooks" for p, m in modules.items() if p != root and _inside(p, root) and _hooked(m)}
     served = [root for root in roots if not any(_inside(path, root) for path in problems)]
+    covered = {path for path in modules for root in served if _inside(path, root)}
 
     report = Report(mode, {}, {}, {}, {})
     for path, m in modules.items():
         name, cls = _name(m), _class(m)
-        root = any(path == r for r in served)
         if path in problems:
             report.unknown[path] = f"{cls} ({problems[path]})" if problems[path] else cls
         elif name in EXACT:
             report.exact[path] = cls
-        elif root or name in LEAVES or any(_inside(path, r) for r in served):
+        elif path in covered or name in LEAVES:
             report.replaced[path] = cls
-            if root or not any(_inside(path, r) for r in served):
-                bound = m.__dict__.get("forward")
-                report.forwards[path] = bound if bound is not None else Forward(m)
+            if path in served or path not in covered:
+                report.forwards[path] = m.__dict__.get("forward") or Forward(m)
         elif name in ENCODERS:
             report.unknown[path] = f"{cls} (holds the unknown modules)"
         else:
@@ -186,6 +202,8 @@ def _problem(m: Any) -> str | None:
         return "config.is_decoder or config.add_cross_attention is set"
     if name == "torch.nn.modules.activation.Softmax" and m.dim is None:
         return "dim is None"
+    if hasattr(m, "intermediate_act_fn") and _name(m.intermediate_act_fn) not in ACTIVATIONS:
+        return f"activation {getattr(m.intermediate_act_fn, '__name__', _class(m.intermediate_act_fn))} is unknown"
     return None if name in FORWARDS or name in EXACT or name in PARTS else ""
 
 
@@ -269,8 +287,7 @@ def encoder_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     batch = _pack(m, m, args, kwargs)
     x, pooled = _encode(m, batch.words, batch.types, batch.positions, batch.cu, batch.states), None
     if m.pooler is not None:
-        first = pool(x, "cls", cu_seqlens=batch.cu)
-        pooled = linear(first, m.pooler.dense.weight, m.pooler.dense.bias, activation="tanh")
+        pooled = _dense(m.pooler.dense, pool(x, "cls", cu_seqlens=batch.cu), "tanh")
     return batch.output(BaseModelOutputWithPoolingAndCrossAttentions, last_hidden_state=batch.scatter(x), pooler_output=pooled)
 
 
@@ -281,7 +298,7 @@ def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     encoder = _enter_encoder(m)
     batch = _pack(m, encoder, args, kwargs)
     x = _encode(encoder, batch.words, batch.types, batch.positions, batch.cu, batch.states)
-    return batch.output(SequenceClassifierOutput, logits=_family(m).head(m, pool(x, "cls", cu_seqlens=batch.cu)).logit)
+    return batch.output(SequenceClassifierOutput, logits=_score(m, x, batch.cu).logit)
 
 
 def packed_logits(model: nn.Module, ids: Tensor, cu_seqlens: Tensor, token_types: Tensor | None = None) -> HeadOutput:
@@ -289,7 +306,7 @@ def packed_logits(model: nn.Module, ids: Tensor, cu_seqlens: Tensor, token_types
     _entered(model, classifier_forward)
     with torch.no_grad():
         x = _encode_packed(_enter_encoder(model), ids, cu_seqlens, token_types)
-        return _family(model).head(model, pool(x, "cls", cu_seqlens=cu_seqlens))
+        return _score(model, x, cu_seqlens)
 
 
 def packed_embeddings(
@@ -337,6 +354,8 @@ def _encode_packed(encoder: Any, ids: Tensor, cu: Tensor, types: Tensor | None) 
     op = _class(encoder)
     check.shape(op, "ids", ids, "total")
     cu = check.cu_seqlens(op, cu, ids.shape[0], ids.device)
+    if types is not None:
+        check.shape(op, "token_types", types, ids.shape[0])
     words = _lookup(op, "ids", ids, encoder.embeddings.word_embeddings)
     return _encode(encoder, words, types, _positions(encoder, cu, ids.shape[0]), cu, None)
 
@@ -350,7 +369,7 @@ def _encode(
     # In transformers' order; three terms and the norm stay in float32, so the body's dtype is rounded to once, here.
     total = words.float() + _lookup(op, "token_type_ids", types, e.token_type_embeddings).float()
     total = total + _lookup(op, "position_ids", positions, e.position_embeddings).float()
-    x = layer_norm(total, e.LayerNorm.weight, e.LayerNorm.bias, e.LayerNorm.eps).to(e.word_embeddings.weight.dtype)
+    x = _norm(e.LayerNorm, total).to(e.word_embeddings.weight.dtype)
     if states is not None:
         states.append(x)
     for layer in encoder.encoder.layer:
@@ -364,13 +383,29 @@ def _layer(layer: Any, x: Tensor, cu: Tensor) -> Tensor:
     """Post-norm: the residual is added inside layer_norm, where the sum stays float32."""
     own, after, up, down = layer.attention.self, layer.attention.output, layer.intermediate, layer.output
     heads = (x.shape[0], own.num_attention_heads, own.attention_head_size)
-    q, k, v = (linear(x, p.weight, p.bias).view(heads) for p in (own.query, own.key, own.value))
+    q, k, v = (_dense(p, x).view(heads) for p in (own.query, own.key, own.value))
     a = attention(q, k, v, cu_seqlens=cu).flatten(1)
-    a = linear(a, after.dense.weight, after.dense.bias)
-    x = layer_norm(a, after.LayerNorm.weight, after.LayerNorm.bias, after.LayerNorm.eps, residual=x)
-    h = linear(x, up.dense.weight, up.dense.bias, activation=_kind(up.intermediate_act_fn))
-    h = linear(h, down.dense.weight, down.dense.bias)
-    return layer_norm(h, down.LayerNorm.weight, down.LayerNorm.bias, down.LayerNorm.eps, residual=x)
+    x = _norm(after.LayerNorm, _dense(after.dense, a), x)
+    h = _dense(up.dense, x, _kind(up.intermediate_act_fn))
+    return _norm(down.LayerNorm, _dense(down.dense, h), x)
+
+
+def _dense(m: Any, x: Tensor, act: str | None = None) -> Tensor:
+    _as_patched(m, nn.Linear)
+    return linear(x, m.weight, m.bias, activation=act)
+
+
+def _norm(m: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    _as_patched(m, nn.LayerNorm)
+    return layer_norm(x, m.weight, m.bias, m.eps, residual=residual)
+
+
+def _as_patched(m: object, cls: type[nn.Module]) -> None:
+    """An adapter put in after patch() would be passed over without a word: its base weights look the same from here."""
+    if type(m) is not cls:
+        raise PatchError(
+            f"a {_class(m)} stands where patch() saw nn.{cls.__name__}; call rk.unpatch(model), then patch it again"
+        )
 
 
 def _pack(m: Any, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
@@ -418,7 +453,7 @@ def _warn_of_pads(op: str, ids: Tensor | None, pad: int | None) -> None:
         warnings.warn(
             f"{op}: input_ids begin or end with the pad token {pad} and attention_mask is missing: "
             "padding is read as tokens and changes the result; pass the tokenizer's attention_mask",
-            stacklevel=7,
+            stacklevel=9,
         )
 
 
@@ -461,13 +496,11 @@ def _options(m: Any, op: str, given: dict[str, Any]) -> tuple[list[Tensor] | Non
     return ([] if hidden else None), bool(as_dict)
 
 
-def _pooler_head(m: Any, first: Tensor) -> HeadOutput:
-    dense, out = m.base_model.pooler.dense, m.classifier
-    return score_head(first, out.weight, out.bias, dense_weight=dense.weight, dense_bias=dense.bias, activation="tanh")
-
-
-def _dense_head(m: Any, first: Tensor) -> HeadOutput:
-    dense, out = m.classifier.dense, m.classifier.out_proj
+def _score(m: Any, x: Tensor, cu: Tensor) -> HeadOutput:
+    dense, out = _family(m).head(m)
+    _as_patched(dense, nn.Linear)
+    _as_patched(out, nn.Linear)
+    first = pool(x, "cls", cu_seqlens=cu)
     return score_head(first, out.weight, out.bias, dense_weight=dense.weight, dense_bias=dense.bias, activation="tanh")
 
 
@@ -480,21 +513,19 @@ class Family:
 
     prefix: str
     first_position: Callable[[Any], int]  # the encoder -> position id of a sequence's first token
-    head: Callable[[Any, Tensor], HeadOutput]  # (the classifier, first tokens [B, D]) -> logits
+    head: Callable[[Any], tuple[Any, Any]]  # the classifier -> its (dense, out), with tanh in between, on the first token
 
 
-def _from_zero(encoder: Any) -> int:
-    return 0
-
-
-def _after_padding_idx(encoder: Any) -> int:
-    return int(encoder.embeddings.padding_idx) + 1
+def _roberta(prefix: str) -> Family:
+    return Family(
+        prefix, lambda encoder: int(encoder.embeddings.padding_idx) + 1, lambda m: (m.classifier.dense, m.classifier.out_proj)
+    )
 
 
 FAMILIES = {
-    "transformers.models.bert.modeling_bert": Family("Bert", _from_zero, _pooler_head),
-    "transformers.models.roberta.modeling_roberta": Family("Roberta", _after_padding_idx, _dense_head),
-    "transformers.models.xlm_roberta.modeling_xlm_roberta": Family("XLMRoberta", _after_padding_idx, _dense_head),
+    "transformers.models.bert.modeling_bert": Family("Bert", lambda _: 0, lambda m: (m.bert.pooler.dense, m.classifier)),
+    "transformers.models.roberta.modeling_roberta": _roberta("Roberta"),
+    "transformers.models.xlm_roberta.modeling_xlm_roberta": _roberta("XLMRoberta"),
 }
 
 
@@ -539,13 +570,12 @@ WRAPPERS = {
     "DataParallel": "pass model.module",
     "DistributedDataParallel": "pass model.module",
 }
-_UNPATCH = "call rk.unpatch(model) to get it from stock arithmetic"
+_NO_CROSS, _WHOLE = "there is no cross-attention in a reranker's encoder", "an encoder sees the whole sequence at once"
 REFUSED = {
     "labels": "no loss is computed; take the logits, or call rk.unpatch(model) to train",
-    "output_attentions": f"attention probabilities are never stored; {_UNPATCH}",
-    "head_mask": _UNPATCH,
-    "encoder_hidden_states": "there is no cross-attention in a reranker's encoder",
-    "encoder_attention_mask": "there is no cross-attention in a reranker's encoder",
-    "past_key_values": "an encoder sees the whole sequence at once",
-    "use_cache": "an encoder sees the whole sequence at once; leave it out or pass False",
+    "output_attentions": "attention probabilities are never stored; call rk.unpatch(model) to see them",
+    "encoder_hidden_states": _NO_CROSS,
+    "encoder_attention_mask": _NO_CROSS,
+    "past_key_values": _WHOLE,
+    "use_cache": _WHOLE,
 }

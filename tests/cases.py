@@ -124,7 +124,7 @@ def get(name: str) -> Case:
 # --- truth and allowed error -------------------------------------------------------------------------------------------
 
 U = 2.0**-24  # half an ulp of 1 in float32
-TINY = 2.0**-148  # two of the smallest steps of float32, for results that underflow
+TINY = 2.0**-149  # the smallest step of float32, for what underflows
 # Errors of act(v) in units of U * |act(v)|, without what v itself brings in. gelu_tanh adds the rounding of exp's argument.
 ACTIVATION_UNITS = {"relu": 0.0, "tanh": 8.0, "sigmoid": 8.0, "silu": 8.0, "gelu": 16.0, "gelu_tanh": 8.0}
 STEEPEST = 1.13  # largest derivative of any activation (gelu)
@@ -160,7 +160,8 @@ def near_activation(v: Near, kind: str | None) -> Near:
     units = torch.full_like(y, ACTIVATION_UNITS[kind])
     if kind == "gelu_tanh":
         units = units + 8.0 * (v.value + 0.044715 * v.value**3).abs()
-    return Near(y, STEEPEST * v.slack + units * U * y.abs() + TINY)
+    # below 2^-126 the factor beside v (Φ, σ) has no more than the smallest steps of float32, and v multiplies their error
+    return Near(y, STEEPEST * v.slack + units * U * y.abs() + TINY * (1.0 + v.value.abs()))
 
 
 def near_add(a: Near, b: Tensor) -> Near:
@@ -217,7 +218,7 @@ def _near_attention(case: Case, a: Tensors) -> tuple[Near, ...]:
             # a score's error is a relative error of its weight, once above and once below the fraction bar
             slack[lo:hi] = 2.0 * (steps(q.shape[2]) + 2.0) * U * largest * weighted[lo:hi]
             slack[lo:hi] += 2.0 * (steps(hi - lo) + 4.0) * U * weighted[lo:hi]
-    return (Near(value, slack + TINY),)
+    return (Near(value, slack + 2.0 * TINY),)
 
 
 def _near_pool(case: Case, a: Tensors) -> tuple[Near, ...]:

@@ -77,7 +77,7 @@ def right(case: Case, dtype: torch.dtype) -> None:
 def repeatable(case: Case, dtype: torch.dtype) -> None:
     rows, shared = case.make_rows(dtype), case.make_shared(dtype)
     first = case.call(rows, shared)
-    for _ in range(3):
+    for _ in range(2):
         all_same(case.call(rows, shared), first, f"{case} run again")
 
 
@@ -145,11 +145,11 @@ def padding_invariant(case: Case, dtype: torch.dtype) -> None:
 def _rows_padded(case: Case, rows: Tensors, shared: Tensors) -> None:
     full = case.call(rows, shared)
     m = case.count
-    for places in (torch.arange(m) * 2, torch.arange(m) + 3, torch.arange(m) * 3 + torch.arange(m) % 3):
-        for junk in (0.0, *HOSTILE):
-            padded = {n: t.new_full((3 * m + 8, *t.shape[1:]), junk).index_copy_(0, places, t) for n, t in rows.items()}
-            got = case.call(padded, shared)
-            all_same(tuple(g[places] for g in got), full, f"{case}, padded with {junk}")
+    i = torch.arange(m)
+    for places, junk in ((i * 2, 0.0), (i + 3, HOSTILE[0]), (i * 2 + i % 2, HOSTILE[1]), (2 * m - 1 - i, HOSTILE[2])):
+        padded = {n: t.new_full((2 * m, *t.shape[1:]), junk).index_copy_(0, places, t) for n, t in rows.items()}
+        got = case.call(padded, shared)
+        all_same(tuple(g[places] for g in got), full, f"{case}, padded with {junk}")
 
 
 def _sequences_padded(case: Case, rows: Tensors, shared: Tensors) -> None:
@@ -160,17 +160,16 @@ def _sequences_padded(case: Case, rows: Tensors, shared: Tensors) -> None:
         mask = torch.zeros(len(bounds), width, dtype=torch.bool)
         for b, n in enumerate(case.lengths):
             mask[b, place(side, n, width)] = True
-        for junk in (0.0, *HOSTILE):
+        for junk, form in zip((0.0, *HOSTILE), (mask, mask.long() * 7, mask, mask.int()), strict=True):
             padded = {n: t.new_full((*mask.shape, *t.shape[1:]), junk) for n, t in rows.items()}
             for n, t in padded.items():
                 t[mask] = rows[n]
-            for form in (mask, mask.long() * 7):
-                got = case.call_padded(padded, shared, form)
-                if case.op == "pool":
-                    all_same(got, packed, f"{case}, padded {side} to {width} with {junk}")
-                    continue
-                all_same(tuple(g[mask] for g in got), packed, f"{case}, padded {side} to {width} with {junk}")
-                assert all(bool((g[~mask] == 0).all()) for g in got), f"{case}: a padded place of the result is not 0"
+            got = case.call_padded(padded, shared, form)
+            if case.op == "pool":
+                all_same(got, packed, f"{case}, padded {side} to {width} with {junk}")
+                continue
+            all_same(tuple(g[mask] for g in got), packed, f"{case}, padded {side} to {width} with {junk}")
+            assert all(bool((g[~mask] == 0).all()) for g in got), f"{case}: a padded place of the result is not 0"
     for b, (start, stop) in enumerate(bounds):
         if stop - start == longest:  # no mask is a mask of ones
             alone = {n: t[None, start:stop] for n, t in rows.items()}

@@ -270,6 +270,15 @@ def test_save_pretrained_of_a_patched_model(tmp_path):
     assert_same_bits(alone(again, sequences), alone(model, sequences))
 
 
+def test_torch_compile_does_not_reach_inside():
+    model, sequences = tiny("roberta"), rows((7, 64, 23))
+    rk.patch(model)
+    want = alone(model, sequences)
+    compiled = torch.compile(model)
+    assert_same_bits(compiled(**padded(sequences, 1)).logits, want)
+    assert_same_bits(torch.cat([compiled(input_ids=s[None]).logits for s in sequences]), want)
+
+
 def test_signature_is_the_stock_one():
     model = tiny("bert")
     stock = inspect.signature(model.forward)
@@ -374,6 +383,27 @@ def test_not_strict_leaves_the_unknown_and_the_encoder_around_it():
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, stock, rtol=0, atol=2e-5)
     assert report.calls()["bert.encoder.layer.0.output.dense"] == 1
+
+
+def test_unknown_activations_are_refused():
+    model = tiny("roberta", head=False, hidden_act="quick_gelu")
+    with pytest.raises(rk.PatchError, match=r"intermediate_act_fn: QuickGELUActivation"):
+        rk.patch(model)
+    model = tiny("roberta", head=False)
+    del model.encoder.layer[1].intermediate.intermediate_act_fn
+    model.encoder.layer[1].intermediate.intermediate_act_fn = torch.sin
+    with pytest.raises(rk.PatchError, match=r"layer\.1\.intermediate: RobertaIntermediate \(activation sin is unknown\)"):
+        rk.patch(model)
+
+
+def test_a_module_put_in_after_patching_is_not_passed_over():
+    model = tiny("bert")
+    rk.patch(model)
+    model.bert.encoder.layer[1].output.dense = Shifted(96, 64)
+    with pytest.raises(rk.PatchError, match=r"a Shifted stands where patch\(\) saw nn\.Linear"):
+        model(rows((5,))[0][None])
+    model.bert.encoder.layer[1].output.dense = nn.Linear(96, 64)
+    model(rows((5,))[0][None])
 
 
 def test_hooks_and_own_forwards_inside_an_encoder_are_refused():

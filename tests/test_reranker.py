@@ -117,6 +117,16 @@ def test_a_loaded_model_is_served_in_place(folder, cross):
     assert reranker.report.calls()[""] > 0
 
 
+def test_sentence_transformers_cross_encoder_gives_the_same_bits(folder, cross):
+    st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    model = st.CrossEncoder(str(folder), device="cpu")
+    report = rk.patch(model.model)
+    for size in (1, 7, 32):
+        logits = model.predict(PAIRS, batch_size=size, activation_fn=torch.nn.Identity())
+        assert same([logits], [cross.score(PAIRS).logit])
+    assert report.calls()[""] > 0
+
+
 def test_bert_token_types_reach_the_model():
     own = tokenizer("bert")
     reranker = rk.Reranker(tiny("bert", vocab_size=len(own)), own)

@@ -1,7 +1,7 @@
 // attention.cpp: packed self-attention on the CPU, bidirectional or windowed (causal is a window), grouped heads.
 //
 // For each query row: s_j = dot(q, k_j) * scale; max exact; e_j = exp(s_j - max); l = row_sum(e), lane j mod 32;
-// out = dot(e, v) / l over keys, in chunks of 512. j counts from the sequence's own first token (NUMERICS.md, "attention").
+// out = dot(e, v) / l over keys, in chunks of 64. j counts from the sequence's own first token (NUMERICS.md, "attention").
 // Rows go in tiles of TILE_ROWS through the same dot tiles as linear; the scores of a tile stay in the caches.
 
 #ifndef RK_ISA
@@ -113,7 +113,7 @@ static void attend(const AttentionArgs& a, int64_t first, int64_t length, int64_
             const int64_t key_begin = begin(i0), key_end = end(i0 + rows - 1);
 
             for (int64_t p = key_begin / PANEL; p * PANEL < key_end; ++p)
-                dot_panel(rows, q_rows, a.D, packed_k + p * a.D * PANEL, 0, a.D, scores + p * PANEL, lds, PANEL, true);
+                dot_panel<CHUNK>(rows, q_rows, a.D, packed_k + p * a.D * PANEL, 0, a.D, scores + p * PANEL, lds, PANEL, true);
             float total[TILE_ROWS];
             for (int r = 0; r < rows; ++r) {
                 float* s = scores + r * lds;
@@ -124,7 +124,7 @@ static void attend(const AttentionArgs& a, int64_t first, int64_t length, int64_
             }
             for (int64_t d0 = 0; d0 < a.D; d0 += PANEL) {
                 const int columns = int(a.D - d0 < PANEL ? a.D - d0 : PANEL);
-                dot_panel(rows, scores, lds, packed_v + d0 * length, key_begin, key_end, sums, PANEL, columns, true);
+                dot_panel<KEY_TILE>(rows, scores, lds, packed_v + d0 * length, key_begin, key_end, sums, PANEL, columns, true);
                 for (int r = 0; r < rows; ++r)
                     for (int c = 0; c < columns; c += W) {
                         const int64_t at = ((first + i0 + r) * a.H + head) * a.D + d0 + c;

@@ -1,7 +1,7 @@
 // gemm.h: the `dot` primitive over tiles of outputs, for linear, score_head, sparse_ffn and attention. Included once per
 // instruction set, after isa.h; no guard.
 //
-// Order: every output is its own chain: k ascending, one fma a step, from +0 inside a chunk of 512; chunk sums are added in
+// Order: every output is its own chain: k ascending, one fma a step, from +0 inside a chunk (512; 64 over attention's keys); chunk sums are added in
 // ascending order, from +0. Registers, tiles and threads only ever split outputs, so a tile's shape cannot reach the bits.
 
 namespace rk {
@@ -10,12 +10,12 @@ namespace RK_ISA {
 constexpr int STRIP = TILE_VECS * W;  // columns of a tile; PANEL is a multiple of it
 
 // sums[r][c] = (first ? +0 : sums[r][c]) + the chunk sums over k in [k_begin, k_end) of a[r * lda + k] * b[k * PANEL + c],
-// c in [0, STRIP). b is a packed panel; chunks of 512 are counted from k = 0.
-template <int ROWS, class T>
+// c in [0, STRIP). b is a packed panel; chunks of SPAN are counted from k = 0.
+template <int ROWS, int SPAN, class T>
 static __attribute__((noinline)) void dot_tile(const float* a, int64_t lda, const T* b, int64_t k_begin, int64_t k_end,
                                                float* sums, int64_t ld_sums, bool first) {
     for (int64_t k0 = k_begin; k0 < k_end;) {
-        const int64_t chunk_end = (k0 / CHUNK + 1) * CHUNK;
+        const int64_t chunk_end = (k0 / SPAN + 1) * SPAN;
         const int64_t k1 = chunk_end < k_end ? chunk_end : k_end;
         Vec acc[ROWS][TILE_VECS];
 #pragma GCC unroll 16
@@ -46,20 +46,20 @@ static __attribute__((noinline)) void dot_tile(const float* a, int64_t lda, cons
     }
 }
 
-template <class T, int ROWS = TILE_ROWS>
+template <int SPAN, class T, int ROWS = TILE_ROWS>
 RK_INLINE void dot_tile_of(int rows, const float* a, int64_t lda, const T* b, int64_t k_begin, int64_t k_end, float* sums,
                            int64_t ld_sums, bool first) {
     if constexpr (ROWS == 1) {
-        dot_tile<1>(a, lda, b, k_begin, k_end, sums, ld_sums, first);
+        dot_tile<1, SPAN>(a, lda, b, k_begin, k_end, sums, ld_sums, first);
     } else {
-        if (rows == ROWS) return dot_tile<ROWS>(a, lda, b, k_begin, k_end, sums, ld_sums, first);
-        dot_tile_of<T, ROWS - 1>(rows, a, lda, b, k_begin, k_end, sums, ld_sums, first);
+        if (rows == ROWS) return dot_tile<ROWS, SPAN>(a, lda, b, k_begin, k_end, sums, ld_sums, first);
+        dot_tile_of<SPAN, T, ROWS - 1>(rows, a, lda, b, k_begin, k_end, sums, ld_sums, first);
     }
 }
 
 // A [rows x columns] block of sums out of one packed panel, strip by strip (whole strips are written). Sums that begin with an
 // empty range are +0.
-template <class T>
+template <int SPAN, class T>
 RK_INLINE void dot_panel(int rows, const float* a, int64_t lda, const T* b, int64_t k_begin, int64_t k_end, float* sums,
                          int64_t ld_sums, int columns, bool first) {
     for (int c = 0; c < columns; c += STRIP) {
@@ -67,7 +67,7 @@ RK_INLINE void dot_panel(int rows, const float* a, int64_t lda, const T* b, int6
             for (int r = 0; r < rows; ++r)
                 for (int i = 0; i < STRIP; ++i) sums[r * ld_sums + c + i] = 0.0f;
         } else {
-            dot_tile_of<T>(rows, a, lda, b + c, k_begin, k_end, sums + c, ld_sums, first);
+            dot_tile_of<SPAN, T>(rows, a, lda, b + c, k_begin, k_end, sums + c, ld_sums, first);
         }
     }
 }
@@ -123,7 +123,7 @@ static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end,
             for (int64_t m = 0; m < height; m += TILE_ROWS) {
                 const int rows = int(height - m < TILE_ROWS ? height - m : TILE_ROWS);
                 float* sums = step == g.K ? tile : unfinished + ((p - p_begin) * height + m) * PANEL;
-                dot_panel(rows, a + m * lda, lda, b, k0, k1, sums, PANEL, columns, k0 == 0);
+                dot_panel<CHUNK>(rows, a + m * lda, lda, b, k0, k1, sums, PANEL, columns, k0 == 0);
                 if (k1 == g.K) finish(g, sums, rows, m_begin + m, p * PANEL, columns);
             }
         }

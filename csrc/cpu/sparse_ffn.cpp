@@ -108,7 +108,7 @@ static void gate_active(const SparseArgs& a, int64_t m, const int32_t* active, i
         }
     }
     float sums[PANEL], bias = 0.0f;
-    dot_panel(1, x, a.K, panel, 0, a.K, sums, PANEL, PANEL, true);
+    dot_panel<CHUNK>(1, x, a.K, panel, 0, a.K, sums, PANEL, PANEL, true);
     for (int c = 0; c < n; ++c) {
         if (a.up_bias) widen(a.up_bias_dtype, a.up_bias, active[c], 1, &bias);
         h[active[c]] = h[active[c]] * (a.up_bias ? sums[c] + bias : sums[c]);

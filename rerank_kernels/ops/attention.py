@@ -35,7 +35,7 @@ def attention(
     places are counted over the sequence's own tokens. H must be a multiple of H_kv; head h reads h // (H / H_kv).
     scale: factor on q · k, 1 / sqrt(D) if not given. Padded places of the result are 0.
 
-    Order: exact maximum, then `dot` over keys in chunks of 512 from the sequence's own first token (NUMERICS.md,
+    Order: exact maximum, then `dot` over keys in chunks of 64 from the sequence's own first token (NUMERICS.md,
     "attention"). A key that is masked for a row is skipped, never multiplied.
     """
     check.floating("attention", q=q, k=k, v=v)

@@ -1,0 +1,257 @@
+"""The house rules that a machine can hold: what lies where, which words no kernel may hold, and that the pages stay true."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rerank_kernels as rk
+from rerank_kernels.backend import BACKENDS, OPS
+
+ROOT = Path(__file__).parent.parent
+FAMILIES = sorted(set(OPS.values()))
+PAGES = ("README.md", "NUMERICS.md", "CONTRIBUTING.md")
+
+
+@functools.cache
+def files() -> tuple[Path, ...]:
+    """What is or could be committed; without git, whatever is no build product."""
+    git = shutil.which("git")
+    if git and (ROOT / ".git").exists():
+        command = [git, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if listed.returncode == 0:
+            return tuple(p for name in listed.stdout.split("\0") if name and (p := ROOT / name).is_file())
+    left_out = {".git", ".venv", "build", "dist", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", "out"}
+    found = []
+    for folder, below, names in os.walk(ROOT):
+        below[:] = [d for d in below if d not in left_out and not d.endswith(".egg-info")]
+        found += [Path(folder) / n for n in names if not n.endswith((".so", ".pyc"))]
+    return tuple(found)
+
+
+def text(name: str) -> str:
+    path = ROOT / name
+    assert path.is_file(), f"{name} is missing"
+    return path.read_text()
+
+
+# ---- what lies where -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_has_its_file_in_every_room(family: str) -> None:
+    rooms = [f"rerank_kernels/ops/{family}.py", f"csrc/cpu/{family}.cpp", f"tests/test_{family}.py"]
+    rooms += [f"{b.package.replace('.', '/')}/{family}.py" for b in BACKENDS.values()]
+    assert [r for r in rooms if not (ROOT / r).is_file()] == []
+
+
+@pytest.mark.parametrize("served_by", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_op_is_where_the_registry_says(op: str, served_by: str) -> None:
+    module = importlib.import_module(f"{BACKENDS[served_by].package}.{OPS[op]}")
+    assert callable(getattr(module, op, None)), f"{module.__name__} has no {op}"
+    ours = importlib.import_module(f"rerank_kernels.ops.{OPS[op]}")
+    assert getattr(rk, op) is getattr(ours, op), f"{op} is not the public function of ops/{OPS[op]}.py"
+    assert callable(getattr(ours, f"{op}_truth")), f"ops/{OPS[op]}.py has no float64 truth of {op}"
+
+
+def test_every_package_is_installed() -> None:
+    there = {str(p.parent.relative_to(ROOT)).replace(os.sep, ".") for p in (ROOT / "rerank_kernels").rglob("__init__.py")}
+    listed = re.search(r"^packages = (\[[^]]*\])$", text("pyproject.toml"), re.MULTILINE)
+    assert listed is not None
+    assert set(ast.literal_eval(listed[1])) == there, "[tool.setuptools] packages in pyproject.toml"
+
+
+def test_public_names_are_all_there() -> None:
+    assert sorted(rk.__all__) == sorted(set(rk.__all__))
+    assert [n for n in rk.__all__ if not hasattr(rk, n)] == []
+
+
+def test_commands_are_what_the_pages_say() -> None:
+    makefile, ci = text("Makefile"), text(".ci/run")
+    for target in ("demo", "test", "bench", "lint", "verify"):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"Makefile has no target {target}"
+    for target in ("demo", "test", "bench"):
+        assert f"make {target}" in text("README.md"), f"README.md does not say make {target}"
+    for target in ("lint", "test"):
+        assert re.search(rf"\bmake {target}$", ci, re.MULTILINE), f".ci/run does not call make {target}"
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+# ---- the pages -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_numerics_has_the_op(op: str) -> None:
+    assert re.search(rf"\b{op}\b", text("NUMERICS.md")), f"NUMERICS.md does not speak of {op}"
+
+
+def test_numerics_has_every_promise_and_backend() -> None:
+    page = text("NUMERICS.md")
+    promises = {promise for b in BACKENDS.values() for promise in b.promises}
+    assert [word for word in (*promises, *BACKENDS) if word not in page] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_that_a_page_names_exist(page: str) -> None:
+    """`test_file.py::test_name`, `test_file.py::TestClass::test_name` and plain `test_file.py`."""
+    named = set(re.findall(r"\b(test_\w+)\.py((?:::\w+)*)", text(page)))
+    assert named or page != "NUMERICS.md", "NUMERICS.md names no test"
+    lost = []
+    for module, path in sorted(named):
+        if not (ROOT / "tests" / f"{module}.py").is_file():
+            lost.append(f"{module}.py")
+            continue
+        thing: object = importlib.import_module(module)
+        for name in path.split("::")[1:]:
+            thing = getattr(thing, name, None)
+        if thing is None:
+            lost.append(f"{module}.py{path}")
+    assert lost == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_exist(page: str) -> None:
+    words = re.findall(r"`((?:\.ci|bench|csrc|python|rerank_kernels|tests)/[\w./]+)`", text(page))
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text(page)) if "://" not in link]
+    lost = [name for name in (*words, *links) if not (ROOT / name).exists()]
+    assert [n for n in lost if not n.startswith("bench/out/")] == []
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------------
+
+# An approximate instruction, a sum whose order is not ours, a choice by trial: each breaks a promise without a failing test.
+FORBIDDEN = {
+    r"rsqrt": "1 / sqrt has two correctly rounded steps",
+    r"rcp14|rcpps|_mm\w*_rcp": "division is IEEE",
+    r"atomicAdd|atomic_add|\bred\.": "atomics add in no order",
+    r"-ffast-math|-Ofast|--use_fast_math|-funsafe-math|-march=native": "flags are part of the contract",
+    r"_mm\w*_reduce_(add|mul)|\btl\.sum\b|\btl\.reduce\b|reduction\s*\(": "the order of a sum is written out",
+    r"autotune": "no choice by trial may pick arithmetic",
+    r"allow_tf32\s*=\s*True|set_float32_matmul_precision": "float32 means float32",
+    r"set_flush_denormal|_MM_SET_FLUSH_ZERO_MODE|_MM_SET_DENORMALS": "subnormals are kept",
+    r"\bstd::(exp|tanh|erf|erfc|log|pow)f?\b": "the C library's functions differ from machine to machine; numerics.h has ours",
+}
+KERNELS = ("csrc", "rerank_kernels/native", "rerank_kernels/pytorch", "rerank_kernels/triton")
+
+
+def code_only(path: Path) -> str:
+    """The file without comments, and without docstrings, on the same lines."""
+    source = path.read_text()
+    if path.suffix != ".py":
+        blank = lambda m: "\n" * m[0].count("\n") if m[0].startswith("/") else m[0]  # noqa: E731
+        return re.sub(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', blank, source, flags=re.DOTALL)
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            for i in range(node.lineno - 1, node.end_lineno or node.lineno):
+                lines[i] = ""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(lines)
+
+
+def violations(path: Path) -> Iterator[str]:
+    for number, line in enumerate(code_only(path).splitlines(), 1):
+        for word, why in FORBIDDEN.items():
+            if re.search(word, line):
+                yield f"{path.name}:{number}: {line.strip()}: {why}"
+
+
+def kernel_files() -> list[Path]:
+    suffixes = (".cpp", ".h", ".cu", ".cuh", ".py")
+    inside = [p for p in files() if p.suffix in suffixes and str(p.relative_to(ROOT)).startswith(KERNELS)]
+    return [*inside, ROOT / "setup.py"]
+
+
+def test_no_forbidden_word_in_a_kernel() -> None:
+    assert len(kernel_files()) > 3 * len(FAMILIES)
+    # csrc/*.py are tools that make constants; they run on no user's machine
+    checked = [p for p in kernel_files() if not (p.suffix == ".py" and p.is_relative_to(ROOT / "csrc"))]
+    assert [v for p in checked for v in violations(p)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "caught"),
+    [
+        ("a.cpp", "float y = _mm512_rsqrt14_ps(x);", True),
+        ("a.cpp", "// never rsqrt\nfloat y = 1 / sqrt(x);  /* nor\n rsqrt */", False),
+        ("a.cu", 'const char* s = "//"; atomicAdd(p, x);', True),
+        ("a.py", "flags = ['-O3', '-ffast-math']", True),
+        ("a.py", '"""no -ffast-math"""\nflags = ["-fno-fast-math"]  # no -ffast-math', False),
+        ("a.py", "@triton.autotune(configs)\ndef kernel(): ...", True),
+        ("a.py", "s = tl.sum(x)", True),
+    ],
+)
+def test_the_search_for_forbidden_words_finds_them(tmp_path: Path, name: str, source: str, caught: bool) -> None:
+    path = tmp_path / name
+    path.write_text(source)
+    assert bool(list(violations(path))) == caught
+
+
+def not_public(source: str) -> Iterator[str]:
+    """What a program takes from rerank_kernels that is not in its __all__."""
+    tree = ast.parse(source)
+    aliases = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for a in node.names:
+                if a.name == "rerank_kernels":
+                    aliases.add(a.asname or a.name)
+                elif a.name.startswith("rerank_kernels."):
+                    yield a.name
+        elif isinstance(node, ast.ImportFrom) and node.module == "rerank_kernels":
+            yield from (a.name for a in node.names if a.name not in rk.__all__)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rerank_kernels."):
+            yield node.module or ""
+    for node in ast.walk(tree):
+        used = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases
+        if used and node.attr not in (*rk.__all__, "__version__"):
+            yield f"{node.value.id}.{node.attr}"
+
+
+def test_programs_use_public_names_only() -> None:
+    programs = sorted((ROOT / "python").glob("*.py"))
+    assert {p.name for p in programs} >= {"rerank.py", "prove.py"}
+    assert [f"{p.name}: {n}" for p in programs for n in not_public(p.read_text())] == []
+
+
+def test_private_names_are_found() -> None:
+    source = (
+        "import rerank_kernels as rk\nimport rerank_kernels.native\nfrom rerank_kernels import hf, linear\nrk.linear(rk.hf)"
+    )
+    assert sorted(not_public(source)) == ["hf", "rerank_kernels.native", "rk.hf"]
+
+
+def test_no_path_of_one_machine_in_any_file() -> None:
+    machine = re.compile(r"(?<![\w./~-])/(?:home|root|Users|work|opt|mnt|srv)/[\w.]")
+    found = []
+    for path in files():
+        try:
+            lines = path.read_text().splitlines()
+        except UnicodeDecodeError:
+            continue
+        found += [
+            f"{path.relative_to(ROOT)}:{i}: {line.strip()[:80]}" for i, line in enumerate(lines, 1) if machine.search(line)
+        ]
+    assert found == []
+
+
+def test_no_registry_is_named() -> None:
+    """Where packages come from is the user's setting, pip's or TORCH's."""
+    build = {name: text(name) for name in ("Makefile", ".ci/run", "setup.py", "pyproject.toml")}
+    assert [name for name, content in build.items() if re.search(r"https?://|--(extra-)?index-url\s+\w", content)] == []
