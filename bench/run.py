@@ -447,6 +447,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = Console(width=150)  # a file or a pipe has no width of its own
     torch.set_num_threads(args.threads)
     facts = machine()
+    if facts["load"] > 0.5 * facts["cores"]:
+        console.print(f"[yellow]The machine is busy (load {facts['load']} on {facts['cores']} cores): times mean little.[/]")
     with torch.no_grad():
         budget, at_least = (0.2, 3) if args.quick else (3.0, 5)
         results = run(table, budget=budget, at_least=at_least, console=console)

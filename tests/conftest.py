@@ -10,6 +10,10 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 
+# Thousands of tiny kernels: on a busy machine threads that spin at each one's end make the run ten times as long. It has to be
+# said before torch is imported, and changes no result.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from cases import DTYPES

@@ -226,9 +226,12 @@ def _sparse_in_order(order: Tensor, rows: Tensor, arguments: tuple[Any, ...]) ->
     return (y if down_bias is None else y + down_bias.float()).to(rows.dtype)
 
 
+_TURNS = torch.Generator().manual_seed(0)
+
+
 def sparse_ffn_atomics(rows: Tensor, *arguments: Any) -> Tensor:
     """Each neuron adds its column when its turn comes, and turns differ from run to run."""
-    return _sparse_in_order(torch.randperm(arguments[0].shape[0]), rows, arguments)
+    return _sparse_in_order(torch.randperm(arguments[0].shape[0], generator=_TURNS), rows, arguments)
 
 
 def sparse_ffn_other_order(rows: Tensor, *arguments: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cases
+import contract
 import invariants
 import pytest
 import torch
@@ -25,6 +26,21 @@ class TestAttention(invariants.Promises):
 
 def qkv(total: int, heads: int = 2, kv_heads: int = 2, d: int = 16, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     return [numbers(n, (total, h, d), dtype) for n, h in (("q", heads), ("k", kv_heads), ("v", kv_heads))]
+
+
+@pytest.mark.promise("portable")
+@pytest.mark.parametrize(("length", "right"), [(1, -1), (63, -1), (64, -1), (65, 0), (150, -1), (150, 0), (530, -1)])
+def test_order_of_the_sums(backend: Backend, length: int, right: int, dtype: torch.dtype) -> None:
+    """Maximum first, lane j mod 32 below the fraction bar, chunks of 64 keys above it, a hidden key is a zero."""
+    host = pytest.importorskip("rerank_kernels._host")
+    q, k, v = (t[:, 0] for t in qkv(length, 1, 1, 40, dtype))
+    s = contract.dot(q, k) * torch.tensor(0.3)
+    hidden = torch.arange(length)[None] > torch.arange(length)[:, None] + right if right >= 0 else s != s
+    s = s.masked_fill(hidden, -INF)
+    e = torch.from_numpy(host.elementwise("exp", (s - s.amax(1, keepdim=True)).flatten().numpy(), "scalar")).view(s.shape)
+    want = contract.dot(e, v.t(), chunk=64) / contract.row_sum(e)[:, None]
+    got = attention(q[:, None], k[:, None], v[:, None], cu_seqlens=offsets((length,)), window=(-1, right), scale=0.3)
+    same(got[:, 0], want.to(dtype), f"T = {length}, kernel against the contract in NumPy")
 
 
 def test_grouped_heads_are_repeated_heads(backend: Backend, dtype: torch.dtype) -> None:

@@ -104,6 +104,19 @@ def test_numerics_has_every_promise_and_backend() -> None:
     assert [word for word in (*promises, *BACKENDS) if word not in page] == []
 
 
+@pytest.mark.parametrize("served_by", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_every_promise_names_its_test(op: str, served_by: str) -> None:
+    """The table op x backend x promise: a test in the cell of each promise that the backend makes, and in no other."""
+    page = text("NUMERICS.md")
+    head = re.search(r"^\| *op *\| *backend *\|(.*)\|$", page, re.MULTILINE)
+    row = re.search(rf"^\| *{op} *\| *{served_by} *\|(.*)\|$", page, re.MULTILINE)
+    assert head is not None and row is not None, f"NUMERICS.md has no row for {op} on {served_by}"
+    cells = dict(zip((n.strip() for n in head[1].split("|")), row[1].split("|"), strict=True))
+    tested = {promise for promise, cell in cells.items() if re.search(r"test_\w+\.py::\w+", cell)}
+    assert tested == set(BACKENDS[served_by].promises)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_tests_that_a_page_names_exist(page: str) -> None:
     """`test_file.py::test_name`, `test_file.py::TestClass::test_name` and plain `test_file.py`."""

@@ -22,7 +22,21 @@ ROOT = Path(__file__).parent.parent
 def sweep(step: int = 4099) -> np.ndarray:
     """float32 values over all signs and exponents: every `step`-th bit pattern (a prime, so that fractions vary), and edges."""
     bits = np.arange(0, 2**32, step, dtype=np.uint64).astype(np.uint32)
-    edges = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, 88.72283, 88.722839, 88.72284, -87.33655, -103.97208, -103.97209, -104.0]
+    edges = [
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        math.inf,
+        -math.inf,
+        88.72283,
+        88.722839,
+        88.72284,
+        -87.33655,
+        -103.97208,
+        -103.97209,
+        -104.0,
+    ]
     edges += [0.625, -0.625, 0.62499994, 16.0, -16.0, -14.2, 1e-45, -1e-45, 1.1754944e-38, 3.4028235e38, -3.4028235e38]
     x = np.concatenate([bits.view(np.float32), np.array(edges, dtype=np.float32)])
     # and a dense stretch where the functions do their work
@@ -160,7 +174,9 @@ def test_half_conversions_are_ieee(isa: str) -> None:
         v = np.unique(values).astype(np.float64)
         middle = ((v[1:] + v[:-1]) / 2).astype(np.float32)
         x += [middle, np.nextafter(middle, np.float32(np.inf)), np.nextafter(middle, np.float32(-np.inf))]
-    x.append(np.array([65519.996, 65520.0, 1e6, -1e6, 3.4e38, np.inf, -np.inf, np.nan, 2.98e-8, 2.9802322e-8], dtype=np.float32))
+    x.append(
+        np.array([65519.996, 65520.0, 1e6, -1e6, 3.4e38, np.inf, -np.inf, np.nan, 2.98e-8, 2.9802322e-8], dtype=np.float32)
+    )
     x32 = np.concatenate(x)
     for brain, dtype in ((False, torch.float16), (True, torch.bfloat16)):
         got = torch.from_numpy(_host.narrow(x32, brain, isa).astype(np.int16)).view(dtype)

@@ -72,6 +72,64 @@ RK_INLINE void dot_panel(int rows, const float* a, int64_t lda, const T* b, int6
     }
 }
 
+// Few rows: reading the weights is the work. Four panels at a time keep four streams of memory and 8 chains a row going, where
+// one panel would wait for its own additions. sums[i][r][c] for panel i, as dot_tile would leave them.
+constexpr int FEW_ROWS = W == 16 ? 3 : 1;
+constexpr int STREAMS = 4;
+
+template <int ROWS, int SPAN, class T>
+static __attribute__((noinline)) void dot_streams(const float* a, int64_t lda, const T* b, int64_t panel_stride, int64_t k_begin,
+                                                  int64_t k_end, float* sums, int64_t ld_panel, bool first) {
+    for (int c0 = 0; c0 < PANEL; c0 += STRIP) {
+        bool start = first;
+        for (int64_t k0 = k_begin; k0 < k_end;) {
+            const int64_t chunk_end = (k0 / SPAN + 1) * SPAN;
+            const int64_t k1 = chunk_end < k_end ? chunk_end : k_end;
+            Vec acc[ROWS][STREAMS][TILE_VECS];
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+                for (int i = 0; i < STREAMS; ++i)
+#pragma GCC unroll 8
+                    for (int c = 0; c < TILE_VECS; ++c) acc[r][i][c] = all(0.0f);
+            const T* bk = b + k0 * PANEL + c0;
+            for (int64_t k = k0; k < k1; ++k, bk += PANEL)
+#pragma GCC unroll 4
+                for (int i = 0; i < STREAMS; ++i) {
+                    // past what the hardware prefetcher, which stops at each page, has fetched; a hint, it never faults
+                    __builtin_prefetch(bk + i * panel_stride + 24 * PANEL);
+                    if (TILE_VECS * W * sizeof(T) > 64) __builtin_prefetch(bk + i * panel_stride + 24 * PANEL + STRIP / 2);
+#pragma GCC unroll 8
+                    for (int c = 0; c < TILE_VECS; ++c) {
+                        const Vec bv = load(bk + i * panel_stride + c * W);
+#pragma GCC unroll 4
+                        for (int r = 0; r < ROWS; ++r) acc[r][i][c] = fmadd(all(a[r * lda + k]), bv, acc[r][i][c]);
+                    }
+                }
+#pragma GCC unroll 4
+            for (int i = 0; i < STREAMS; ++i)
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+                    for (int c = 0; c < TILE_VECS; ++c) {
+                        float* s = sums + i * ld_panel + r * PANEL + c0 + c * W;
+                        store(s, (start ? all(0.0f) : load(s)) + acc[r][i][c]);
+                    }
+            start = false;
+            k0 = k1;
+        }
+    }
+}
+
+template <int SPAN, class T, int ROWS = FEW_ROWS>
+RK_INLINE void dot_streams_of(int rows, const float* a, int64_t lda, const T* b, int64_t panel_stride, int64_t k_begin, int64_t k_end,
+                              float* sums, int64_t ld_panel, bool first) {
+    if constexpr (ROWS > 1)
+        if (rows < ROWS)
+            return dot_streams_of<SPAN, T, ROWS - 1>(rows, a, lda, b, panel_stride, k_begin, k_end, sums, ld_panel, first);
+    dot_streams<ROWS, SPAN>(a, lda, b, panel_stride, k_begin, k_end, sums, ld_panel, first);
+}
+
 // out[m, n] = round(act(sum + bias) + residual) for a tile of finished sums.
 template <Activation KIND>
 static void finish_tile(const LinearArgs& g, const float* sums, int rows, int64_t m0, int64_t n0, int columns) {
@@ -101,6 +159,10 @@ RK_INLINE void finish(const LinearArgs& g, const float* sums, int rows, int64_t 
     }
 }
 
+RK_INLINE int columns_of(const LinearArgs& g, int64_t panel) {
+    return int(g.N - panel * PANEL < PANEL ? g.N - panel * PANEL : PANEL);
+}
+
 // K up to this keeps a block of rows whole in the second-level cache; beyond, the block goes chunk by chunk of 512 and the
 // unfinished sums wait in memory. The same additions in the same order either way.
 constexpr int64_t WHOLE_K = 1024;
@@ -112,14 +174,22 @@ template <class T>
 static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end, int64_t p_begin, int64_t p_end, float* scratch) {
     const int64_t height = m_end - m_begin, step = g.K <= WHOLE_K ? g.K : CHUNK, lda = step + ROW_GAP;
     float* const unfinished = scratch + height * lda;
-    alignas(64) float tile[TILE_ROWS * PANEL];
+    alignas(64) float tile[TILE_ROWS > STREAMS * FEW_ROWS ? TILE_ROWS * PANEL : STREAMS * FEW_ROWS * PANEL];
     for (int64_t k0 = 0; k0 < g.K; k0 += step) {
         const int64_t k1 = k0 + step < g.K ? k0 + step : g.K;
         for (int64_t m = 0; m < height; ++m) widen(g.x_dtype, g.x, (m_begin + m) * g.K + k0, k1 - k0, scratch + m * lda);
         const float* a = scratch - k0;
-        for (int64_t p = p_begin; p < p_end; ++p) {
+        int64_t p = p_begin;
+        for (; height <= FEW_ROWS && p + STREAMS <= p_end; p += STREAMS) {
             const T* b = static_cast<const T*>(g.packed) + p * g.K * PANEL;
-            const int columns = int(g.N - p * PANEL < PANEL ? g.N - p * PANEL : PANEL);
+            float* sums = step == g.K ? tile : unfinished + (p - p_begin) * height * PANEL;
+            dot_streams_of<CHUNK>(int(height), a, lda, b, g.K * PANEL, k0, k1, sums, height * PANEL, k0 == 0);
+            for (int64_t i = p; k1 == g.K && i < p + STREAMS; ++i)
+                finish(g, sums + (i - p) * height * PANEL, int(height), m_begin, i * PANEL, columns_of(g, i));
+        }
+        for (; p < p_end; ++p) {
+            const T* b = static_cast<const T*>(g.packed) + p * g.K * PANEL;
+            const int columns = columns_of(g, p);
             for (int64_t m = 0; m < height; m += TILE_ROWS) {
                 const int rows = int(height - m < TILE_ROWS ? height - m : TILE_ROWS);
                 float* sums = step == g.K ? tile : unfinished + ((p - p_begin) * height + m) * PANEL;

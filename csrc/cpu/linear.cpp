@@ -5,7 +5,23 @@
 #include "each_isa.h"
 #include "linear.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace rk {
+
+// Large pages where the system gives them on request: a row's product streams through all of a weight.
+static void ask_for_large_pages(void* memory, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr size_t page = size_t(2) << 20;
+    const size_t begin = (reinterpret_cast<size_t>(memory) + page - 1) / page * page;
+    const size_t end = (reinterpret_cast<size_t>(memory) + bytes) / page * page;
+    if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: refusal is fine
+#else
+    (void)memory, (void)bytes;
+#endif
+}
 
 static Tensor pack_weight(const Tensor& weight) {
     const int64_t n = weight.size(0), k = weight.size(1), panels = ceil_div(n, PANEL);
@@ -14,6 +30,7 @@ static Tensor pack_weight(const Tensor& weight) {
     Tensor packed = empty(weight, {panels, k, PANEL}, weight.scalar_type());
     const auto* from = static_cast<const char*>(weight.const_data_ptr());
     auto* to = static_cast<char*>(packed.mutable_data_ptr());
+    ask_for_large_pages(to, size_t(panels * k * PANEL * bytes));
     for_each_task(panels, [&](int64_t p) {
         const int64_t columns = n - p * PANEL < PANEL ? n - p * PANEL : PANEL;
         if (bytes == 4) pack_panel<uint32_t>(from, row, column, k, p, columns, to);
@@ -32,7 +49,8 @@ void run_linear(const LinearArgs& g) {
     rows = std::min(rows, tile * std::max<int64_t>(1, ceil_div(ceil_div(g.M, tile), 2 * threads)));
     const int64_t row_blocks = ceil_div(g.M, rows);
     const int64_t wanted = std::max(ceil_div(16 * threads, row_blocks), ceil_div(panels, 24));
-    const int64_t shares = std::min(panels, std::max<int64_t>(1, wanted));
+    // A share of few rows is at least the four panels that are read together.
+    const int64_t shares = std::max<int64_t>(1, std::min(g.M <= 3 ? panels / 4 : panels, wanted));
     for_each_task(row_blocks * shares, [&](int64_t task) {
         const int64_t m = task / shares * rows, share = task % shares, m_end = std::min(m + rows, g.M);
         const int64_t p = panels * share / shares, p_end = panels * (share + 1) / shares;

@@ -62,7 +62,8 @@ def stable_sigmoid(x: Tensor) -> Tensor:
 def _gelu(x: Tensor, kind: str) -> Tensor:
     """In float64: for x = -5 a float32 argument of erfc or exp is already 20 ulp of the result away."""
     if kind == "gelu":
-        return x * (0.5 * torch.special.erfc(x * -math.sqrt(0.5)))
+        phi: Tensor = 0.5 * torch.special.erfc(x * -math.sqrt(0.5))
+        return x * phi
     # (1 + tanh u) / 2 = σ(2u), which keeps its digits where 1 + tanh u cancels
     return x * stable_sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * (x * x * x)))
 

@@ -1,6 +1,7 @@
 """layer_norm: y = c * (1 / sqrt(mean(c²) + eps)) * weight + bias with c = s - mean(s), s = x + residual, for rows [R, D].
 
-Means by `row_sum` and IEEE division; every other step is one element-wise IEEE operation on the row's own numbers.
+Means by `row_sum` and IEEE division; every other step is one element-wise IEEE operation on the row's own numbers. (Not the
+bits of the compiled backend, which squares into its lanes and applies weight and bias by fma: PyTorch has no element-wise fma.)
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def _verify(
     if not stock:
         if model.config.num_labels == 1 or not _scores(model):  # type: ignore[union-attr]
             routes["packed"] = functools.partial(_packed, model, tokenizer, pooling, texts)
-        before = isa()
+        before = isa() if backend.active("cpu").name == "cpu" else None  # only the compiled backend has a choice
         for name in ISAS:
             if before is not None and isa(name) is not None:
                 routes["isa:" + name] = functools.partial(_with_isa, name, forward, texts)
@@ -139,8 +139,9 @@ def _texts(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], cut: in
     kept: list[tuple[str, str]] = []
 
     def row(query: str, document: str | None = None) -> int | None:
-        found = tokenizer(query, document, truncation=True, max_length=cut)
-        one = {n: list(found[n]) for n in ("input_ids", "token_type_ids") if n in found}
+        # lists: given one pair, transformers drops an empty document and its separators, given a list it keeps them
+        found = tokenizer([query], None if document is None else [document], truncation=True, max_length=cut)
+        one = {n: list(found[n][0]) for n in ("input_ids", "token_type_ids") if n in found}
         key = (*one["input_ids"], *one.get("token_type_ids", ()))
         if key not in rows:
             if limit is not None and len(tokens) >= limit:
@@ -233,7 +234,11 @@ class _FreshProcess:
                 input=json.dumps({**self.request, "inputs": inputs}),
                 capture_output=True,
                 text=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+                env={
+                    **os.environ,
+                    backend.ENVIRONMENT: backend.active("cpu").name,
+                    "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+                },
             )
             if ran.returncode:
                 raise RuntimeError(f"verify: the fresh process failed with {ran.returncode}: {ran.stderr.strip()[-2000:]}")

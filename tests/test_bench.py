@@ -1,0 +1,257 @@
+"""bench/: its gate catches a wrong and a batch-dependent kernel, its file is whole or absent, its inputs are as stated."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+import rerank_kernels as rk
+from rerank_kernels import backend as registry
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+
+import run
+import shapes
+
+SMALL = {
+    "linear small": lambda: run.linear(40, 96, 48),
+    "layer_norm small": lambda: run.layer_norm(40, 64),
+    "softmax small": lambda: run.softmax(40, 50),
+    "gelu small": lambda: run.gelu(40, 33, torch.bfloat16),
+    "attention small": lambda: run.attention(2, 70, 2, 16),
+    "sparse_ffn small": lambda: run.sparse_ffn(64, 200, gate=True),
+}
+TINY = shapes.Shape("xlm-roberta", 2, 32, 64, 2, 3000, 514)
+
+
+def bench(monkeypatch: pytest.MonkeyPatch, table: dict[str, Callable[[], run.Contest]], *argv: str) -> int:
+    monkeypatch.setattr(run, "contests", lambda quick: table)
+    threads = torch.get_num_threads()
+    try:
+        return run.main(["--quick", *argv])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_lengths_are_as_the_issue_has_them() -> None:
+    lengths = shapes.MIXED_LENGTHS
+    assert (len(lengths), min(lengths), max(lengths), sum(lengths)) == (32, 16, 512, 4689)
+    assert statistics.median(lengths) == 107
+    assert len(lengths) * max(lengths) == 16384
+    assert list(lengths) != sorted(lengths) and list(lengths) != sorted(lengths, reverse=True)
+    rows = shapes.tokens(TINY, lengths)
+    batch = shapes.padded(TINY, rows)
+    assert batch["input_ids"].shape == (32, 512) and int(batch["attention_mask"].sum()) == 4689
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padded_batches_hold_the_rows(left: bool) -> None:
+    rows = shapes.tokens(TINY, (5, 9, 2))
+    batch = shapes.padded(TINY, rows, left=left)
+    for row, ids, mask in zip(rows, batch["input_ids"], batch["attention_mask"], strict=True):
+        assert torch.equal(ids[mask.bool()], row)
+        assert bool((ids[~mask.bool()] == 1).all())
+        assert int(mask[-1 if left else 0]) == 1
+    assert all(torch.equal(a, b) for a, b in zip(rows, shapes.tokens(TINY, (5, 9, 2)), strict=True)), "not repeatable"
+
+
+def test_every_shape_is_a_model_that_can_be() -> None:
+    for name, shape in shapes.RERANKERS.items():
+        assert shape.hidden == shape.heads * shape.head_dim, name
+        assert shape.ffn == 4 * shape.hidden, name
+
+
+def test_small_cases_run_to_a_whole_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "times.json"
+    assert bench(monkeypatch, SMALL, "--json", str(out)) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["times.json"]
+    held = json.loads(out.read_text())
+    assert {r["case"] for r in held["results"]} == set(SMALL)
+    for r in held["results"]:
+        assert r["ours_ms"] > 0 and r["theirs_ms"] > 0 and math.isfinite(r["ratio"])
+        assert len(r["ours_all_ms"]) == len(r["theirs_all_ms"]) == r["rounds"] >= 3
+        assert r["gpu"] == "not measured"
+    facts = held["machine"]
+    assert facts["numerics version"] == rk.NUMERICS_VERSION
+    assert facts["backend"] == registry.active("cpu").name
+    assert facts["torch"] == torch.__version__ and facts["threads"] >= 1 and facts["cores"] >= 1 and facts["cpu"]
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in SMALL)
+
+
+def caught(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> str:
+    """What the bench says of the kernel that is in place now: it must fail, time nothing and write nothing."""
+    monkeypatch.setattr(run, "interleave", lambda *_: pytest.fail("timed in spite of the gate"))
+    assert bench(monkeypatch, {name: SMALL[name]}, "--json", str(tmp_path / "times.json")) == 1
+    assert list(tmp_path.iterdir()) == []
+    printed = capsys.readouterr().out
+    assert "nothing was timed" in printed and " ms" not in printed
+    return printed
+
+
+def test_gate_catches_a_wrong_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tf32(x: Tensor, weight: Tensor) -> Tensor:  # as a GPU does by default: ten bits of each factor
+        keep = lambda t: (t.view(torch.int32) & ~0x1FFF).view(torch.float32)  # noqa: E731
+        return rk.linear(keep(x), keep(weight))
+
+    monkeypatch.setitem(cases.FUNCTIONS, "linear", tf32)
+    assert "beyond the bound" in caught(monkeypatch, tmp_path, capsys, "linear small")
+
+
+def test_gate_catches_a_kernel_that_looks_at_the_batch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def split(x: Tensor, weight: Tensor) -> Tensor:  # splits K where rows are few, as BLAS libraries do
+        if len(x) > 16:
+            return rk.linear(x, weight)
+        return rk.linear(x[:, :32], weight[:, :32]) + rk.linear(x[:, 32:], weight[:, 32:])
+
+    monkeypatch.setitem(cases.FUNCTIONS, "linear", split)
+    assert "alone" in caught(monkeypatch, tmp_path, capsys, "linear small")
+
+
+def test_gate_catches_another_number_of_active_neurons(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build() -> run.Contest:
+        contest = run.sparse_ffn(64, 200, gate=False)
+        contest.rivals[0].call.keywords["up_bias"].add_(1.0)
+        return contest
+
+    monkeypatch.setitem(SMALL, "sparse_ffn other", build)
+    assert "neurons are active, want 20" in caught(monkeypatch, tmp_path, capsys, "sparse_ffn other")
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_sparse_and_dense_compute_the_same(gate: bool) -> None:
+    contest = run.sparse_ffn(64, 200, gate=gate)
+    torch.testing.assert_close(contest.ours()[0], contest.rivals[0].call())
+
+
+@pytest.fixture
+def tiny_model(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setitem(shapes.RERANKERS, run.BASE, TINY)
+    run.models.cache_clear()
+    yield
+    run.models.cache_clear()
+
+
+@pytest.mark.usefixtures("tiny_model")
+@torch.no_grad()
+def test_whole_model_and_its_three_rivals() -> None:
+    lengths = (16, 40, 9, 30, 30, 8, 21, 12, 33)
+    contest = run.model(lengths, 2, mixed=True, bars=(3.0, 1.0))
+    contest.gate()
+    padded, eights, single = (r.call() for r in contest.rivals)
+    order = sorted(range(9), key=lambda i: lengths[i], reverse=True)
+    for ways in (eights, single):
+        torch.testing.assert_close(torch.cat(ways), padded[order], atol=1e-4, rtol=0)
+    torch.testing.assert_close(contest.ours(), padded, atol=1e-4, rtol=0)
+    stock, ours = run.models(run.BASE, 2)
+    assert all(a is b for a, b in zip(stock.parameters(), ours.parameters(), strict=True)), "the weights are not shared"
+    with pytest.raises(AssertionError, match="alone against in the batch"):
+        run.model_gate(run.BASE, stock, stock, shapes.tokens(TINY, lengths))
+
+
+def records(monkeypatch: pytest.MonkeyPatch, ours: list[float], *theirs: list[float], **bars: Any) -> list[dict[str, Any]]:
+    monkeypatch.setattr(run, "interleave", lambda *_: [ours, *theirs])
+    rivals = [run.Rival(f"rival {i}", lambda: None, bars.get("bar")) for i in range(len(theirs))]
+    return run.measure("case", run.Contest(lambda: None, rivals, lambda: None, bars.get("best_bar")), 1.0, 1)
+
+
+def test_ratio_and_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = records(monkeypatch, [1.0, 2.0, 1.0], [3.0, 6.0, 2.0], bar=3.0)
+    assert (line["ratio"], line["ours_ms"], line["theirs_ms"], line["verdict"]) == (3.0, 1000.0, 3000.0, "ok")
+    (line,) = records(monkeypatch, [1.0], [2.9], bar=3.0)
+    assert line["verdict"] == "FALLS SHORT"
+    (line,) = records(monkeypatch, [1.0], [0.5])
+    assert line["verdict"] is None
+    slow, fast, best = records(monkeypatch, [1.0], [4.0], [0.5], best_bar=1.0)
+    assert (slow["verdict"], fast["verdict"], best["verdict"]) == (None, None, "FALLS SHORT")
+    assert best["against"] == "the best: rival 1" and best["ratio"] == 0.5
+
+
+def test_turns_alternate() -> None:
+    turns: list[str] = []
+    times = run.interleave([lambda: turns.append("a") or _wait(), lambda: turns.append("b") or _wait()], 0.02, 4)
+    assert len(times[0]) == len(times[1]) >= 4
+    assert "".join(turns)[4:] == "ab" * len(times[0])  # after two warm-up calls each
+
+
+def _wait() -> None:
+    end = run.time.perf_counter() + 0.003
+    while run.time.perf_counter() < end:
+        pass
+
+
+@pytest.mark.parametrize(("strict", "code"), [(False, 0), (True, 1)])
+def test_a_short_bar_is_said_and_fails_only_strict_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], strict: bool, code: int
+) -> None:
+    table = {"linear slow": lambda: run.linear(40, 96, 48, bar=1e9)}
+    assert bench(monkeypatch, table, *(["--strict"] if strict else [])) == code
+    printed = capsys.readouterr().out
+    assert "FALLS SHORT" in printed and "0 of 1 reached, 1 FALL SHORT" in printed
+
+
+def test_every_bar_of_the_issue_is_in_the_list() -> None:
+    full = run.contests(False)
+    for name in ("linear 2048x768x768", "linear 2048x768x3072", "linear 2048x3072x768"):
+        assert full[name].keywords["bar"] == 0.90
+    assert [full[n].keywords["bar"] for n in full if n.startswith("sparse_ffn")] == [3.0, 3.0]
+    models = {n: b.keywords["bars"] for n, b in full.items() if n.startswith("bge-reranker-base")}
+    assert list(models.values()) == [(1.0, None), (1.0, None), (3.0, 1.0)]
+    quick = run.contests(True)
+    assert not any(any(b.keywords.get("bars", ())) for b in quick.values())
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--only", "nothing of the kind"], "names no case"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--json", "no/such/folder/x.json"], "there is no directory"),
+    ],
+)
+def test_bad_arguments(capsys: pytest.CaptureFixture[str], argv: list[str], says: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run.main(argv)
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    out = tmp_path / "times.json"
+    run.write_json(out, {"a": 1})
+    with pytest.raises(TypeError):
+        run.write_json(out, {"a": object()})
+    assert json.loads(out.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["times.json"]
+
+
+def test_table_says_that_no_gpu_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    run.show(Console(width=150), {"cpu": "x"}, [run.record("a case", "F.linear", [1e-3], [2e-3], 1.0)])
+    printed = capsys.readouterr().out
+    assert "not measured" in printed and "2.00" in printed and "ok" in printed
+
+
+def test_rivals_are_stock_pytorch() -> None:
+    contest = run.linear(5, 32, 7)
+    rows = contest.rivals[0].call.keywords
+    assert torch.equal(contest.rivals[0].call(), F.linear(rows["x"], rows["weight"]))

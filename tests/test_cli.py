@@ -1,0 +1,319 @@
+"""The command: what it writes, what it says of bad input and where, its exit codes, and that no file is ever half written."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import save_cross_encoder, tiny, tokenizer
+
+import rerank_kernels as rk
+from rerank_kernels import cli, verify
+
+PAIRS = [
+    {"query": "capital of France", "document": "Paris is the capital of France.", "id": 7, "tags": ["a", None, 1.5]},
+    {"query": "capital of France", "document": "Bread is made from flour."},
+    {"query": "", "document": "", "note": "l'été, 東京"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_cross_encoder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    return write(tmp_path / "pairs.jsonl", *(json.dumps(p, ensure_ascii=False) for p in PAIRS))
+
+
+def write(path: Path, *lines: str | bytes) -> Path:
+    path.write_bytes(b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in lines))
+    return path
+
+
+def run(capsys, *argv: object) -> tuple[int, str, str]:
+    code = cli.main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def bad(capsys, *argv: object) -> str:
+    """What the command says of bad input: one line, exit code 2, nothing on stdout."""
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and out == ""
+    assert err.startswith("rerank-kernels: ") and err.count("\n") == 1, err
+    return err.removeprefix("rerank-kernels: ").rstrip("\n")
+
+
+# ---- score -------------------------------------------------------------------------------------------------------------------
+
+
+def test_score_adds_three_fields_and_keeps_the_rest(capsys, folder, pairs, tmp_path) -> None:
+    out = tmp_path / "out.jsonl"
+    assert run(capsys, "score", folder, pairs, "-o", out) == (0, "", "")
+    written = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    want = rk.Reranker(folder).score([(p["query"], p["document"]) for p in PAIRS])
+    for record, pair, *numbers in zip(written, PAIRS, *want, strict=True):
+        got = [record.pop(name) for name in ("logit", "score", "complement")]
+        assert record == pair
+        assert np.array(got, np.float32).tobytes() == np.array(numbers, np.float32).tobytes()
+        assert [repr(g) for g in got] == [repr(float(str(n))) for n in numbers]  # shortest, not float64's 17 digits
+    assert "東京" in out.read_text("utf-8")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "pairs.jsonl"]
+
+
+def test_batch_size_and_file_order_change_no_bit(capsys, folder, pairs, tmp_path) -> None:
+    turned = write(tmp_path / "turned.jsonl", *reversed(pairs.read_bytes().splitlines()))
+    _, whole, _ = run(capsys, "score", folder, pairs)
+    _, single, _ = run(capsys, "score", folder, turned, "--batch-tokens", 1)
+    assert whole.splitlines() == single.splitlines()[::-1] and len(whole.splitlines()) == len(PAIRS)
+
+
+def test_score_reads_stdin_and_writes_stdout(folder, pairs) -> None:
+    command = [sys.executable, "-c", "import sys; from rerank_kernels.cli import main; sys.exit(main())", "score", folder, "-"]
+    ran = subprocess.run(command, input=pairs.read_bytes(), capture_output=True, env=environment())
+    assert ran.returncode == 0, ran.stderr
+    assert [json.loads(line)["document"] for line in ran.stdout.decode().splitlines()] == [p["document"] for p in PAIRS]
+
+
+def test_the_output_may_be_the_input(capsys, folder, pairs) -> None:
+    for _ in range(2):  # the second run replaces the first run's numbers by the same
+        assert run(capsys, "score", folder, pairs, "-o", pairs)[0] == 0
+    assert [set(json.loads(line)) >= {"logit", "query"} for line in pairs.read_text("utf-8").splitlines()] == [True] * 3
+
+
+def test_blank_lines_a_byte_order_mark_and_crlf(capsys, folder, tmp_path) -> None:
+    line = json.dumps(PAIRS[0])
+    messy = write(tmp_path / "messy.jsonl", b"\xef\xbb\xbf" + line.encode() + b"\r", "", "   ", line)
+    code, out, _ = run(capsys, "score", folder, messy)
+    first, second = out.splitlines()
+    assert code == 0 and first == second
+
+
+def test_an_empty_file_gives_an_empty_file(capsys, folder, tmp_path) -> None:
+    out = tmp_path / "out.jsonl"
+    assert run(capsys, "score", folder, write(tmp_path / "none.jsonl"), "-o", out)[0] == 0
+    assert out.read_bytes() == b""
+
+
+def test_a_field_that_is_only_carried_may_hold_anything(capsys, folder, tmp_path) -> None:
+    line = '{"query": "a", "document": "b", "x": NaN, "y": "\\ud800", "z": 123456789012345678901234567890}'
+    code, out, _ = run(capsys, "score", folder, write(tmp_path / "odd.jsonl", line))
+    record = json.loads(out)
+    assert code == 0 and record["y"] == "\ud800" and record["z"] == 123456789012345678901234567890
+
+
+GOOD = json.dumps(PAIRS[0])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON: "),
+        ("[" * 100_000, "not JSON: "),
+        ("[1]", 'must be an object with "document", got an array'),
+        ('"text"', 'must be an object with "document", got a string'),
+        ('{"query": "a"}', '"document" is missing'),
+        ('{"document": "a"}', '"query" is missing'),
+        ('{"query": 1, "document": "a"}', '"query" must be a string, got a number'),
+        ('{"query": "a", "document": null}', '"document" must be a string, got null'),
+        ('{"query": "a", "document": true}', '"document" must be a string, got true or false'),
+        ('{"query": "a", "document": "\\ud800"}', '"document" is not valid Unicode'),
+        (b'{"query": "\xff"}', "not UTF-8: invalid start byte at byte 11"),
+    ],
+)
+def test_bad_lines_are_named_by_number(capsys, folder, tmp_path, line, message) -> None:
+    path = write(tmp_path / "pairs.jsonl", GOOD, "", GOOD, line, GOOD)
+    out = write(tmp_path / "out.jsonl", "old")
+    said = bad(capsys, "score", folder, path, "-o", out)
+    assert said.startswith(f"{path}:4: {message}"), said
+    assert out.read_bytes() == b"old\n" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_bad_lines_of_stdin_have_a_name_too(capsys, folder, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n\n{}\n")))
+    assert bad(capsys, "score", folder, "-") == '<stdin>:3: "query" is missing'
+
+
+def test_files_that_are_not_there(capsys, folder, pairs, tmp_path) -> None:
+    assert bad(capsys, "score", folder, tmp_path / "no.jsonl") == f"{tmp_path}/no.jsonl: No such file or directory"
+    assert bad(capsys, "score", folder, tmp_path) == f"{tmp_path}: Is a directory"
+    assert bad(capsys, "score", folder, pairs, "-o", tmp_path) == f"{tmp_path}: Is a directory"
+    assert bad(capsys, "score", folder, pairs, "-o", tmp_path / "no" / "out") == f"{tmp_path}/no/out: No such file or directory"
+
+
+def test_models_that_are_not_there(capsys, pairs, tmp_path) -> None:
+    assert "must be a local model folder" in bad(capsys, "score", tmp_path / "no", pairs)
+    assert "must be a model folder with a readable config.json" in bad(capsys, "score", tmp_path, pairs)
+    assert "must be a local model folder" in bad(capsys, "rank", "BAAI/none", "--query", "q", pairs)
+    assert "must be a local model folder" in bad(capsys, "verify", tmp_path / "no")
+    assert bad(capsys, "verify", "shape:none").startswith("no shape is named 'none'; there are bge-reranker-base")
+
+
+def test_options_that_do_not_fit(capsys, folder, pairs) -> None:
+    assert "max_length must be an integer in [" in bad(capsys, "score", folder, pairs, "--max-length", 100_000)
+    for argv in (["score", folder, pairs, "--batch-tokens", "0"], ["score", folder, pairs, "--dtype", "fp8"], [], ["scores"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(a) for a in argv])
+        assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_a_run_that_fails_half_way_leaves_the_old_file(capsys, folder, pairs, tmp_path, monkeypatch, error) -> None:
+    calls = []
+
+    def score(self, pairs, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return rk.Scores(*np.zeros((3, len(pairs)), np.float32))
+
+    monkeypatch.setattr(cli, "CHUNK", 1)
+    monkeypatch.setattr(rk.Reranker, "score", score)
+    out = write(tmp_path / "out.jsonl", "old")
+    if isinstance(error, KeyboardInterrupt):
+        assert run(capsys, "score", folder, pairs, "-o", out) == (130, "", "rerank-kernels: interrupted\n")
+    else:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            cli.main(["score", str(folder), str(pairs), "-o", str(out)])
+    assert out.read_bytes() == b"old\n" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_kill_cleans_up_like_ctrl_c(capsys, folder, pairs, tmp_path, monkeypatch) -> None:
+    def score(self, pairs, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(5)
+
+    monkeypatch.setattr(rk.Reranker, "score", score)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(capsys, "score", folder, pairs, "-o", tmp_path / "out.jsonl")[0] == 130
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [p.name for p in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_links_modes_and_devices(capsys, folder, pairs, tmp_path) -> None:
+    real = write(tmp_path / "real.jsonl", "old")
+    real.chmod(0o640)
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(real)
+    assert run(capsys, "score", folder, pairs, "-o", link)[0] == 0
+    assert link.is_symlink() and len(real.read_text("utf-8").splitlines()) == 3 and real.stat().st_mode & 0o777 == 0o640
+    assert run(capsys, "score", folder, pairs, "-o", os.devnull)[0] == 0
+    new = tmp_path / "new.jsonl"
+    before = os.umask(0o027)
+    try:
+        assert run(capsys, "score", folder, pairs, "-o", new)[0] == 0
+    finally:
+        os.umask(before)
+    assert new.stat().st_mode & 0o777 == 0o640
+
+
+def test_dtype_is_heard(capsys, folder, pairs) -> None:
+    _, full, _ = run(capsys, "score", folder, pairs)
+    _, half, _ = run(capsys, "score", folder, pairs, "--dtype", "bf16")
+    want = rk.Reranker(folder, dtype=torch.bfloat16).score([(PAIRS[0]["query"], PAIRS[0]["document"])]).logit[0]
+    assert (
+        np.float32(json.loads(half.splitlines()[0])["logit"]) == want != np.float32(json.loads(full.splitlines()[0])["logit"])
+    )
+
+
+# ---- rank --------------------------------------------------------------------------------------------------------------------
+
+
+def test_rank(capsys, folder, tmp_path) -> None:
+    documents = ["Bread is made from flour.", "Paris [red]is[/red] the capital.", "Berlin"]
+    text = write(tmp_path / "docs.txt", documents[0], "", *documents[1:])
+    lines = write(tmp_path / "docs.jsonl", *(json.dumps({"document": d}) for d in documents))
+    want = rk.Reranker(folder).rank("capital", documents)
+    code, out, _ = run(capsys, "rank", folder, "--query", "capital", text)
+    assert code == 0 and "[red]" in out  # brackets are text, not markup
+    _, as_json, _ = run(capsys, "rank", folder, "--query", "capital", lines, "--json", "--top-k", 2)
+    ranked = [json.loads(line) for line in as_json.splitlines()]
+    assert [(r["rank"], r["index"], r["document"]) for r in ranked] == [
+        (place, r.index, r.document) for place, r in enumerate(want[:2], 1)
+    ]
+    assert all(np.float32(got["logit"]) == np.float32(r.logit) for got, r in zip(ranked, want, strict=False))
+    assert str(np.float32(want[0].logit)) in out
+
+
+def test_rank_of_bad_files(capsys, folder, tmp_path) -> None:
+    path = write(tmp_path / "docs.jsonl", '{"document": "a"}', '{"text": "b"}')
+    assert bad(capsys, "rank", folder, "--query", "q", path) == f'{path}:2: "document" is missing'
+    path = write(tmp_path / "docs.txt", "a", b"\xe9")
+    assert bad(capsys, "rank", folder, "--query", "q", path).startswith(f"{path}:2: not UTF-8")
+
+
+# ---- verify and info ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_pairs(tmp_path) -> Path:
+    return write(tmp_path / "eight.jsonl", *(json.dumps({"query": "a", "document": "b " * i}) for i in range(8)))
+
+
+def test_verify_passes_and_writes_json(capsys, folder, few_pairs, tmp_path) -> None:
+    code, out, _ = run(capsys, "verify", folder, "--pairs", few_pairs, "--no-process", "--json", tmp_path / "found.json")
+    assert code == 0 and "negative controls caught" in out and "held: " in out
+    found = json.loads((tmp_path / "found.json").read_text("utf-8"))
+    assert found["ok"] and found["rows"] == 8 and found["environment"]["torch"] == torch.__version__
+
+
+def test_verify_of_stock_fails(capsys, folder, few_pairs, tmp_path) -> None:
+    argv = ("verify", folder, "--stock", "--pairs", few_pairs, "--no-process", "--json", tmp_path / "found.json")
+    code, out, _ = run(capsys, *argv)
+    assert code == 1 and "fallen: " in out and "padding-invariant" in out
+    assert not json.loads((tmp_path / "found.json").read_text("utf-8"))["ok"]
+
+
+def test_verify_of_too_few_pairs(capsys, folder, pairs) -> None:
+    assert "at least 8 different texts" in bad(capsys, "verify", folder, "--pairs", pairs)
+
+
+def test_a_report_of_a_fallen_promise_is_exit_code_1(capsys, folder, monkeypatch) -> None:
+    row = verify.Result("batch-invariant", "batch", "size 2", 1, 2, 1e-7, 0, 1)
+    report = verify.VerifyReport([row], [], {}, scorer="x", kind="cross-encoder", rows=8, lengths=(1, 2))
+    monkeypatch.setattr(verify, "verify", lambda *a, **k: report)
+    code, out, _ = run(capsys, "verify", folder)
+    assert code == 1 and "1/2" in out and "fallen: batch-invariant" in out
+
+
+def test_shapes_are_the_same_every_time() -> None:
+    first, second = (verify.load("shape:tiny").model.state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_info(capsys) -> None:
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    for word in ("numerics", torch.__version__, "layer_norm", "pytorch", "threads", "isa"):
+        assert word in out
+
+
+def test_info_without_the_library_says_why(capsys, monkeypatch) -> None:
+    reason = "the C++ library was not built"
+    monkeypatch.setattr(rk.backend, "missing", lambda name: reason if name == "cpu" else None)
+    code, out, _ = run(capsys, "info")
+    assert code == 0 and f"cpu: {reason}" in out
+
+
+def test_an_embedding_model_scores_by_cosine(capsys, pairs, tmp_path) -> None:
+    own = tokenizer("bert")
+    model = tmp_path / "embedding"
+    tiny("bert", head=False, vocab_size=len(own)).save_pretrained(model)
+    own.save_pretrained(model)
+    code, out, _ = run(capsys, "score", model, pairs)
+    assert code == 0 and all(-1.001 <= json.loads(line)["logit"] <= 1.001 for line in out.splitlines())
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "HF_HUB_OFFLINE": "1"}
