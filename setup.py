@@ -18,7 +18,17 @@ WANT = os.environ.get("RERANK_KERNELS_BUILD_CPU", "auto")
 
 # The numeric contract's flags (NUMERICS.md, "Flags"): a compiler must neither fuse nor reorder what the source says.
 NUMERIC_FLAGS = ["-ffp-contract=off", "-fno-fast-math", "-fno-unsafe-math-optimizations"]
-FLAGS = ["-O3", "-g0", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-fvisibility=hidden", "-fno-math-errno", *NUMERIC_FLAGS]
+FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++20",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    *NUMERIC_FLAGS,
+]
 
 
 def say(text: str) -> None:
@@ -31,7 +41,7 @@ def why_not() -> str | None:
     if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
         return "no C++ compiler on PATH (install g++ 11 or newer)"
     try:
-        import torch  # noqa: F401
+        import torch
         import torch.utils.cpp_extension  # noqa: F401
     except ImportError:
         return "torch is not visible to the build (install torch first, then pip install --no-build-isolation .)"
@@ -48,7 +58,9 @@ def extensions() -> tuple[list, dict]:
     reason = "RERANK_KERNELS_BUILD_CPU=0" if WANT == "0" else why_not()
     if reason is not None:
         if WANT == "1":
-            raise SystemExit(f"rerank_kernels: the CPU library is required (RERANK_KERNELS_BUILD_CPU=1) and cannot be built: {reason}")
+            raise SystemExit(
+                f"rerank_kernels: the CPU library is required (RERANK_KERNELS_BUILD_CPU=1) and cannot be built: {reason}"
+            )
         say(f"installing without the C++ library: {reason}; the pytorch backend will serve")
         return [], {}
 

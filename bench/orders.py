@@ -3,7 +3,8 @@
     python bench/orders.py
 
 `dot` candidates differ in how K is cut; `attention` candidates in the tile of keys and in when the maximum is known: exact
-first (the contract), or running over key tiles of 64 with a rescaling at each tile (the order of a streaming softmax). NUMERICS.md quotes this table.
+first (the contract), or running over key tiles of 64 with a rescaling at each tile (the order of a streaming softmax).
+NUMERICS.md quotes this table.
 """
 
 from __future__ import annotations

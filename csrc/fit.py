@@ -74,7 +74,9 @@ def fit(
         c, error = minimax(x, rest, weight, powers[i:])
         rounded.append(float(np.float32(c[0])))
         rest = rest - LD(rounded[-1]) * x ** powers[i]
-    print(f"{name} on [{a:g}, {b:g}]: error {float((np.abs(rest) * weight).max()):.2e} after rounding (last free fit {error:.1e})")
+    print(
+        f"{name} on [{a:g}, {b:g}]: error {float((np.abs(rest) * weight).max()):.2e} after rounding (last free fit {error:.1e})"
+    )
     for p, c in zip(powers, rounded, strict=True):
         print(f"  x^{p}: {c.hex()}f  // {c:.9g}")
 
@@ -92,6 +94,7 @@ def main() -> None:
         [0, 1, 2, 3, 4],
         lambda z: z,
     )
+
     # Phi(-y) = exp(-y^2 / 2) u Q(1 - u), u = 1 / (1 + y / 2): u Q = erfcx(y / sqrt 2) / 2, and Q stays between 0.2 and 0.5,
     # so that its Horner form does not cancel
     def mills(v: mp.mpf) -> mp.mpf:

@@ -21,8 +21,8 @@ namespace rk {
 #endif
 
 constexpr int NUMERICS_VERSION = 1;
-constexpr int LANES = 32;   // row_sum: lane l adds x[l], x[l + 32], ...; a warp, two AVX-512 or four AVX2 registers
-constexpr int CHUNK = 512;  // dot: one fma chain inside a chunk of K, the chunks' sums added in ascending order
+constexpr int LANES = 32;     // row_sum: lane l adds x[l], x[l + 32], ...; a warp, two AVX-512 or four AVX2 registers
+constexpr int CHUNK = 512;    // dot: one fma chain inside a chunk of K, the chunks' sums added in ascending order
 constexpr int KEY_TILE = 64;  // attention's sum over keys: the same, in chunks of 64 keys
 
 // F = float: the CUDA kernels, the scalar CPU path, and the pybind11 module.

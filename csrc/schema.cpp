@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+// clang-format off
 STABLE_TORCH_LIBRARY(rerank_kernels, m) {
     // norm
     m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");

@@ -6,7 +6,7 @@ from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import activation, linear
 from rerank_kernels.ops.norm import layer_norm
 from rerank_kernels.ops.pooling import HeadOutput, pool, score_head, sigmoid
-from rerank_kernels.ops.softmax import mean, softmax, sum
+from rerank_kernels.ops.softmax import mean, softmax, sum  # noqa: A004  torch's name
 from rerank_kernels.ops.sparse_ffn import sparse_ffn
 from rerank_kernels.reranker import Ranked, Reranker, Scores
 

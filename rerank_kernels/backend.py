@@ -111,7 +111,7 @@ def _load(name: str, op: str) -> Callable[..., Any]:
     function = getattr(module, op, None)
     if function is None:
         raise BackendError(f"{op}: backend {name!r} has no such op")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _get(name: str, asked_by: str) -> Backend:
@@ -138,9 +138,13 @@ class BackendTable(dict[str, dict[str, str]]):
     def __str__(self) -> str:
         wide = max(len(op) for op in self) + 2
         lines = ["op".ljust(wide) + "".join(name.ljust(10) for name in BACKENDS)]
-        lines += [op.ljust(wide) + "".join(("yes" if v == "yes" else "-").ljust(10) for v in row.values()) for op, row in self.items()]
+        lines += [
+            op.ljust(wide) + "".join(("yes" if v == "yes" else "-").ljust(10) for v in row.values()) for op, row in self.items()
+        ]
         for b in BACKENDS.values():
-            lines.append(f"{b.name}: {missing(b.name) or 'serves ' + ', '.join(b.devices) + '; promises ' + ', '.join(b.promises)}")
+            lines.append(
+                f"{b.name}: {missing(b.name) or 'serves ' + ', '.join(b.devices) + '; promises ' + ', '.join(b.promises)}"
+            )
         return "\n".join(lines)
 
     __repr__ = __str__

@@ -51,7 +51,7 @@ class Forward:
         if _serve is _serve_eagerly:
             # torch.compile must call it, not look inside: fused arithmetic has other bits. Here and not at import, for the
             # compiler takes seconds to import; in __new__, for pickle and deepcopy pass here too.
-            _serve = torch.compiler.disable(_serve_eagerly)  # type: ignore[no-untyped-call]
+            _serve = torch.compiler.disable(_serve_eagerly)
         return super().__new__(cls)
 
     def __init__(self, module: nn.Module) -> None:

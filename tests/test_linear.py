@@ -120,6 +120,14 @@ def test_activation_far_out(backend: Backend, kind: str) -> None:
     assert bool((error <= allowed).all()), f"worst at x = {float(x[(error / allowed).argmax()])}"
 
 
+def test_autocast_changes_nothing(backend: Backend) -> None:
+    """A user's torch.autocast asks PyTorch's own products for half precision; ours are what they are."""
+    x, w = numbers("x", (6, 130), torch.float32), numbers("w", (40, 130), torch.float32)
+    want = linear(x, w)
+    with torch.autocast("cpu", torch.bfloat16):
+        same(linear(x, w), want, "inside autocast")
+
+
 def test_errors(backend: Backend) -> None:
     x, w = torch.zeros(2, 3), torch.zeros(4, 3)
     with pytest.raises(ValueError, match=r"linear: weight must be \[N, 3\], got \[4, 5\]"):

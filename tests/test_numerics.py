@@ -1,4 +1,4 @@
-"""The primitives of csrc/numerics.h: right to a stated bound in ulp over every exponent, and the same on every instruction set."""
+"""The primitives of csrc/numerics.h: right to a bound in ulp over every exponent, and the same on every instruction set."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def fma32(a: float, b: float, c: float) -> float:
 
 
 def test_dot_is_the_stated_chain() -> None:
-    """linear against the chain of NUMERICS.md, written out in exact arithmetic: chunks of 512, ascending, one rounding a step."""
+    """linear against the chain of NUMERICS.md, in exact arithmetic: chunks of 512, ascending, one rounding a step."""
     mpmath.mp.prec = 200
     rng = np.random.default_rng(7)
     for k in (1, 511, 512, 513, 1300):

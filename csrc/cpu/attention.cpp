@@ -11,8 +11,8 @@
 
 namespace rk {
 
-static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, int64_t left, int64_t right,
-                        double scale) {
+static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, int64_t left,
+                        int64_t right, double scale) {
     const int64_t H = q.size(1), D = q.size(2), H_kv = k.size(1), B = cu_seqlens.size(0) - 1;
     Tensor out = empty(q, {q.size(0), H, D}, q.scalar_type());
     const int32_t* cu = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
@@ -92,10 +92,10 @@ static void attend(const AttentionArgs& a, int64_t first, int64_t length, int64_
     const int64_t keys = (length + PANEL - 1) / PANEL * PANEL, width = (a.D + PANEL - 1) / PANEL * PANEL;
     float* packed_k = memory;
     float* packed_v = packed_k + keys * a.D;
-    const int64_t lds = keys + ROW_GAP;         // as in gemm.h: not a multiple of 4096 bytes
-    float* scores = packed_v + keys * width;    // [TILE_ROWS][lds]
-    float* q_rows = scores + TILE_ROWS * lds;   // [TILE_ROWS][D]
-    float* sums = q_rows + TILE_ROWS * width;   // [TILE_ROWS][PANEL]
+    const int64_t lds = keys + ROW_GAP;        // as in gemm.h: not a multiple of 4096 bytes
+    float* scores = packed_v + keys * width;   // [TILE_ROWS][lds]
+    float* q_rows = scores + TILE_ROWS * lds;  // [TILE_ROWS][D]
+    float* sums = q_rows + TILE_ROWS * width;  // [TILE_ROWS][PANEL]
     pack_keys(a, first, length, kv_head, q_rows, packed_k);
     const bool finite = pack_values(a, first, length, kv_head, packed_v);
     const bool windowed = a.left >= 0 || a.right >= 0;

@@ -49,7 +49,7 @@
 #undef RK_ISA_AVX512
 #pragma GCC pop_options
 
-#define RK_CALL(function, ...)                                         \
+#define RK_CALL(function, ...)                                              \
     (::rk::isa() == ::rk::Isa::AVX512 ? ::rk::avx512::function(__VA_ARGS__) \
      : ::rk::isa() == ::rk::Isa::AVX2 ? ::rk::avx2::function(__VA_ARGS__)   \
                                       : ::rk::scalar::function(__VA_ARGS__))

@@ -1,8 +1,9 @@
 // gemm.h: the `dot` primitive over tiles of outputs, for linear, score_head, sparse_ffn and attention. Included once per
 // instruction set, after isa.h; no guard.
 //
-// Order: every output is its own chain: k ascending, one fma a step, from +0 inside a chunk (512; 64 over attention's keys); chunk sums are added in
-// ascending order, from +0. Registers, tiles and threads only ever split outputs, so a tile's shape cannot reach the bits.
+// Order: every output is its own chain: k ascending, one fma a step, from +0 inside a chunk (512; 64 over attention's keys);
+// chunk sums are added in ascending order, from +0. Registers, tiles and threads only ever split outputs, so a tile's shape
+// cannot reach the bits.
 
 namespace rk {
 namespace RK_ISA {
@@ -78,8 +79,8 @@ constexpr int FEW_ROWS = W == 16 ? 3 : 1;
 constexpr int STREAMS = 4;
 
 template <int ROWS, int SPAN, class T>
-static __attribute__((noinline)) void dot_streams(const float* a, int64_t lda, const T* b, int64_t panel_stride, int64_t k_begin,
-                                                  int64_t k_end, float* sums, int64_t ld_panel, bool first) {
+static __attribute__((noinline)) void dot_streams(const float* a, int64_t lda, const T* b, int64_t panel_stride,
+                                                  int64_t k_begin, int64_t k_end, float* sums, int64_t ld_panel, bool first) {
     for (int c0 = 0; c0 < PANEL; c0 += STRIP) {
         bool start = first;
         for (int64_t k0 = k_begin; k0 < k_end;) {
@@ -122,8 +123,8 @@ static __attribute__((noinline)) void dot_streams(const float* a, int64_t lda, c
 }
 
 template <int SPAN, class T, int ROWS = FEW_ROWS>
-RK_INLINE void dot_streams_of(int rows, const float* a, int64_t lda, const T* b, int64_t panel_stride, int64_t k_begin, int64_t k_end,
-                              float* sums, int64_t ld_panel, bool first) {
+RK_INLINE void dot_streams_of(int rows, const float* a, int64_t lda, const T* b, int64_t panel_stride, int64_t k_begin,
+                              int64_t k_end, float* sums, int64_t ld_panel, bool first) {
     if constexpr (ROWS > 1)
         if (rows < ROWS)
             return dot_streams_of<SPAN, T, ROWS - 1>(rows, a, lda, b, panel_stride, k_begin, k_end, sums, ld_panel, first);
@@ -171,7 +172,8 @@ constexpr int64_t WHOLE_K = 1024;
 constexpr int64_t ROW_GAP = 16;
 
 template <class T>
-static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end, int64_t p_begin, int64_t p_end, float* scratch) {
+static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end, int64_t p_begin, int64_t p_end,
+                            float* scratch) {
     const int64_t height = m_end - m_begin, step = g.K <= WHOLE_K ? g.K : CHUNK, lda = step + ROW_GAP;
     float* const unfinished = scratch + height * lda;
     alignas(64) float tile[TILE_ROWS > STREAMS * FEW_ROWS ? TILE_ROWS * PANEL : STREAMS * FEW_ROWS * PANEL];
@@ -206,7 +208,8 @@ static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end,
 }
 
 // Rows [m_begin, m_end) of panels [p_begin, p_end).
-[[maybe_unused]] static void linear_block(const LinearArgs& g, int64_t m_begin, int64_t m_end, int64_t p_begin, int64_t p_end, float* scratch) {
+[[maybe_unused]] static void linear_block(const LinearArgs& g, int64_t m_begin, int64_t m_end, int64_t p_begin, int64_t p_end,
+                                          float* scratch) {
     if (g.packed_dtype == Dtype::F32) return linear_block_of<float>(g, m_begin, m_end, p_begin, p_end, scratch);
     if (g.packed_dtype == Dtype::F16) return linear_block_of<f16>(g, m_begin, m_end, p_begin, p_end, scratch);
     linear_block_of<bf16>(g, m_begin, m_end, p_begin, p_end, scratch);

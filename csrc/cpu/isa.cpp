@@ -30,7 +30,10 @@ static std::string force_isa_op(std::string name) {
     if (!name.empty()) {
         const bool known = name == "auto" || name == "avx512" || name == "avx2" || name == "scalar";
         RK_CHECK(known, "force_isa", "name must be auto, avx512, avx2 or scalar, got ", name.c_str());
-        const Isa wanted = name == "auto" ? best_isa() : name == "avx512" ? Isa::AVX512 : name == "avx2" ? Isa::AVX2 : Isa::SCALAR;
+        const Isa wanted = name == "auto"     ? best_isa()
+                           : name == "avx512" ? Isa::AVX512
+                           : name == "avx2"   ? Isa::AVX2
+                                              : Isa::SCALAR;
         RK_CHECK(wanted <= best_isa(), "force_isa", "this CPU has no ", name.c_str(), "; its best is ", name_of(best_isa()));
         force_isa(wanted);
     }

@@ -167,9 +167,7 @@ RK_INLINE Vec abs_of(Vec a) { return _mm512_abs_ps(a.v); }
 RK_INLINE Mask lt(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 RK_INLINE Vec select(Mask m, Vec a, Vec b) { return _mm512_mask_blend_ps(m.m, b.v, a.v); }
 // One instruction with the same single rounding: p * 2^n exactly, then rounded.
-RK_INLINE Vec scale_by_exp2(Vec p, Vec t) {
-    return _mm512_scalef_ps(p.v, _mm512_sub_ps(t.v, _mm512_set1_ps(12582912.0f)));
-}
+RK_INLINE Vec scale_by_exp2(Vec p, Vec t) { return _mm512_scalef_ps(p.v, _mm512_sub_ps(t.v, _mm512_set1_ps(12582912.0f))); }
 RK_INLINE Vec all(float f) { return _mm512_set1_ps(f); }
 
 RK_INLINE __mmask16 first_lanes(int n) { return n >= 16 ? __mmask16(0xFFFF) : __mmask16((1u << (n > 0 ? n : 0)) - 1u); }

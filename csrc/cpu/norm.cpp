@@ -1,5 +1,5 @@
-// norm.cpp: layer_norm on the CPU. s = x + residual; mean and var by row_sum; y = fma((s - mean) * (1 / sqrt(var + eps)), w, b).
-// Order as NUMERICS.md, "layer_norm". One row at a time: rows are for the threads, only features shape the work.
+// norm.cpp: layer_norm on the CPU. s = x + residual; mean and var by row_sum; y = fma((s - mean) * (1 / sqrt(var + eps)), w,
+// b). Order as NUMERICS.md, "layer_norm". One row at a time: rows are for the threads, only features shape the work.
 
 #ifndef RK_ISA
 #define RK_FILE "norm.cpp"

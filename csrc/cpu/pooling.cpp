@@ -26,7 +26,8 @@ static Tensor pool(const Tensor& x, const Tensor& cu_seqlens, bool mean, ScalarT
 
 static std::tuple<Tensor, Tensor, Tensor> score_head(const Tensor& pooled, const std::optional<Tensor>& dense_packed, int64_t P,
                                                      const std::optional<Tensor>& dense_bias, int64_t activation,
-                                                     const Tensor& out_packed, int64_t L, const std::optional<Tensor>& out_bias) {
+                                                     const Tensor& out_packed, int64_t L,
+                                                     const std::optional<Tensor>& out_bias) {
     const int64_t B = pooled.size(0);
     Tensor hidden = pooled;
     if (dense_packed) {
@@ -36,8 +37,8 @@ static std::tuple<Tensor, Tensor, Tensor> score_head(const Tensor& pooled, const
     Tensor logit = empty(pooled, {B, L}, ScalarType::Float);
     run_linear(linear_args("score_head", hidden, out_packed, L, out_bias, 0, logit));
     Tensor score = torch::stable::empty_like(logit), complement = torch::stable::empty_like(logit);
-    RK_CALL(score_range, static_cast<const float*>(logit.const_data_ptr()), B * L, static_cast<float*>(score.mutable_data_ptr()),
-            static_cast<float*>(complement.mutable_data_ptr()));
+    RK_CALL(score_range, static_cast<const float*>(logit.const_data_ptr()), B * L,
+            static_cast<float*>(score.mutable_data_ptr()), static_cast<float*>(complement.mutable_data_ptr()));
     return {logit, score, complement};
 }
 

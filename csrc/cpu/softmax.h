@@ -3,8 +3,8 @@
 namespace rk {
 namespace RK_ISA {
 
-// x[i] for i in [begin, end) becomes exp(x[i] * scale - max) and the sum of these, by row_sum with lane i mod 32, is returned. The
-// places of the blocks of 32 that hold begin and end, but lie outside, become +0 (they must be writable). NaN in, NaN out.
+// x[i] for i in [begin, end) becomes exp(x[i] * scale - max) and the sum of these, by row_sum with lane i mod 32, is returned.
+// The places of the blocks of 32 that hold begin and end, but lie outside, become +0 (they must be writable). NaN in, NaN out.
 RK_INLINE float exp_and_sum(float* x, int64_t begin, int64_t end, float scale) {
     const int64_t from = begin / LANES * LANES, to = (end + LANES - 1) / LANES * LANES;
     const float outside = scale < 0.0f ? __builtin_inff() : -__builtin_inff();  // times the scale: -inf

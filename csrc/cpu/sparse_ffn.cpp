@@ -64,10 +64,12 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_packed, const std:
         if (up_weight)
             for_each_task(ceil_div(count, PANEL), [&](int64_t task) {
                 const int64_t n = std::min<int64_t>(PANEL, count - task * PANEL);
-                RK_CALL(gate_active, args, m, active.data() + task * PANEL, int(n), h, scratch(size_t((PANEL + 1) * K + 2 * PANEL)));
+                RK_CALL(gate_active, args, m, active.data() + task * PANEL, int(n), h,
+                        scratch(size_t((PANEL + 1) * K + 2 * PANEL)));
             });
         const int64_t width = RK_CALL(axpy_columns);
-        for_each_task(ceil_div(D, width), [&](int64_t task) { RK_CALL(axpy_block, args, m, task * width, active.data(), count, h); });
+        for_each_task(ceil_div(D, width),
+                      [&](int64_t task) { RK_CALL(axpy_block, args, m, task * width, active.data(), count, h); });
     }
     return y;
 }
@@ -141,7 +143,8 @@ static void axpy_block_of(const SparseArgs& a, int64_t m, int64_t d0, const int3
                 const T* row = down + active[i] * a.D;
                 const Vec hv = all(h[active[i]]);
                 for (int v = 0; v < AXPY_VECS; ++v)
-                    if (v * W < columns) acc[v] = fmadd(hv, load_some(row + v * W, int(columns - v * W < W ? columns - v * W : W)), acc[v]);
+                    if (v * W < columns)
+                        acc[v] = fmadd(hv, load_some(row + v * W, int(columns - v * W < W ? columns - v * W : W)), acc[v]);
             }
         }
 #pragma GCC unroll 16

@@ -16,9 +16,9 @@ struct bf16 {
 };
 
 enum class Isa : int { SCALAR = 0, AVX2 = 1, AVX512 = 2 };
-Isa isa();             // the one in force: the best the CPU has, or what force_isa said
-Isa best_isa();        // the best the CPU has
-void force_isa(Isa);   // for tests; the caller has checked that the CPU has it
+Isa isa();            // the one in force: the best the CPU has, or what force_isa said
+Isa best_isa();       // the best the CPU has
+void force_isa(Isa);  // for tests; the caller has checked that the CPU has it
 
 constexpr int PANEL = 32;  // weights are packed in panels of 32 outputs: [N / 32][K][32]; the same for every instruction set
 

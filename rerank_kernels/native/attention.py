@@ -7,4 +7,4 @@ from torch import Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, right: int, scale: float) -> Tensor:
-    return torch.ops.rerank_kernels.attention(q, k, v, cu_seqlens, left, right, scale)  # type: ignore[no-any-return]
+    return torch.ops.rerank_kernels.attention(q, k, v, cu_seqlens, left, right, scale)

@@ -16,8 +16,8 @@ def linear(
 ) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     n = weight.shape[0]
-    return torch.ops.rerank_kernels.linear(x, packed(weight), n, bias, CODES[activation], residual, out_dtype)  # type: ignore[no-any-return]
+    return torch.ops.rerank_kernels.linear(x, packed(weight), n, bias, CODES[activation], residual, out_dtype)
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
-    return torch.ops.rerank_kernels.activation(x, CODES[kind], x.dtype)  # type: ignore[no-any-return]
+    return torch.ops.rerank_kernels.activation(x, CODES[kind], x.dtype)

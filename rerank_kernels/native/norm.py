@@ -8,4 +8,4 @@ from torch import Tensor
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.contiguous()
-    return torch.ops.rerank_kernels.layer_norm(x, weight, bias, eps, residual)  # type: ignore[no-any-return]
+    return torch.ops.rerank_kernels.layer_norm(x, weight, bias, eps, residual)

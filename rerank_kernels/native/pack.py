@@ -47,7 +47,9 @@ def contiguous(weight: Tensor) -> Tensor:
 
 def finite(weight: Tensor) -> Tensor:
     if not bool(torch.isfinite(weight).all()):
-        raise ValueError("sparse_ffn: weights must be finite: terms with a zero activation are skipped, and 0 * inf would be NaN")
+        raise ValueError(
+            "sparse_ffn: weights must be finite: terms with a zero activation are skipped, and 0 * inf would be NaN"
+        )
     return weight
 
 
@@ -63,7 +65,7 @@ def _cached(kind: str, weight: Tensor, make: Callable[[Tensor], Tensor]) -> Tens
     version = -1 if weight.is_inference() else weight._version
     kept = table.get(weight)
     if kept is not None and kept.version == version and _same_memory(kept.source, weight):
-        return kept.packed  # type: ignore[no-any-return]
+        return kept.packed
     source = weight.detach()
     kept = _Kept(source, version, make(source))
     table[weight] = kept

@@ -10,11 +10,11 @@ from rerank_kernels.native.pack import packed
 
 
 def pool(x: Tensor, cu_seqlens: Tensor, mode: str, out_dtype: torch.dtype) -> Tensor:
-    return torch.ops.rerank_kernels.pool(x, cu_seqlens, mode == "mean", out_dtype)  # type: ignore[no-any-return]
+    return torch.ops.rerank_kernels.pool(x, cu_seqlens, mode == "mean", out_dtype)
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    return torch.ops.rerank_kernels.activation(x, CODES["sigmoid"], torch.float32)  # type: ignore[no-any-return]
+    return torch.ops.rerank_kernels.activation(x, CODES["sigmoid"], torch.float32)
 
 
 def score_head(
@@ -26,7 +26,7 @@ def score_head(
     out_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dense = None if dense_weight is None else packed(dense_weight)
-    return torch.ops.rerank_kernels.score_head(  # type: ignore[no-any-return]
+    return torch.ops.rerank_kernels.score_head(
         pooled,
         dense,
         0 if dense_weight is None else dense_weight.shape[0],

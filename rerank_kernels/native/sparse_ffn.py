@@ -31,7 +31,7 @@ def sparse_ffn(
             hidden = torch.where(gate == 0, gate, gate * linear(x, up_weight, up_bias, None, None, f32))
         return linear(hidden, down_weight, down_bias, None, None, x.dtype)
     first, first_bias = (up_weight, up_bias) if gate_weight is None else (gate_weight, gate_bias)
-    return torch.ops.rerank_kernels.sparse_ffn(  # type: ignore[no-any-return]
+    return torch.ops.rerank_kernels.sparse_ffn(
         x,
         packed(first),
         None if first_bias is None else first_bias.contiguous(),

@@ -7,6 +7,7 @@ length of the padding, and whatever the padded places hold (NaN included), canno
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -68,13 +69,15 @@ def attention(
         cu = check.cu_seqlens("attention", cu_seqlens, q.shape[0], q.device)
         return serve(_rows(q), _rows(k), _rows(v), cu, left, right, scale)
 
-    b, t = q.shape[:2]
+    batch, length = q.shape[:2]
     if mask is None:
-        cu = torch.arange(b + 1, dtype=torch.int32, device=q.device) * t
-        return serve(_rows(q.flatten(0, 1)), _rows(k.flatten(0, 1)), _rows(v.flatten(0, 1)), cu, left, right, scale).view(q.shape)
-    index, cu = check.mask_to_cu_seqlens("attention", mask, b, t)
+        cu = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length
+        return serve(_rows(q.flatten(0, 1)), _rows(k.flatten(0, 1)), _rows(v.flatten(0, 1)), cu, left, right, scale).view(
+            q.shape
+        )
+    index, cu = check.mask_to_cu_seqlens("attention", mask, batch, length)
     packed = serve(*(z.flatten(0, 1).index_select(0, index) for z in (q, k, v)), cu, left, right, scale)
-    out = q.new_zeros(b * t, h, d)
+    out = q.new_zeros(batch * length, h, d)
     return out.index_copy_(0, index, packed).view(q.shape)
 
 
@@ -99,7 +102,7 @@ def attention_truth(
     left, right = window if window is not None else (-1, -1)
     out = torch.zeros(q.shape, dtype=torch.float64)
     offsets = cu_seqlens.tolist()
-    for a, b in zip(offsets, offsets[1:], strict=False):
+    for a, b in itertools.pairwise(offsets):
         i = torch.arange(b - a)[:, None]
         j = torch.arange(b - a)[None, :]
         hidden = torch.zeros(b - a, b - a, dtype=torch.bool)

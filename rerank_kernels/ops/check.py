@@ -61,9 +61,8 @@ def cu_seqlens(op: str, cu: Tensor, total: int, device: torch.device) -> Tensor:
     if not isinstance(cu, Tensor) or cu.dim() != 1 or cu.numel() < 1 or cu.dtype not in (torch.int32, torch.int64):
         came = f"{cu.dtype} {shape_of(cu)}" if isinstance(cu, Tensor) else type(cu).__name__
         fail(op, "cu_seqlens", "a 1-D int32 tensor [B + 1] of offsets", came)
-    if cu.device.type == "cpu":
-        if int(cu[0]) != 0 or int(cu[-1]) != total or bool((cu[1:] < cu[:-1]).any()):
-            fail(op, "cu_seqlens", f"ascending from 0 to {total}, the number of tokens", cu.tolist()[:8])
+    if cu.device.type == "cpu" and (int(cu[0]) != 0 or int(cu[-1]) != total or bool((cu[1:] < cu[:-1]).any())):
+        fail(op, "cu_seqlens", f"ascending from 0 to {total}, the number of tokens", cu.tolist()[:8])
     return cu.to(device=device, dtype=torch.int32)
 
 

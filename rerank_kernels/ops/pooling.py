@@ -6,6 +6,7 @@ The head computes and returns float32 whatever the body's dtype: two adjacent fl
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -62,7 +63,7 @@ def pool(
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + exp(-x)) in float32, returned in float32 whatever the dtype of x. sigmoid(-x) is the exact-to-1-ulp complement."""
+    """1 / (1 + exp(-x)) in float32, returned in float32 whatever the dtype of x. sigmoid(-x) is 1 - sigmoid(x), unrounded."""
     check.floating("sigmoid", x=x)
     return backend.select("sigmoid", x.device)(x.contiguous())
 
@@ -103,7 +104,7 @@ def score_head(
 
 def pool_truth(x: Tensor, mode: str, *, cu_seqlens: Tensor) -> Tensor:
     offsets = cu_seqlens.tolist()
-    rows = [x[a:b].double() for a, b in zip(offsets, offsets[1:], strict=False)]
+    rows = [x[a:b].double() for a, b in itertools.pairwise(offsets)]
     zero = torch.zeros(x.shape[1], dtype=torch.float64)
     return torch.stack([zero if not len(r) else r[0] if mode == "cls" else r.mean(0) for r in rows])
 

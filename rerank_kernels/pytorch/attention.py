@@ -16,6 +16,8 @@ from torch import Tensor
 from rerank_kernels.pytorch.softmax import row_sum
 
 
+# Autocast would turn the matrix products into half precision behind our back.
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, right: int, scale: float) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     group = q.shape[1] // k.shape[1]

@@ -18,6 +18,8 @@ TILE = 32
 ALIGNMENT = 64  # bytes; what torch gives every tensor it allocates, but not every view or memory-mapped weight
 
 
+# Autocast would turn the matrix product into half precision behind our back.
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def linear(
     rows: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, residual: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:

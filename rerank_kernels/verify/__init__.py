@@ -182,7 +182,7 @@ def _forward(model: nn.Module, pooling: str, stock: bool) -> Forward:
         with torch.inference_mode():
             out = model(**inputs)
             if _scores(model):
-                return out.logits.float()  # type: ignore[no-any-return]
+                return out.logits.float()
             hidden: Tensor = out.last_hidden_state
             mask = inputs.get("attention_mask")
             mask = torch.ones(hidden.shape[:2], dtype=torch.int64) if mask is None else mask
