@@ -118,7 +118,7 @@ static void attend(const AttentionArgs& a, int64_t first, int64_t length, int64_
             for (int r = 0; r < rows; ++r) {
                 float* s = scores + r * lds;
                 const int64_t b = begin(i0 + r), e = end(i0 + r);
-                total[r] = exp_and_sum(s, b, e, a.scale);
+                total[r] = exp_and_sum(s, s, b, e, a.scale);
                 for (int64_t j = key_begin; j < b / PANEL * PANEL; ++j) s[j] = 0.0f;
                 for (int64_t j = (e + PANEL - 1) / PANEL * PANEL; j < key_end; ++j) s[j] = 0.0f;
             }

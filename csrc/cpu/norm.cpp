@@ -62,27 +62,39 @@ RK_INLINE float lane_sum(const float* s, int64_t d, float shift) {
     return fold(sum);
 }
 
-// memory holds weight, bias, one row, and the residual's row: 4 (D + PANEL) floats.
+// memory holds weight, bias, one row in and one row out: 4 (D + PANEL) floats. float32 rows are read and written in place.
 static void layer_norm_rows(const NormArgs& a, int64_t begin, int64_t end, float* memory) {
     const int64_t gap = a.D + PANEL;
-    float *weight = memory, *bias = memory + gap, *s = memory + 2 * gap, *residual = memory + 3 * gap;
+    float *weight = memory, *bias = memory + gap, *in = memory + 2 * gap, *out = memory + 3 * gap;
     widen(a.weight_dtype, a.weight, 0, a.D, weight);
     if (a.bias) widen(a.bias_dtype, a.bias, 0, a.D, bias);
+    const bool plain = a.x_dtype == Dtype::F32, in_place = plain && !a.residual;
     const float count = float(a.D);
     for (int64_t row = begin; row < end; ++row) {
-        widen(a.x_dtype, a.x, row * a.D, a.D, s);
+        if (!in_place) widen(a.x_dtype, a.x, row * a.D, a.D, in);
         if (a.residual) {
-            widen(a.residual_dtype, a.residual, row * a.D, a.D, residual);
-            for (int64_t i = 0; i < a.D; i += W) store(s + i, load(s + i) + load(residual + i));
+            const float* r = static_cast<const float*>(a.residual) + row * a.D;
+            if (a.residual_dtype != Dtype::F32) {
+                widen(a.residual_dtype, a.residual, row * a.D, a.D, out);
+                r = out;
+            }
+            int64_t i = 0;
+            for (; i + W <= a.D; i += W) store(in + i, load(in + i) + load(r + i));
+            if (i < a.D) store(in + i, load(in + i) + load_some(r + i, int(a.D - i)));
         }
+        const float* s = in_place ? static_cast<const float*>(a.x) + row * a.D : in;
         const float mean = lane_sum<false>(s, a.D, 0.0f) / count;
         const float var = lane_sum<true>(s, a.D, mean) / count;
         const float rstd = 1.0f / sqrt_of(var + a.eps);
-        for (int64_t i = 0; i < a.D; i += W) {
-            const Vec normed = (load(s + i) - all(mean)) * all(rstd), w = load(weight + i);
-            store(s + i, a.bias ? fmadd(normed, w, load(bias + i)) : normed * w);
-        }
-        narrow(a.x_dtype, s, a.D, a.y, row * a.D);
+        const auto y_of = [&](Vec x, int64_t i) __attribute__((always_inline)) {
+            const Vec normed = (x - all(mean)) * all(rstd), w = load(weight + i);
+            return a.bias ? fmadd(normed, w, load(bias + i)) : normed * w;
+        };
+        float* y = plain ? static_cast<float*>(a.y) + row * a.D : out;
+        int64_t i = 0;
+        for (; i + W <= a.D; i += W) store(y + i, y_of(load(s + i), i));
+        if (i < a.D) store_some(y + i, y_of(load_some(s + i, int(a.D - i)), i), int(a.D - i));
+        if (!plain) narrow(a.x_dtype, out, a.D, a.y, row * a.D);
     }
 }
 

@@ -50,12 +50,19 @@ STABLE_TORCH_LIBRARY_IMPL(rerank_kernels, CPU, m) {
 namespace rk {
 namespace RK_ISA {
 
-static void softmax_rows(const void* x, Dtype dtype, int64_t d, int64_t begin, int64_t end, void* y, float* e) {
+// e holds D rounded up to 32. float32 rows that fill their last 32 lanes are made in place.
+static void softmax_rows(const void* x, Dtype dtype, int64_t d, int64_t begin, int64_t end, void* y, float* memory) {
+    const bool in_place = dtype == Dtype::F32 && d % LANES == 0;
     for (int64_t row = begin; row < end; ++row) {
-        widen(dtype, x, row * d, d, e);
-        const float sum = exp_and_sum(e, 0, d, 1.0f);
+        float* e = in_place ? static_cast<float*>(y) + row * d : memory;
+        const float* from = static_cast<const float*>(x) + row * d;
+        if (!in_place) {
+            widen(dtype, x, row * d, d, e);
+            from = e;
+        }
+        const float sum = exp_and_sum(from, e, 0, d, 1.0f);
         for (int64_t i = 0; i < d; i += W) store(e + i, load(e + i) / all(sum));
-        narrow(dtype, e, d, y, row * d);
+        if (!in_place) narrow(dtype, e, d, y, row * d);
     }
 }
 

@@ -67,9 +67,13 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_packed, const std:
                 RK_CALL(gate_active, args, m, active.data() + task * PANEL, int(n), h,
                         scratch(size_t((PANEL + 1) * K + 2 * PANEL)));
             });
-        const int64_t width = RK_CALL(axpy_columns);
-        for_each_task(ceil_div(D, width),
-                      [&](int64_t task) { RK_CALL(axpy_block, args, m, task * width, active.data(), count, h); });
+        // Wide shares of the columns: a neuron's weights are read as long runs of memory.
+        const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(D / 256, 2 * torch::stable::get_num_threads()));
+        const int64_t width = ceil_div(ceil_div(D, shares), 64) * 64;
+        for_each_task(ceil_div(D, width), [&](int64_t task) {
+            const int64_t begin = task * width, end = std::min(begin + width, D);
+            RK_CALL(axpy_block, args, m, begin, end, active.data(), count, h, scratch(size_t(2 * (width + PANEL))));
+        });
     }
     return y;
 }
@@ -87,13 +91,6 @@ STABLE_TORCH_LIBRARY_IMPL(rerank_kernels, CPU, m) {
 
 namespace rk {
 namespace RK_ISA {
-
-#ifdef RK_ISA_AVX512
-constexpr int AXPY_VECS = 16;
-#else
-constexpr int AXPY_VECS = 8;
-#endif
-static int64_t axpy_columns() { return AXPY_VECS * W; }
 
 // h[f] *= dot(x, up[f]) + up_bias[f] for up to 32 active neurons: their rows become one packed panel.
 static void gate_active(const SparseArgs& a, int64_t m, const int32_t* active, int n, float* h, float* memory) {
@@ -117,51 +114,60 @@ static void gate_active(const SparseArgs& a, int64_t m, const int32_t* active, i
     }
 }
 
-// out[m, d0 : d0 + AXPY_VECS * W]: for each active neuron, ascending, sum += h * down[neuron].
-template <class T>
-static void axpy_block_of(const SparseArgs& a, int64_t m, int64_t d0, const int32_t* active, int64_t count, const float* h) {
-    const int64_t columns = a.D - d0;
-    const T* down = static_cast<const T*>(a.down) + d0;
-    float total[AXPY_VECS * W] = {};
-    for (int64_t i = 0; i < count;) {
-        const int64_t chunk_end = (active[i] / CHUNK + 1) * int64_t(CHUNK);
-        Vec acc[AXPY_VECS];
-#pragma GCC unroll 16
-        for (int v = 0; v < AXPY_VECS; ++v) acc[v] = all(0.0f);
-        if (columns >= AXPY_VECS * W) {
-            for (; i < count && active[i] < chunk_end; ++i) {
-                const T* row = down + active[i] * a.D;
-                const Vec hv = all(h[active[i]]);
-                if (i + 6 < count)  // the next rows are strangers to the hardware prefetcher
-#pragma GCC unroll 16
-                    for (int v = 0; v < AXPY_VECS; ++v) __builtin_prefetch(down + active[i + 6] * a.D + v * W);
-#pragma GCC unroll 16
-                for (int v = 0; v < AXPY_VECS; ++v) acc[v] = fmadd(hv, load(row + v * W), acc[v]);
-            }
-        } else {
-            for (; i < count && active[i] < chunk_end; ++i) {
-                const T* row = down + active[i] * a.D;
-                const Vec hv = all(h[active[i]]);
-                for (int v = 0; v < AXPY_VECS; ++v)
-                    if (v * W < columns)
-                        acc[v] = fmadd(hv, load_some(row + v * W, int(columns - v * W < W ? columns - v * W : W)), acc[v]);
-            }
-        }
-#pragma GCC unroll 16
-        for (int v = 0; v < AXPY_VECS; ++v) store(total + v * W, load(total + v * W) + acc[v]);
+// sum[d] = fma(h[i], down[i][d], sum[d]) for ROWS active neurons in turn; d over [0, columns).
+template <int ROWS, class T>
+RK_INLINE void axpy(const T* down, int64_t stride, const int32_t* active, const float* h, float* sum, int64_t columns) {
+    const T* row[ROWS];
+    float weight[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+        row[r] = down + active[r] * stride;
+        weight[r] = h[active[r]];
     }
-    for (int v = 0; v < AXPY_VECS && v * W < columns; ++v) {
-        const int some = int(columns - v * W < W ? columns - v * W : W);
-        Vec y = load(total + v * W);
-        if (a.down_bias) y = y + load_some_as(a.down_bias_dtype, a.down_bias, d0 + v * W, some);
-        store_some_as(a.out_dtype, a.out, m * a.D + d0 + v * W, y, some);
+    int64_t d = 0;
+    for (; d + W <= columns; d += W) {
+        Vec s = load(sum + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) s = fmadd(all(weight[r]), load(row[r] + d), s);
+        store(sum + d, s);
+    }
+    if (d < columns) {
+        const int some = int(columns - d);
+        Vec s = load(sum + d);
+        for (int r = 0; r < ROWS; ++r) s = fmadd(all(weight[r]), load_some(row[r] + d, some), s);
+        store(sum + d, s);
     }
 }
 
-static void axpy_block(const SparseArgs& a, int64_t m, int64_t d0, const int32_t* active, int64_t count, const float* h) {
-    if (a.down_dtype == Dtype::F32) return axpy_block_of<float>(a, m, d0, active, count, h);
-    if (a.down_dtype == Dtype::F16) return axpy_block_of<f16>(a, m, d0, active, count, h);
-    axpy_block_of<bf16>(a, m, d0, active, count, h);
+// out[m, begin : end]: the active neurons, ascending, chunk by chunk of 512 neurons; four at a time share a pass over the sums.
+template <class T>
+static void axpy_block_of(const SparseArgs& a, int64_t m, int64_t begin, int64_t end, const int32_t* active, int64_t count,
+                          const float* h, float* memory) {
+    const int64_t columns = end - begin, padded = columns + PANEL;
+    const T* down = static_cast<const T*>(a.down) + begin;
+    float *total = memory, *sum = memory + padded;
+    for (int64_t d = 0; d < columns; d += W) store(total + d, all(0.0f));
+    for (int64_t i = 0; i < count;) {
+        const int64_t chunk_end = (active[i] / CHUNK + 1) * int64_t(CHUNK);
+        int64_t last = i;
+        while (last < count && active[last] < chunk_end) ++last;
+        for (int64_t d = 0; d < columns; d += W) store(sum + d, all(0.0f));
+        for (; i + 4 <= last; i += 4) axpy<4>(down, a.D, active + i, h, sum, columns);
+        for (; i < last; ++i) axpy<1>(down, a.D, active + i, h, sum, columns);
+        for (int64_t d = 0; d < columns; d += W) store(total + d, load(total + d) + load(sum + d));
+    }
+    for (int64_t d = 0; d < columns; d += W) {
+        const int some = int(columns - d < W ? columns - d : W);
+        Vec y = load(total + d);
+        if (a.down_bias) y = y + load_some_as(a.down_bias_dtype, a.down_bias, begin + d, some);
+        store_some_as(a.out_dtype, a.out, m * a.D + begin + d, y, some);
+    }
+}
+
+static void axpy_block(const SparseArgs& a, int64_t m, int64_t begin, int64_t end, const int32_t* active, int64_t count,
+                       const float* h, float* memory) {
+    if (a.down_dtype == Dtype::F32) return axpy_block_of<float>(a, m, begin, end, active, count, h, memory);
+    if (a.down_dtype == Dtype::F16) return axpy_block_of<f16>(a, m, begin, end, active, count, h, memory);
+    axpy_block_of<bf16>(a, m, begin, end, active, count, h, memory);
 }
 
 }  // namespace RK_ISA

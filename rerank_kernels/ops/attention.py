@@ -61,8 +61,8 @@ def attention(
     if causal:
         right = 0
     scale = 1.0 / math.sqrt(d) if scale is None else float(scale)
-    if not math.isfinite(scale):
-        check.fail("attention", "scale", "finite", scale)
+    if not math.isfinite(scale) or scale == 0.0:
+        check.fail("attention", "scale", "finite and not 0", scale)
 
     serve = backend.select("attention", q.device)
     if cu_seqlens is not None:
