@@ -1,7 +1,8 @@
 """rerank_kernels: the score of a query-document pair is the same bits whatever the batch, padding, threads or run."""
 
 from rerank_kernels.backend import BackendError, backends, use
-from rerank_kernels.hf import PatchError, Report, patch, unpatch
+from rerank_kernels.binding import PatchError
+from rerank_kernels.hf import Report, patch, unpatch
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import activation, linear
 from rerank_kernels.ops.norm import layer_norm

@@ -166,7 +166,7 @@ def _verify(args: argparse.Namespace) -> int:
         pairs = [(r["query"], r["document"]) for r in _records(args.pairs, ("query", "document"))]
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(_writer(args.json)) if args.json else None
-        from rerank_kernels.hf import PatchError
+        from rerank_kernels.binding import PatchError
         from rerank_kernels.verify import load, verify
 
         _quiet()
@@ -227,7 +227,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _reranker(args: argparse.Namespace) -> Any:
-    from rerank_kernels.hf import PatchError
+    from rerank_kernels.binding import PatchError
     from rerank_kernels.reranker import Reranker
 
     _quiet()

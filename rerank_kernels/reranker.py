@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from rerank_kernels import hf
+from rerank_kernels import encoders, hf
 from rerank_kernels.ops import check
 from rerank_kernels.ops.softmax import sum as row_sum
 
@@ -124,7 +124,7 @@ class Reranker:
             return Scores(logit, logit.copy(), np.float32(1.0) - logit)
 
         def run(ids: Tensor, cu: Tensor, types: Tensor | None) -> Tensor:
-            return torch.cat(hf.packed_logits(self.model, ids, cu, types), dim=1)
+            return torch.cat(encoders.packed_logits(self.model, ids, cu, types), dim=1)
 
         return Scores(*self._packed(queries, documents, progress, batch_tokens, run).T.copy())
 
@@ -152,7 +152,7 @@ class Reranker:
 
     def _encode(self, texts: list[str], normalise: bool, progress: bool | None, batch_tokens: int) -> Array:
         def run(ids: Tensor, cu: Tensor, types: Tensor | None) -> Tensor:
-            return hf.packed_embeddings(self.model, ids, cu, types, pooling=self.pooling, normalise=normalise)
+            return encoders.packed_embeddings(self.model, ids, cu, types, pooling=self.pooling, normalise=normalise)
 
         return self._packed(texts, None, progress, batch_tokens, run)
 
@@ -190,7 +190,7 @@ class Reranker:
 
     def _length(self, asked: int | None, stored: int | None) -> int:
         """Tokens a pair: what was asked for, else the least of what the position table, tokenizer and folder allow."""
-        table = hf.max_tokens(self.model)
+        table = encoders.max_tokens(self.model)
         special = self.tokenizer.num_special_tokens_to_add(pair=self.kind == "cross-encoder")
         if asked is None:
             return min(n for n in (table, stored, self.tokenizer.model_max_length) if n is not None)

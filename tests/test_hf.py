@@ -16,7 +16,8 @@ from models import FAMILIES, POSITIONS, config, minilm, padded, rows, tiny
 from torch import nn
 
 import rerank_kernels as rk
-from rerank_kernels.hf import Forward, packed_embeddings, packed_logits
+from rerank_kernels.binding import Forward
+from rerank_kernels.encoders import packed_embeddings, packed_logits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LENGTHS = (7, 1, 70, 23, 64, 2, 65, 23)  # around one key tile of 64, and equal ones

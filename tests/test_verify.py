@@ -15,7 +15,8 @@ from rich.console import Console
 
 import rerank_kernels as rk
 import rerank_kernels.verify as package
-from rerank_kernels import hf
+from rerank_kernels.binding import Forward
+from rerank_kernels.ops import check as arguments
 from rerank_kernels.verify import VerifyReport, controls, default_pairs, verify
 from rerank_kernels.verify.measure import Session, measure
 from rerank_kernels.verify.plan import HOME, MIXED, Call, Check, Texts, build, home, plan
@@ -78,7 +79,7 @@ def test_an_embedding_model_and_a_model_that_was_patched_before() -> None:
     for pooling in ("mean", "cls"):
         report = run(model, own, pooling=pooling)
         assert report.ok and report.kind == "embedding", printed(report)
-    assert isinstance(model.__dict__["forward"], hf.Forward)
+    assert isinstance(model.__dict__["forward"], Forward)
 
 
 def test_half_precision() -> None:
@@ -162,7 +163,7 @@ def test_a_kernel_that_leaks_between_rows_is_caught(monkeypatch) -> None:
 
 def test_a_forward_that_reads_padding_is_caught(monkeypatch) -> None:
     """The mask is only ever right up to the next multiple of 4."""
-    true = hf.check.mask_to_cu_seqlens
+    true = arguments.mask_to_cu_seqlens
 
     def blurred(op, mask, batch, length):
         wide = mask.clone()
@@ -173,7 +174,7 @@ def test_a_forward_that_reads_padding_is_caught(monkeypatch) -> None:
         return true(op, wide, batch, length)
 
     model, own = cross_encoder()
-    monkeypatch.setattr(hf.check, "mask_to_cu_seqlens", blurred)
+    monkeypatch.setattr(arguments, "mask_to_cu_seqlens", blurred)
     report = run(model, own)
     assert {"padding length", "padding value"} <= fallen(report)
     assert "repeat" not in fallen(report) and "position" not in fallen(report)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rerank_kernels import backend, hf
+from rerank_kernels import backend, binding, encoders, hf
 from rerank_kernels.ops.pooling import pool
 from rerank_kernels.reranker import Reranker
 from rerank_kernels.verify.controls import Control, mutant_controls, sighted_controls
@@ -56,7 +56,7 @@ def verify(
     with the share of the work that is done. Raises PatchError for a model that rerank_kernels does not serve, ValueError for
     fewer than 8 different texts.
     """
-    training, patched = model.training, isinstance(model.__dict__.get("forward"), hf.Forward)
+    training, patched = model.training, isinstance(model.__dict__.get("forward"), binding.Forward)
     model.eval()
     # also for stock: what is not served is an error either way, and max_tokens asks a served model
     hf.patch(model)
@@ -64,7 +64,7 @@ def verify(
         hf.unpatch(model)
     try:
         large = sum(p.numel() for n, p in model.named_parameters() if "embeddings" not in n) >= LARGE
-        room = min(hf.max_tokens(model), tokenizer.model_max_length)
+        room = min(encoders.max_tokens(model), tokenizer.model_max_length)
         cut = max_length or (room if pairs is not None else 128 if large else 320)
         texts = _texts(model, tokenizer, default_pairs() if pairs is None else pairs, min(cut, room), room, limit)
         return _verify(model, tokenizer, texts, stock, pooling, source, 16 if large else 24, progress)

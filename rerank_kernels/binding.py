@@ -1,0 +1,76 @@
+"""The forward that patch() binds to a module, and the error that says why it does not."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class PatchError(RuntimeError):
+    """The model cannot be served as asked; the message says which modules, and what would work. Nothing was changed."""
+
+
+class Forward:
+    """The `forward` of one module, found in FORWARDS by its class; counts its calls.
+
+    Not a types.MethodType: that pickles as getattr(module, name), and comes back as the class's own forward, unpatched, without
+    a word. This one copies and pickles with its module, and a copy's forward reads the copy's weights.
+    """
+
+    def __new__(cls, *args: Any) -> Forward:
+        global _serve
+        if _serve is _serve_eagerly:
+            # torch.compile must call it, not look inside: fused arithmetic has other bits. Here and not at import, for the
+            # compiler takes seconds to import; in __new__, for pickle and deepcopy pass here too.
+            _serve = torch.compiler.disable(_serve_eagerly)
+        return super().__new__(cls)
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _serve(self, args, kwargs)
+
+    def enter(self) -> None:
+        if self.module.training:
+            raise RuntimeError(
+                f"{class_of(self.module)}.forward: the model is in training mode and rerank_kernels is forward only, without "
+                "dropout; call model.eval(), or rk.unpatch(model) to train"
+            )
+        self.calls += 1
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Callers that filter arguments by inspect.signature(model.forward) see the class's own signature."""
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+
+def _serve_eagerly(self: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    self.enter()
+    if torch.is_grad_enabled():
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise RuntimeError(
+                    f"{class_of(self.module)}.forward: an input asks for gradients and rerank_kernels is forward only; "
+                    "run under torch.inference_mode(), or call rk.unpatch(model) to train"
+                )
+    from rerank_kernels.hf import FORWARDS  # the table imports this file
+
+    with torch.no_grad():
+        return FORWARDS[name_of(self.module)](self.module, *args, **kwargs)
+
+
+_serve = _serve_eagerly
+
+
+def name_of(m: object) -> str:
+    """The exact class as a string: absent classes need no import, subclasses do not match."""
+    return f"{type(m).__module__}.{type(m).__qualname__}"
+
+
+def class_of(m: object) -> str:
+    return type(m).__qualname__
