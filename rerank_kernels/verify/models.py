@@ -14,13 +14,13 @@ import torch
 from rerank_kernels.reranker import Reranker
 
 SHAPE = "shape:"
-# Models that people run, by their config.json; only the vocabulary is smaller, for it costs memory and no arithmetic.
+WORDS = 8000  # of the tokenizer that goes with them
+# Models that people run, by their config.json, and one that is small.
 SHAPES: dict[str, dict[str, Any]] = {
-    "bge-reranker-base": {"layers": 12, "hidden": 768, "heads": 12, "inner": 3072},
-    "bge-reranker-large": {"layers": 24, "hidden": 1024, "heads": 16, "inner": 4096},
-    "tiny": {"layers": 2, "hidden": 64, "heads": 4, "inner": 160},
+    "bge-reranker-base": {"layers": 12, "hidden": 768, "heads": 12, "inner": 3072, "vocabulary": 250_002},
+    "bge-reranker-large": {"layers": 24, "hidden": 1024, "heads": 16, "inner": 4096, "vocabulary": 250_002},
+    "tiny": {"layers": 2, "hidden": 64, "heads": 4, "inner": 160, "vocabulary": WORDS},
 }
-VOCABULARY = 8000
 SEED = 20_240_229
 
 
@@ -49,7 +49,7 @@ def _shape(name: str, dtype: torch.dtype | None) -> Loaded:
     tokenizer = _word_tokenizer()
     shape = SHAPES[name]
     config: Any = XLMRobertaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=shape["vocabulary"],
         hidden_size=shape["hidden"],
         num_hidden_layers=shape["layers"],
         num_attention_heads=shape["heads"],
@@ -76,7 +76,7 @@ def _word_tokenizer() -> Any:
 
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     words = collections.Counter(w for text in docstrings() for w in re.findall(r"\w+|[^\w\s]", text.lower()))
-    ranked = sorted(words, key=lambda w: (-words[w], w))[: VOCABULARY - len(special)]
+    ranked = sorted(words, key=lambda w: (-words[w], w))[: WORDS - len(special)]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + ranked)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
