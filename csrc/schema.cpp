@@ -21,7 +21,7 @@ STABLE_TORCH_LIBRARY(rerank_kernels, m) {
     m.def("score_head(Tensor pooled, Tensor? dense_packed, int P, Tensor? dense_bias, int activation, Tensor out_packed, int L, Tensor? out_bias) -> (Tensor, Tensor, Tensor)");
     // sparse_ffn
     m.def("transpose_weight(Tensor weight) -> Tensor");
-    m.def("sparse_ffn(Tensor x, Tensor first_packed, Tensor? first_bias, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias) -> Tensor");
+    m.def("sparse_ffn(Tensor x, Tensor first_weight, Tensor? first_bias, Tensor first_packed, Tensor? slack, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias) -> Tensor");
     // which instruction set the cpu kernels use: "auto", "avx512", "avx2", "scalar"; "" only asks. For tests and info.
     m.def("force_isa(str name) -> str");
 }

@@ -7,9 +7,11 @@ import invariants
 import pytest
 import torch
 from cases import Case, numbers
+from conftest import require
 from invariants import same
 
 from rerank_kernels.backend import Backend
+from rerank_kernels.ops.linear import linear
 from rerank_kernels.ops.sparse_ffn import sparse_ffn
 
 CASES = cases.of("sparse_ffn")
@@ -74,6 +76,51 @@ def test_output_dtype(backend: Backend, dtype: torch.dtype) -> None:
     x, up, bias, down = sparse_inputs(dtype, 90)
     wide = sparse_ffn(x.float(), up.float(), down.float(), up_bias=bias.float())
     same(sparse_ffn(x, up, down, up_bias=bias), wide.to(dtype), "float32 inside, rounded once")
+
+
+def on_the_edge() -> tuple[torch.Tensor, ...]:
+    """x, up, bias, down whose pre-activations are a few float32 steps to either side of 0, for one token."""
+    x, up, down = (numbers(n, s, torch.float32) for n, s in (("x", (1, 600)), ("up", (300, 600)), ("down", (40, 300))))
+    steps = torch.arange(-150, 150).float()
+    bias = -linear(x, up)[0]
+    bias = bias + steps * torch.finfo(torch.float32).eps * bias.abs()
+    return x, up, bias, down
+
+
+@pytest.mark.promise("portable")
+def test_screening_costs_no_bit(backend: Backend) -> None:
+    """One row is screened with a bfloat16 copy, which takes most of these neurons for the wrong side of 0."""
+    x, up, bias, down = on_the_edge()
+    exact = linear(x, up, bias)
+    rough = linear(x, up.bfloat16(), bias)
+    assert int(((exact > 0) != (rough > 0)).sum()) > 50, "the case has no power: the copy errs nowhere"
+    for scale in (1.0, 1e-3, 1e3, 1e-25, 1e18):  # out to where the bound must not be trusted
+        h = linear(x * scale, up, bias * scale, activation="relu")
+        same(sparse_ffn(x * scale, up, down, up_bias=bias * scale), linear(h, down), f"sparse against dense, scale {scale:g}")
+
+
+@pytest.mark.promise("portable")
+def test_screening_without_its_bound_is_caught(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rerank_kernels.native import sparse_ffn as native
+
+    honest = native.screen
+    monkeypatch.setattr(native, "screen", lambda w: (honest(w)[0], torch.full_like(honest(w)[1], 1e-29)))
+    with pytest.raises(AssertionError, match="sparse against dense"):
+        test_screening_costs_no_bit(backend)
+
+
+def test_screening_bound_holds() -> None:
+    """slack * |x| is above the error of the copy, in float64, for random and for adversarial rows; and it is not idle."""
+    pack = pytest.importorskip("rerank_kernels.native.pack")
+    require("cpu")
+    w = numbers("w", (200, 1100), torch.float32)
+    low = w.bfloat16().double()
+    _, slack = pack.screen(w)
+    for x in (numbers("x", (1, 1100), torch.float32)[0], (w - w.bfloat16().float())[7], torch.ones(1100)):
+        error = ((w.double() - low) @ x.double()).abs()
+        bound = slack.double() * x.double().norm()
+        assert bool((error <= bound).all())
+        assert bool((bound <= 0.02 * w.double().norm(dim=1) * x.double().norm()).all()), "a bound this loose screens nothing"
 
 
 def test_errors(backend: Backend) -> None:

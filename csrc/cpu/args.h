@@ -44,20 +44,24 @@ struct AttentionArgs {
     float scale;
 };
 
-struct SparseArgs {
+struct RowsArgs {
     const void* x;  // [M, K]
     Dtype x_dtype;
-    const void* up;  // [F, K], rows as in nn.Linear
-    Dtype up_dtype;
-    const void* up_bias;  // [F] or null
-    Dtype up_bias_dtype;
+    const void* weight;  // [F, K], rows as in nn.Linear
+    Dtype weight_dtype;
+    const void* bias;  // [F] or null
+    Dtype bias_dtype;
+    int64_t K;
+};
+
+struct AxpyArgs {
     const void* down;  // [F, D], the transpose of nn.Linear's weight
     Dtype down_dtype;
     const void* down_bias;  // [D] or null
     Dtype down_bias_dtype;
     void* out;  // [M, D]
     Dtype out_dtype;
-    int64_t K, D;
+    int64_t D;
 };
 
 }  // namespace rk

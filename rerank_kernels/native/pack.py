@@ -41,6 +41,29 @@ def packed_finite(weight: Tensor) -> Tensor:
     return _cached("packed_finite", weight, lambda w: torch.ops.rerank_kernels.pack_weight(finite(w)))
 
 
+def screen(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A packed bfloat16 copy of [N, K], and slack [N]: |dot(x, w) - dot(x, copy)| <= slack[n] * |x| for both as computed.
+
+    By Cauchy and Schwarz: |w - copy| for the rounding of the weights, and twice the error bound of a `dot` of K terms,
+    u (chunk + number of chunks) |x| |w|, for the arithmetic. The norms are taken in float64; 1.0001 covers what is left.
+    """
+
+    def slack(w: Tensor) -> Tensor:
+        k = w.shape[1]
+        steps = min(k, 512) + -(-k // 512) + 4
+        out = torch.empty(w.shape[0])
+        for rows in torch.arange(w.shape[0]).split(512):  # in float64, so not all at once
+            exact = w[rows].double()
+            lost = (exact - exact.bfloat16().double()).norm(dim=1)
+            out[rows] = (1.0001 * (lost + 2.02 * steps * 2.0**-24 * exact.norm(dim=1))).float()
+        return out
+
+    return (
+        _cached("screen", weight, lambda w: torch.ops.rerank_kernels.pack_weight(w.bfloat16())),
+        _cached("slack", weight, slack),
+    )
+
+
 def contiguous(weight: Tensor) -> Tensor:
     return weight if weight.is_contiguous() else _cached("contiguous", weight, lambda w: w.contiguous())
 
