@@ -277,7 +277,8 @@ def _load_model(folder: Path, kind: str) -> Any:
 
     auto = AutoModelForSequenceClassification if kind == "cross-encoder" else AutoModel
     try:
-        model, info = auto.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        with _no_bar():
+            model, info = auto.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except Exception as error:  # the loaders raise whatever their file readers raise
         raise ValueError(f"Reranker: no model could be loaded from {folder}: {error}") from error
     # transformers fills missing weights with random numbers and goes on; the pooler is not read for embeddings
@@ -288,6 +289,21 @@ def _load_model(folder: Path, kind: str) -> Any:
             + ", ".join(missing[:4])
         )
     return model
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without transformers' bar over a second's reading of a local file; the user's setting comes back afterwards."""
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _load_tokenizer(folder: Path) -> Any:
