@@ -157,6 +157,16 @@ def test_the_scores_of_the_tei_report() -> None:
     assert [f"{v:.7f}" for v in score.tolist()] == ["0.9990601", "0.9990638"]
 
 
+def test_the_collapse_that_the_readme_quotes() -> None:
+    """What a half-precision head does to 8,001 logits from 6 to 14, and what this one does."""
+    logits = torch.arange(6000, 14001).float() / 1000
+    half = torch.sigmoid(logits.half())
+    assert half.unique().numel() == 6
+    assert round(float((half == 1.0).float().mean()), 2) == 0.71
+    assert "6 values are distinct and 71 % are exactly 1.0" in (ROOT / "README.md").read_text()
+    assert rk.sigmoid(-logits).unique().numel() == 8001, "every complement is distinct"
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_half_conversions_are_ieee(isa: str) -> None:
     """All 65,536 patterns widen exactly; stores round to nearest even, ties, overflow and subnormals included."""
