@@ -1,7 +1,7 @@
 """Builds rerank_kernels._C (ops, torch stable ABI) and rerank_kernels._host (pybind11, torch-free).
 
-RERANK_KERNELS_BUILD_CPU = auto (default: built if torch, ninja's companions and a C++ compiler are there, else the package
-installs without it and says so) | 0 (never) | 1 (required: a failure fails the install).
+RERANK_KERNELS_BUILD_CPU = auto (default: built if torch and a C++ compiler are there, else the package installs without it
+and says so) | 0 (never) | 1 (required: a failure fails the install).
 """
 
 from __future__ import annotations
@@ -31,6 +31,15 @@ FLAGS = [
 ]
 
 
+NOT_BUILT = ROOT / "rerank_kernels" / "_not_built.txt"  # read by rerank_kernels/native/__init__.py
+
+
+def leave_out(reason: str) -> None:
+    """Install without the library, and let the package say why, since pip keeps quiet about it."""
+    NOT_BUILT.write_text(reason + "\n", encoding="utf-8")
+    say(f"installing without the C++ library: {reason}; the pytorch backend will serve")
+
+
 def say(text: str) -> None:
     # stderr: pip shows it with -v, and always when an install fails
     print(f"rerank_kernels: {text}", file=sys.stderr, flush=True)
@@ -45,10 +54,6 @@ def why_not() -> str | None:
         import torch.utils.cpp_extension  # noqa: F401
     except ImportError:
         return "torch is not visible to the build (install torch first, then pip install --no-build-isolation .)"
-    try:
-        import pybind11  # noqa: F401
-    except ImportError:
-        return "pybind11 is not installed (pip install pybind11 ninja)"
     return None
 
 
@@ -61,10 +66,9 @@ def extensions() -> tuple[list, dict]:
             raise SystemExit(
                 f"rerank_kernels: the CPU library is required (RERANK_KERNELS_BUILD_CPU=1) and cannot be built: {reason}"
             )
-        say(f"installing without the C++ library: {reason}; the pytorch backend will serve")
+        leave_out(reason)
         return [], {}
 
-    import pybind11
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
@@ -77,29 +81,41 @@ def extensions() -> tuple[list, dict]:
             except Exception as error:
                 if WANT == "1":
                     raise
-                say(f"{ext.name} did not compile and is left out; the pytorch backend will serve: {error}")
+                if ext.name.endswith("._C"):
+                    leave_out(f"it did not compile ({error}; pip install -v shows the compiler's messages)")
+                else:
+                    say(f"{ext.name} did not compile and is left out: {error}")
 
     # File names relative to this folder: setuptools refuses absolute ones.
     kernels = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
     headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
     facts = f"torch {torch.__version__}; flags {' '.join(FLAGS)}"
-    return [
+    built = [
         CppExtension(
             "rerank_kernels._C",
             ["csrc/schema.cpp", *kernels],
             extra_compile_args=[*FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000"],
             depends=headers,
             py_limited_api=True,
-        ),
-        CppExtension(
-            "rerank_kernels._host",
-            ["csrc/host.cpp"],
-            include_dirs=[pybind11.get_include()],
-            extra_compile_args=[*FLAGS, f'-DRK_BUILD_FACTS="{facts}"'],
-            depends=headers,
-        ),
-    ], {"build_ext": Build}
+        )
+    ]
+    try:
+        import pybind11
+    except ImportError:
+        say("pybind11 is not installed: leaving out rerank_kernels._host, which only tests and `rerank-kernels info` use")
+    else:
+        built.append(
+            CppExtension(
+                "rerank_kernels._host",
+                ["csrc/host.cpp"],
+                include_dirs=[pybind11.get_include()],
+                extra_compile_args=[*FLAGS, f'-DRK_BUILD_FACTS="{facts}"'],
+                depends=headers,
+            )
+        )
+    return built, {"build_ext": Build}
 
 
+NOT_BUILT.unlink(missing_ok=True)
 ext_modules, cmdclass = extensions()
 setup(ext_modules=ext_modules, cmdclass=cmdclass)

@@ -35,14 +35,6 @@ class Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _serve(self, args, kwargs)
 
-    def enter(self) -> None:
-        if self.module.training:
-            raise RuntimeError(
-                f"{class_of(self.module)}.forward: the model is in training mode and rerank_kernels is forward only, without "
-                "dropout; call model.eval(), or rk.unpatch(model) to train"
-            )
-        self.calls += 1
-
     @property
     def __signature__(self) -> inspect.Signature:
         """Callers that filter arguments by inspect.signature(model.forward) see the class's own signature."""
@@ -50,7 +42,7 @@ class Forward:
 
 
 def _serve_eagerly(self: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    self.enter()
+    self.calls += 1
     if torch.is_grad_enabled():
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor) and value.requires_grad:
@@ -74,3 +66,12 @@ def name_of(m: object) -> str:
 
 def class_of(m: object) -> str:
     return type(m).__qualname__
+
+
+def hooked(m: nn.Module) -> bool:
+    """Whether m has forward hooks that a forward above m, which never calls m, would pass over."""
+    if not m._forward_hooks and not m._forward_pre_hooks:
+        return False
+    hooks = [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]
+    # transformers leaves its own in place after a stock output_hidden_states=True; our forward serves that option itself
+    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)

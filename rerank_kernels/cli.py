@@ -1,7 +1,8 @@
 """The command `rerank-kernels`: score, rank, verify, info.
 
-Exit codes: 0 done, 1 a promise fell (verify), 2 bad input, 130 interrupted. A file is written beside its place and renamed into
-it when it is whole: whatever happens, what stood there before is intact.
+Exit codes: 0 done, 1 a promise fell (verify, and nothing else), 2 bad input or an environment that cannot serve, 130
+interrupted. A file is written beside its place and renamed into it when it is whole: whatever happens, what stood there before
+is intact.
 """
 
 from __future__ import annotations
@@ -14,12 +15,24 @@ import signal
 import stat
 import sys
 import tempfile
+import traceback
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from rerank_kernels import NUMERICS_VERSION, __version__
+
 CHUNK = 1024  # pairs between two looks at the progress bar; no bit depends on it
 SNIPPET = 100
+NUMBERS = ("logit", "score", "complement")
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+STDOUT = "<stdout>"
+NEEDS = " It needs at least 8 different texts, to put in one batch."  # verify.HOME; --help does not wait for an import
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 a promise fell (verify only); 2 bad input, or a machine or environment that cannot serve; "
+    "130 interrupted."
+)
 
 
 class InputError(Exception):
@@ -30,27 +43,68 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         with _terminated_as_interrupted():
-            return int(args.run(args))
-    except InputError as error:
-        print(f"rerank-kernels: {error}", file=sys.stderr)
-        return 2
+            code = int(args.run(args))
+            if sys.stdout is not None:
+                with _naming(STDOUT):  # what cannot be written is known now, not when Python has ended
+                    sys.stdout.flush()
+            return code
     except KeyboardInterrupt:
-        print("rerank-kernels: interrupted", file=sys.stderr)
+        _say("interrupted")
         return 130
     except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 0
+    except Exception as error:
+        _say(_message(error))
+        _flush_or_drop_stdout()
+        return 2
+
+
+def _message(error: Exception) -> str:
+    """One line if the user can act on it. All else is our fault: its traceback goes first, and 1 stays a fallen promise."""
+    from rerank_kernels.backend import BackendError
+
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, InputError | BackendError | OSError):
+        return str(error)
+    with contextlib.suppress(OSError):
+        traceback.print_exception(error)
+    return f"unexpected {type(error).__name__}: {error}"
+
+
+def _say(message: str) -> None:
+    with contextlib.suppress(OSError):  # where stderr cannot be written the exit code has to do
+        print("rerank-kernels:", " ".join(message.splitlines()), file=sys.stderr, flush=True)
+
+
+def _flush_or_drop_stdout() -> None:
+    """Python flushes stdout when it ends, and turns the exit code into 120 if that fails."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        _drop_stdout()
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rerank-kernels",
         description="Score and rank with a cross-encoder: the same bits whatever the batch, padding, threads or run.",
+        epilog=EXIT_CODES,
     )
+    version = f"%(prog)s {__version__}, numerics version {NUMERICS_VERSION}"
+    parser.add_argument("--version", action="version", version=version, help="package and numerics version")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, about: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=about, description=about)
+    def command(name: str, run: Any, about: str, more: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about + more, epilog=EXIT_CODES)
         sub.set_defaults(run=run)
         return sub
 
@@ -64,7 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     score = command("score", _score, "Score the pairs of a JSON Lines file.")
     model_options(score)
     score.add_argument(
-        "pairs", metavar="PAIRS", help='JSON Lines, {"query": ..., "document": ...} each, other fields are kept; - for stdin'
+        "pairs",
+        metavar="PAIRS",
+        help='JSON Lines, {"query": ..., "document": ...} each; other fields are kept, and refused if they have the name of one '
+        "that is added (see --prefix); - for stdin",
     )
     score.add_argument(
         "-o",
@@ -72,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
         default="-",
         metavar="FILE",
         help="JSON Lines with logit, score and complement; - for stdout (default)",
+    )
+    score.add_argument(
+        "--prefix",
+        default="",
+        metavar="P",
+        help="put before the names of the added fields, Plogit, Pscore and Pcomplement (default: nothing)",
     )
     score.add_argument(
         "--batch-tokens",
@@ -84,18 +147,27 @@ def _parser() -> argparse.ArgumentParser:
     rank = command("rank", _rank, "Rank documents for one query, best first.")
     model_options(rank)
     rank.add_argument("--query", required=True, metavar="Q")
-    rank.add_argument("documents", metavar="DOCS", help='one document a line, or .jsonl with {"document": ...}; - for stdin')
+    rank.add_argument(
+        "documents",
+        metavar="DOCS",
+        help='one document a line; JSON Lines with {"document": ...} if it is named .jsonl, .ndjson or .json; - for stdin',
+    )
+    rank.add_argument("--jsonl", action="store_true", help="DOCS is JSON Lines whatever its name")
     rank.add_argument("--top-k", type=_positive, metavar="K", help="only the first K")
     rank.add_argument("--json", action="store_true", help="JSON Lines instead of a table")
 
-    verify = command("verify", _verify, "Check every promise on this machine; exit code 1 if one falls.")
+    verify = command("verify", _verify, "Check every promise on this machine; exit code 1 if one falls.", NEEDS)
     model_options(verify, "a local model folder, or shape:bge-reranker-base (random weights)")
     verify.add_argument("--stock", action="store_true", help="measure the model without rerank_kernels")
     verify.add_argument(
-        "--pairs", metavar="FILE", help="JSON Lines of your own pairs (default: docstrings of Python's library)"
+        "--pairs", metavar="FILE", help="JSON Lines of your own pairs, 8 or more (default: docstrings of Python's library)"
     )
     verify.add_argument(
-        "--limit", type=_positive, default=64, metavar="N", help="use the first N different texts (default: %(default)s)"
+        "--limit",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="use the first N different texts, at least 8 (default: %(default)s)",
     )
     verify.add_argument("--json", metavar="FILE", help="write everything measured to FILE as well")
     verify.add_argument(
@@ -120,7 +192,8 @@ def _positive(text: str) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    records = list(_records(args.pairs, ("query", "document")))
+    names = tuple(args.prefix + name for name in NUMBERS)
+    records = list(_records(args.pairs, ("query", "document"), names))
     with _writer(args.output) as out:  # before the model: an output that cannot be written is known at once
         reranker = _reranker(args)
         with _progress("scoring", len(records)) as advance:
@@ -129,21 +202,27 @@ def _score(args: argparse.Namespace) -> int:
                 pairs = [(r["query"], r["document"]) for r in part]
                 scores = reranker.score(pairs, progress=False, batch_tokens=args.batch_tokens)
                 for record, *numbers in zip(part, *scores, strict=True):
-                    out.write(_line({**record, **_numbers(*numbers)}))
+                    out.write(_line({**record, **dict(zip(names, _shortest(*numbers), strict=True))}))
                 advance(start + len(part))
     return 0
 
 
 def _rank(args: argparse.Namespace) -> int:
-    if args.documents.endswith(".jsonl"):
+    if _half_surrogate(args.query):
+        raise InputError("--query: not valid UTF-8")
+    if args.jsonl or args.documents.lower().endswith(JSON_LINES):
         documents = [r["document"] for r in _records(args.documents, ("document",))]
     else:
-        documents = [line for _, line in _lines(args.documents)]
+        lines = list(_lines(args.documents))
+        documents = [line for _, line in lines]
+        if lines and _looks_like_a_record(documents[0]):
+            _say(f"warning: {lines[0][0]}: looks like JSON Lines, but is ranked as plain text; give --jsonl")
     ranked = _reranker(args).rank(args.query, documents, args.top_k)
     if args.json:
-        for place, r in enumerate(ranked, 1):
-            record = {"rank": place, "index": r.index, "document": r.document}
-            sys.stdout.write(_line({**record, **_numbers(r.logit, r.score, r.complement)}))
+        with _writer("-") as out:
+            for place, r in enumerate(ranked, 1):
+                numbers = dict(zip(NUMBERS, _shortest(r.logit, r.score, r.complement), strict=True))
+                out.write(_line({"rank": place, "index": r.index, "document": r.document, **numbers}))
         return 0
     from rich.table import Table
     from rich.text import Text
@@ -153,11 +232,18 @@ def _rank(args: argparse.Namespace) -> int:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("document", no_wrap=True, overflow="ellipsis")
     for place, r in enumerate(ranked, 1):
-        numbers = _numbers(r.logit, r.score, r.complement)
-        text = Text(" ".join(r.document.split())[:SNIPPET])  # Text: brackets in a document are no markup
-        table.add_row(str(place), str(r.index), str(numbers["logit"]), str(numbers["score"]), text)
-    _console().print(table)
+        shown = (str(n) for n in _shortest(r.logit, r.score))
+        # Text: brackets in a document are no markup
+        table.add_row(str(place), str(r.index), *shown, Text(_snippet(r.document)))
+    with _naming(STDOUT):
+        _console().print(table)
     return 0
+
+
+def _snippet(document: str) -> str:
+    """The document's beginning on one line, without what would steer the terminal: escapes, bidi overrides, invisible marks."""
+    text = " ".join(document.split())[:SNIPPET]
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf") else c for c in text)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -186,7 +272,12 @@ def _verify(args: argparse.Namespace) -> int:
                 )
         except (ValueError, PatchError) as error:
             _fail_with(error)
-        report.print(_console())
+        try:
+            with _naming(STDOUT):
+                report.print(_console())
+                sys.stdout.flush()
+        except BrokenPipeError:  # whoever stops reading does not change the verdict
+            _drop_stdout()
         if out is not None:
             out.write(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
     return 0 if report.ok else 1
@@ -198,7 +289,6 @@ def _info(args: argparse.Namespace) -> int:
     from rerank_kernels.backend import BACKENDS, backends
     from rerank_kernels.verify import environment
 
-    console = _console()
     about = Table(show_header=False)
     about.add_column(no_wrap=True)
     about.add_column(overflow="fold")
@@ -206,7 +296,6 @@ def _info(args: argparse.Namespace) -> int:
         if isinstance(value, dict):
             value = "\n".join(f"{k}: {v}" for k, v in value.items())
         about.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
-    console.print(about, markup=False)
     rows = backends()
     table = Table()
     for name in ("op", *BACKENDS):
@@ -217,9 +306,12 @@ def _info(args: argparse.Namespace) -> int:
             if reason != "yes":
                 reasons.setdefault(name, reason)
         table.add_row(op, *("yes" if reason == "yes" else "-" for reason in row.values()))
-    console.print(table)
-    for name, reason in reasons.items():
-        console.print(f"{name}: {reason}", markup=False, soft_wrap=True)
+    with _naming(STDOUT):
+        console = _console()
+        console.print(about, markup=False)
+        console.print(table)
+        for name, reason in reasons.items():
+            console.print(f"{name}: {reason}", markup=False, soft_wrap=True)
     return 0
 
 
@@ -276,7 +368,8 @@ def _lines(path: str) -> Iterator[tuple[str, str]]:
         raise InputError(f"{name}: {error.strerror}") from None
 
 
-def _records(path: str, fields: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _records(path: str, fields: tuple[str, ...], added: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
+    """The objects of JSON Lines; every one has `fields`, as text, and none of the names that will be `added`."""
     for where, line in _lines(path):
         try:
             record = json.loads(line)
@@ -289,9 +382,24 @@ def _records(path: str, fields: tuple[str, ...]) -> Iterator[dict[str, Any]]:
                 raise InputError(f'{where}: "{name}" is missing')
             if not isinstance(record[name], str):
                 raise InputError(f'{where}: "{name}" must be a string, got {_kind(record[name])}')
-            if any("\ud800" <= c <= "\udfff" for c in record[name]):
+            if _half_surrogate(record[name]):
                 raise InputError(f'{where}: "{name}" is not valid Unicode: it holds half of a surrogate pair')
+        for name in added:
+            if name in record:
+                raise InputError(f"{where}: {json.dumps(name)} is there already and would be lost; give another --prefix")
         yield record
+
+
+def _half_surrogate(text: str) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _looks_like_a_record(line: str) -> bool:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and "document" in record
 
 
 def _kind(value: object) -> str:
@@ -302,12 +410,31 @@ def _kind(value: object) -> str:
 # ---- writing ----------------------------------------------------------------------------------------------------------------
 
 
-def _numbers(logit: Any, score: Any, complement: Any) -> dict[str, float]:
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Says what could not be written. Nobody reading our stdout is no failure, and stays BrokenPipeError."""
+    try:
+        yield
+    except OSError as error:
+        if name == STDOUT and isinstance(error, BrokenPipeError):
+            raise
+        raise InputError(f"{name}: {error.strerror or error}") from None
+
+
+class _Out:
+    def __init__(self, file: IO[str], name: str) -> None:
+        self.file, self.name = file, name
+
+    def write(self, text: str) -> None:
+        with _naming(self.name):
+            self.file.write(text)
+
+
+def _shortest(*values: Any) -> list[float]:
     """Python floats that print as the shortest decimals which read back as these float32."""
     import numpy as np
 
-    found = {"logit": logit, "score": score, "complement": complement}
-    return {name: float(str(np.float32(value))) for name, value in found.items()}
+    return [float(str(np.float32(value))) for value in values]
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -320,36 +447,42 @@ def _line(record: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _writer(path: str) -> Iterator[IO[str]]:
+def _writer(path: str) -> Iterator[_Out]:
     """A text file that takes the place of `path` when the block ends well, and leaves no trace if it does not."""
     if path == "-":
         sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]
-        yield sys.stdout
-        sys.stdout.flush()
+        yield _Out(sys.stdout, STDOUT)
+        with _naming(STDOUT):
+            sys.stdout.flush()
         return
     place = Path(os.path.realpath(path))  # a link stays a link
+    beside = None
+    with _naming(path):
+        if place.is_dir():
+            raise InputError(f"{path}: Is a directory")
+        if place.exists() and not place.is_file():  # /dev/null, a pipe: nothing to rename
+            file = open(place, "w", encoding="utf-8", newline="\n")  # noqa: SIM115  closed below
+        else:
+            # a file keeps its mode, a new one gets what open() would give it
+            mode = stat.S_IMODE(place.stat().st_mode) if place.exists() else 0o666 & ~_umask()
+            handle, beside = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.", suffix=".part")
+            file = open(handle, "w", encoding="utf-8", newline="\n")  # noqa: SIM115
     try:
-        if place.exists() and not place.is_file():
-            if place.is_dir():
-                raise InputError(f"{path}: Is a directory")
-            with open(place, "w", encoding="utf-8") as device:  # /dev/null, a pipe: nothing to rename
-                yield device
-            return
-        # a file keeps its mode, a new one gets what open() would give it
-        mode = stat.S_IMODE(place.stat().st_mode) if place.exists() else 0o666 & ~_umask()
-        handle, beside = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.", suffix=".part")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    try:
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, mode)
-        os.replace(beside, place)
+        yield _Out(file, path)
+        with _naming(path):
+            if beside is not None:
+                file.flush()
+                os.fsync(file.fileno())
+            file.close()
+            if beside is not None:
+                os.chmod(beside, mode)
+                os.replace(beside, place)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(beside)
+        with contextlib.suppress(OSError):  # what could not be written once cannot be written now
+            file.close()
+        if beside is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(beside)
         raise
 
 
@@ -380,8 +513,15 @@ def _terminated_as_interrupted() -> Iterator[None]:
 def _console() -> Any:
     from rich.console import Console
 
+    class Ours(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # rich would end with exit code 1, which is a fallen promise's
+
+    # a letter that stdout's encoding does not have is no reason to stop
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     # into a file or a pipe there is no width; rich's 80 columns would fold the tables
-    return Console() if sys.stdout.isatty() else Console(width=int(os.environ.get("COLUMNS", "140")))
+    columns = os.environ.get("COLUMNS", "")
+    return Ours() if sys.stdout.isatty() else Ours(width=int(columns) if columns.isdecimal() else 140)
 
 
 @contextlib.contextmanager

@@ -10,13 +10,13 @@ import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rerank_kernels.binding import Forward, PatchError, class_of, name_of
+from rerank_kernels.binding import Forward, PatchError, class_of, hooked, name_of
 from rerank_kernels.ops import check
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import linear
@@ -103,6 +103,7 @@ def encoder_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     """BertModel and its like, stock arguments: BaseModelOutputWithPoolingAndCrossAttentions."""
     from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
+    _ready(m)
     batch = _pack(m, m, args, kwargs)
     x, pooled = _encode(m, batch.words, batch.types, batch.positions, batch.cu, batch.states), None
     if m.pooler is not None:
@@ -114,6 +115,7 @@ def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     """BertForSequenceClassification and its like, stock arguments: SequenceClassifierOutput with float32 logits."""
     from transformers.modeling_outputs import SequenceClassifierOutput
 
+    _ready(m)
     encoder = _enter_encoder(m)
     batch = _pack(m, encoder, args, kwargs)
     x = _encode(encoder, batch.words, batch.types, batch.positions, batch.cu, batch.states)
@@ -158,14 +160,40 @@ def _entered(model: nn.Module, kind: Callable[..., Any]) -> None:
         raise PatchError(
             f"packed entry: model must be a patched {kinds[kind]}, got {class_of(model)}; call rk.patch(model) first"
         )
-    forward.enter()
+    _ready(model)
+    if hooked(model):  # the packed entry does not pass model.__call__, which would run them
+        _refuse_hooks(model, model)
+    forward.calls += 1
+
+
+def _ready(m: Any) -> None:
+    """Refuse what the forward of encoder or classifier m would pass over without a word: dropout, and hooks of the modules in m.
+
+    patch() saw neither, for both can come later; so this walks m at each call, a fraction of a millisecond.
+    """
+    if m.training or m.base_model.training:
+        raise RuntimeError(
+            f"{class_of(m)}.forward: the model is in training mode and rerank_kernels is forward only, without dropout; "
+            "call model.eval(), or rk.unpatch(model) to train"
+        )
+    for inner in m.modules():
+        if inner is not m and hooked(inner):
+            _refuse_hooks(m, inner)
+
+
+def _refuse_hooks(m: nn.Module, inner: nn.Module) -> NoReturn:
+    path = next(path for path, module in m.named_modules() if module is inner)
+    raise PatchError(
+        f"{class_of(m)}: {path or 'the model'} ({class_of(inner)}) has forward hooks, and hooks inside a patched encoder do not "
+        "run; remove them (handle.remove()), or call rk.unpatch(model)"
+    )
 
 
 def _enter_encoder(m: Any) -> Any:
     """The encoder of a classifier. It does not pass its own forward, but a count of zero must mean it never ran."""
     forward = m.base_model.__dict__.get("forward")
     if isinstance(forward, Forward):
-        forward.enter()
+        forward.calls += 1
     return m.base_model
 
 
@@ -248,6 +276,8 @@ def _pack(m: Any, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if not isinstance(mask, Tensor) or tuple(mask.shape) != (b, t):
         came = check.shape_of(mask) if isinstance(mask, Tensor) else type(mask).__name__
         check.fail(op, "attention_mask", f"[B, T] = [{b}, {t}], nonzero where a token is", came, "causal masks are not served")
+    if mask.dtype != torch.bool and bool((mask < 0).any()):  # 0 for tokens, -10000 for padding: `!= 0` would turn it around
+        check.fail(op, "attention_mask", "nonzero where a token is", "negative values", "additive masks are not served")
     place, cu = check.mask_to_cu_seqlens(op, mask != 0, b, t)
 
     def packed(name: str, x: Tensor | None) -> Tensor | None:

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rerank_kernels.binding import Forward, PatchError, class_of, name_of
+from rerank_kernels.binding import Forward, PatchError, class_of, hooked, name_of
 from rerank_kernels.encoders import ACTIVATIONS, ENCODERS, FAMILIES, PARTS, activation_of
+from rerank_kernels.ops import check
 from rerank_kernels.ops.linear import activation, linear
 from rerank_kernels.ops.norm import layer_norm
 from rerank_kernels.ops.softmax import softmax
@@ -69,8 +70,8 @@ def patch(model: nn.Module, mode: str = "portable", strict: bool = True) -> Repo
     Served: BERT, RoBERTa and XLM-RoBERTa (transformers >= 5), the encoders and their *ForSequenceClassification; and the
     leaves of LEAVES (nn.Linear, nn.LayerNorm, activations) in plain containers. What differs from stock: logits are float32
     whatever the body's dtype, hidden states at padding are 0, positions are counted over the tokens that attention_mask
-    keeps (a left-padded pair gets the bits it gets alone), hooks and forwards of modules inside the encoder do not run, and a
-    row without tokens gives the head's value for a zero vector.
+    keeps (a left-padded pair gets the bits it gets alone), forwards of modules inside the encoder do not run, hooks on them are
+    an error, and a row without tokens gives the head's value for a zero vector.
 
     mode: "portable", the only one so far. strict: raise PatchError if any module is unknown, and change nothing; otherwise
     leave those modules, and the encoder that holds them, as they are, and list them in the report.
@@ -84,15 +85,14 @@ def patch(model: nn.Module, mode: str = "portable", strict: bool = True) -> Repo
     for cls in type(model).__mro__:
         if cls.__name__ in WRAPPERS:
             raise PatchError(f"patch: model is a {cls.__name__}, a wrapper around the model to patch; {WRAPPERS[cls.__name__]}")
-    report = _plan(model, mode)
+    report, causes = _plan(model, mode)
     if strict and report.unknown:
-        lines = "".join(f"\n  {path or '(the model itself)'}: {what}" for path, what in report.unknown.items())
         families = ", ".join(family.prefix for family in FAMILIES.values())
         leaves = ", ".join(name.rsplit(".", 1)[1] for name in LEAVES)
         raise PatchError(
-            f"patch: {class_of(model)} has {len(report.unknown)} modules without a rerank_kernels forward; nothing was patched:"
-            f"{lines}\nServed are {families} encoders, with or without ForSequenceClassification, and {leaves}. "
-            "With strict=False the modules above keep stock arithmetic."
+            f"patch: {class_of(model)} has modules that cannot be served; nothing was patched:"
+            f"{_why(report.unknown, causes)}\nServed are {families} encoders, with or without ForSequenceClassification, and {leaves}. "
+            "With strict=False the modules above, and the encoder that holds them, keep stock arithmetic."
         )
     for forward in report.forwards.values():
         forward.module.__dict__["forward"] = forward
@@ -106,12 +106,22 @@ def unpatch(model: nn.Module) -> None:
             del module.__dict__["forward"]
 
 
-def _plan(model: nn.Module, mode: str) -> Report:
+def _why(unknown: dict[str, str], causes: dict[str, str]) -> str:
+    """A line a class: first what stands in the way for a reason of its own, then classes in no table; if neither, the rest."""
+    alike: dict[str, list[str]] = {}
+    for path in sorted(causes, key=lambda path: not causes[path]) or unknown:
+        alike.setdefault(unknown[path], []).append(path or "(the model itself)")
+    many = {what: f" x {len(paths)}, e.g. " if len(paths) > 1 else " at " for what, paths in alike.items()}
+    return "".join(f"\n  {what}{many[what]}{paths[0]}" for what, paths in alike.items())
+
+
+def _plan(model: nn.Module, mode: str) -> tuple[Report, dict[str, str]]:
+    """The report, and of its unknown modules those that are the cause, as path -> reason."""
     modules = dict(model.named_modules())
     problems = {path: why for path, m in modules.items() if (why := _problem(m)) is not None}
     roots = [path for path, m in modules.items() if name_of(m) in ENCODERS]
     for root in roots:  # the encoder's forward does not call the modules inside it, so their hooks would be passed over
-        problems |= {p: "has forward hooks" for p, m in modules.items() if p != root and _inside(p, root) and _hooked(m)}
+        problems |= {p: "has forward hooks" for p, m in modules.items() if p != root and _inside(p, root) and hooked(m)}
     served = [root for root in roots if not any(_inside(path, root) for path in problems)]
     covered = {path for path in modules for root in served if _inside(path, root)}
 
@@ -130,7 +140,7 @@ def _plan(model: nn.Module, mode: str) -> Report:
             report.unknown[path] = f"{cls} (holds the unknown modules)"
         else:
             report.unknown[path] = f"{cls} (served only inside its whole model)"
-    return report
+    return report, problems
 
 
 def _problem(m: Any) -> str | None:
@@ -147,12 +157,6 @@ def _problem(m: Any) -> str | None:
     return None if name in FORWARDS or name in EXACT or name in PARTS else ""
 
 
-def _hooked(m: nn.Module) -> bool:
-    hooks = [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]
-    # transformers leaves its own in place after a stock output_hidden_states=True; our forward serves that option itself
-    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
-
-
 def _inside(path: str, root: str) -> bool:
     return root in ("", path) or path.startswith(root + ".")
 
@@ -163,7 +167,8 @@ def _linear(m: Any, x: Tensor) -> Tensor:
 
 def _layer_norm(m: Any, x: Tensor) -> Tensor:
     d = len(m.normalized_shape)
-    weight = torch.ones(m.normalized_shape, device=x.device) if m.weight is None else m.weight
+    check.shape("LayerNorm.forward", "input", x, *("..." for _ in range(x.dim() - d)), *m.normalized_shape)
+    weight = torch.ones(m.normalized_shape, dtype=x.dtype, device=x.device) if m.weight is None else m.weight
     flat = x.flatten(-d)
     return layer_norm(flat, weight.flatten(), None if m.bias is None else m.bias.flatten(), m.eps).view(x.shape)
 
@@ -194,7 +199,7 @@ EXACT = {
 }
 WRAPPERS = {
     "SentenceTransformer": "pass model[0].auto_model",
-    "CrossEncoder": "pass model.model",
+    "CrossEncoder": "call rk.patch(model.model) and rk.patch(model.activation_fn)",  # predict() applies the second itself
     "OptimizedModule": "pass model._orig_mod and run it uncompiled, for compilers reorder arithmetic",
     "DataParallel": "pass model.module",
     "DistributedDataParallel": "pass model.module",

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,11 @@ class Reranker:
         check.choice("Reranker", "dtype", dtype, (None, *check.FLOATS))
         self.pooling, self.normalise, limit = "mean", True, None
         self.model: Any
+        if any(c.__name__ == "CrossEncoder" and c.__module__.startswith("sentence_tr") for c in type(model_or_path).__mro__):
+            raise TypeError(
+                "Reranker: model_or_path must be a folder or a transformers model, got a sentence-transformers CrossEncoder ce; "
+                "use Reranker(ce.model, ce.tokenizer)"
+            )
         if isinstance(model_or_path, nn.Module):
             if tokenizer is None:
                 raise TypeError("Reranker: tokenizer must be given with a loaded model; or pass the path of its folder")
@@ -107,7 +113,7 @@ class Reranker:
         self.tokenizer = tokenizer
         self.max_length = self._length(max_length, limit)
 
-    def score(self, pairs: Sequence[tuple[str, str]], *, progress: bool | None = None, batch_tokens: int = 16384) -> Scores:
+    def score(self, pairs: Iterable[tuple[str, str]], *, progress: bool | None = None, batch_tokens: int = 16384) -> Scores:
         """The score of each (query, document), in the order given.
 
         batch_tokens: tokens computed at a time; bounds memory, changes no bit. progress: show a bar on stderr; if not given,
@@ -128,23 +134,27 @@ class Reranker:
 
         return Scores(*self._packed(queries, documents, progress, batch_tokens, run).T.copy())
 
-    def rank(self, query: str, documents: Sequence[str], top_k: int | None = None) -> list[Ranked]:
+    def rank(self, query: str, documents: Iterable[str], top_k: int | None = None) -> list[Ranked]:
         """The documents by descending logit, the first top_k if given; equal logits by ascending index, NaN last."""
-        if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0):
-            check.fail("rank", "top_k", "None or an integer >= 0", repr(top_k))
-        if isinstance(documents, str):
-            raise TypeError("rank: documents must be a list of str, got one str; pass [document]")
+        if top_k is not None:
+            try:
+                count = -1 if isinstance(top_k, bool) else operator.index(top_k)
+            except TypeError:
+                count = -1
+            if count < 0:
+                check.fail("rank", "top_k", "None or an integer >= 0", repr(top_k))
+            top_k = count
+        documents = _list("rank", "documents", documents, "str", "pass [document]")
         scores = self.score([(query, document) for document in documents])
         logits = scores.logit.tolist()
         order = sorted(range(len(logits)), key=lambda i: (True, 0.0, i) if math.isnan(logits[i]) else (False, -logits[i], i))
         return [Ranked(i, documents[i], logits[i], float(scores.score[i]), float(scores.complement[i])) for i in order[:top_k]]
 
-    def encode(self, texts: Sequence[str], *, progress: bool | None = None, batch_tokens: int = 16384) -> Array:
+    def encode(self, texts: Iterable[str], *, progress: bool | None = None, batch_tokens: int = 16384) -> Array:
         """Embeddings, float32 [n, D], of an embedding model, of length 1 unless its modules.json has no Normalize."""
         if self.kind != "embedding":
             raise TypeError("encode: the model is a cross-encoder, which has no embedding of a single text; use score or rank")
-        if isinstance(texts, str):
-            raise TypeError("encode: texts must be a list of str, got one str; pass [text]")
+        texts = _list("encode", "texts", texts, "str", "pass [text]")
         if not texts:
             return np.zeros((0, self.model.config.hidden_size), np.float32)
         checked = [_text(text, f"encode: text {i}") for i, text in enumerate(texts)]
@@ -228,7 +238,22 @@ def _bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.advance(task, done)
 
 
-def _pairs(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
+def _list(op: str, name: str, values: Any, of: str, hint: str) -> list[Any]:
+    """Any iterable as a list, for it is read more than once; a str and a mapping are iterable too, but never what was meant."""
+    if isinstance(values, str | bytes):
+        raise TypeError(f"{op}: {name} must be a list of {of}, got one {type(values).__name__}; {hint}")
+    if isinstance(values, Mapping):
+        raise TypeError(f"{op}: {name} must be a list of {of}, got {type(values).__name__}; pass its values or items as a list")
+    try:
+        return list(values)
+    except TypeError:
+        if isinstance(values, Iterable):
+            raise
+        raise TypeError(f"{op}: {name} must be a list of {of}, got {_shown(values)}") from None
+
+
+def _pairs(pairs: Iterable[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    pairs = _list("score", "pairs", pairs, "(query, document)", "pass [(query, document)]")
     for i, pair in enumerate(pairs):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(f"score: pair {i} must be (query, document), got {_shown(pair)}")

@@ -8,6 +8,7 @@ ever show.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import zlib
@@ -19,28 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rerank_kernels.ops import attention as attention_op
-from rerank_kernels.ops import linear as linear_op
-from rerank_kernels.ops import norm as norm_op
-from rerank_kernels.ops import pooling as pooling_op
-from rerank_kernels.ops import softmax as softmax_op
-from rerank_kernels.ops import sparse_ffn as sparse_ffn_op
+from rerank_kernels.backend import OPS
+from rerank_kernels.ops.linear import ACTIVATIONS
+from rerank_kernels.ops.pooling import POOL_MODES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIGNIFICAND = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "layer_norm": norm_op.layer_norm,
-    "softmax": softmax_op.softmax,
-    "sum": softmax_op.sum,
-    "mean": softmax_op.mean,
-    "linear": linear_op.linear,
-    "activation": linear_op.activation,
-    "attention": attention_op.attention,
-    "pool": pooling_op.pool,
-    "sigmoid": pooling_op.sigmoid,
-    "score_head": pooling_op.score_head,
-    "sparse_ffn": sparse_ffn_op.sparse_ffn,
-}
+_FAMILY = {op: importlib.import_module(f"rerank_kernels.ops.{family}") for op, family in OPS.items()}
+FUNCTIONS: dict[str, Callable[..., Any]] = {op: getattr(module, op) for op, module in _FAMILY.items()}
+TRUTHS: dict[str, Callable[..., Any]] = {op: getattr(module, f"{op}_truth") for op, module in _FAMILY.items()}
 
 Tensors = dict[str, Tensor]
 
@@ -113,8 +101,9 @@ def offsets(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).to(torch.int32)
 
 
-def of(*ops: str) -> list[Case]:
-    return [case for case in CASES if case.op in ops]
+def of(family: str) -> list[Case]:
+    """Every case of every op that the registry puts into a family: a new op needs no line in its test file."""
+    return [case for case in CASES if OPS[case.op] == family]
 
 
 def get(name: str) -> Case:
@@ -150,13 +139,13 @@ def near_linear(x: Near, weight: Tensor, bias: Tensor | None) -> Near:
     if bias is not None:
         magnitude = magnitude + bias.abs()
     slack = x.slack @ weight.abs().t() + steps(weight.shape[1]) * U * magnitude
-    return Near(linear_op.linear_truth(x.value, weight, bias), slack)
+    return Near(TRUTHS["linear"](x.value, weight, bias), slack)
 
 
 def near_activation(v: Near, kind: str | None) -> Near:
     if kind is None:
         return v
-    y = linear_op.activation_truth(v.value, kind)
+    y = TRUTHS["activation"](v.value, kind)
     units = torch.full_like(y, ACTIVATION_UNITS[kind])
     if kind == "gelu_tanh":
         units = units + 8.0 * (v.value + 0.044715 * v.value**3).abs()
@@ -175,7 +164,7 @@ def _rounded(n: Near, dtype: torch.dtype) -> Near:
 
 
 def _near_layer_norm(case: Case, a: Tensors) -> tuple[Near, ...]:
-    value = norm_op.layer_norm_truth(**a, **case.options)
+    value = TRUTHS["layer_norm"](**a, **case.options)
     s = a["x"] + a.get("residual", torch.zeros(()))
     d = s.shape[-1]
     sd = (s.var(-1, unbiased=False, keepdim=True) + case.options.get("eps", 1e-5)).sqrt()
@@ -187,13 +176,13 @@ def _near_layer_norm(case: Case, a: Tensors) -> tuple[Near, ...]:
 
 def _near_softmax(case: Case, a: Tensors) -> tuple[Near, ...]:
     x, dim = a["x"], case.options["dim"]
-    value = softmax_op.softmax_truth(x, dim)
+    value = TRUTHS["softmax"](x, dim)
     fall = (x - x.amax(dim, keepdim=True)).abs()
     return (Near(value, (steps(x.shape[dim] // 32 + 5) + 8.0 + fall + fall.amax(dim, keepdim=True)) * U * value + TINY),)
 
 
 def _near_sum(case: Case, a: Tensors) -> tuple[Near, ...]:
-    truth = softmax_op.sum_truth if case.op == "sum" else softmax_op.mean_truth
+    truth = TRUTHS["sum"] if case.op == "sum" else TRUTHS["mean"]
     return (Near(truth(a["x"], -1), steps(case.rows["x"][0] // 32 + 5) * U * truth(a["x"].abs(), -1)),)
 
 
@@ -206,8 +195,8 @@ def _near_attention(case: Case, a: Tensors) -> tuple[Near, ...]:
     options = {k: v for k, v in case.options.items() if k in ("causal", "window", "scale")}
     q, k, v = a["q"], a["k"], a["v"]
     cu = offsets(case.lengths)
-    value = attention_op.attention_truth(q, k, v, cu_seqlens=cu, **options)
-    weighted = attention_op.attention_truth(q, k, v.abs(), cu_seqlens=cu, **options)
+    value = TRUTHS["attention"](q, k, v, cu_seqlens=cu, **options)
+    weighted = TRUTHS["attention"](q, k, v.abs(), cu_seqlens=cu, **options)
     group = q.shape[1] // k.shape[1]
     scale = case.options.get("scale", 1.0 / math.sqrt(q.shape[2]))
     slack = torch.zeros_like(value)
@@ -223,11 +212,11 @@ def _near_attention(case: Case, a: Tensors) -> tuple[Near, ...]:
 
 def _near_pool(case: Case, a: Tensors) -> tuple[Near, ...]:
     cu, mode = offsets(case.lengths), case.options["mode"]
-    value = pooling_op.pool_truth(a["x"], mode, cu_seqlens=cu)
+    value = TRUTHS["pool"](a["x"], mode, cu_seqlens=cu)
     if mode == "cls":
         return (exact(value),)
     units = torch.tensor([steps(n) for n in case.lengths], dtype=torch.float64)[:, None]
-    return (Near(value, units * U * pooling_op.pool_truth(a["x"].abs(), mode, cu_seqlens=cu)),)
+    return (Near(value, units * U * TRUTHS["pool"](a["x"].abs(), mode, cu_seqlens=cu)),)
 
 
 def _near_score_head(case: Case, a: Tensors) -> tuple[Near, ...]:
@@ -361,7 +350,7 @@ CASES: list[Case] = [
     _linear(1024, 1),
     _linear(1025, 40, "gelu_tanh"),
     _linear(1536, 24, out_dtype=torch.float32),
-    *(Case("activation", kind, {"x": (37,)}, options={"kind": kind}) for kind in linear_op.ACTIVATIONS),
+    *(Case("activation", kind, {"x": (37,)}, options={"kind": kind}) for kind in ACTIVATIONS),
     *(_attention(d) for d in (1, 8, 32, 40, 64, 80, 96, 128, 256)),
     _attention(64, (4, 2), causal=True),
     _attention(32, (4, 1), window=(7, 3)),
@@ -369,7 +358,7 @@ CASES: list[Case] = [
     _attention(40, (4, 2), causal=True, window=(16, -1)),
     _attention(16, (1, 1), lengths=(520, 3, 1030)),
     _attention(16, (2, 1), lengths=(40, 600), causal=True),
-    *(_pool(d, mode) for d in (1, 33, 384) for mode in pooling_op.POOL_MODES),
+    *(_pool(d, mode) for d in (1, 33, 384) for mode in POOL_MODES),
     _pool(48, "mean", out_dtype=torch.float32),
     Case("sigmoid", "33", {"x": (33,)}),
     _score_head(384, 384, 1),

@@ -156,7 +156,7 @@ def test_errors(backend: Backend) -> None:
         attention(q, q, q, cu_seqlens=cu.float())
     with pytest.raises(ValueError, match=r"attention: window must be \(left, right\) with -1 for no limit, got \(-2, 0\)"):
         attention(q, q, q, cu_seqlens=cu, window=(-2, 0))
-    with pytest.raises(ValueError, match=r"attention: scale must be finite and not 0, got nan"):
+    with pytest.raises(ValueError, match=r"attention: scale must be finite and not 0 as a float32, got nan"):
         attention(q, q, q, cu_seqlens=cu, scale=NAN)
     p = torch.zeros(2, 3, 4, 8)
     with pytest.raises(ValueError, match=r"attention: mask must be bool or integer \[B, T\] = \[2, 3\].* got torch.float32"):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ PAIRS = [
     {"query": "capital of France", "document": "Bread is made from flour."},
     {"query": "", "document": "", "note": "l'été, 東京"},
 ]
+GOOD = json.dumps(PAIRS[0])
+NUMBERS = ("logit", "score", "complement")
 
 
 @pytest.fixture(scope="module")
@@ -80,16 +83,28 @@ def test_batch_size_and_file_order_change_no_bit(capsys, folder, pairs, tmp_path
 
 
 def test_score_reads_stdin_and_writes_stdout(folder, pairs) -> None:
-    command = [sys.executable, "-c", "import sys; from rerank_kernels.cli import main; sys.exit(main())", "score", folder, "-"]
-    ran = subprocess.run(command, input=pairs.read_bytes(), capture_output=True, env=environment())
+    ran = process("score", folder, "-", input=pairs.read_bytes(), stdout=subprocess.PIPE)
     assert ran.returncode == 0, ran.stderr
     assert [json.loads(line)["document"] for line in ran.stdout.decode().splitlines()] == [p["document"] for p in PAIRS]
 
 
 def test_the_output_may_be_the_input(capsys, folder, pairs) -> None:
-    for _ in range(2):  # the second run replaces the first run's numbers by the same
-        assert run(capsys, "score", folder, pairs, "-o", pairs)[0] == 0
-    assert [set(json.loads(line)) >= {"logit", "query"} for line in pairs.read_text("utf-8").splitlines()] == [True] * 3
+    assert run(capsys, "score", folder, pairs, "-o", pairs)[0] == 0
+    assert run(capsys, "score", folder, pairs, "-o", pairs, "--prefix", "again_")[0] == 0
+    written = [json.loads(line) for line in pairs.read_text("utf-8").splitlines()]
+    assert [r["query"] for r in written] == [p["query"] for p in PAIRS]
+    assert all(r[name] == r["again_" + name] for r in written for name in NUMBERS)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_field_of_the_input_is_never_overwritten(capsys, folder, tmp_path, monkeypatch, name) -> None:
+    scored = []
+    monkeypatch.setattr(cli, "_reranker", lambda args: scored.append(args))
+    path = write(tmp_path / "pairs.jsonl", GOOD, json.dumps({**PAIRS[1], "a_" + name: 1, name: None}))
+    for prefix in ("", "a_"):
+        said = bad(capsys, "score", folder, path, "--prefix", prefix)
+        assert said == f'{path}:2: "{prefix}{name}" is there already and would be lost; give another --prefix'
+    assert scored == []
 
 
 def test_blank_lines_a_byte_order_mark_and_crlf(capsys, folder, tmp_path) -> None:
@@ -111,9 +126,6 @@ def test_a_field_that_is_only_carried_may_hold_anything(capsys, folder, tmp_path
     code, out, _ = run(capsys, "score", folder, write(tmp_path / "odd.jsonl", line))
     record = json.loads(out)
     assert code == 0 and record["y"] == "\ud800" and record["z"] == 123456789012345678901234567890
-
-
-GOOD = json.dumps(PAIRS[0])
 
 
 @pytest.mark.parametrize(
@@ -184,8 +196,9 @@ def test_a_run_that_fails_half_way_leaves_the_old_file(capsys, folder, pairs, tm
     if isinstance(error, KeyboardInterrupt):
         assert run(capsys, "score", folder, pairs, "-o", out) == (130, "", "rerank-kernels: interrupted\n")
     else:
-        with pytest.raises(RuntimeError, match="out of memory"):
-            cli.main(["score", str(folder), str(pairs), "-o", str(out)])
+        code, printed, said = run(capsys, "score", folder, pairs, "-o", out)
+        assert (code, printed) == (2, "")  # 1 is a fallen promise; where the fault is ours the traceback is needed
+        assert said.startswith("Traceback") and said.endswith("\nrerank-kernels: unexpected RuntimeError: out of memory\n")
     assert out.read_bytes() == b"old\n" and len(list(tmp_path.iterdir())) == 2
 
 
@@ -253,6 +266,147 @@ def test_rank_of_bad_files(capsys, folder, tmp_path) -> None:
     assert bad(capsys, "rank", folder, "--query", "q", path).startswith(f"{path}:2: not UTF-8")
 
 
+@pytest.mark.parametrize("name", ["docs.jsonl", "docs.JSONL", "docs.ndjson", "docs.Json", "docs.txt --jsonl", "- --jsonl"])
+def test_rank_reads_json_lines(capsys, folder, tmp_path, monkeypatch, name) -> None:
+    name, *flags = name.split()
+    lines = write(tmp_path / ("docs.txt" if name == "-" else name), '{"document": "Paris"}', '{"document": "Bread", "id": 1}')
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.read_bytes())))
+    code, out, err = run(capsys, "rank", folder, "--query", "q", name if name == "-" else lines, *flags, "--json")
+    assert (code, err) == (0, "") and {json.loads(line)["document"] for line in out.splitlines()} == {"Paris", "Bread"}
+
+
+@pytest.mark.parametrize("first", ['{"document": "Paris"}', '{"text": "Paris"}', '["document"]', "Paris", "{", "[" * 100_000])
+def test_rank_warns_of_json_lines_read_as_text(capsys, folder, tmp_path, first) -> None:
+    text = write(tmp_path / "docs.txt", "", first, '{"document": "Bread"}')
+    code, _, err = run(capsys, "rank", folder, "--query", "q", text, "--json")
+    warning = f"rerank-kernels: warning: {text}:2: looks like JSON Lines, but is ranked as plain text; give --jsonl\n"
+    assert (code, err) == (0, warning if first == '{"document": "Paris"}' else "")
+
+
+def test_a_document_does_not_steer_the_terminal(capsys, folder, tmp_path) -> None:
+    document = "a\x1b]0;title\x07b\u202ec\u200bd\x9b31me\x7ff\x00g é東"
+    lines = write(tmp_path / "docs.jsonl", json.dumps({"document": document}))
+    code, out, _ = run(capsys, "rank", folder, "--query", "q", lines)
+    assert code == 0 and "a�]0;title�b�c�d�31me�f�g é東" in out
+    assert not {unicodedata.category(c) for c in out.replace("\n", "")} & {"Cc", "Cf"}
+    _, as_json, _ = run(capsys, "rank", folder, "--query", "q", lines, "--json")
+    assert json.loads(as_json)["document"] == document
+
+
+def test_a_letter_that_stdout_cannot_write(folder, tmp_path) -> None:
+    text = write(tmp_path / "docs.txt", "東京")
+    for flags, shown in (([], b"??"), (["--json"], "東京".encode())):
+        ran = process("rank", folder, "--query", "q", text, *flags, stdout=subprocess.PIPE, PYTHONIOENCODING="ascii")
+        assert ran.returncode == 0 and shown in ran.stdout, ran.stderr
+
+
+# ---- errors are 2, and only a fallen promise is 1 -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv", [("score",), ("rank", "--query", "q"), ("verify", "--pairs")])
+def test_a_backend_that_cannot_serve(capsys, folder, few_pairs, monkeypatch, argv) -> None:
+    monkeypatch.setenv("RERANK_KERNELS_BACKEND", "cuda")
+    command, *options = argv
+    said = bad(capsys, command, folder, *options, few_pairs)
+    assert said.startswith("unknown backend 'cuda' (asked for by RERANK_KERNELS_BACKEND); there are ")
+
+
+def test_a_query_that_is_not_utf8(capsys, folder, pairs) -> None:
+    assert bad(capsys, "rank", folder, "--query", "caf\udce9", pairs) == "--query: not valid UTF-8"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk(capsys, folder, pairs, few_pairs) -> None:
+    assert bad(capsys, "score", folder, pairs, "-o", "/dev/full") == "/dev/full: No space left on device"
+    verify_argv = ("verify", folder, "--pairs", few_pairs, "--no-process", "--limit", 8)
+    for argv in (("score", folder, pairs), ("rank", folder, "--query", "q", pairs), ("info",), verify_argv):
+        with open("/dev/full", "wb") as full:
+            ran = process(*argv, stdout=full)
+        assert (ran.returncode, ran.stderr) == (2, b"rerank-kernels: <stdout>: No space left on device\n"), argv
+    code, out, err = run(capsys, *verify_argv, "--json", "/dev/full")
+    assert (code, err) == (2, "rerank-kernels: /dev/full: No space left on device\n") and "held: " in out
+
+
+def test_a_file_that_may_not_grow(folder, tmp_path) -> None:
+    resource = pytest.importorskip("resource")
+    many = write(tmp_path / "many.jsonl", *[GOOD] * 100)
+    out = write(tmp_path / "out.jsonl", "old")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))  # noqa: E731
+    ran = process("score", folder, many, "-o", out, preexec_fn=limit)
+    assert (ran.returncode, ran.stderr) == (2, f"rerank-kernels: {out}: File too large\n".encode())
+    assert out.read_bytes() == b"old\n" and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(2, "No such file", "model/vocab"), "model/vocab: No such file"),
+        (OSError("several\nlines"), "several lines"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_errors_of_the_machine_are_one_line(capsys, folder, pairs, monkeypatch, error, said) -> None:
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(cli, "_reranker", fail)
+    assert bad(capsys, "score", folder, pairs) == said
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_a_reader_who_stops(folder, pairs, few_pairs, tmp_path, stock) -> None:
+    """Nobody needs the rest of a table; a verdict stays what it is."""
+    verify_argv = ("verify", folder, "--pairs", few_pairs, "--no-process", "--limit", 8, "--json", tmp_path / "found.json")
+    others = [] if stock else [("score", folder, pairs), ("rank", folder, "--query", "q", pairs)]
+    for argv, code in [((*verify_argv, *["--stock"] * stock), int(stock)), *((argv, 0) for argv in others)]:
+        reader, writer = os.pipe()
+        os.close(reader)
+        ran = process(*argv, stdout=writer)
+        os.close(writer)
+        assert (ran.returncode, ran.stderr) == (code, b""), argv
+    assert json.loads((tmp_path / "found.json").read_text("utf-8"))["ok"] is not stock
+
+
+# ---- help --------------------------------------------------------------------------------------------------------------------
+
+
+def help_of(capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_version(capsys) -> None:
+    assert help_of(capsys, "--version") == f"rerank-kernels {rk.__version__}, numerics version {rk.NUMERICS_VERSION}"
+
+
+def test_help_says_what_is_not_seen(capsys) -> None:
+    for command in ([], ["score"], ["rank"], ["verify"], ["info"]):
+        said = help_of(capsys, *command, "--help")
+        assert all(f" {code} " in said.partition("Exit codes:")[2] for code in (0, 1, 2, 130)), command
+    assert f"at least {verify.HOME} different texts" in help_of(capsys, "verify", "--help")
+    assert "refused if they have the name of one that is added (see --prefix)" in help_of(capsys, "score", "--help")
+    assert "--jsonl" in help_of(capsys, "rank", "--help")
+
+
+def test_help_waits_for_no_import() -> None:
+    """Beyond what `import rerank_kernels` itself loads, for which an empty package stands here."""
+    program = f"""
+import sys, types
+package = types.ModuleType("rerank_kernels")
+package.__path__, package.__version__, package.NUMERICS_VERSION = {list(rk.__path__)!r}, "0", 0
+sys.modules["rerank_kernels"] = package
+from rerank_kernels.cli import main
+try:
+    main(["verify", "--help"])
+finally:
+    assert not {{"torch", "transformers", "numpy", "rich"}} & set(sys.modules), sorted(sys.modules)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment())
+    assert ran.returncode == 0 and b"at least" in ran.stdout, ran.stderr
+
+
 # ---- verify and info ---------------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +467,13 @@ def test_an_embedding_model_scores_by_cosine(capsys, pairs, tmp_path) -> None:
     own.save_pretrained(model)
     code, out, _ = run(capsys, "score", model, pairs)
     assert code == 0 and all(-1.001 <= json.loads(line)["logit"] <= 1.001 for line in out.splitlines())
+
+
+def process(*argv: object, **options) -> subprocess.CompletedProcess:
+    """The command in a process of its own; names in capitals are for its environment."""
+    own = {name: options.pop(name) for name in list(options) if name.isupper()}
+    command = [sys.executable, "-m", "rerank_kernels", *map(str, argv)]
+    return subprocess.run(command, stderr=subprocess.PIPE, env={**environment(), **own}, **options)
 
 
 def environment() -> dict[str, str]:

@@ -13,7 +13,7 @@ from invariants import same
 from rerank_kernels.backend import Backend
 from rerank_kernels.ops.norm import layer_norm, layer_norm_truth
 
-CASES = cases.of("layer_norm")
+CASES = cases.of("norm")
 
 
 class TestLayerNorm(invariants.Promises):

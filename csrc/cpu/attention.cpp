@@ -15,8 +15,7 @@ static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const
                         int64_t right, double scale) {
     const int64_t H = q.size(1), D = q.size(2), H_kv = k.size(1), B = cu_seqlens.size(0) - 1;
     Tensor out = empty(q, {q.size(0), H, D}, q.scalar_type());
-    const int32_t* cu = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
-    RK_CHECK(cu[0] == 0 && cu[B] == q.size(0), "attention", "cu_seqlens must run from 0 to the number of tokens");
+    const int32_t* cu = checked_offsets(cu_seqlens, q.size(0), "attention");
     const AttentionArgs args{q.const_data_ptr(),
                              k.const_data_ptr(),
                              v.const_data_ptr(),
@@ -109,7 +108,7 @@ static void attend(const AttentionArgs& a, int64_t first, int64_t length, int64_
             for (int r = 0; r < rows; ++r)
                 widen(a.dtype, a.q, (first + i0 + r) * a.q_token + head * a.q_head, a.D, q_rows + r * a.D);
             const auto begin = [&](int64_t i) { return a.left >= 0 && i > a.left ? i - a.left : 0; };
-            const auto end = [&](int64_t i) { return a.right >= 0 && i + a.right + 1 < length ? i + a.right + 1 : length; };
+            const auto end = [&](int64_t i) { return a.right >= 0 && a.right < length - 1 - i ? i + a.right + 1 : length; };
             const int64_t key_begin = begin(i0), key_end = end(i0 + rows - 1);
 
             for (int64_t p = key_begin / PANEL; p * PANEL < key_end; ++p)

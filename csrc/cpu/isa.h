@@ -208,11 +208,6 @@ namespace rk {
 namespace RK_ISA {
 
 // Storage dtype decided at run time: for inputs and outputs, where one branch a register costs nothing against the arithmetic.
-RK_INLINE Vec load_as(Dtype t, const void* p, int64_t i) {
-    if (t == Dtype::F32) return load(static_cast<const float*>(p) + i);
-    if (t == Dtype::F16) return load(static_cast<const f16*>(p) + i);
-    return load(static_cast<const bf16*>(p) + i);
-}
 RK_INLINE Vec load_some_as(Dtype t, const void* p, int64_t i, int n) {
     if (t == Dtype::F32) return load_some(static_cast<const float*>(p) + i, n);
     if (t == Dtype::F16) return load_some(static_cast<const f16*>(p) + i, n);

@@ -11,6 +11,10 @@
 #include <string>
 #include <vector>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #include "../checks.h"
 #include "types.h"
 
@@ -32,27 +36,58 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
     return torch::stable::new_empty(like, std::vector<int64_t>(shape), dtype);
 }
 
+// The contract's floating point, whatever the process has set (torch.set_flush_denormal, a fast-math library): subnormals kept,
+// round to nearest even. The setting belongs to a thread, so every thread that computes holds one of these.
+class ContractFloats {
+   public:
+    ContractFloats(const ContractFloats&) = delete;
+#ifdef __x86_64__
+    ContractFloats() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
+    ~ContractFloats() { _mm_setcsr(saved_); }
+
+   private:
+    unsigned saved_;
+#else
+    ContractFloats() {}
+    ~ContractFloats() {}
+#endif
+};
+
 // f(task) for each task in [0, tasks), handed out one at a time: which thread takes which task is the only thing that
 // depends on timing, and no task reads what another writes.
 template <class F>
 void for_each_task(int64_t tasks, const F& f) {
     const int64_t threads = torch::stable::get_num_threads();
     if (tasks <= 1 || threads <= 1) {
+        const ContractFloats floats;
         for (int64_t i = 0; i < tasks; ++i) f(i);
         return;
     }
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, threads < tasks ? threads : tasks, 1, [&](int64_t begin, int64_t end) {
+        const ContractFloats floats;
         for (int64_t worker = begin; worker < end; ++worker)
             for (int64_t i = next.fetch_add(1); i < tasks; i = next.fetch_add(1)) f(i);
     });
 }
 
 // Memory of this thread that only grows: no allocation in the steady state.
-inline float* scratch(size_t floats, int slot = 0) {
-    thread_local std::vector<float> kept[3];
-    if (kept[slot].size() < floats) kept[slot].resize(floats);
-    return kept[slot].data();
+inline float* scratch(size_t floats) {
+    thread_local std::vector<float> kept;
+    if (kept.size() < floats) kept.resize(floats);
+    return kept.data();
+}
+
+// The offsets of packed sequences: kernels trust them.
+inline const int32_t* checked_offsets(const Tensor& cu_seqlens, int64_t total, const char* op) {
+    RK_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_contiguous() && cu_seqlens.size(0) > 0, op,
+             "cu_seqlens must be a contiguous int32 tensor [B + 1]");
+    const int32_t* cu = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+    const int64_t B = cu_seqlens.size(0) - 1;
+    bool ascending = cu[0] == 0 && cu[B] == total;
+    for (int64_t b = 0; b < B; ++b) ascending = ascending && cu[b] <= cu[b + 1];
+    RK_CHECK(ascending, op, "cu_seqlens must ascend from 0 to the number of tokens");
+    return cu;
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

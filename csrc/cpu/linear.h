@@ -11,6 +11,7 @@ namespace rk {
 // Arguments without a residual; y is [M, N].
 inline LinearArgs linear_args(const char* op, const Tensor& x, const Tensor& packed, int64_t N,
                               const std::optional<Tensor>& bias, int64_t activation, const Tensor& y) {
+    RK_CHECK(N > 0 && x.size(1) > 0, op, "N and K must be > 0");
     RK_CHECK(
         packed.dim() == 3 && packed.size(0) == ceil_div(N, PANEL) && packed.size(1) == x.size(1) && packed.size(2) == PANEL, op,
         "the packed weight does not fit x; pack it again with pack_weight");

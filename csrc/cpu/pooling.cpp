@@ -12,8 +12,7 @@ namespace rk {
 
 static Tensor pool(const Tensor& x, const Tensor& cu_seqlens, bool mean, ScalarType out_dtype) {
     const int64_t B = cu_seqlens.size(0) - 1, D = x.size(1);
-    const int32_t* cu = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
-    RK_CHECK(cu[0] == 0 && cu[B] == x.size(0), "pool", "cu_seqlens must run from 0 to the number of tokens");
+    const int32_t* cu = checked_offsets(cu_seqlens, x.size(0), "pool");
     Tensor y = empty(x, {B, D}, out_dtype);
     const Dtype from = dtype_of(x, "pool", "x"), to = dtype_of(out_dtype, "pool", "out_dtype");
     const void* in = x.const_data_ptr();
@@ -37,6 +36,7 @@ static std::tuple<Tensor, Tensor, Tensor> score_head(const Tensor& pooled, const
     Tensor logit = empty(pooled, {B, L}, ScalarType::Float);
     run_linear(linear_args("score_head", hidden, out_packed, L, out_bias, 0, logit));
     Tensor score = torch::stable::empty_like(logit), complement = torch::stable::empty_like(logit);
+    const ContractFloats floats;
     RK_CALL(score_range, static_cast<const float*>(logit.const_data_ptr()), B * L,
             static_cast<float*>(score.mutable_data_ptr()), static_cast<float*>(complement.mutable_data_ptr()));
     return {logit, score, complement};

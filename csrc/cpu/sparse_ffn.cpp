@@ -55,12 +55,14 @@ static void some_rows(const RowsArgs& args, int64_t m, const std::vector<int32_t
 }
 
 // Neurons that may be active, ascending: all but those whose upper bound is negative. The bound holds while nothing over- or
-// underflows, hence the limits on it; a comparison with NaN is false, so what is not a number is always looked at.
+// underflows, its own factors included, hence the limits on it; a comparison with NaN is false, so what is not a number is
+// always looked at.
 static int64_t may_be_active(const float* approximate, const float* slack, float norm, int64_t F, std::vector<int32_t>& out) {
     int64_t count = 0;
     for (int64_t f = 0; f < F; ++f) {
         const float s = norm * slack[f];
-        const bool off = s > 1e-30f && s < 1e30f && approximate[f] + s < 0.0f;
+        const bool trusted = slack[f] >= 0x1p-126f && norm >= 0x1p-126f && s > 1e-30f && s < 1e30f;
+        const bool off = trusted && approximate[f] + s < 0.0f;
         out[count] = int32_t(f);
         count += !off;
     }
@@ -72,6 +74,10 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
                          const std::optional<Tensor>& up_bias, const Tensor& down_rows,
                          const std::optional<Tensor>& down_bias) {
     const int64_t M = x.size(0), F = down_rows.size(0), D = down_rows.size(1);
+    RK_CHECK(F > 0 && D > 0, "sparse_ffn", "F and D must be > 0");
+    RK_CHECK(!slack || (slack->scalar_type() == ScalarType::Float && slack->numel() == F), "sparse_ffn",
+             "slack must be float32 [F]");
+    const ContractFloats floats;
     Tensor first = empty(x, {M, F}, ScalarType::Float), y = empty(x, {M, D}, x.scalar_type());
     run_linear(linear_args("sparse_ffn", x, first_packed, F, first_bias, 0, first));
     const AxpyArgs args{down_rows.const_data_ptr(),

@@ -14,9 +14,12 @@ import torch
 @functools.cache
 def missing() -> str | None:
     """Loads the library once; says why it cannot."""
-    found = sorted(pathlib.Path(__file__).parent.parent.glob("_C*.so"))
+    package = pathlib.Path(__file__).parent.parent
+    found = sorted(package.glob("_C*.so"))
     if not found:
-        return "the C++ library was not built (no compiler at install time, or RERANK_KERNELS_BUILD_CPU=0)"
+        said = package / "_not_built.txt"  # by setup.py
+        why = said.read_text(encoding="utf-8").strip() if said.exists() else "this is a checkout that was never installed"
+        return f"the C++ library was not built: {why}"
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:

@@ -1,7 +1,8 @@
 """Weights laid out for the kernels, made once per weight and kept as long as the weight lives.
 
-A weight is recognised by its identity, memory and version: an optimiser step, load_state_dict, .half() or .to() lead to a new
-layout at the next call. A write through `weight.data` is invisible to PyTorch's version counter; call `forget(weight)` then.
+A weight is recognised by its identity, memory, version, and a sample of its bits: an optimiser step, load_state_dict, .half()
+or .to() lead to a new layout at the next call. PyTorch's version counter does not see writes through `weight.data` and fused
+optimisers; the sample of up to 1024 values sees them unless they leave all of these as they were: call rk.forget(model) then.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
@@ -20,6 +21,8 @@ class _Kept:
     # equal memory.
     source: Tensor
     version: int
+    view: Tensor  # some values of the source, where they lie
+    sample: Tensor  # what they were
     packed: Tensor
 
 
@@ -51,12 +54,12 @@ def screen(weight: Tensor) -> tuple[Tensor, Tensor]:
     def slack(w: Tensor) -> Tensor:
         k = w.shape[1]
         steps = min(k, 512) + -(-k // 512) + 4
-        out = torch.empty(w.shape[0])
-        for rows in torch.arange(w.shape[0]).split(512):  # in float64, so not all at once
-            exact = w[rows].double()
-            lost = (exact - exact.bfloat16().double()).norm(dim=1)
-            out[rows] = (1.0001 * (lost + 2.02 * steps * 2.0**-24 * exact.norm(dim=1))).float()
-        return out
+        parts = []
+        for rows in w.split(512):  # in float64, so not all at once
+            exact = rows.double()
+            lost = (exact - rows.bfloat16().double()).norm(dim=1)
+            parts.append((1.0001 * (lost + 2.02 * steps * 2.0**-24 * exact.norm(dim=1))).float())
+        return torch.cat(parts)
 
     return (
         _cached("screen", weight, lambda w: torch.ops.rerank_kernels.pack_weight(w.bfloat16())),
@@ -76,23 +79,41 @@ def finite(weight: Tensor) -> Tensor:
     return weight
 
 
-def forget(weight: Tensor) -> None:
-    """Drop what is kept of a weight (after a write that PyTorch's version counter does not see)."""
-    for table in _kept.values():
-        table.pop(weight, None)
+def forget(model: Tensor | nn.Module) -> None:
+    """Drop the layouts made of a weight, or of all weights of a model; the next call makes them anew.
+
+    Needed only after a write that PyTorch does not count (through `weight.data`) and that touched few values.
+    """
+    weights = [model] if isinstance(model, Tensor) else model.parameters()
+    for weight in weights:
+        for table in _kept.values():
+            table.pop(weight, None)
 
 
 def _cached(kind: str, weight: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+    if weight.is_inference():  # made under torch.inference_mode: it has no version, so any write to it goes unseen
+        return make(weight)
     table = _kept.setdefault(kind, WeakTensorKeyDictionary())
-    # An inference tensor has no version; it cannot be changed in place outside inference mode either.
-    version = -1 if weight.is_inference() else weight._version
     kept = table.get(weight)
-    if kept is not None and kept.version == version and _same_memory(kept.source, weight):
+    if (
+        kept is not None
+        and kept.version == weight._version
+        and _same_memory(kept.source, weight)
+        and torch.equal(kept.view, kept.sample)
+    ):
         return kept.packed
     source = weight.detach()
-    kept = _Kept(source, version, make(source))
+    view = _sample(source)
+    kept = _Kept(source, weight._version, view, view.clone(), make(source))
     table[weight] = kept
     return kept.packed
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Bits of up to 32 x 32 values from all over a weight [N, K], as a view of its memory."""
+    bits = weight.view(torch.int32 if weight.element_size() == 4 else torch.int16)
+    rows, columns = (max(1, -(-n // 32)) for n in bits.shape)
+    return bits[::rows, ::columns]
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -58,11 +58,11 @@ def attention(
     left, right = window if window is not None else (-1, -1)
     if left < -1 or right < -1:
         check.fail("attention", "window", "(left, right) with -1 for no limit", window)
-    if causal:
-        right = 0
-    scale = 1.0 / math.sqrt(d) if scale is None else float(scale)
+    total = q.shape[:-2].numel()
+    left, right = min(left, total), 0 if causal else min(right, total)  # sys.maxsize is a natural "no limit"
+    scale = torch.tensor(1.0 / math.sqrt(d) if scale is None else scale, dtype=torch.float32).item()
     if not math.isfinite(scale) or scale == 0.0:
-        check.fail("attention", "scale", "finite and not 0", scale)
+        check.fail("attention", "scale", "finite and not 0 as a float32", scale)
 
     serve = backend.select("attention", q.device)
     if cu_seqlens is not None:

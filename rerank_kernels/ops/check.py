@@ -37,10 +37,10 @@ def floating(op: str, **tensors: Tensor | None) -> None:
             fail(op, name, f"on {device} like {first}", f"a tensor on {t.device}", f"move it with .to({str(device)!r})")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values()):
         # A silent detach would train nothing and say nothing: only plain weights may ask for gradients.
-        needs = [n for n, t in tensors.items() if t is not None and t.requires_grad and not t.is_leaf]
+        needs = [n for n, t in tensors.items() if t is not None and t.requires_grad and not isinstance(t, torch.nn.Parameter)]
         if needs:
             raise RuntimeError(
-                f"{op}: {needs[0]} carries a gradient history and rerank_kernels is forward only; "
+                f"{op}: {needs[0]} asks for gradients and rerank_kernels is forward only; "
                 "run under torch.inference_mode() or torch.no_grad(), or call rk.unpatch(model) to train"
             )
 
@@ -63,7 +63,7 @@ def cu_seqlens(op: str, cu: Tensor, total: int, device: torch.device) -> Tensor:
         fail(op, "cu_seqlens", "a 1-D int32 tensor [B + 1] of offsets", came)
     if cu.device.type == "cpu" and (int(cu[0]) != 0 or int(cu[-1]) != total or bool((cu[1:] < cu[:-1]).any())):
         fail(op, "cu_seqlens", f"ascending from 0 to {total}, the number of tokens", cu.tolist()[:8])
-    return cu.to(device=device, dtype=torch.int32)
+    return cu.to(device=device, dtype=torch.int32).contiguous()  # kernels read it as an array
 
 
 def mask_to_cu_seqlens(op: str, mask: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:

@@ -86,6 +86,9 @@ def score_head(
         "score_head", pooled=pooled, out_weight=out_weight, out_bias=out_bias, dense_weight=dense_weight, dense_bias=dense_bias
     )
     check.shape("score_head", "pooled", pooled, "B", "D")
+    for name, t in (("pooled", pooled[:1]), ("dense_weight", dense_weight), ("out_weight", out_weight)):
+        if t is not None and 0 in t.shape[-1:] + t.shape[:1] * (name != "pooled"):
+            check.fail("score_head", name, "of sizes > 0", check.shape_of(t))
     width = pooled.shape[1]
     check.choice("score_head", "activation", activation, (None, *ACTIVATIONS))
     if dense_weight is not None:

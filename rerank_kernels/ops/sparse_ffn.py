@@ -28,7 +28,7 @@ def sparse_ffn(
     """Feed-forward layer with ReLU (no gate_weight) or ReGLU (with), sparse where the relu is zero.
 
     x: [..., K]; up_weight, gate_weight: [F, K]; down_weight: [D, F] as in nn.Linear; biases [F], [F], [D]. Returns [..., D]
-    in x.dtype. The hidden activations stay float32. Weights must be finite: a zero activation times an infinite weight
+    in x.dtype. The hidden activations stay float32. down_weight must be finite: a zero activation times an infinite weight
     would be NaN in the dense formula and is skipped here. A NaN activation counts as active and gives NaN.
     """
     tensors = {"x": x, "up_weight": up_weight, "down_weight": down_weight, "gate_weight": gate_weight}
@@ -39,6 +39,8 @@ def sparse_ffn(
     check.shape("sparse_ffn", "up_weight", up_weight, "F", k)
     f = up_weight.shape[0]
     check.shape("sparse_ffn", "down_weight", down_weight, "D", f)
+    if 0 in down_weight.shape:
+        check.fail("sparse_ffn", "down_weight", "[D, F] with D, F > 0", check.shape_of(down_weight))
     if gate_weight is not None:
         check.shape("sparse_ffn", "gate_weight", gate_weight, f, k)
     elif gate_bias is not None:
