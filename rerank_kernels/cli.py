@@ -120,8 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument(
         "pairs",
         metavar="PAIRS",
-        help='JSON Lines, {"query": ..., "document": ...} each; other fields are kept, and refused if they have the name of one '
-        "that is added (see --prefix); - for stdin",
+        help='JSON Lines, {"query": ..., "document": ...} each; other fields are kept, and refused if they have the name of '
+        "one that is added (see --prefix); - for stdin",
     )
     score.add_argument(
         "-o",
@@ -450,7 +450,7 @@ def _line(record: dict[str, Any]) -> str:
 def _writer(path: str) -> Iterator[_Out]:
     """A text file that takes the place of `path` when the block ends well, and leaves no trace if it does not."""
     if path == "-":
-        sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]
+        _set_stdout(encoding="utf-8", newline="\n")
         yield _Out(sys.stdout, STDOUT)
         with _naming(STDOUT):
             sys.stdout.flush()
@@ -486,6 +486,12 @@ def _writer(path: str) -> Iterator[_Out]:
         raise
 
 
+def _set_stdout(**how: str) -> None:
+    if sys.stdout is None:  # closed by the shell's >&-
+        raise InputError(f"{STDOUT}: is closed")
+    sys.stdout.reconfigure(**how)  # type: ignore[union-attr]
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -518,7 +524,7 @@ def _console() -> Any:
             raise  # rich would end with exit code 1, which is a fallen promise's
 
     # a letter that stdout's encoding does not have is no reason to stop
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    _set_stdout(errors="replace")
     # into a file or a pipe there is no width; rich's 80 columns would fold the tables
     columns = os.environ.get("COLUMNS", "")
     return Ours() if sys.stdout.isatty() else Ours(width=int(columns) if columns.isdecimal() else 140)

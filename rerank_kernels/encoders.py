@@ -167,7 +167,7 @@ def _entered(model: nn.Module, kind: Callable[..., Any]) -> None:
 
 
 def _ready(m: Any) -> None:
-    """Refuse what the forward of encoder or classifier m would pass over without a word: dropout, and hooks of the modules in m.
+    """Refuse what the forward of encoder or classifier m would silently pass over: dropout, and hooks of the modules in m.
 
     patch() saw neither, for both can come later; so this walks m at each call, a fraction of a millisecond.
     """
@@ -184,8 +184,8 @@ def _ready(m: Any) -> None:
 def _refuse_hooks(m: nn.Module, inner: nn.Module) -> NoReturn:
     path = next(path for path, module in m.named_modules() if module is inner)
     raise PatchError(
-        f"{class_of(m)}: {path or 'the model'} ({class_of(inner)}) has forward hooks, and hooks inside a patched encoder do not "
-        "run; remove them (handle.remove()), or call rk.unpatch(model)"
+        f"{class_of(m)}: {path or 'the model'} ({class_of(inner)}) has forward hooks, and hooks inside a patched encoder do "
+        "not run; remove them (handle.remove()), or call rk.unpatch(model)"
     )
 
 

@@ -91,7 +91,8 @@ def patch(model: nn.Module, mode: str = "portable", strict: bool = True) -> Repo
         leaves = ", ".join(name.rsplit(".", 1)[1] for name in LEAVES)
         raise PatchError(
             f"patch: {class_of(model)} has modules that cannot be served; nothing was patched:"
-            f"{_why(report.unknown, causes)}\nServed are {families} encoders, with or without ForSequenceClassification, and {leaves}. "
+            f"{_why(report.unknown, causes)}\n"
+            f"Served are {families} encoders, with or without ForSequenceClassification, and {leaves}. "
             "With strict=False the modules above, and the encoder that holds them, keep stock arithmetic."
         )
     for forward in report.forwards.values():

@@ -87,7 +87,7 @@ class Reranker:
         self.model: Any
         if any(c.__name__ == "CrossEncoder" and c.__module__.startswith("sentence_tr") for c in type(model_or_path).__mro__):
             raise TypeError(
-                "Reranker: model_or_path must be a folder or a transformers model, got a sentence-transformers CrossEncoder ce; "
+                "Reranker: model_or_path must be a folder or a transformers model, got a sentence-transformers CrossEncoder; "
                 "use Reranker(ce.model, ce.tokenizer)"
             )
         if isinstance(model_or_path, nn.Module):

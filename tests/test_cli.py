@@ -293,14 +293,16 @@ def test_a_document_does_not_steer_the_terminal(capsys, folder, tmp_path) -> Non
     assert json.loads(as_json)["document"] == document
 
 
-def test_a_letter_that_stdout_cannot_write(folder, tmp_path) -> None:
+@pytest.mark.parametrize(("flags", "shown"), [([], b"??"), (["--json"], "東京".encode())])
+def test_a_letter_that_stdout_cannot_write(capsys, folder, tmp_path, monkeypatch, flags, shown) -> None:
     text = write(tmp_path / "docs.txt", "東京")
-    for flags, shown in (([], b"??"), (["--json"], "東京".encode())):
-        ran = process("rank", folder, "--query", "q", text, *flags, stdout=subprocess.PIPE, PYTHONIOENCODING="ascii")
-        assert ran.returncode == 0 and shown in ran.stdout, ran.stderr
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert cli.main(["rank", str(folder), "--query", "q", str(text), *flags]) == 0
+    assert shown in written.getvalue() and capsys.readouterr().err == ""
 
 
-# ---- errors are 2, and only a fallen promise is 1 -----------------------------------------------------------------------------
+# ---- errors are 2, and only a fallen promise is 1 ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("argv", [("score",), ("rank", "--query", "q"), ("verify", "--pairs")])
@@ -316,15 +318,27 @@ def test_a_query_that_is_not_utf8(capsys, folder, pairs) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_a_full_disk(capsys, folder, pairs, few_pairs) -> None:
+def test_a_full_disk(capsys, folder, pairs, few_pairs, monkeypatch) -> None:
     assert bad(capsys, "score", folder, pairs, "-o", "/dev/full") == "/dev/full: No space left on device"
-    verify_argv = ("verify", folder, "--pairs", few_pairs, "--no-process", "--limit", 8)
-    for argv in (("score", folder, pairs), ("rank", folder, "--query", "q", pairs), ("info",), verify_argv):
-        with open("/dev/full", "wb") as full:
-            ran = process(*argv, stdout=full)
-        assert (ran.returncode, ran.stderr) == (2, b"rerank-kernels: <stdout>: No space left on device\n"), argv
-    code, out, err = run(capsys, *verify_argv, "--json", "/dev/full")
+    check = ("verify", folder, "--pairs", few_pairs, "--no-process")
+    code, out, err = run(capsys, *check, "--json", "/dev/full")
     assert (code, err) == (2, "rerank-kernels: /dev/full: No space left on device\n") and "held: " in out
+    full = "rerank-kernels: <stdout>: No space left on device\n"
+    rank = ("rank", folder, "--query", "q", pairs)
+    for argv in (("score", folder, pairs), rank, (*rank, "--json"), ("info",), check):
+        with open("/dev/full", "w") as stdout, monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", stdout)
+            code, _, err = run(capsys, *argv)
+        assert (code, err) == (2, full), argv
+    with open("/dev/full", "wb") as stdout:  # Python has no more to say when it ends
+        ran = process("info", stdout=stdout)
+    assert (ran.returncode, ran.stderr.decode()) == (2, full)
+
+
+def test_a_stdout_that_is_closed(capsys, folder, pairs, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    for argv in (("score", folder, pairs), ("rank", folder, "--query", "q", pairs), ("info",)):
+        assert bad(capsys, *argv) == "<stdout>: is closed"
 
 
 def test_a_file_that_may_not_grow(folder, tmp_path) -> None:
@@ -353,18 +367,19 @@ def test_errors_of_the_machine_are_one_line(capsys, folder, pairs, monkeypatch, 
     assert bad(capsys, "score", folder, pairs) == said
 
 
-@pytest.mark.parametrize("stock", [False, True])
-def test_a_reader_who_stops(folder, pairs, few_pairs, tmp_path, stock) -> None:
+def test_a_reader_who_stops(capsys, folder, pairs, few_pairs, tmp_path, monkeypatch) -> None:
     """Nobody needs the rest of a table; a verdict stays what it is."""
-    verify_argv = ("verify", folder, "--pairs", few_pairs, "--no-process", "--limit", 8, "--json", tmp_path / "found.json")
-    others = [] if stock else [("score", folder, pairs), ("rank", folder, "--query", "q", pairs)]
-    for argv, code in [((*verify_argv, *["--stock"] * stock), int(stock)), *((argv, 0) for argv in others)]:
+    rank = ("rank", folder, "--query", "q", pairs)
+    found = tmp_path / "found.json"
+    check = ("verify", folder, "--pairs", few_pairs, "--no-process", "--json", found)
+    for want, *argv in ((0, "score", folder, pairs), (0, *rank), (0, *rank, "--json"), (0, *check), (1, *check, "--stock")):
         reader, writer = os.pipe()
         os.close(reader)
-        ran = process(*argv, stdout=writer)
-        os.close(writer)
-        assert (ran.returncode, ran.stderr) == (code, b""), argv
-    assert json.loads((tmp_path / "found.json").read_text("utf-8"))["ok"] is not stock
+        with open(writer, "w") as stdout, monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", stdout)
+            assert run(capsys, *argv) == (want, "", ""), argv
+        if "verify" in argv:
+            assert json.loads(found.read_text("utf-8"))["ok"] is (want == 0)
 
 
 # ---- help --------------------------------------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from torch import nn
 
 import rerank_kernels as rk
 from rerank_kernels.binding import Forward
-from rerank_kernels.encoders import packed_embeddings, packed_logits
+from rerank_kernels.encoders import _ready, packed_embeddings, packed_logits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LENGTHS = (7, 1, 70, 23, 64, 2, 65, 23)  # around one key tile of 64, and equal ones
@@ -335,6 +337,16 @@ def test_leaves_in_plain_containers():
         model(x.clone().requires_grad_())
 
 
+@pytest.mark.parametrize("leaf", [nn.Sigmoid(), nn.Softmax(-1), nn.Linear(48, 8), nn.LayerNorm(48)], ids=str)
+def test_a_leaf_without_dropout_has_no_training_mode(leaf):
+    assert leaf.training, "as nn.Module makes it, and CrossEncoder.activation_fn stays"
+    x = torch.randn(37, 48, generator=torch.Generator().manual_seed(0))
+    rk.patch(leaf)
+    y = leaf(x)
+    assert_same_bits(torch.cat([leaf(row[None]) for row in x]), y)
+    assert_same_bits(leaf.eval()(x), y)
+
+
 # ---- refusals ---------------------------------------------------------------------------------------------------------------
 
 
@@ -359,9 +371,9 @@ def foreign(name):
 @pytest.mark.parametrize(
     "name, line",
     [
-        ("MPNet", r"encoder\.layer\.0\.attention: MPNetAttention"),
-        ("DebertaV2", r"deberta\.encoder: DebertaV2Encoder"),
-        ("custom", r"bert\.encoder\.layer\.1\.output\.dense: Shifted"),
+        ("MPNet", r"MPNetAttention at encoder\.layer\.0\.attention\n"),
+        ("DebertaV2", r"DebertaV2Encoder at deberta\.encoder\n"),
+        ("custom", r"Shifted at bert\.encoder\.layer\.1\.output\.dense\n"),
     ],
 )
 def test_strict_names_what_it_does_not_know_and_changes_nothing(name, line):
@@ -370,6 +382,42 @@ def test_strict_names_what_it_does_not_know_and_changes_nothing(name, line):
         rk.patch(model)
     assert "nothing was patched" in str(error.value) and type(model).__name__ in str(error.value)
     assert clean(model)
+
+
+def refusal(model):
+    """The lines between the first and the last of patch's error."""
+    with pytest.raises(rk.PatchError) as error:
+        rk.patch(model)
+    return [line.strip() for line in str(error.value).splitlines()[1:-1]]
+
+
+def test_a_refusal_has_one_line_a_class_and_the_causes_only():
+    import transformers as tf
+
+    sizes = dict(hidden_size=32, num_hidden_layers=12, num_attention_heads=2, intermediate_size=48, vocab_size=50)
+    model = tf.DebertaV2ForSequenceClassification(tf.DebertaV2Config(**sizes)).eval()
+    lines = refusal(model)
+    assert "DebertaV2Layer x 12, e.g. deberta.encoder.layer.0" in lines
+    assert "DebertaV2ForSequenceClassification at (the model itself)" in lines
+    unknown = rk.patch(model, strict=False).unknown
+    assert len(unknown) > 70 and {line.split(" ")[0] for line in lines} == set(unknown.values())
+    assert len(lines) == len(set(unknown.values()))
+
+
+def test_a_refusal_begins_with_the_cause():
+    model = tiny("bert", num_hidden_layers=12, hidden_act="quick_gelu")
+    at = "x 12, e.g. bert.encoder.layer.0.intermediate"
+    assert refusal(model) == [
+        f"BertIntermediate (activation QuickGELUActivation is unknown) {at}",
+        f"QuickGELUActivation {at}.intermediate_act_fn",
+    ]
+    assert rk.patch(model, strict=False).unknown["bert"] == "BertModel (holds the unknown modules)", "the report keeps all"
+    model = foreign("custom").eval()
+    model.bert.encoder.layer[1].register_forward_hook(lambda m, a, out: out)
+    assert refusal(model) == [
+        "BertLayer (has forward hooks) at bert.encoder.layer.1",
+        "Shifted at bert.encoder.layer.1.output.dense",
+    ]
 
 
 def test_not_strict_leaves_the_unknown_and_the_encoder_around_it():
@@ -388,12 +436,12 @@ def test_not_strict_leaves_the_unknown_and_the_encoder_around_it():
 
 def test_unknown_activations_are_refused():
     model = tiny("roberta", head=False, hidden_act="quick_gelu")
-    with pytest.raises(rk.PatchError, match=r"intermediate_act_fn: QuickGELUActivation"):
+    with pytest.raises(rk.PatchError, match=r"QuickGELUActivation x 2, e\.g\. encoder\.layer\.0\.intermediate\.int"):
         rk.patch(model)
     model = tiny("roberta", head=False)
     del model.encoder.layer[1].intermediate.intermediate_act_fn
     model.encoder.layer[1].intermediate.intermediate_act_fn = torch.sin
-    with pytest.raises(rk.PatchError, match=r"layer\.1\.intermediate: RobertaIntermediate \(activation sin is unknown\)"):
+    with pytest.raises(rk.PatchError, match=r"RobertaIntermediate \(activation sin is unknown\) at encoder\.layer\.1\.int"):
         rk.patch(model)
 
 
@@ -416,7 +464,7 @@ def test_hooks_and_own_forwards_inside_an_encoder_are_refused():
     rk.patch(model)
     rk.unpatch(model)
     handle = model.bert.encoder.layer[0].register_forward_hook(lambda m, a, out: out * 0)
-    with pytest.raises(rk.PatchError, match=r"encoder\.layer\.0: BertLayer \(has forward hooks\)"):
+    with pytest.raises(rk.PatchError, match=r"BertLayer \(has forward hooks\) at bert\.encoder\.layer\.0\n"):
         rk.patch(model)
     handle.remove()
     linear = model.bert.encoder.layer[0].output.dense
@@ -425,6 +473,50 @@ def test_hooks_and_own_forwards_inside_an_encoder_are_refused():
         rk.patch(model)
     rk.unpatch(model)
     assert "forward" in linear.__dict__, "unpatch must leave what is not ours"
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+def test_hooks_put_in_after_patching_are_not_passed_over(kind):
+    model = tiny("bert")
+    batch = padded(rows((4,)), 0)
+    ids, cu = batch["input_ids"][0], torch.tensor([0, 4], dtype=torch.int32)
+    with torch.no_grad():
+        model(**batch, output_hidden_states=True)  # leaves transformers' own hooks behind, which are harmless
+    rk.patch(model)
+    want, seen = model(**batch).logits, []
+
+    def hook(m, *args):
+        seen.append(type(m).__name__)
+
+    runs = {
+        "": lambda: model(**batch),
+        "encoder": lambda: model.bert(**batch),
+        "packed": lambda: packed_logits(model, ids, cu),
+        "packed encoder": lambda: packed_embeddings(model.bert, ids, cu),
+    }
+    inner = (model.bert.encoder.layer[1].output.dense, "Linear", set(runs))
+    for module, name, refused in (inner, (model.bert, "BertModel", set(runs) - {"encoder"}), (model, "BertFor", {"packed"})):
+        handle = getattr(module, f"register_{kind}_hook")(hook)
+        for what, run in runs.items():
+            message = rf"\({name}\w*\) has forward hooks, and hooks inside a patched encoder do not run"
+            with pytest.raises(rk.PatchError, match=message) if what in refused else contextlib.nullcontext():
+                run()
+        handle.remove()
+        for run in runs.values():
+            run()
+    assert seen == ["BertModel", "BertForSequenceClassification"], "hooks on what is called run"
+    assert_same_bits(model(**batch).logits, want)
+
+
+def test_looking_for_hooks_takes_less_than_a_millisecond():
+    model = tiny("bert", num_hidden_layers=12)
+    rk.patch(model)
+    times = []
+    for _ in range(50):
+        start = time.perf_counter()
+        _ready(model)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1e-3
 
 
 def test_patch_arguments():
@@ -466,6 +558,10 @@ def test_forward_refuses_what_it_would_have_to_ignore():
         model(batch["input_ids"][0])
     with pytest.raises(ValueError, match=r"attention_mask must be \[B, T\] = \[2, 5\], .* got \[2, 1, 5, 5\]"):
         model(batch["input_ids"], attention_mask=torch.ones(2, 1, 5, 5))
+    additive = (1 - batch["attention_mask"]) * -10000
+    for mask in (additive, additive.int(), additive.float(), additive.float() * float("inf")):
+        with pytest.raises(ValueError, match="nonzero where a token is, got negative values; additive masks are not served"):
+            model(batch["input_ids"], attention_mask=torch.nan_to_num(mask, nan=0.0, neginf=-float("inf")))
     with pytest.raises(ValueError, match=r"input_ids must be in \[0, 159\]"):
         model(batch["input_ids"] + 200)
     with pytest.raises(ValueError, match=rf"at most {POSITIONS} tokens a sequence.*got {POSITIONS + 1}; tokenise with trunc"):

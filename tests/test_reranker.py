@@ -127,6 +127,25 @@ def test_sentence_transformers_cross_encoder_gives_the_same_bits(folder, cross):
     assert report.calls()[""] > 0
 
 
+def test_sentence_transformers_predict_gives_the_same_bits_at_every_batch_size(folder, cross):
+    st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    model = st.CrossEncoder(str(folder), device="cpu")
+    with pytest.raises(
+        rk.PatchError, match=r"CrossEncoder, a .*call rk\.patch\(model\.model\) and rk\.patch\(model\.activation_fn\)"
+    ):
+        rk.patch(model)
+    rk.patch(model.model)
+    report = rk.patch(model.activation_fn)
+    draw = np.random.default_rng(0)
+    pairs = [(f"{CORPUS[a]} {i}", CORPUS[b]) for i, (a, b) in enumerate(draw.integers(0, len(CORPUS), (520, 2)))]
+    want = cross.score(pairs).score
+    assert len(set(want.tolist())) > 400
+    for size in (1, 32):
+        got = model.predict(pairs, batch_size=size, show_progress_bar=False)
+        assert int((got.view(np.uint32) != want.view(np.uint32)).sum()) == 0, f"batch_size {size}"
+    assert report.calls() == {"": 520 + 17}
+
+
 def test_bert_token_types_reach_the_model():
     own = tokenizer("bert")
     reranker = rk.Reranker(tiny("bert", vocab_size=len(own)), own)
@@ -170,6 +189,22 @@ def test_rank_goes_by_logit_not_score_and_puts_nan_last(cross, monkeypatch):
     logit = np.array([20.0, math.nan, 30.0, -math.inf, 20.0, math.inf, -0.0, 0.0], np.float32)
     monkeypatch.setattr(cross, "score", lambda pairs: module.Scores(logit, np.ones(8, np.float32), np.zeros(8, np.float32)))
     assert [r.index for r in cross.rank("q", list("abcdefgh"))] == [5, 2, 0, 4, 6, 7, 3, 1]
+
+
+def test_what_can_be_read_once_is_read_once(cross, embedding):
+    scores = cross.score(PAIRS)
+    queries, documents = zip(*PAIRS, strict=True)
+    assert same(cross.score(zip(queries, documents, strict=True)), scores)
+    assert same(cross.score(pair for pair in PAIRS), scores)
+    assert cross.rank(QUERY, (d for d in CORPUS)) == cross.rank(QUERY, CORPUS)
+    assert cross.rank(QUERY, dict.fromkeys(CORPUS).keys()) == cross.rank(QUERY, np.array(CORPUS)) == cross.rank(QUERY, CORPUS)
+    assert same([embedding.encode(d for d in CORPUS)], [embedding.encode(CORPUS)])
+    assert [a.shape for a in cross.score(iter(()))] == [(0,)] * 3
+
+
+@pytest.mark.parametrize("count", [np.int64(3), np.uint8(3), torch.tensor(3)], ids=lambda n: type(n).__name__)
+def test_top_k_is_any_integer(cross, count):
+    assert cross.rank(QUERY, CORPUS, top_k=count) == cross.rank(QUERY, CORPUS, top_k=3)
 
 
 # ---- the embedding model ----------------------------------------------------------------------------------------------------
@@ -296,8 +331,21 @@ def test_pairs_that_are_none(cross, embedding):
         cross.score([("ab\ud83d", "d")])
     with pytest.raises(TypeError, match="documents must be a list of str, got one str"):
         cross.rank(QUERY, "document")
-    with pytest.raises(ValueError, match="rank: top_k must be None or an integer >= 0, got -1"):
-        cross.rank(QUERY, CORPUS, top_k=-1)
+    with pytest.raises(TypeError, match="rank: documents must be a list of str, got dict; pass its values or items as a list"):
+        cross.rank(QUERY, {"a": "document"})
+    with pytest.raises(
+        TypeError, match=r"score: pairs must be a list of \(query, document\), got dict; pass its values or items"
+    ):
+        cross.score({QUERY: "document"})
+    with pytest.raises(
+        TypeError, match=r"score: pairs must be a list of \(query, document\), got one str; pass \[\(query, doc"
+    ):
+        cross.score("ab")
+    with pytest.raises(TypeError, match=r"score: pairs must be a list of \(query, document\), got int 3"):
+        cross.score(3)
+    for wrong in (-1, np.int64(-1), True, 2.0, "3"):
+        with pytest.raises(ValueError, match=r"rank: top_k must be None or an integer >= 0, got "):
+            cross.rank(QUERY, CORPUS, top_k=wrong)
     with pytest.raises(ValueError, match="batch_tokens must be an integer >= 1, got 0"):
         cross.score([good], batch_tokens=0)
     with pytest.raises(TypeError, match="the model is a cross-encoder, which has no embedding"):
@@ -343,3 +391,14 @@ def test_arguments_that_do_not_fit(folder, cross):
     for wrong in (0, 4, POSITIONS - 1, "12", True):
         with pytest.raises(ValueError, match=rf"max_length must be an integer in \[5, {POSITIONS - 2}\], .*got {wrong!r}"):
             rk.Reranker(folder, max_length=wrong)
+
+
+def test_a_sentence_transformers_wrapper_is_told_what_to_pass(folder, cross):
+    st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    wrapper = st.CrossEncoder(str(folder), device="cpu")
+    for given in ((wrapper,), (wrapper, cross.tokenizer)):
+        with pytest.raises(
+            TypeError, match=r"got a sentence-transformers CrossEncoder; use Reranker\(ce\.model, ce\.tokenizer\)"
+        ):
+            rk.Reranker(*given)
+    assert same(rk.Reranker(wrapper.model, wrapper.tokenizer).score(PAIRS[:4]), cross.score(PAIRS[:4]))
