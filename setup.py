@@ -83,6 +83,9 @@ def extensions() -> tuple[list, dict]:
                     raise
                 leave_out(f"it did not compile ({error}; pip install -v shows the compiler's messages)")
                 self.extensions = []  # nothing to copy
+                collected = pathlib.Path(self.build_lib) / "rerank_kernels"  # package data was gathered before this step
+                if not self.inplace and collected.is_dir():
+                    shutil.copy(NOT_BUILT, collected)
 
     # File names relative to this folder: setuptools refuses absolute ones.
     kernels = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
