@@ -39,9 +39,9 @@ def transposed(weight: Tensor) -> Tensor:
     return _cached("transposed", weight, lambda w: torch.ops.rerank_kernels.transpose_weight(finite(w)))
 
 
-def packed_finite(weight: Tensor) -> Tensor:
-    """`packed`, refusing weights that are not finite."""
-    return _cached("packed_finite", weight, lambda w: torch.ops.rerank_kernels.pack_weight(finite(w)))
+def check_finite(weight: Tensor) -> None:
+    """`finite`, looked at once per weight: what is kept is empty."""
+    _cached("finite", weight, lambda w: finite(w).new_empty(0))
 
 
 def screen(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels.native.linear import linear
-from rerank_kernels.native.pack import contiguous, packed, packed_finite, screen, transposed
+from rerank_kernels.native.pack import check_finite, contiguous, packed, screen, transposed
 
 # From here on a row's share of reading all weights costs less than its own walk over the active ones. Only time depends on it.
 DENSE_ROWS = 8
@@ -22,7 +22,7 @@ def sparse_ffn(
     down_bias: Tensor | None,
 ) -> Tensor:
     if x.shape[0] >= DENSE_ROWS:
-        packed_finite(down_weight)
+        check_finite(down_weight)
         f32 = torch.float32
         if gate_weight is None:
             hidden = linear(x, up_weight, up_bias, "relu", None, f32)
