@@ -1,10 +1,13 @@
 // schema.cpp: every op's signature, one line each. Backends register themselves at the bottom of their own family files.
-// Arguments are what rerank_kernels/ops/<family>.py has checked and laid out; `packed` tensors come from pack_weight.
+// Arguments are what rerank_kernels/ops/<family>.py has checked and laid out; `packed` weights are as the device's kernels want
+// them: on the cpu from pack_weight, on a GPU [N, K] as they are (rerank_kernels/native/pack.py).
 
 #include <torch/csrc/stable/library.h>
 
+#include "library.h"
+
 // clang-format off
-STABLE_TORCH_LIBRARY(rerank_kernels, m) {
+STABLE_TORCH_LIBRARY(RK_LIBRARY, m) {
     // norm
     m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
     // softmax
@@ -24,4 +27,8 @@ STABLE_TORCH_LIBRARY(rerank_kernels, m) {
     m.def("sparse_ffn(Tensor x, Tensor first_weight, Tensor? first_bias, Tensor first_packed, Tensor? slack, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias) -> Tensor");
     // which instruction set the cpu kernels use: "auto", "avx512", "avx2", "scalar"; "" only asks. For tests and info.
     m.def("force_isa(str name) -> str");
+    // the CUDA launchers that have several ways to serve a call, "linear 7, attention 2"; force_launch: which of them one takes,
+    // -1 for its own choice. For tests.
+    m.def("launchers() -> str");
+    m.def("force_launch(str kernel, int way) -> str");
 }

@@ -1,8 +1,8 @@
 """The one registry: which backends there are, why the others are not, and who serves an op on a device.
 
 The choice depends on the op, the device and the user's word, never on a shape: default by device (cpu: "cpu", else
-"pytorch"), changed by `with use("pytorch")` or RERANK_KERNELS_BACKEND. Asked for and missing is an error; nothing falls
-back quietly. A new backend is one folder with the six family names and one entry in BACKENDS.
+"pytorch"; cuda: "cuda"), changed by `with use("pytorch")` or RERANK_KERNELS_BACKEND. Asked for and missing is an error;
+nothing falls back quietly. A new backend is one folder with the six family names and one entry in BACKENDS.
 """
 
 from __future__ import annotations
@@ -55,10 +55,17 @@ def _native_missing() -> str | None:
     return native.missing()
 
 
+def _cuda_missing() -> str | None:
+    from rerank_kernels import native
+
+    return native.missing_cuda()
+
+
 BACKENDS = {
     b.name: b
     for b in (
         Backend("cpu", "rerank_kernels.native", ("cpu",), PROMISES, _native_missing),
+        Backend("cuda", "rerank_kernels.native", ("cuda",), PROMISES, _cuda_missing),
         Backend("pytorch", "rerank_kernels.pytorch", ("cpu",), PROMISES[:3], lambda: None),
     )
 }
@@ -118,7 +125,7 @@ def _get(name: str, asked_by: str) -> Backend:
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r} (asked for by {asked_by}); there are {', '.join(BACKENDS)}")
     if reason := missing(name):
-        raise BackendError(f"backend {name!r} (asked for by {asked_by}) is not available: {reason}; {_who('cpu')}")
+        raise BackendError(f"backend {name!r} (asked for by {asked_by}) is not available: {reason}; {_who(BACKENDS[name].devices[0])}")
     return BACKENDS[name]
 
 

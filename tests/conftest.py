@@ -1,7 +1,8 @@
 """Fixtures: every op test runs on every registered backend and dtype, and the run ends by saying which backends those were.
 
-RERANK_KERNELS_REQUIRE=cpu (a comma-separated list) makes a missing backend a failure instead of a skip, for machines such as
-CI's where it is known to be there.
+The cuda backend runs in the simulator (tests/ptxsim): its own launchers and kernels, on CPU tensors; `-m gpu` runs it on a GPU
+(test_gpu.py). RERANK_KERNELS_REQUIRE=cpu,cuda makes a missing backend a failure instead of a skip, for machines such as CI's
+where it is known to be there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _isas: Counter[str] = Counter()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU and a CUDA build of torch")
     config.addinivalue_line("markers", "promise(name): run only on backends that make this promise")
 
 
@@ -36,7 +38,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", metafunc.module.CASES, ids=str)
     if "backend" in metafunc.fixturenames:
         marks = [m.args[0] for m in metafunc.definition.iter_markers("promise")]
-        names = [b.name for b in registry.BACKENDS.values() if set(marks) <= set(b.promises) and "cpu" in b.devices]
+        names = [b.name for b in registry.BACKENDS.values() if set(marks) <= set(b.promises)]
         metafunc.parametrize("backend", names, indirect=True)
 
 
@@ -45,6 +47,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[registry.Backend]:
     """Every op inside the test is served by this backend."""
     require(request.param)
     _ran[request.param] += 1
+    if request.param == "cuda":
+        from ptxsim.simulated import simulated
+
+        with simulated():
+            yield registry.BACKENDS["cuda"]
+        return
     with registry.use(request.param):
         yield registry.BACKENDS[request.param]
 
@@ -71,7 +79,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def require(name: str) -> None:
     """Skip without backend `name`, fail if it was said to be there."""
-    reason = registry.missing(name)
+    reason = missing(name)
     if reason is None:
         return
     if name in required():
@@ -79,12 +87,21 @@ def require(name: str) -> None:
     pytest.skip(f"backend {name!r} is not available: {reason}")
 
 
+def missing(name: str) -> str | None:
+    """Why the tests cannot run a backend here: a GPU is not needed for cuda, but nvcc is."""
+    if name != "cuda":
+        return registry.missing(name)
+    from ptxsim import simulated
+
+    return registry.missing("cpu") or simulated.missing()
+
+
 def required() -> set[str]:
     return {n.strip() for n in os.environ.get(REQUIRE, "").split(",") if n.strip()}
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if (lost := sorted(n for n in required() if n not in registry.BACKENDS or registry.missing(n))) and session.exitstatus == 0:
+    if (lost := sorted(n for n in required() if n not in registry.BACKENDS or missing(n))) and session.exitstatus == 0:
         session.exitstatus = 1
         print(f"\n{REQUIRE} names {', '.join(lost)}, which is not available")
 
@@ -92,11 +109,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("backends")
     for b in registry.BACKENDS.values():
-        reason = registry.missing(b.name)
+        reason = missing(b.name)
         if reason is not None:
             terminalreporter.line(f"{b.name}: did not run: {reason}")
             continue
         how = "native"
+        if b.name == "cuda":
+            how = "simulated: nvcc's PTX for compute_80 on the CPU; never run on a GPU here"
         if b.name == "cpu":
             how = f"native {force_isa('auto')}"
             if _isas:

@@ -195,6 +195,18 @@ def thread_invariant(case: Case, dtype: torch.dtype) -> None:
         all_same(with_threads(threads, lambda: case.call(rows, shared)), want, f"{case} with {threads} threads against 1")
 
 
+def schedule_invariant(case: Case, dtype: torch.dtype) -> None:
+    """A GPU's side of thread-invariant: blocks and warps in any order. In the simulator, with the search for races on."""
+    from ptxsim.simulated import simulated
+
+    shared = case.make_shared(dtype)
+    rows = case.make_rows(dtype) if case.lengths else case.make_rows(dtype, 70)
+    want = case.call(rows, shared)
+    for how in (dict(sched=1), dict(sched=2, seed=3, race=True, lazy_async=True)):
+        with simulated(**how):
+            all_same(case.call(rows, shared), want, f"{case} with {how} against blocks and warps in order")
+
+
 def hidden_keys(case: Case, dtype: torch.dtype) -> None:
     """attention: what a row may not see (causal, window) does not reach it, not even as 0 * NaN."""
     rows, shared = case.make_rows(dtype), case.make_shared(dtype)
@@ -276,7 +288,7 @@ class Promises:
 
     @pytest.mark.promise("thread-invariant")
     def test_thread_invariant(self, backend: registry.Backend, case: Case, dtype: torch.dtype) -> None:
-        thread_invariant(case, dtype)
+        (schedule_invariant if backend.name == "cuda" else thread_invariant)(case, dtype)
 
     def test_portable(self, isa: str, case: Case, dtype: torch.dtype) -> None:
         """avx512 = avx2 = scalar: three kernels from one source, bit for bit."""

@@ -66,7 +66,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT, "")
     assert registry.active().name == ("pytorch" if registry.missing("cpu") else "cpu")
     monkeypatch.setenv(ENVIRONMENT, "nonsense")
-    with pytest.raises(BackendError, match=rf"unknown backend 'nonsense' \(asked for by {ENVIRONMENT}\); there are cpu,"):
+    with pytest.raises(BackendError, match=rf"unknown backend 'nonsense' \(asked for by {ENVIRONMENT}\); there are cpu, cuda,"):
         registry.active()
     with registry.use("pytorch"):
         assert registry.active().name == "pytorch", "the program's word comes before the environment's"
@@ -82,12 +82,23 @@ def test_asked_for_and_missing_is_an_error(no_cpu: None, monkeypatch: pytest.Mon
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(BackendError, match="unknown backend 'cuda'"), registry.use("cuda"):
+    with pytest.raises(BackendError, match="unknown backend 'rocm'"), registry.use("rocm"):
         pass
 
 
+def test_cuda_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    b = BACKENDS["cuda"]
+    monkeypatch.setitem(BACKENDS, "cuda", Backend(b.name, b.package, b.devices, b.promises, lambda: "torch is not a CUDA build"))
+    registry.missing.cache_clear()
+    said = r"backend 'cuda' \(asked for by use\('cuda'\)\) is not available: torch is not a CUDA build; cpu serves cpu only"
+    with pytest.raises(BackendError, match=said), registry.use("cuda"):
+        pass
+    with pytest.raises(BackendError, match=r"no backend serves cuda tensors; .*cuda: torch is not a CUDA build; .*\.to\('cpu'\)"):
+        registry.active("cuda")
+
+
 def test_other_device() -> None:
-    with pytest.raises(BackendError, match=r"no backend serves meta tensors; cpu serves cpu only; pytorch serves cpu only"):
+    with pytest.raises(BackendError, match=r"no backend serves meta tensors; cpu serves cpu only; cuda serves cuda only; pytorch serves cpu only"):
         linear(torch.zeros(1, 1, device="meta"), torch.zeros(1, 1, device="meta"))
     with (
         registry.use("pytorch"),
@@ -118,7 +129,7 @@ def test_missing_op_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_table(no_cpu: None) -> None:
     table = registry.backends()
     assert set(table) == set(OPS)
-    assert table["linear"] == {"cpu": "not built here", "pytorch": "yes"}
+    assert table["linear"]["cpu"] == "not built here" and table["linear"]["pytorch"] == "yes"
     text = str(table)
     assert "cpu: not built here" in text
     assert "pytorch: serves cpu; promises repeatable, batch-invariant, padding-invariant" in text

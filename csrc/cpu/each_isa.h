@@ -17,7 +17,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "args.h"
+#include "../args.h"
+#include "types.h"
 
 #define RK_ISA scalar
 #define RK_ISA_SCALAR 1

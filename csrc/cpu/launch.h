@@ -1,10 +1,5 @@
-// launch.h: what every launcher needs from torch: dtypes, raw pointers, tasks over threads. Not seen by kernels.
+// launch.h: what every CPU launcher needs: tasks over threads, floats as the contract wants them, scratch. Not seen by kernels.
 #pragma once
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <atomic>
 #include <optional>
@@ -15,26 +10,10 @@
 #include <immintrin.h>
 #endif
 
-#include "../checks.h"
+#include "../tensors.h"
 #include "types.h"
 
 namespace rk {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline Dtype dtype_of(ScalarType t, const char* op, const char* name) {
-    if (t == ScalarType::Float) return Dtype::F32;
-    if (t == ScalarType::Half) return Dtype::F16;
-    if (t == ScalarType::BFloat16) return Dtype::BF16;
-    RK_CHECK(false, op, name, " must be float32, float16 or bfloat16");
-    return Dtype::F32;
-}
-inline Dtype dtype_of(const Tensor& t, const char* op, const char* name) { return dtype_of(t.scalar_type(), op, name); }
-
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-    return torch::stable::new_empty(like, std::vector<int64_t>(shape), dtype);
-}
 
 // The contract's floating point, whatever the process has set (torch.set_flush_denormal, a fast-math library): subnormals kept,
 // round to nearest even. The setting belongs to a thread, so every thread that computes holds one of these.

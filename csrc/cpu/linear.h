@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "args.h"
+#include "../args.h"
 #include "launch.h"
 
 namespace rk {

@@ -1,19 +1,9 @@
-// types.h: what kernels and launchers both see: storage dtypes, and which instruction set is in force.
+// types.h: what the CPU's kernels and launchers both see: which instruction set is in force, and how weights are packed.
 #pragma once
 
-#include <cstdint>
+#include "../types.h"
 
 namespace rk {
-
-enum class Dtype : int { F32 = 0, F16 = 1, BF16 = 2 };
-constexpr int64_t bytes_of(Dtype t) { return t == Dtype::F32 ? 4 : 2; }
-
-struct f16 {
-    uint16_t bits;
-};
-struct bf16 {
-    uint16_t bits;
-};
 
 enum class Isa : int { SCALAR = 0, AVX2 = 1, AVX512 = 2 };
 Isa isa();            // the one in force: the best the CPU has, or what force_isa said

@@ -1,4 +1,4 @@
-"""The compiled backends' Python side: loads the library, prepacks weights, calls torch.ops.rerank_kernels.
+"""The compiled backends' Python side: loads the libraries, prepacks weights, calls torch.ops.rerank_kernels.
 
 PyTorch's dispatcher picks cpu or cuda by the tensors; the six files here only add what a dispatcher cannot know.
 """
@@ -10,18 +10,31 @@ import pathlib
 
 import torch
 
+PACKAGE = pathlib.Path(__file__).parent.parent
+
 
 @functools.cache
 def missing() -> str | None:
-    """Loads the library once; says why it cannot."""
-    package = pathlib.Path(__file__).parent.parent
-    found = sorted(package.glob("_C*.so"))
+    """Loads the C++ library once; says why it cannot."""
+    return _load("_C", "the C++ library", "_not_built.txt")
+
+
+@functools.cache
+def missing_cuda() -> str | None:
+    """Loads the CUDA library once; says why it cannot. Its ops' signatures are the C++ library's."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    return missing() or _load("_cuda", "the CUDA library", "_no_cuda.txt")
+
+
+def _load(stem: str, what: str, reason: str) -> str | None:
+    found = sorted(PACKAGE.glob(f"{stem}*.so"))
     if not found:
-        said = package / "_not_built.txt"  # by setup.py
+        said = PACKAGE / reason  # by setup.py
         why = said.read_text(encoding="utf-8").strip() if said.exists() else "this is a checkout that was never installed"
-        return f"the C++ library was not built: {why}"
+        return f"{what} was not built: {why}"
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
-        return f"the C++ library does not load with torch {torch.__version__}: {error}"
+        return f"{what} does not load with torch {torch.__version__}: {error}"
     return None

@@ -1,8 +1,12 @@
 """Weights laid out for the kernels, made once per weight and kept as long as the weight lives.
 
+The CPU's kernels want panels of 32 outputs; a GPU's read a weight as nn.Linear holds it, so nothing is copied for them but the
+transpose of sparse_ffn's down-projection.
+
 A weight is recognised by its identity, memory, version, and a sample of its bits: an optimiser step, load_state_dict, .half()
 or .to() lead to a new layout at the next call. PyTorch's version counter does not see writes through `weight.data` and fused
-optimisers; the sample of up to 1024 values sees them unless they leave all of these as they were: call rk.forget(model) then.
+optimisers; the sample of up to 1024 values, looked at on the CPU only, sees them unless they leave all of these as they were:
+call rk.forget(model) then.
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
+
+LAID_OUT_ON: tuple[str, ...] = ("cpu",)  # the devices whose kernels want weights laid out
 
 
 @dataclass
@@ -30,12 +36,16 @@ _kept: dict[str, WeakTensorKeyDictionary] = {}
 
 
 def packed(weight: Tensor) -> Tensor:
-    """[N, K] -> [ceil(N / 32), K, 32], in the weight's own dtype."""
+    """[N, K] -> [ceil(N / 32), K, 32] where kernels want it so, else [N, K]; in the weight's own dtype."""
+    if weight.device.type not in LAID_OUT_ON:
+        return contiguous(weight)
     return _cached("packed", weight, lambda w: torch.ops.rerank_kernels.pack_weight(w))
 
 
 def transposed(weight: Tensor) -> Tensor:
     """nn.Linear's [D, F] -> [F, D] contiguous; refuses weights that are not finite, since sparse_ffn skips terms."""
+    if weight.device.type not in LAID_OUT_ON:
+        return _cached("rows", weight, lambda w: finite(w).t().contiguous())
     return _cached("transposed", weight, lambda w: torch.ops.rerank_kernels.transpose_weight(finite(w)))
 
 
@@ -44,12 +54,16 @@ def check_finite(weight: Tensor) -> None:
     _cached("finite", weight, lambda w: finite(w).new_empty(0))
 
 
-def screen(weight: Tensor) -> tuple[Tensor, Tensor]:
+def screen(weight: Tensor) -> tuple[Tensor, Tensor | None]:
     """A packed bfloat16 copy of [N, K], and slack [N]: |dot(x, w) - dot(x, copy)| <= slack[n] * |x| for both as computed.
 
     By Cauchy and Schwarz: |w - copy| for the rounding of the weights, and twice the error bound of a `dot` of K terms,
     u (chunk + number of chunks) |x| |w|, for the arithmetic. The norms are taken in float64; 1.0001 covers what is left.
+    Half-precision weights are no larger than the copy would be: they are their own copy, and there is no slack. A GPU's
+    kernels do not screen.
     """
+    if weight.dtype != torch.float32 or weight.device.type not in LAID_OUT_ON:
+        return packed(weight), None
 
     def slack(w: Tensor) -> Tensor:
         k = w.shape[1]
@@ -99,7 +113,8 @@ def _cached(kind: str, weight: Tensor, make: Callable[[Tensor], Tensor]) -> Tens
         kept is not None
         and kept.version == weight._version
         and _same_memory(kept.source, weight)
-        and torch.equal(kept.view, kept.sample)
+        # on a GPU the look itself would wait for the device, and could not be captured in a graph
+        and (weight.device.type != "cpu" or torch.equal(kept.view, kept.sample))
     ):
         return kept.packed
     source = weight.detach()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels.native.linear import linear
-from rerank_kernels.native.pack import check_finite, contiguous, packed, screen, transposed
+from rerank_kernels.native.pack import check_finite, contiguous, screen, transposed
 
 # From here on a row's share of reading all weights costs less than its own walk over the active ones. Only time depends on it.
 DENSE_ROWS = 8
@@ -31,8 +31,8 @@ def sparse_ffn(
             hidden = torch.where(gate == 0, gate, gate * linear(x, up_weight, up_bias, None, None, f32))
         return linear(hidden, down_weight, down_bias, None, None, x.dtype)
     first, first_bias = (up_weight, up_bias) if gate_weight is None else (gate_weight, gate_bias)
-    # float32 weights are first read as a bfloat16 copy, which shows most of the inactive neurons (csrc/cpu/sparse_ffn.cpp)
-    first_packed, slack = screen(first) if first.dtype == torch.float32 else (packed(first), None)
+    # the CPU first reads float32 weights as a bfloat16 copy, which shows most inactive neurons (csrc/cpu/sparse_ffn.cpp)
+    first_packed, slack = screen(first)
     return torch.ops.rerank_kernels.sparse_ffn(
         x,
         contiguous(first),

@@ -1,4 +1,4 @@
-// args.h: what a launcher hands to a kernel: raw pointers, dtypes and sizes. Plain data, no torch.
+// args.h: what a launcher hands to a kernel of any backend: raw pointers, dtypes and sizes. Plain data, no torch.
 #pragma once
 
 #include "types.h"
@@ -22,7 +22,7 @@ struct NormArgs {
 struct LinearArgs {
     const void* x;  // [M, K]
     Dtype x_dtype;
-    const void* packed;  // [ceil(N / PANEL)][K][PANEL]
+    const void* packed;  // as the backend's pack_weight lays it out; cpu: [ceil(N / 32)][K][32], cuda: [N, K] as it is
     Dtype packed_dtype;
     const void* bias;  // [N] or null
     Dtype bias_dtype;

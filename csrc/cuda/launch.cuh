@@ -1,0 +1,33 @@
+// launch.cuh: starting a kernel, with the errors said, and the launchers' choices, which a test can force.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "kernels.h"
+
+namespace rk {
+
+inline void check_cuda(cudaError_t code, const char* op, const char* what) {
+    if (code == cudaSuccess) return;
+    throw std::runtime_error(std::string(op) + ": " + what + " failed: " + cudaGetErrorString(code) + " (" +
+                             cudaGetErrorName(code) + ")");
+}
+
+// Starts kernel(args...) on the stream; nothing waits, nothing is allocated, so a CUDA graph can capture it. A grid without
+// blocks is no launch: an op on no rows is not an error.
+template <class... P, class... A>
+void launch(const char* op, void (*kernel)(P...), dim3 grid, int threads, size_t shared, Stream stream, A&&... args) {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    if (shared > 48 * 1024)  // more than the default must be asked for; the call is cheap and idempotent
+        check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        int(shared)),
+                   op, "asking for shared memory");
+    kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(std::forward<A>(args)...);
+    check_cuda(cudaGetLastError(), op, "starting a kernel");
+}
+
+}  // namespace rk

@@ -1,0 +1,12 @@
+// linear.h: the torch side of linear, for the ops that are made of it (score_head).
+#pragma once
+
+#include "launch.h"
+
+namespace rk {
+
+// y [M, N] = act(x [M, K] weight [N, K]^T + bias) + residual
+void run_linear(const Call& call, const char* op, const Tensor& x, const Tensor& weight, int64_t N,
+                const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& residual, const Tensor& y);
+
+}  // namespace rk

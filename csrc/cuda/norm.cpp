@@ -1,0 +1,29 @@
+// norm.cpp: layer_norm on CUDA tensors.
+
+#include "launch.h"
+
+namespace rk {
+
+static Tensor layer_norm_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps,
+                              const std::optional<Tensor>& residual) {
+    const Call call(x);
+    const int64_t rows = x.size(0), D = x.size(1);
+    Tensor y = call.empty({rows, D}, x.scalar_type());
+    const NormArgs args{call.read(x),
+                        dtype_of(x, "layer_norm", "x"),
+                        read(call, residual),
+                        dtype_of(residual, "layer_norm", "residual"),
+                        call.read(weight),
+                        dtype_of(weight, "layer_norm", "weight"),
+                        read(call, bias),
+                        dtype_of(bias, "layer_norm", "bias"),
+                        call.write(y),
+                        D,
+                        float(eps)};
+    layer_norm(args, rows, call.stream());
+    return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, RK_KEY, m) { m.impl("layer_norm", TORCH_BOX(&layer_norm_cuda)); }
+
+}  // namespace rk

@@ -1,0 +1,133 @@
+// norm.cu: layer_norm over the last dimension of [R, D]. s = x + residual; mean and var by row_sum; y = fma((s - mean) * (1 /
+// sqrt(var + eps)), w, b). Order as NUMERICS.md, "layer_norm".
+//
+// A warp or a block takes a row: x and residual are read once, s waits in shared memory as float32, where lane l of a warp
+// reads s[l], s[l + 32], ... as row_sum wants it. A row that does not fit (D above some 25,000) is read again for every pass.
+
+#include <type_traits>
+
+#include "launch.cuh"
+#include "rows.cuh"
+
+namespace rk {
+
+struct NoResidual {};
+
+// row = x + residual, in shared memory.
+template <class T, class R, int WARPS, int N>
+__device__ __forceinline__ void stage_sum(const T* x, const R* residual, int D, float* row) {
+#pragma unroll 4
+    for (int g = rank_in_team<WARPS>(); g < D / N; g += 32 * WARPS) {
+        float v[N];
+        load_group<N>(x + g * N, v);
+        if constexpr (!std::is_same<R, NoResidual>::value) {
+            float r[N];
+            load_group<N>(residual + g * N, r);
+#pragma unroll
+            for (int j = 0; j < N; ++j) v[j] = v[j] + r[j];
+        }
+        put_group<N>(row, g, v);
+    }
+}
+
+__device__ __forceinline__ float rstd_of(float sum_of_squares, float count, float eps) {
+    return 1.0f / sqrt_of(sum_of_squares / count + eps);
+}
+
+template <class T, int WARPS, int N>
+__device__ __forceinline__ void layer_norm_row(const NormArgs& a, int64_t at, float* row, float* slots) {
+    const int D = int(a.D);
+    const T* x = static_cast<const T*>(a.x) + at;
+    if (!a.residual)
+        stage_sum<T, NoResidual, WARPS, N>(x, nullptr, D, row);
+    else if (a.residual_dtype == Dtype::F32)
+        stage_sum<T, float, WARPS, N>(x, static_cast<const float*>(a.residual) + at, D, row);
+    else if (a.residual_dtype == Dtype::F16)
+        stage_sum<T, f16, WARPS, N>(x, static_cast<const f16*>(a.residual) + at, D, row);
+    else
+        stage_sum<T, bf16, WARPS, N>(x, static_cast<const bf16*>(a.residual) + at, D, row);
+    team_barrier<WARPS>();
+    const float count = float(a.D);
+    const float mean = team_row_sum<WARPS>(D, slots, [&](float sum, int64_t i) { return sum + row[i]; }) / count;
+    const float squares = team_row_sum<WARPS>(D, slots + 1, [&](float sum, int64_t i) {
+        const float c = row[i] - mean;
+        return fmadd(c, c, sum);
+    });
+    const float rstd = rstd_of(squares, count, a.eps);
+    T* y = static_cast<T*>(a.y) + at;
+#pragma unroll 2
+    for (int g = rank_in_team<WARPS>(); g < D / N; g += 32 * WARPS) {
+        float v[N], w[N];
+        load_group_as<N>(a.weight_dtype, a.weight, g * N, w);
+        get_group<N>(row, g, v);
+        if (a.bias) {
+            float b[N];
+            load_group_as<N>(a.bias_dtype, a.bias, g * N, b);
+#pragma unroll
+            for (int j = 0; j < N; ++j) v[j] = fmadd((v[j] - mean) * rstd, w[j], b[j]);
+        } else {
+#pragma unroll
+            for (int j = 0; j < N; ++j) v[j] = (v[j] - mean) * rstd * w[j];
+        }
+        store_group<N>(y + g * N, v);
+    }
+}
+
+// `stride`: floats from one row to the next in shared memory. `vectors`: all addresses and D allow accesses of 16 bytes.
+template <class T, int WARPS>
+__global__ void __launch_bounds__(32 * TEAM_WARPS)
+    layer_norm_kernel(const NormArgs a, int64_t rows, int stride, bool vectors) {
+    extern __shared__ float4 memory[];
+    float* const shared = reinterpret_cast<float*>(memory);
+    const int team = WARPS == 1 ? int(threadIdx.x / 32) : 0, teams = WARPS == 1 ? int(blockDim.x / 32) : 1;
+    const int64_t r = int64_t(blockIdx.x) * teams + team;
+    if (r >= rows) return;
+    float *row = shared + team * stride, *slots = shared + stride;
+    if (vectors) layer_norm_row<T, WARPS, VECTOR<T>>(a, r * a.D, row, slots);
+    else layer_norm_row<T, WARPS, 1>(a, r * a.D, row, slots);
+}
+
+// Any D: one block a row, whose first warp sums.
+__global__ void __launch_bounds__(32 * TEAM_WARPS) layer_norm_long_kernel(const NormArgs a) {
+    __shared__ float slots[2];
+    const int64_t at = int64_t(blockIdx.x) * a.D;
+    const auto s = [&](int64_t i) {
+        const float x = load_as(a.x_dtype, a.x, at + i);
+        return a.residual ? x + load_as(a.residual_dtype, a.residual, at + i) : x;
+    };
+    const float count = float(a.D);
+    const float mean = team_row_sum<TEAM_WARPS>(a.D, slots, [&](float sum, int64_t i) { return sum + s(i); }) / count;
+    const float squares = team_row_sum<TEAM_WARPS>(a.D, slots + 1, [&](float sum, int64_t i) {
+        const float c = s(i) - mean;
+        return fmadd(c, c, sum);
+    });
+    const float rstd = rstd_of(squares, count, a.eps);
+    for (int64_t i = threadIdx.x; i < a.D; i += blockDim.x) {
+        const float normed = (s(i) - mean) * rstd, w = load_as(a.weight_dtype, a.weight, i);
+        store_as(a.x_dtype, a.y, at + i, a.bias ? fmadd(normed, w, load_as(a.bias_dtype, a.bias, i)) : normed * w);
+    }
+}
+
+// ---- launcher ------------------------------------------------------------------------------------------------------------
+
+static Choice layer_norm_choice("layer_norm", 2);
+
+template <class T>
+static void layer_norm_of(const NormArgs& a, int64_t rows, Stream stream) {
+    const int way = layer_norm_choice.take(row_way(rows, a.D));
+    const RowLaunch shape = row_launch(way, rows, a.D);
+    const bool vectors = a.D % VECTOR<T> == 0 && aligned(a.x, 16) && aligned(a.residual, 16) && aligned(a.weight, 16) &&
+                         aligned(a.bias, 16) && aligned(a.y, 16);
+    launch("layer_norm", way == BLOCK_A_ROW ? layer_norm_kernel<T, TEAM_WARPS> : layer_norm_kernel<T, 1>,
+           dim3(unsigned(shape.blocks)), shape.threads, size_t(shape.shared), stream, a, rows, int(row_stride(a.D)), vectors);
+}
+
+void layer_norm(const NormArgs& a, int64_t rows, Stream stream) {
+    if (!row_fits(a.D))
+        return launch("layer_norm", layer_norm_long_kernel, dim3(unsigned(rows)), 32 * TEAM_WARPS, 0, stream, a);
+    if (a.x_dtype == Dtype::F32) return layer_norm_of<float>(a, rows, stream);
+    if (a.x_dtype == Dtype::F16) return layer_norm_of<f16>(a, rows, stream);
+    layer_norm_of<bf16>(a, rows, stream);
+}
+
+}  // namespace rk

@@ -1,0 +1,48 @@
+// sparse_ffn.cpp: sparse_ffn on CUDA tensors, for few rows; many take the dense way (rerank_kernels/native/sparse_ffn.py).
+
+#include "launch.h"
+
+namespace rk {
+
+// The packed copy and the slack serve the CPU's screening (csrc/cpu/sparse_ffn.cpp) and are not looked at here.
+static Tensor sparse_ffn_cuda(const Tensor& x, const Tensor& first, const std::optional<Tensor>& first_bias, const Tensor&,
+                              const std::optional<Tensor>&, const std::optional<Tensor>& up,
+                              const std::optional<Tensor>& up_bias, const Tensor& down_rows,
+                              const std::optional<Tensor>& down_bias) {
+    const Call call(x);
+    const int64_t M = x.size(0), K = x.size(1), F = down_rows.size(0), D = down_rows.size(1);
+    RK_CHECK(K > 0 && F > 0 && D > 0, "sparse_ffn", "K, F and D must be > 0");
+    RK_CHECK(first.is_contiguous() && first.size(0) == F && first.size(1) == K, "sparse_ffn",
+             "the first weight must be [F, K] and contiguous");
+    RK_CHECK(!up || (up->is_contiguous() && up->size(0) == F && up->size(1) == K), "sparse_ffn",
+             "up_weight must be [F, K] and contiguous");
+    RK_CHECK(down_rows.is_contiguous(), "sparse_ffn", "the rows of down must be contiguous");
+    Tensor y = call.empty({M, D}, x.scalar_type());
+    const SparseFfnArgs args{call.read(x),
+                             dtype_of(x, "sparse_ffn", "x"),
+                             call.read(first),
+                             dtype_of(first, "sparse_ffn", "weight"),
+                             read(call, first_bias),
+                             dtype_of(first_bias, "sparse_ffn", "bias"),
+                             read(call, up),
+                             dtype_of(up, "sparse_ffn", "up_weight"),
+                             read(call, up_bias),
+                             dtype_of(up_bias, "sparse_ffn", "up_bias"),
+                             call.read(down_rows),
+                             dtype_of(down_rows, "sparse_ffn", "down_weight"),
+                             read(call, down_bias),
+                             dtype_of(down_bias, "sparse_ffn", "down_bias"),
+                             call.write(y),
+                             dtype_of(y, "sparse_ffn", "x"),
+                             M,
+                             K,
+                             F,
+                             D};
+    Tensor memory = workspace(call, sparse_ffn_workspace(args));
+    sparse_ffn(args, static_cast<float*>(call.write(memory)), call.stream());
+    return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, RK_KEY, m) { m.impl("sparse_ffn", TORCH_BOX(&sparse_ffn_cuda)); }
+
+}  // namespace rk

@@ -1,0 +1,16 @@
+// cudart.h: what the stand-in for the CUDA runtime knows about an op's memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+extern "C" {
+struct ptxsim_memory {
+    uint64_t address, bytes;
+    int32_t writable, padding;
+};
+void ptxsim_begin();  // an op begins: forget the memory of the one before, unless it called this one
+void ptxsim_end();
+extern int ptxsim_poison;  // the byte that new tensors are filled with
+void ptxsim_note(const void* address, size_t bytes, int writable);
+}

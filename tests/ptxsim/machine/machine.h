@@ -1,0 +1,226 @@
+// machine.h: what the simulator's parts share: a decoded instruction, a warp with its lanes, a block, a launch.
+//
+// A warp's registers are a structure of arrays: every 32-bit virtual register is 32 neighbouring u32, every 64-bit one 32
+// neighbouring u64, a predicate one u32 with a bit a lane. Registers of 8 and 16 bits take 32-bit cells and are kept
+// zero-extended. Constants and special registers are cells too, filled once, so that a handler only ever sees offsets.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+namespace ptxsim {
+
+using u8 = uint8_t;
+using u16 = uint16_t;
+using u32 = uint32_t;
+using u64 = uint64_t;
+using s8 = int8_t;
+using s16 = int16_t;
+using s32 = int32_t;
+using s64 = int64_t;
+
+constexpr u32 FULL = 0xffffffffu;
+
+// Generic addresses of what is not plain memory: no pointer of this process looks like these.
+constexpr u64 SHARED_WINDOW = 1ull << 60;
+constexpr u64 LOCAL_WINDOW = 2ull << 60;
+constexpr u64 PARAM_WINDOW = 4ull << 60;
+
+struct Warp;
+struct Block;
+struct Launch;
+struct Inst;
+using Handler = void (*)(Warp&, const Inst&);
+
+// What the interpreter's loop itself must do with an instruction; decode.py has the same numbers.
+enum Control : u8 { PLAIN, BRANCH, EXIT, COLLECTIVE, BARRIER, BRANCH_TABLE, TRAP };
+
+struct Inst {  // decode.py packs all of it but `run`
+    u32 op;
+    u8 control;
+    u8 negate;    // run where the guard is false
+    u16 mod;      // modifiers, as the handler reads them
+    s32 x[6];     // byte offsets into the warp's registers; -1: not there
+    s64 imm;      // address offset, or what the handler wants
+    s32 guard;    // offset of the predicate, -1: always
+    s32 target;   // of a branch; member mask of a collective whose x[5] is -1
+    s32 more;     // first of further operands in the program's pool
+    s32 line;     // of the PTX text
+    Handler run;  // filled in here
+};
+
+// Modifier bits of floating-point instructions (Inst::mod).
+enum Mod : u16 { FTZ = 1, SAT = 2, RZ = 4, RM = 8, RP = 12, ROUNDING = 12, RELU = 16, NAN_ = 32, ABS_ = 64, RNA = 128 };
+// Of loads and stores.
+enum MemMod : u16 { SIGNED = 1, ADDRESS64 = 2, ATOMIC = 4 };
+
+// An error in the simulated program that ends the launch. "{line N}" in a text becomes the PTX line in program.py.
+struct Fault {
+    std::string text;
+};
+
+struct Program {
+    std::vector<Inst> code;
+    std::vector<s32> pool;
+    u32 file_bytes = 0;
+    u32 static_shared = 0, local_bytes = 0;
+    u32 shared_granule = 1, global_granule = 1;  // the narrowest access, for the race detector
+    struct Constant {
+        u32 at, wide;
+        u64 value;
+    };
+    struct Special {
+        u32 at, kind;
+    };
+    std::vector<Constant> constants;
+    std::vector<Special> specials;
+    std::vector<u64> executed, lanes;  // per instruction: times run by a warp, times run by a lane
+};
+
+struct SharedCell {  // of the race detector: who touched a granule last
+    u32 wtime, wline, rtime, rline, rwarps;
+    u16 wthread, rthread;
+};
+struct GlobalCell {
+    u32 wblock, rblock;  // block number + 1; readers of several blocks: SEVERAL
+    SharedCell in_block;
+    u32 atomic;  // the last write was an atomic one
+};
+
+struct Region {
+    u64 lo, hi;
+    bool writable;
+    std::string name;
+    std::vector<GlobalCell> cells;
+};
+
+struct Options {
+    s32 sched, race, lazy_async, mma;
+    u64 seed, max_steps;
+};
+
+enum State : u8 { RUNNABLE, AT_BARRIER, AT_COLLECTIVE };
+
+struct Group {  // lanes of one warp that share a program counter
+    u32 pc, mask;
+    State state;
+    bool counted;  // at a barrier: already among its arrivals
+    u32 bar, expected, member;
+};
+
+struct Copy {  // a cp.async on its way
+    u32 lane, to, size, valid, group;
+    u64 from;
+    s32 line;
+};
+
+struct Warp {
+    u8* file;
+    const Program* program;
+    Block* block;
+    Launch* launch;
+    u8* local;
+    u32 mask;  // lanes that run the present instruction
+    u32 pc, active, limit;
+    u32 id, born, live;
+    u32 count, current;
+    bool expired;  // its last turn ended by the clock, not by waiting
+    Group groups[33];
+    u32 committed[32];
+    std::vector<Copy> copies;
+
+    template <class T>
+    T* at(s32 offset) {
+        return reinterpret_cast<T*>(file + offset);
+    }
+    u32& pred(s32 offset) { return *reinterpret_cast<u32*>(file + offset); }
+    void set_pred(s32 offset, u32 bits) { pred(offset) = (pred(offset) & ~mask) | (bits & mask); }
+};
+
+struct Bar {
+    u32 lanes, threads, expected, ones, all, any;
+    bool used;
+    std::vector<u32> clock;
+};
+
+struct Block {
+    Launch* launch;
+    u32 ctaid[3], number, live;
+    u8* shared;
+    u32 shared_bytes;
+    std::vector<Warp> warps;
+    Bar bars[16];
+    std::vector<std::vector<u32>> seen;  // seen[w][v]: warp w knows of what warp v did before this time
+};
+
+struct Launch {
+    Program* program;
+    Options options;
+    u32 grid[3], block[3], threads;
+    const u8* params;
+    u32 param_bytes;
+    std::vector<Region> regions;
+    u32 last_region = 0;
+    u64 random, steps = 0;
+    u32 time = 1, block_began = 1;
+    std::vector<SharedCell> cells;
+    std::vector<std::string> problems;
+    u32 problem_count = 0;
+
+    u64 draw() {
+        random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+        return random * 0x2545f4914f6cdd1dull >> 16;
+    }
+    void problem(const std::string& text) {
+        if (problem_count++ < 20) problems.push_back(text);
+    }
+};
+
+std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
+std::string place(const Warp& w, u32 lane, s32 line);  // "PTX line 7, block (0,0,0), thread (3,0,0)"
+[[noreturn]] void fault(const Warp& w, u32 lane, const Inst& in, const std::string& what);
+
+// ---- memory.cpp
+u8* global_pointer(Warp& w, u32 lane, const Inst& in, u64 address, u32 bytes, bool write, bool atomic = false);
+u8* shared_pointer(Warp& w, u32 lane, const Inst& in, u64 address, u32 bytes, bool write);
+u8* any_pointer(Warp& w, u32 lane, const Inst& in, u64 address, u32 bytes, bool write, bool atomic = false);
+
+// ---- async.cpp
+void start_block_copies(Warp& w);
+
+// ---- race.cpp
+void race_shared(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes, bool write, const u8* value);
+void race_global(Warp& w, u32 lane, s32 line, Region& region, u64 address, u32 bytes, bool write, const u8* value, bool atomic);
+void race_start_block(Block& b);
+void race_copy_issued(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes);
+void race_copy_landed(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes);
+void race_warp_sync(Warp& w);
+void race_arrive(Warp& w, Bar& bar);
+void race_release(Warp& w, Bar& bar);
+
+// ---- the table of handlers
+struct Table {
+    std::vector<std::string> names;
+    std::vector<Handler> handlers;
+    void add(const std::string& name, Handler run) {
+        names.push_back(name);
+        handlers.push_back(run);
+    }
+};
+void add_integer(Table&);
+void add_logic(Table&);
+void add_float(Table&);
+void add_double(Table&);
+void add_half(Table&);
+void add_convert(Table&);
+void add_compare(Table&);
+void add_move(Table&);
+void add_memory(Table&);
+void add_atomic(Table&);
+void add_collective(Table&);
+void add_async(Table&);
+void add_matrix(Table&);
+
+}  // namespace ptxsim

@@ -1,0 +1,163 @@
+"""Opcodes of the regular kind: one destination, sources of fixed types. decode.py has the others.
+
+A plan is the handler's name in machine/, one letter an operand (a capital is written) and the modifier bits:
+W 32-bit cell (also 8 and 16 bits), D 64-bit cell, P predicate; f, g, h like w, d, w for immediates of f32, f64, 16 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .parse import BITS, ParseError
+
+FTZ, SAT, RZ, RM, RP, RELU, NAN, ABS, RNA = 1, 2, 4, 8, 12, 16, 32, 64, 128
+_ROUNDING = {"rn": 0, "rz": RZ, "rm": RM, "rp": RP, "rni": 0, "rzi": RZ, "rmi": RM, "rpi": RP, "rna": RNA}
+_FLAGS = {"ftz": FTZ, "sat": SAT, "relu": RELU, "NaN": NAN, "xorsign": 0, "abs": ABS, "satfinite": 0}
+INTEGERS = ("u16", "s16", "u32", "s32", "u64", "s64")
+HALVES = ("f16", "bf16", "f16x2", "bf16x2")
+
+
+@dataclass(frozen=True)
+class Plan:
+    name: str
+    kinds: str
+    mod: int = 0
+    imm: int = 0
+
+
+def cell(type: str) -> str:
+    """The letter of a type's source operand."""
+    if type == "pred":
+        return "p"
+    if type in ("f32", "f64"):
+        return "f" if type == "f32" else "g"
+    bits = BITS[type]
+    if bits == 128:
+        raise ParseError("128-bit registers")
+    return "d" if bits == 64 else "h" if bits < 32 else "w"
+
+
+def plain(type: str) -> str:
+    """W or D, for a destination."""
+    return {"w": "W", "h": "W", "f": "W", "d": "D", "g": "D", "p": "P"}[cell(type)]
+
+
+def flags(mods: list[str]) -> int:
+    mod = 0
+    for m in mods:
+        mod |= _ROUNDING.get(m, 0) | _FLAGS.get(m, 0)
+    return mod
+
+
+def _only(mods: list[str], allowed: str) -> None:
+    for m in mods:
+        if m not in allowed.split():
+            raise ParseError(f"modifier .{m}")
+
+
+def _same(name: str, type: str, sources: int, mod: int = 0, imm: int = 0) -> Plan:
+    return Plan(name, plain(type) + cell(type) * sources, mod, imm)
+
+
+_COUNT = {"add": 2, "sub": 2, "mul": 2, "div": 2, "rem": 2, "min": 2, "max": 2, "fma": 3, "mad": 3, "neg": 1, "abs": 1, "rcp": 1,
+          "sqrt": 1, "rsqrt": 1, "sin": 1, "cos": 1, "lg2": 1, "ex2": 1, "tanh": 1, "sad": 3, "copysign": 2}  # fmt: skip
+
+
+def _integer(base: str, mods: list[str], type: str) -> Plan:
+    if base in ("mul", "mad"):
+        if mods[:1] == ["wide"]:
+            wide = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}[type]
+            _only(mods[1:], "")
+            return Plan(f"{base}.wide.{type}", plain(wide) + cell(type) * 2 + (cell(wide) if base == "mad" else ""))
+        if mods[:1] in (["lo"], ["hi"]):
+            _only(mods[1:], "")
+            return _same(f"{base}.{mods[0]}.{type}", type, _COUNT[base])
+        raise ParseError("without .lo, .hi or .wide")
+    if base in ("add", "sub") and mods == ["sat"]:
+        return _same(f"{base}.sat.{type}", type, 2)
+    _only(mods, "")
+    return _same(f"{base}.{type}", type, _COUNT[base])
+
+
+def _float(base: str, mods: list[str], type: str, operands: int) -> Plan:
+    mod = flags(mods)
+    wide = type == "f64"
+    base = "fma" if base == "mad" else base
+    n = _COUNT[base]
+    if base in ("min", "max"):
+        _only(mods, "ftz NaN xorsign abs")
+        if wide:
+            return _same(f"{base}.f64", type, 2)
+        if operands == 4:
+            return _same(f"{base}3.f32", type, 3, mod)
+        return _same(f"{base}.f32.mod" if mod else f"{base}.f32", type, 2, mod)
+    if "approx" in mods or "full" in mods or base in ("rsqrt", "sin", "cos", "lg2", "ex2", "tanh"):
+        _only(mods, "approx full ftz")
+        return _same(f"{base}.approx{'.ftz' if wide and mod & FTZ else ''}.{type}", type, n, 0 if wide else mod)
+    _only(mods, "rn rz rm rp ftz sat")
+    if base in ("copysign",):
+        return _same(f"{base}.{type}", type, n)
+    return _same(f"{base}.{type}.mod" if mod and not (wide and base in ("neg", "abs")) else f"{base}.{type}", type, n, mod)
+
+
+def _half(base: str, mods: list[str], type: str) -> Plan:
+    approx = ".approx" if base in ("ex2", "tanh") else ""
+    _only(mods, "rn ftz sat relu NaN" + (" approx" if approx else ""))
+    if "ftz" in mods and base not in ("ex2", "neg", "abs"):
+        raise ParseError("modifier .ftz")  # subnormal halves are numbers like others here
+    return _same(f"{base}{approx}.{type}", type, _COUNT[base], flags(mods) & ~FTZ)
+
+
+@lru_cache(maxsize=None)
+def plan(opcode: str, operands: int) -> Plan | None:
+    """The plan of a regular opcode; None if decode.py must look at it."""
+    parts = opcode.split(".")
+    base, mods = parts[0], parts[1:]
+    type = mods[-1] if mods else ""
+    if base in _COUNT:
+        mods = mods[:-1]
+        if type in INTEGERS:
+            return _integer(base, mods, type)
+        if type in ("f32", "f64"):
+            return _float(base, mods, type, operands)
+        if type == "f32x2":
+            _only(mods, "rn ftz")
+            return Plan(f"{base}.f32x2", "D" + "d" * _COUNT[base], flags(mods))
+        if type in HALVES:
+            return _half("fma" if base == "mad" else base, mods, type)
+        raise ParseError(f"type .{type}")
+    if base in ("and", "or", "xor", "not", "cnot"):
+        n = 1 if base in ("not", "cnot") else 2
+        return Plan(f"{base}.{type}", plain(type) + cell(type) * n)
+    if base in ("shl", "shr"):
+        return Plan(f"{base}.{type}", plain(type) + cell(type) + "w")
+    if base == "shf":
+        return Plan(opcode, "Wwww")
+    if base == "bfe":
+        return Plan(opcode, plain(type) + cell(type) + "ww")
+    if base == "bfi":
+        return Plan(opcode, plain(type) + cell(type) * 2 + "ww")
+    if base in ("popc", "clz"):
+        return Plan(opcode, "W" + cell(type))
+    if base == "bfind":
+        return Plan(f"bfind.{type}", "W" + cell(type), imm=int("shiftamt" in mods))
+    if base == "brev":
+        return _same(opcode, type, 1)
+    if base in ("mul24", "mad24"):
+        return _same(opcode, type, _COUNT[base[:3]])
+    if base == "bmsk" and "clamp" in mods:
+        return Plan(opcode, "Www")
+    if base == "szext" and "clamp" in mods:
+        return Plan("szext.clamp", "Www", imm=int(type == "s32"))
+    if base in ("dp4a", "dp2a"):
+        hi = 4 if "hi" in mods else 0
+        a, b = mods[-2], mods[-1]
+        return Plan(base, "Wwww", (a == "s32") | (b == "s32") << 1 | hi)
+    if base == "testp":
+        return Plan(opcode, "P" + cell(type))
+    if base == "slct":
+        return Plan(f"slct.{BITS[mods[-2]]}.{type}", plain(mods[-2]) + cell(mods[-2]) * 2 + cell(type))
+    if base == "tanh":
+        return _float(base, mods[:-1], type, operands)
+    return None

@@ -1,0 +1,249 @@
+"""The CUDA backend on a machine without a GPU: its own launchers, as nvcc compiled them, and its kernels' PTX in the simulator.
+
+    with simulated(race=True, sched=2):
+        rk.linear(x, weight)            # CPU tensors; torch.ops.rerank_kernels.* go to csrc/cuda
+
+csrc/cuda/*.cu are compiled by nvcc and linked with cudart.cpp in place of the CUDA runtime, csrc/cuda/*.cpp by g++ for CPU
+tensors (call.h). So Python, registration, launcher, grid, shared memory and arguments are the ones that a GPU would get; only
+ptxas and the chip are left out. README.md says what that proves and what it does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import toolkit
+import torch
+import torch.utils.cpp_extension
+
+try:
+    from ptxsim.program import Kernel, Module
+except ImportError:
+    import sys
+    sys.path.insert(0, "/tmp/proto")
+    from program_proto import Kernel, Module
+from rerank_kernels import backend as registry
+from rerank_kernels.native import pack
+
+ROOT = Path(__file__).parent.parent.parent
+HERE = Path(__file__).parent
+CUDA = ROOT / "csrc" / "cuda"
+BUILD = Path(os.environ.get("RERANK_KERNELS_CACHE", ROOT / "build" / "ptxsim"))
+FAMILIES = ("norm", "softmax", "linear", "attention", "pooling", "sparse_ffn")
+OPS = ("layer_norm", "softmax", "row_sum", "linear", "activation", "attention", "pool", "score_head", "sparse_ffn")
+NAMESPACE = "rerank_kernels_simulated"
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """How a mutant breaks a kernel: `old`, which stands once in csrc/cuda/<file>, becomes `new`."""
+
+    file: str
+    old: str
+    new: str
+
+
+@dataclasses.dataclass
+class Options:
+    """How the simulator runs kernels (program.py, Kernel.launch); `arch` is the architecture that nvcc compiles PTX for."""
+
+    arch: str = "80"
+    launch: dict[str, Any] = dataclasses.field(default_factory=dict)
+    edit: Edit | None = None
+    poison: int = 0xFF  # the byte that new tensors are filled with: NaNs, so that a place nobody writes shows
+
+
+_options = Options()
+_error: list[BaseException] = []
+launched: list[tuple[str, tuple[int, ...], tuple[int, ...], int]] = []  # (kernel, grid, block, shared) of the calls so far
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = (("address", ctypes.c_uint64), ("bytes", ctypes.c_uint64), ("writable", ctypes.c_int32), ("padding", ctypes.c_int32))
+
+
+_Three = ctypes.POINTER(ctypes.c_uint32)
+_LAUNCH = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_char_p,
+    _Three,
+    _Three,
+    ctypes.c_uint64,
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.POINTER(_Memory),
+    ctypes.c_uint64,
+)
+
+
+def missing() -> str | None:
+    """Why nothing can be simulated here, None if it can."""
+    return None if toolkit.find() else "no nvcc: neither a CUDA toolkit nor pip's nvidia-cuda-nvcc is installed"
+
+
+@contextlib.contextmanager
+def simulated(*, arch: str = "80", edit: Edit | None = None, poison: int = 0xFF, **launch: Any) -> Iterator[None]:
+    """Inside the block ops on CPU tensors are served by backend "cuda". Re-entrant: the inner options hold inside."""
+    global _options
+    fill = ctypes.c_int.in_dll(ctypes.CDLL(str(library())), "ptxsim_poison")
+    before, laid_out, registered_as = _options, pack.LAID_OUT_ON, registry.BACKENDS["cuda"]
+    _options, pack.LAID_OUT_ON = Options(arch, launch, edit, poison), ()
+    fill.value = poison
+    registry.BACKENDS["cuda"] = dataclasses.replace(registered_as, devices=("cpu",), missing=lambda: None)
+    registry.missing.cache_clear()
+    try:
+        with torch.library._scoped_library("rerank_kernels", "IMPL") as registered, registry.use("cuda"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that a kernel is overridden is the point
+                for op in OPS:
+                    registered.impl(op, functools.partial(_call, op), "CPU", allow_override=True)
+            yield
+    finally:
+        _options, pack.LAID_OUT_ON = before, laid_out
+        fill.value = before.poison
+        registry.BACKENDS["cuda"] = registered_as
+        registry.missing.cache_clear()
+
+
+def _call(op: str, *arguments: Any) -> Any:
+    _error.clear()
+    try:
+        return getattr(getattr(torch.ops, NAMESPACE), op)(*arguments)
+    except RuntimeError:
+        if _error:
+            raise _error.pop() from None
+        raise
+
+
+def launchers() -> dict[str, int]:
+    """The launchers that have several ways to serve a call, and how many."""
+    library()
+    listed = torch.ops.rerank_kernels_simulated.launchers()
+    return {name: int(count) for name, count in (entry.split() for entry in listed.split(", ") if entry)}
+
+
+@contextlib.contextmanager
+def forced(kernel: str, way: int) -> Iterator[None]:
+    """Inside the block a launcher takes this way instead of its own choice."""
+    library()
+    torch.ops.rerank_kernels_simulated.force_launch(kernel, way)
+    try:
+        yield
+    finally:
+        torch.ops.rerank_kernels_simulated.force_launch(kernel, -1)
+
+
+# ---- a kernel launch, from cudart.cpp
+
+
+def _launch(name: bytes, grid: Any, block: Any, shared: int, arguments: Any, memory: Any, count: int) -> int:
+    try:
+        k = kernel(name.decode(), _options.arch, _options.edit)
+        params = bytearray(max((p.offset + p.size for p in k.params), default=0))
+        for i, p in enumerate(k.params):
+            params[p.offset : p.offset + p.size] = ctypes.string_at(arguments[i], p.size)
+        known = [(memory[i].address, memory[i].bytes, bool(memory[i].writable), f"memory {i}") for i in range(count)]
+        g, b = (grid[0], grid[1], grid[2]), (block[0], block[1], block[2])
+        launched.append((name.decode(), g, b, shared))
+        k.launch(g, b, bytes(params), shared, known, **_options.launch)
+    except BaseException as error:  # an exception cannot pass through C
+        _error.append(error)
+        return 1
+    return 0
+
+
+_callback = _LAUNCH(_launch)
+
+
+@functools.cache
+def module(family: str, arch: str, edit: Edit | None = None) -> Module:
+    kit = toolkit.find()
+    assert kit is not None
+    return Module(kit.ptx((_edited(edit) if edit else CUDA) / f"{family}.cu", arch).read_text())
+
+
+@functools.cache
+def _edited(edit: Edit) -> Path:
+    """A copy of csrc/cuda with one line of it changed."""
+    source = CUDA / edit.file
+    text = source.read_text()
+    assert text.count(edit.old) == 1, f"{edit.file} holds {text.count(edit.old)} times: {edit.old}"
+    key = hashlib.sha256(repr(edit).encode())
+    for p in sorted((ROOT / "csrc").rglob("*.*")):
+        key.update(p.read_bytes())
+    folder = BUILD / "edited" / key.hexdigest()[:20]
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            whole = Path(scratch) / "csrc"
+            shutil.copytree(ROOT / "csrc", whole, ignore=shutil.ignore_patterns("cpu", "__pycache__"))
+            (whole / "cuda" / edit.file).write_text(text.replace(edit.old, edit.new))
+            with contextlib.suppress(OSError):  # another process was faster
+                os.replace(scratch, folder)
+    return folder / "csrc" / "cuda"
+
+
+@functools.cache
+def kernel(name: str, arch: str, edit: Edit | None = None) -> Kernel:
+    for family in FAMILIES:
+        m = module(family, arch, edit)
+        if name in m.kernels:
+            return m.kernel(name)
+    raise LookupError(f"no kernel {name} in the PTX of csrc/cuda")
+
+
+# ---- the library: csrc/cuda for CPU tensors
+
+
+@functools.cache
+def library() -> Path:
+    """Builds it, unless these sources were built before, and loads it."""
+    kit = toolkit.find()
+    if kit is None:
+        raise RuntimeError(missing())
+    torch_side = [ROOT / "csrc" / "schema.cpp", CUDA / "launch.cpp", *(CUDA / f"{f}.cpp" for f in FAMILIES)]
+    include = [HERE, ROOT / "csrc", *torch.utils.cpp_extension.include_paths()]
+    flags = ["-O1", "-g0", "-std=c++20", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-DRK_LIBRARY={NAMESPACE}"]
+    flags += ['-DRK_SIMULATED_CALL="call.h"', *(f"-I{p}" for p in include)]
+
+    key = hashlib.sha256("\0".join([torch.__version__, kit.release, *flags]).encode())
+    for p in sorted([*(ROOT / "csrc").rglob("*.[ch]*"), *HERE.glob("c*.[ch]*")]):
+        key.update(p.name.encode() + p.read_bytes())
+    made = BUILD / f"simulated-{key.hexdigest()[:20]}.so"
+    if not made.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILD) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+            def compile_host(source: Path) -> Path:
+                out = Path(scratch) / f"{source.stem}.host.o"
+                run("c++", *flags, "-c", source, "-o", out)
+                return out
+
+            hosts = [pool.submit(compile_host, s) for s in [*torch_side, HERE / "cudart.cpp"]]
+            devices = [pool.submit(kit.object, CUDA / f"{f}.cu", Path(scratch) / f"{f}.cu.o") for f in FAMILIES]
+            objects = [job.result() for job in [*hosts, *devices]]
+            lib = Path(torch.__file__).parent / "lib"
+            new = Path(scratch) / made.name
+            run("c++", "-shared", *objects, "-o", new, f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}")
+            os.replace(new, made)
+    torch.ops.load_library(str(made))
+    ctypes.CDLL(str(made)).ptxsim_connect(_callback)
+    return made
+
+
+def run(*command: Any) -> None:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\nfailed:\n{done.stdout}{done.stderr}")

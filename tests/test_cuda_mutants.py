@@ -1,0 +1,155 @@
+"""The tests of the CUDA kernels are tested: each line broken here must be caught, by what is named beside it.
+
+A mutant is csrc/cuda with one line changed, compiled by nvcc and run by the real launchers. The honest kernel passes the same
+check first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import cases
+import invariants
+import pytest
+import torch
+from conftest import require
+from invariants import all_same
+
+from rerank_kernels import backend as registry
+
+simulated = pytest.importorskip("ptxsim.simulated")
+Edit = simulated.Edit
+
+
+@pytest.fixture(autouse=True)
+def _cuda() -> None:
+    require("cuda")
+
+
+def bits(case: cases.Case, dtype: torch.dtype) -> None:
+    """The cpu backend's."""
+    rows, shared = case.make_rows(dtype), case.make_shared(dtype)
+    with registry.use("cpu"):
+        want = case.call(rows, shared)
+    all_same(case.call(rows, shared), want, f"{case}, cuda against cpu")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    edit: Edit
+    case: str
+    caught_by: str  # in the error's text
+    check: Callable[[cases.Case, torch.dtype], None] = bits
+    dtype: torch.dtype = torch.float32
+    force: tuple[str, int] | None = None
+    lazy_async: bool = False
+    race: bool = True
+    sched: int = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+DIFFER = r"values differ"
+MUTANTS = [
+    Mutant(
+        "a barrier dropped: a tile is read before all of it is there",
+        Edit("gemm.cuh", "__syncthreads();  // this stage is there for all, and all are through with the last one", ""),
+        "linear-768x96-gelu-residual",
+        "RACE|race",
+    ),
+    Mutant(
+        "a wait dropped: a copy that has not landed",
+        Edit("gemm.cuh", "wait_for_copies<T::STAGES - 2 - AHEAD>();", ""),
+        "linear-768x96-gelu-residual",
+        DIFFER,
+        lazy_async=True,
+        race=False,
+    ),
+    Mutant(
+        "K is split by M: few rows take chunks of 256",
+        Edit(
+            "gemm.cuh",
+            "const int chunk_end = stages - stage < CHUNK / T::BK ? stages : stage + CHUNK / T::BK;",
+            "const int span = (rows > 4 ? CHUNK : CHUNK / 2) / T::BK;"
+            "const int chunk_end = stages - stage < span ? stages : stage + span;",
+        ),
+        "linear-768x96-gelu-residual",
+        DIFFER,
+        invariants.batch_invariant,
+    ),
+    Mutant(
+        "chunk sums added by atomics: the order of the blocks is in the bits",
+        Edit(
+            "linear.cu",
+            "            if (plan.four) store_four(to, y);\n            else\n",
+            "            if (c + 3 < columns) for (int e = 0; e < 4; ++e) atomicAdd(to - chunk * g.M * g.N + e, y.v[e]);\n"
+            "            else\n",
+        ),
+        "linear-1536x24-float32",
+        DIFFER,
+        force=("linear", 7),
+        sched=2,
+    ),
+    Mutant(
+        "two blocks write one place",
+        Edit("linear.cu", "plan.sums + (chunk * g.M + m0 + r) * g.N + n0 + c;", "plan.sums + (m0 + r) * g.N + n0 + c;"),
+        "linear-1536x24-float32",
+        "RACE|race",
+        force=("linear", 7),
+    ),
+    Mutant(
+        "a tile's last rows are read though they do not exist",
+        Edit("linear.cu", "x + (r < rows ? r : rows - 1) * plan.x.bytes", "x + r * plan.x.bytes"),
+        "linear-768x96-gelu-residual",
+        "out of bounds|out-of-bounds|outside",
+    ),
+    Mutant(
+        "a mask off by one",
+        Edit("attention.cu", "at < begin || at >= end", "at < begin || at > end"),
+        "attention-D64-H4of2-T70-causal=True",
+        DIFFER,
+    ),
+    Mutant(
+        "a hidden key is multiplied by zero",
+        Edit("attention.cu", "if (HIDES && __float_as_uint(e[i].v[m]) == 0x80000000u) continue;", ""),
+        "attention-D64-H4of2-T70-causal=True",
+        DIFFER,
+        invariants.hidden_keys,
+    ),
+    Mutant(
+        "active neurons in another order",
+        Edit("sparse_ffn.cu", "active.neuron[at * CHUNK + place] = int(f);", "active.neuron[at * CHUNK + (place ^ 1)] = int(f);"),
+        "sparse_ffn-33x513x17-bias",
+        r"values differ|outside|out of bounds|uninitialised",
+    ),
+    Mutant(
+        "an fma in two roundings",
+        Edit("norm.cu", "return fmadd(c, c, sum);\n    });\n    const float rstd = rstd_of(squares, count, a.eps);\n    T*", "return c * c + sum;\n    });\n    const float rstd = rstd_of(squares, count, a.eps);\n    T*"),
+        "layer_norm-768",
+        DIFFER,
+    ),
+    Mutant(
+        "a row's barrier dropped",
+        Edit("rows.cuh", "if constexpr (WARPS == 1) __syncwarp();\n    else __syncthreads();", ""),
+        "layer_norm-768",
+        "RACE|race",
+    ),
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_caught(mutant: Mutant) -> None:
+    def run(edit: Edit | None) -> None:
+        kernel, way = mutant.force or ("linear", -1)
+        how = dict(race=mutant.race, lazy_async=mutant.lazy_async, sched=mutant.sched)
+        with simulated.simulated(edit=edit, poison=0, **how), simulated.forced(kernel, way):
+            mutant.check(cases.get(mutant.case), mutant.dtype)
+
+    run(None)
+    with pytest.raises((AssertionError, RuntimeError)) as caught:
+        run(mutant.edit)
+    assert re.search(mutant.caught_by, str(caught.value)), f"caught, but not by {mutant.caught_by!r}: {caught.value}"

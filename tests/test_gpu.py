@@ -1,0 +1,142 @@
+"""The cuda backend on a real GPU: `make gpu`, or `pytest -m gpu`. Nobody has run this file on one yet.
+
+The cases are those of every other test; what is compared with is the cpu backend, bit for bit. What a simulator has not: streams,
+graphs, a second process, and compute-sanitizer where it is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import models
+import pytest
+import torch
+from cases import DTYPES, Case
+from invariants import all_same, same
+from test_golden import digest
+
+import rerank_kernels as rk
+from rerank_kernels import backend as registry
+from rerank_kernels.backend import OPS
+
+pytestmark = pytest.mark.gpu
+FAMILIES = sorted(set(OPS.values()))
+HERE = Path(__file__).parent
+
+
+def missing() -> str | None:
+    """Why this file cannot run here."""
+    if reason := registry.missing("cuda"):
+        return f"cuda backend: {reason}"
+    return None if torch.cuda.is_available() else "no GPU: torch.cuda.is_available() is False"
+
+
+@pytest.fixture(autouse=True)
+def _gpu() -> None:
+    if reason := missing():
+        pytest.skip(reason)
+
+
+def on(device: str, case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    rows = {n: t.to(device) for n, t in case.make_rows(dtype).items()}
+    shared = {n: t.to(device) for n, t in case.make_shared(dtype).items()}
+    return tuple(t.cpu() for t in case.call(rows, shared))
+
+
+def of_cpu(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    with registry.use("cpu"):
+        return on("cpu", case, dtype)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_bits_as_the_cpu(family: str, dtype: torch.dtype) -> None:
+    for case in cases.of(family):
+        all_same(on("cuda", case, dtype), of_cpu(case, dtype), f"{case}, a GPU against the CPU")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_another_stream(family: str) -> None:
+    stream = torch.cuda.Stream()
+    for case in cases.of(family):
+        rows = {n: t.cuda() for n, t in case.make_rows(torch.float32).items()}
+        shared = {n: t.cuda() for n, t in case.make_shared(torch.float32).items()}
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            out = case.call(rows, shared)
+        stream.synchronize()
+        all_same(tuple(t.cpu() for t in out), of_cpu(case, torch.float32), f"{case}, on a stream of its own")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_a_graph(family: str) -> None:
+    """Captured once, replayed on other inputs: nothing inside allocates from the driver, waits, or remembers a value."""
+    for case in cases.of(family):
+        rows = {n: t.cuda() for n, t in case.make_rows(torch.float32).items()}
+        shared = {n: t.cuda() for n, t in case.make_shared(torch.float32).items()}
+        lengths = {"cu_seqlens": cases.offsets(case.lengths).cuda()} if case.lengths else {}
+
+        def call(case: Case = case, arguments: dict[str, object] = {**rows, **shared, **case.options, **lengths}) -> object:  # noqa: B006
+            return cases.FUNCTIONS[case.op](**arguments)
+
+        call()  # weights are laid out at the first call
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        for t in rows.values():
+            t.neg_()
+        graph.replay()
+        torch.cuda.synchronize()
+        got = (captured,) if isinstance(captured, torch.Tensor) else tuple(captured)  # type: ignore[arg-type]
+        with registry.use("cpu"):
+            want = case.call({n: t.cpu() for n, t in rows.items()}, {n: t.cpu() for n, t in shared.items()})
+        all_same(tuple(t.cpu() for t in got), want, f"{case}, replayed")
+
+
+def test_in_two_processes() -> None:
+    hashes = {subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    assert len(hashes) == 1
+
+
+def test_every_way_of_every_launcher() -> None:
+    for entry in torch.ops.rerank_kernels.launchers().split(", "):
+        kernel, count = entry.split()
+        for way in range(int(count)):
+            torch.ops.rerank_kernels.force_launch(kernel, way)
+            try:
+                for case in cases.CASES:
+                    all_same(on("cuda", case, torch.float32), of_cpu(case, torch.float32), f"{case}, {kernel} way {way}")
+            finally:
+                torch.ops.rerank_kernels.force_launch(kernel, -1)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta"])
+def test_a_patched_model(family: str) -> None:
+    model = models.tiny(family)
+    batch = models.padded(models.rows((20, 3, 11, 17)), model.config.pad_token_id)
+    rk.patch(model)
+    with torch.inference_mode():
+        with registry.use("cpu"):
+            want = model(**batch).logits
+        model.cuda()
+        same(model(**{n: t.cuda() for n, t in batch.items()}).logits.cpu(), want, "logits on a GPU against the CPU")
+
+
+def test_compute_sanitizer() -> None:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        pytest.skip("compute-sanitizer is not on PATH")
+    for check in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, __file__]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        assert done.returncode == 0, f"{check}: {done.stdout[-3000:]}{done.stderr[-1000:]}"
+
+
+if __name__ == "__main__":  # for a second process: one hash of every case's bits
+    for c in cases.CASES:
+        print(c, *(digest(*on("cuda", c, d)) for d in DTYPES))
