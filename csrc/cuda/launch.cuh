@@ -17,6 +17,13 @@ inline void check_cuda(cudaError_t code, const char* op, const char* what) {
                              cudaGetErrorName(code) + ")");
 }
 
+// The first dimension of a grid; the others take 65,535 at most, and the runtime says so.
+inline unsigned checked_blocks(const char* op, int64_t blocks) {
+    if (blocks > 0x7fffffff)
+        throw std::runtime_error(std::string(op) + ": more blocks than a grid can have; call it on fewer rows");
+    return unsigned(blocks);
+}
+
 // Starts kernel(args...) on the stream; nothing waits, nothing is allocated, so a CUDA graph can capture it. A grid without
 // blocks is no launch: an op on no rows is not an error.
 template <class... P, class... A>

@@ -38,14 +38,11 @@ template <class T, int WARPS, int N>
 __device__ __forceinline__ void layer_norm_row(const NormArgs& a, int64_t at, float* row, float* slots) {
     const int D = int(a.D);
     const T* x = static_cast<const T*>(a.x) + at;
-    if (!a.residual)
-        stage_sum<T, NoResidual, WARPS, N>(x, nullptr, D, row);
+    if (!a.residual) stage_sum<T, NoResidual, WARPS, N>(x, nullptr, D, row);
     else if (a.residual_dtype == Dtype::F32)
         stage_sum<T, float, WARPS, N>(x, static_cast<const float*>(a.residual) + at, D, row);
-    else if (a.residual_dtype == Dtype::F16)
-        stage_sum<T, f16, WARPS, N>(x, static_cast<const f16*>(a.residual) + at, D, row);
-    else
-        stage_sum<T, bf16, WARPS, N>(x, static_cast<const bf16*>(a.residual) + at, D, row);
+    else if (a.residual_dtype == Dtype::F16) stage_sum<T, f16, WARPS, N>(x, static_cast<const f16*>(a.residual) + at, D, row);
+    else stage_sum<T, bf16, WARPS, N>(x, static_cast<const bf16*>(a.residual) + at, D, row);
     team_barrier<WARPS>();
     const float count = float(a.D);
     const float mean = team_row_sum<WARPS>(D, slots, [&](float sum, int64_t i) { return sum + row[i]; }) / count;
@@ -75,8 +72,7 @@ __device__ __forceinline__ void layer_norm_row(const NormArgs& a, int64_t at, fl
 
 // `stride`: floats from one row to the next in shared memory. `vectors`: all addresses and D allow accesses of 16 bytes.
 template <class T, int WARPS>
-__global__ void __launch_bounds__(32 * TEAM_WARPS)
-    layer_norm_kernel(const NormArgs a, int64_t rows, int stride, bool vectors) {
+__global__ void __launch_bounds__(32 * TEAM_WARPS) layer_norm_kernel(const NormArgs a, int64_t rows, int stride, bool vectors) {
     extern __shared__ float4 memory[];
     float* const shared = reinterpret_cast<float*>(memory);
     const int team = WARPS == 1 ? int(threadIdx.x / 32) : 0, teams = WARPS == 1 ? int(blockDim.x / 32) : 1;
@@ -119,12 +115,13 @@ static void layer_norm_of(const NormArgs& a, int64_t rows, Stream stream) {
     const bool vectors = a.D % VECTOR<T> == 0 && aligned(a.x, 16) && aligned(a.residual, 16) && aligned(a.weight, 16) &&
                          aligned(a.bias, 16) && aligned(a.y, 16);
     launch("layer_norm", way == BLOCK_A_ROW ? layer_norm_kernel<T, TEAM_WARPS> : layer_norm_kernel<T, 1>,
-           dim3(unsigned(shape.blocks)), shape.threads, size_t(shape.shared), stream, a, rows, int(row_stride(a.D)), vectors);
+           checked_blocks("layer_norm", shape.blocks), shape.threads, size_t(shape.shared), stream, a, rows,
+           int(row_stride(a.D)), vectors);
 }
 
 void layer_norm(const NormArgs& a, int64_t rows, Stream stream) {
     if (!row_fits(a.D))
-        return launch("layer_norm", layer_norm_long_kernel, dim3(unsigned(rows)), 32 * TEAM_WARPS, 0, stream, a);
+        return launch("layer_norm", layer_norm_long_kernel, checked_blocks("layer_norm", rows), 32 * TEAM_WARPS, 0, stream, a);
     if (a.x_dtype == Dtype::F32) return layer_norm_of<float>(a, rows, stream);
     if (a.x_dtype == Dtype::F16) return layer_norm_of<f16>(a, rows, stream);
     layer_norm_of<bf16>(a, rows, stream);

@@ -9,15 +9,15 @@
 
 namespace rk {
 
-constexpr int SLICE = 128;        // bytes of a token that a block takes
-constexpr int POOL_TOKENS = 64;   // of a stage of the ring
+constexpr int SLICE = 128;       // bytes of a token that a block takes
+constexpr int POOL_TOKENS = 64;  // of a stage of the ring
 constexpr int POOL_STAGES = 3;
 constexpr int POOL_THREADS = 128;
 
 // `vectors`: x and D allow copies of 16 bytes; else the threads that add load for themselves.
 template <class T>
-__global__ void __launch_bounds__(POOL_THREADS) pool_kernel(const T* x, const int32_t* cu_seqlens, int64_t total, int64_t D,
-                                                            bool mean, void* y, Dtype to, bool vectors) {
+__global__ void __launch_bounds__(POOL_THREADS)
+    pool_kernel(const T* x, const int32_t* cu_seqlens, int64_t total, int64_t D, bool mean, void* y, Dtype to, bool vectors) {
     constexpr int FEATURES = SLICE / int(sizeof(T)), PARTS = SLICE / 16, PART = 16 / int(sizeof(T));
     __shared__ alignas(16) T ring[POOL_STAGES][POOL_TOKENS][FEATURES];
     const int64_t slices = (D + FEATURES - 1) / FEATURES, b = blockIdx.x / slices, first = blockIdx.x % slices * FEATURES;
@@ -76,20 +76,20 @@ template <class T>
 static void pool_of(const T* x, const int32_t* cu_seqlens, int64_t B, int64_t total, int64_t D, bool mean, void* y, Dtype to,
                     Stream stream) {
     const bool vectors = D * int64_t(sizeof(T)) % 16 == 0 && aligned(x, 16);
-    launch("pool", pool_kernel<T>, dim3(unsigned(B * ceil_div(D * int64_t(sizeof(T)), SLICE))), POOL_THREADS, 0, stream, x,
-           cu_seqlens, total, D, mean, y, to, vectors);
+    launch("pool", pool_kernel<T>, checked_blocks("pool", B * ceil_div(D * int64_t(sizeof(T)), SLICE)), POOL_THREADS, 0, stream,
+           x, cu_seqlens, total, D, mean, y, to, vectors);
 }
 
 void pool(const void* x, Dtype from, const int32_t* cu_seqlens, int64_t B, int64_t total, int64_t D, bool mean, void* y,
           Dtype to, Stream stream) {
-    if (from == Dtype::F32)
-        return pool_of(static_cast<const float*>(x), cu_seqlens, B, total, D, mean, y, to, stream);
+    if (from == Dtype::F32) return pool_of(static_cast<const float*>(x), cu_seqlens, B, total, D, mean, y, to, stream);
     if (from == Dtype::F16) return pool_of(static_cast<const f16*>(x), cu_seqlens, B, total, D, mean, y, to, stream);
     pool_of(static_cast<const bf16*>(x), cu_seqlens, B, total, D, mean, y, to, stream);
 }
 
 void score(const float* logit, int64_t n, float* score, float* complement, Stream stream) {
-    launch("score_head", score_kernel, dim3(unsigned(ceil_div(n, 128))), 128, 0, stream, logit, n, score, complement);
+    launch("score_head", score_kernel, checked_blocks("score_head", ceil_div(n, 128)), 128, 0, stream, logit, n, score,
+           complement);
 }
 
 }  // namespace rk

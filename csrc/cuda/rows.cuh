@@ -69,8 +69,7 @@ __device__ __forceinline__ void store_group(float* p, const float (&v)[N]) {
         p[0] = v[0];
     } else {
 #pragma unroll
-        for (int j = 0; j < N; j += 4)
-            *reinterpret_cast<float4*>(p + j) = make_float4(v[j], v[j + 1], v[j + 2], v[j + 3]);
+        for (int j = 0; j < N; j += 4) *reinterpret_cast<float4*>(p + j) = make_float4(v[j], v[j + 1], v[j + 2], v[j + 3]);
     }
 }
 
@@ -81,8 +80,7 @@ __device__ __forceinline__ unsigned narrow_two(const float* v) {
 
 template <int N, class Half>
 __device__ __forceinline__ void store_group(Half* p, const float (&v)[N]) {
-    if constexpr (N == 1)
-        p[0] = narrow<Half>(v[0]);
+    if constexpr (N == 1) p[0] = narrow<Half>(v[0]);
     else
         *reinterpret_cast<uint4*>(p) =
             make_uint4(narrow_two<Half>(v), narrow_two<Half>(v + 2), narrow_two<Half>(v + 4), narrow_two<Half>(v + 6));
@@ -124,7 +122,7 @@ __device__ __forceinline__ void get_group(const float* row, int g, float (&v)[N]
 
 // ---- teams ---------------------------------------------------------------------------------------------------------------
 
-constexpr int TEAM_WARPS = 8;  // of a block that shares a row
+constexpr int TEAM_WARPS = 8;   // of a block that shares a row
 constexpr int TEAM_SLOTS = 16;  // floats of shared memory for what the warps of a team tell each other
 
 // The rank in the team of a thread.

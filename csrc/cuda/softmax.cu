@@ -123,7 +123,8 @@ constexpr int RING = 8;  // stages
 // `stage`: bytes, a multiple of 512, so that every stage begins with lane 0's element. `vectors`: x and D allow copies of 16
 // bytes; else each lane loads its elements itself.
 template <class T>
-__global__ void __launch_bounds__(128) row_sum_kernel(const T* x, T* y, int64_t rows, int64_t D, bool mean, int stage, bool vectors) {
+__global__ void __launch_bounds__(128)
+    row_sum_kernel(const T* x, T* y, int64_t rows, int64_t D, bool mean, int stage, bool vectors) {
     extern __shared__ float4 memory[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t r = int64_t(blockIdx.x) * (blockDim.x / 32) + warp;
@@ -176,12 +177,13 @@ template <class T>
 static void softmax_of(const T* x, T* y, int64_t rows, int64_t D, Stream stream) {
     const bool vectors = D % VECTOR<T> == 0 && aligned(x, 16) && aligned(y, 16);
     if (!row_fits(D))
-        return launch("softmax", vectors ? softmax_long_kernel<T, VECTOR<T>> : softmax_long_kernel<T, 1>, dim3(unsigned(rows)),
-                      32 * LONG_WARPS, 4 * (2 * LONG_TILE + LONG_WARPS + 1), stream, x, y, D);
+        return launch("softmax", vectors ? softmax_long_kernel<T, VECTOR<T>> : softmax_long_kernel<T, 1>,
+                      checked_blocks("softmax", rows), 32 * LONG_WARPS, 4 * (2 * LONG_TILE + LONG_WARPS + 1), stream, x, y, D);
     const int way = softmax_choice.take(row_way(rows, D));
     const RowLaunch shape = row_launch(way, rows, D);
-    launch("softmax", way == BLOCK_A_ROW ? softmax_kernel<T, TEAM_WARPS> : softmax_kernel<T, 1>, dim3(unsigned(shape.blocks)),
-           shape.threads, size_t(shape.shared), stream, x, y, rows, D, int(row_stride(D)), vectors);
+    launch("softmax", way == BLOCK_A_ROW ? softmax_kernel<T, TEAM_WARPS> : softmax_kernel<T, 1>,
+           checked_blocks("softmax", shape.blocks), shape.threads, size_t(shape.shared), stream, x, y, rows, D,
+           int(row_stride(D)), vectors);
 }
 
 void softmax(const void* x, Dtype dtype, void* y, int64_t rows, int64_t D, Stream stream) {
@@ -195,7 +197,7 @@ static void row_sum_of(const T* x, T* y, int64_t rows, int64_t D, bool mean, Str
     // 0: four warps a block with 3.5 KB ahead of each; 1: a long row, one warp a block with 56 KB ahead of it
     const int way = row_sum_choice.take(D * int64_t(sizeof(T)) >= 64 * 1024), stage = way ? 8192 : 512, warps = way ? 1 : 4;
     const bool vectors = D % VECTOR<T> == 0 && aligned(x, 16);
-    launch("row_sum", row_sum_kernel<T>, dim3(unsigned(ceil_div(rows, warps))), 32 * warps,
+    launch("row_sum", row_sum_kernel<T>, checked_blocks("row_sum", ceil_div(rows, warps)), 32 * warps,
            vectors ? size_t(warps * RING * stage) : 0, stream, x, y, rows, D, mean, stage, vectors);
 }
 

@@ -78,9 +78,9 @@ constexpr int AXPY_RING = 4;  // stages
 
 // sums[m][c][column] over the active neurons of chunk c; a thread takes N columns. With a gate, up_sums are up_kernel's.
 template <class T, int N>
-__global__ void __launch_bounds__(AXPY_THREADS) axpy_kernel(const T* down, int64_t D, int64_t chunks, Active active,
-                                                            const float* up_sums, int64_t k_chunks, const void* up_bias,
-                                                            Dtype up_bias_dtype, float* sums) {
+__global__ void __launch_bounds__(AXPY_THREADS)
+    axpy_kernel(const T* down, int64_t D, int64_t chunks, Active active, const float* up_sums, int64_t k_chunks,
+                const void* up_bias, Dtype up_bias_dtype, float* sums) {
     __shared__ float h[CHUNK];
     __shared__ int neuron[CHUNK];
     const int64_t at = blockIdx.x, m = at / chunks, c = at % chunks;
@@ -97,11 +97,11 @@ __global__ void __launch_bounds__(AXPY_THREADS) axpy_kernel(const T* down, int64
         h[i] = value;
     }
     __syncthreads();
-    const int64_t column = (int64_t(blockIdx.y) * AXPY_THREADS + threadIdx.x) * N;
-    if (column >= D) return;
-    down += column;
+    const int64_t group = int64_t(blockIdx.y) * AXPY_THREADS + threadIdx.x, groups = D / N;
+    if (group >= groups) return;
+    down += group * N;
     float sum[N] = {};
-    const auto add = [&](int i, const float(&w)[N]) {
+    const auto add = [&](int i, const float (&w)[N]) {
 #pragma unroll
         for (int j = 0; j < N; ++j) sum[j] = fmadd(h[i], w[j], sum[j]);
     };
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(AXPY_THREADS) axpy_kernel(const T* down, int64
             }
         }
     }
-    store_group<N>(sums + (at * D + column), sum);
+    store_group<N>(sums + (at * groups + group) * N, sum);
 }
 
 // ---- 5. the chunks' sums ---------------------------------------------------------------------------------------------------
@@ -157,8 +157,8 @@ __global__ void __launch_bounds__(FINISH_THREADS)
 // ---- launcher ------------------------------------------------------------------------------------------------------------
 
 static LinearArgs first_args(const SparseFfnArgs& a, float* out) {
-    return LinearArgs{a.x,     a.x_dtype, a.first, a.first_dtype, a.first_bias, a.first_bias_dtype, nullptr, Dtype::F32, out,
-                      Dtype::F32, a.M,    a.F,     a.K,           NONE};
+    return LinearArgs{a.x,        a.x_dtype, a.first, a.first_dtype, a.first_bias, a.first_bias_dtype, nullptr, Dtype::F32, out,
+                      Dtype::F32, a.M,       a.F,     a.K,           NONE};
 }
 
 // The workspace, in float32 elements, every part at a multiple of 16 bytes. What linear needs is done with before the parts
@@ -184,7 +184,7 @@ int64_t sparse_ffn_workspace(const SparseFfnArgs& a) { return Workspace(a).size;
 template <bool X_HALF, bool W_HALF>
 static void launch_up(const SparseFfnArgs& a, const Workspace& w, const Active& active, float* sums, Stream stream) {
     const RowsArgs up{a.x, a.x_dtype, a.up, a.up_dtype, a.up_bias, a.up_bias_dtype, a.K};
-    const dim3 grid(unsigned(a.M * w.chunks * (CHUNK / UpTile::BN)), unsigned(w.k_chunks));
+    const dim3 grid(checked_blocks("sparse_ffn", a.M * w.chunks * (CHUNK / UpTile::BN)), unsigned(w.k_chunks));
     launch("sparse_ffn", up_kernel<X_HALF, W_HALF>, grid, UpTile::THREADS, Dot<UpTile, X_HALF, W_HALF>::BYTES, stream, up,
            rows_of(a.x, a.x_dtype, a.K), rows_of(a.up, a.up_dtype, a.K), w.chunks, active, sums);
 }
@@ -195,7 +195,7 @@ static void launch_axpy(const SparseFfnArgs& a, const Workspace& w, const Active
     const bool vectors = a.D % VECTOR<T> == 0 && aligned(a.down, 16);
     const int64_t columns = AXPY_THREADS * (vectors ? VECTOR<T> : 1);
     launch("sparse_ffn", vectors ? axpy_kernel<T, VECTOR<T>> : axpy_kernel<T, 1>,
-           dim3(unsigned(a.M * w.chunks), unsigned(ceil_div(a.D, columns))), AXPY_THREADS, 0, stream,
+           dim3(checked_blocks("sparse_ffn", a.M * w.chunks), unsigned(ceil_div(a.D, columns))), AXPY_THREADS, 0, stream,
            static_cast<const T*>(a.down), a.D, w.chunks, active, up, w.k_chunks, a.up_bias, a.up_bias_dtype, sums);
 }
 
@@ -205,19 +205,21 @@ void sparse_ffn(const SparseFfnArgs& a, float* workspace, Stream stream) {
     linear("sparse_ffn", first_args(a, first), workspace + w.linear, stream);
     const Active active{reinterpret_cast<int*>(workspace + w.count), reinterpret_cast<int*>(workspace + w.neuron),
                         workspace + w.value};
-    launch("sparse_ffn", active_kernel, dim3(unsigned(a.M * w.chunks)), CHUNK, 0, stream, first, a.F, w.chunks, active);
+    launch("sparse_ffn", active_kernel, checked_blocks("sparse_ffn", a.M * w.chunks), CHUNK, 0, stream, first, a.F, w.chunks,
+           active);
     if (a.up) {
         const bool x_half = a.x_dtype != Dtype::F32, up_half = a.up_dtype != Dtype::F32;
-        const auto up_launcher = x_half ? up_half ? launch_up<true, true> : launch_up<true, false>
-                                        : up_half ? launch_up<false, true> : launch_up<false, false>;
+        const auto up_launcher = x_half    ? up_half ? launch_up<true, true> : launch_up<true, false>
+                                 : up_half ? launch_up<false, true>
+                                           : launch_up<false, false>;
         up_launcher(a, w, active, up, stream);
     }
     if (a.down_dtype == Dtype::F32) launch_axpy<float>(a, w, active, up, sums, stream);
     else if (a.down_dtype == Dtype::F16) launch_axpy<f16>(a, w, active, up, sums, stream);
     else launch_axpy<bf16>(a, w, active, up, sums, stream);
     const AxpyArgs down{a.down, a.down_dtype, a.down_bias, a.down_bias_dtype, a.y, a.y_dtype, a.D};
-    launch("sparse_ffn", finish_kernel, dim3(unsigned(ceil_div(a.M * a.D, FINISH_THREADS))), FINISH_THREADS, 0, stream, down,
-           a.M, w.chunks, sums);
+    launch("sparse_ffn", finish_kernel, checked_blocks("sparse_ffn", ceil_div(a.M * a.D, FINISH_THREADS)), FINISH_THREADS, 0,
+           stream, down, a.M, w.chunks, sums);
 }
 
 }  // namespace rk

@@ -151,7 +151,7 @@ class Decoder:
         if found:
             v = found[1]
             have = self.classes[v]
-            if have != kind or (letter == "w" and self.bits[v] < 32 and kind == "w" and self.strict(found[0])):
+            if have != kind:
                 raise ParseError(f"operand {text} is .{found[0]}")
             return v
         number = integer(text)
@@ -176,9 +176,14 @@ class Decoder:
                 return self.constant(kind, address + offset)
         raise ParseError(f"operand {text}")
 
-    @staticmethod
-    def strict(type: str) -> bool:
-        return False  # PTX lets an untyped 16-bit register stand where its type's size fits; nvcc never goes beyond
+    def low_part(self, text: str, letter: str) -> int:
+        """A source that may be wider than the instruction's type (ld, st and cvt allow it): its low bits count."""
+        found = self.register(text)
+        if found and letter in "wfh" and self.classes[found[1]] == "d":
+            low = self.new("w")
+            self.emit_plain("cvt.u32.u64", [low, found[1]], 1)
+            return low
+        return self.source(text, letter)
 
     def destination(self, text: str, letter: str) -> int:
         if text == "_":
@@ -391,12 +396,12 @@ class Decoder:
                 d.append(NONE)
                 continue
             found = self.register(part)
-            if load and found and bits == 32 and self.classes[found[1]] == "d":  # widened after the load
+            if load and found and bits < 64 and self.classes[found[1]] == "d":  # widened after the load
                 narrow_register = self.new("w")
-                after.append((f"cvt.{type[0].replace('b', 'u')}64.{type.replace('b', 'u')}", found[1], narrow_register))
+                after.append(("cvt.s64.s32" if type[0] == "s" else "cvt.u64.u32", found[1], narrow_register))
                 d.append(narrow_register)
                 continue
-            d.append(self.destination(part, plain(type)) if load else self.source(part, cell(type)))
+            d.append(self.destination(part, plain(type)) if load else self.low_part(part, cell(type)))
         mod = ADDRESS64 if wide else 0
         if narrow and type[0] == "s":
             mod |= SIGNED | (KEEP32 if all(v < 0 or self.bits[v] == 32 for v in d) else 0)
@@ -492,7 +497,7 @@ class Decoder:
         floating = ("f16", "bf16", "f32", "f64", "tf32")
         from_integer, to_integer = source not in floating, to not in floating
         name = f"cvt.{to}.{source}"
-        s = self.source(o[1], cell(source))
+        s = self.low_part(o[1], cell(source))
         d = self.destination(o[0], plain(to)) if BITS[to] >= 32 or self.register(o[0]) is None else self.any_destination(o[0])
         if from_integer and to_integer:
             if "sat" in mods:
