@@ -87,6 +87,12 @@ def require(name: str) -> None:
     pytest.skip(f"backend {name!r} is not available: {reason}")
 
 
+def ran(name: str) -> None:
+    """`require`, and a count for the end of the run, for tests that pick their backend themselves."""
+    require(name)
+    _ran[name] += 1
+
+
 def missing(name: str) -> str | None:
     """Why the tests cannot run a backend here: a GPU is not needed for cuda, but nvcc is."""
     if name != "cuda":

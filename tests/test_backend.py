@@ -88,17 +88,24 @@ def test_unknown_name() -> None:
 
 def test_cuda_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     b = BACKENDS["cuda"]
-    monkeypatch.setitem(BACKENDS, "cuda", Backend(b.name, b.package, b.devices, b.promises, lambda: "torch is not a CUDA build"))
+    monkeypatch.setitem(
+        BACKENDS, "cuda", Backend(b.name, b.package, b.devices, b.promises, lambda: "torch is not a CUDA build")
+    )
     registry.missing.cache_clear()
     said = r"backend 'cuda' \(asked for by use\('cuda'\)\) is not available: torch is not a CUDA build; cpu serves cpu only"
     with pytest.raises(BackendError, match=said), registry.use("cuda"):
         pass
-    with pytest.raises(BackendError, match=r"no backend serves cuda tensors; .*cuda: torch is not a CUDA build; .*\.to\('cpu'\)"):
+    with pytest.raises(
+        BackendError, match=r"no backend serves cuda tensors; .*cuda: torch is not a CUDA build; .*\.to\('cpu'\)"
+    ):
         registry.active("cuda")
 
 
 def test_other_device() -> None:
-    with pytest.raises(BackendError, match=r"no backend serves meta tensors; cpu serves cpu only; cuda serves cuda only; pytorch serves cpu only"):
+    with pytest.raises(
+        BackendError,
+        match=r"no backend serves meta tensors; cpu serves cpu only; cuda serves cuda only; pytorch serves cpu only",
+    ):
         linear(torch.zeros(1, 1, device="meta"), torch.zeros(1, 1, device="meta"))
     with (
         registry.use("pytorch"),

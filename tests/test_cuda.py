@@ -14,7 +14,7 @@ import models
 import pytest
 import torch
 from cases import Case, numbers, offsets
-from conftest import require
+from conftest import ran
 from invariants import all_same, same
 
 import rerank_kernels as rk
@@ -27,7 +27,7 @@ SOURCES = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
 
 @pytest.fixture(autouse=True)
 def _cuda() -> None:
-    require("cuda")
+    ran("cuda")
 
 
 def of_cpu(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

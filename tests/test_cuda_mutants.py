@@ -6,15 +6,18 @@ check first.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import cases
+import conftest
 import invariants
 import pytest
 import torch
-from conftest import require
+from conftest import ran
 from invariants import all_same
 
 from rerank_kernels import backend as registry
@@ -23,9 +26,19 @@ simulated = pytest.importorskip("ptxsim.simulated")
 Edit = simulated.Edit
 
 
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    """Every mutant's PTX, several at a time: nvcc takes longer than all the rest."""
+    if conftest.missing("cuda"):
+        return
+    simulated.library()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda m: simulated.module(cases.OPS[cases.get(m.case).op], "80", m.edit), MUTANTS))
+
+
 @pytest.fixture(autouse=True)
-def _cuda() -> None:
-    require("cuda")
+def _cuda(compiled: None) -> None:
+    ran("cuda")
 
 
 def bits(case: cases.Case, dtype: torch.dtype) -> None:
@@ -122,13 +135,19 @@ MUTANTS = [
     ),
     Mutant(
         "active neurons in another order",
-        Edit("sparse_ffn.cu", "active.neuron[at * CHUNK + place] = int(f);", "active.neuron[at * CHUNK + (place ^ 1)] = int(f);"),
+        Edit(
+            "sparse_ffn.cu", "active.neuron[at * CHUNK + place] = int(f);", "active.neuron[at * CHUNK + (place ^ 1)] = int(f);"
+        ),
         "sparse_ffn-33x513x17-bias",
         r"values differ|outside|out of bounds|uninitialised",
     ),
     Mutant(
         "an fma in two roundings",
-        Edit("norm.cu", "return fmadd(c, c, sum);\n    });\n    const float rstd = rstd_of(squares, count, a.eps);\n    T*", "return c * c + sum;\n    });\n    const float rstd = rstd_of(squares, count, a.eps);\n    T*"),
+        Edit(
+            "norm.cu",
+            "return fmadd(c, c, sum);\n    });\n    const float rstd = rstd_of(squares, count, a.eps);\n    T*",
+            "return c * c + sum;\n    });\n    const float rstd = rstd_of(squares, count, a.eps);\n    T*",
+        ),
         "layer_norm-768",
         DIFFER,
     ),

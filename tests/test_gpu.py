@@ -133,7 +133,9 @@ def test_compute_sanitizer() -> None:
         pytest.skip("compute-sanitizer is not on PATH")
     for check in ("memcheck", "racecheck", "initcheck", "synccheck"):
         command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, __file__]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        )
         assert done.returncode == 0, f"{check}: {done.stdout[-3000:]}{done.stderr[-1000:]}"
 
 

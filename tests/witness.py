@@ -1,12 +1,12 @@
 """What nvcc and ptxas make of csrc/cuda, read from PTX and machine code on a machine without a GPU.
 
-    python tests/witness.py             # every kernel on every architecture: rules, then a summary; exit status 1 if one is broken
+    python tests/witness.py             # the rules, for every kernel on every architecture; exit status 1 if one is broken
     python tests/witness.py --check     # the same, and docs/GPU.md is what --write would write
     python tests/witness.py --write     # the same, and writes the generated part of docs/GPU.md
 
 The rules, each a consequence of NUMERICS.md:
-- PTX holds no instruction that leaves bits open (`open_ops`): arithmetic is float32 and .rn, nothing approximate, no tensor
-  core, no atomic, and nothing that asks which multiprocessor it runs on.
+- PTX holds nothing outside the contract (`outside_contract`): arithmetic is float32 and .rn, nothing approximate, no tensor
+  core, no atomic, and nothing that asks which multiprocessor it runs on or what time it is.
 - ptxas does not fuse what PTX holds apart. An FFMA may come from a PTX fma or from the inside of a division or square root, so
   counting says little. Instead the PTX is dyed: every fma.rn becomes fma.rz, and divisions, reciprocals and square roots become
   instructions that need no FFMA. Then every FFMA must be an FFMA.RZ: one without the dye is a product and a sum that ptxas
@@ -56,8 +56,8 @@ def ptx_kernels(ptx: str) -> dict[str, str]:
     return {m[1]: m[0] for m in re.finditer(r"\.entry\s+(\w+)\s*\(.*?^\}", ptx, re.MULTILINE | re.DOTALL)}
 
 
-def open_ops(kernel: str) -> Counter[str]:
-    """The instructions of a kernel's PTX whose result bits the contract does not fix."""
+def outside_contract(kernel: str) -> Counter[str]:
+    """The instructions of a kernel's PTX that the contract does not have: bits left open, or other than its float32 steps."""
     found: Counter[str] = Counter()
     for op, operands in _INSTRUCTION.findall(kernel):
         root, *parts = op.split(".")
@@ -122,9 +122,14 @@ class Code:
         return found
 
     def hot(self) -> tuple[int, int]:
-        """Of the innermost loop with the most FFMA: these, and all its instructions."""
-        sizes = [(sum(op.startswith("FFMA") for op in self.ops[a : b + 1]), b + 1 - a) for a, b in self.loops]
-        return max(sizes, default=(0, 0))
+        """Of the innermost loop that is densest in FFMA, which is where a kernel that computes spends its time: these, and all
+        its instructions; (0, 0) without such a loop. One that divides is an epilogue's, if there is another.
+        """
+        bodies = [self.ops[a : b + 1] for a, b in self.loops]
+        sizes = [
+            (not any(op.startswith("MUFU") for op in ops), sum(op.startswith("FFMA") for op in ops), len(ops)) for ops in bodies
+        ]
+        return max((s for s in sizes if s[1] >= 8), key=lambda s: (s[0], s[1] / s[2]), default=(False, 0, 0))[1:]
 
 
 def machine_kernels(text: str) -> dict[str, Code]:
@@ -170,7 +175,7 @@ class Kernel:
         return readable(self.mangled)
 
     def defects(self) -> list[str]:
-        told = [f"PTX leaves bits open: {_listed(ops)}"] if (ops := open_ops(self.ptx)) else []
+        told = [f"PTX outside the contract: {_listed(ops)}"] if (ops := outside_contract(self.ptx)) else []
         told += [f"ptxas fused: {_listed(ops)} in the dyed code"] if (ops := self.dyed.undyed()) else []
         wanted = len(re.findall(r"\bfma\.rn\.f32\b", self.ptx)) + 2 * len(re.findall(r"\bfma\.rn\.f32x2\b", self.ptx))
         there = sum({"FFMA": 1, "FFMA2": 2}.get(op.split(".")[0], 0) for op in self.dyed.ops)
@@ -183,7 +188,10 @@ class Kernel:
 
 
 # Kernels for rows whose length or address is not a multiple of 16 bytes, and those that read next to nothing.
-NARROW = (r"<[^<>]*, 1>$", "layer_norm_long_kernel", "linear_add_chunks", "score_kernel", "active_kernel", "finish_kernel")
+NARROW = (
+    r"^(softmax_long|axpy)_kernel<[^<>]*, 1>$",
+    r"^(layer_norm_long|score|active|finish)_kernel$",
+)
 
 
 def streams(name: str) -> bool:
@@ -306,6 +314,10 @@ def recording() -> Iterator[tuple[Any, list[Launch]]]:
     """
     from ptxsim import simulated
 
+    from rerank_kernels import native
+
+    if reason := native.missing():  # it holds the ops' signatures
+        raise RuntimeError(f"launches cannot be noted: {reason}")
     noted: list[Launch] = []
 
     def note(name: bytes, grid: Any, block: Any, shared: int, arguments: Any, memory: Any, count: int) -> int:
@@ -414,7 +426,7 @@ def other_calls() -> Iterator[Any]:
 
 
 def launches() -> tuple[list[list[Launch]], dict[str, Launch]]:
-    """Of each of `shapes`, and one of every kernel: a real shape's where there is one, else that with the most shared memory."""
+    """Of each of `shapes`; and one of every kernel: a real shape's if there is one, else another call's, unforced if possible."""
     with recording() as (simulated, noted):
 
         def of(call: Any) -> list[Launch]:
@@ -424,15 +436,13 @@ def launches() -> tuple[list[list[Launch]], dict[str, Launch]]:
 
         real = [of(shape.call) for shape in shapes()]
         one = {launch.mangled: launch for each in real for launch in each}
-        others: dict[str, Launch] = {}
         calls = list(other_calls())
         forced = [(None, 0), *((kernel, way) for kernel, count in simulated.launchers().items() for way in range(count))]
         for kernel, way in forced:
             with simulated.forced(kernel, way) if kernel else contextlib.nullcontext():
                 for launch in (launch for call in calls for launch in of(call)):
-                    if launch.mangled not in others or launch.shared > others[launch.mangled].shared:
-                        others[launch.mangled] = launch
-    return real, others | one
+                    one.setdefault(launch.mangled, launch)
+    return real, one
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------------
@@ -479,8 +489,8 @@ def estimates(kernels: dict[tuple[str, str], Kernel], real: list[list[Launch]]) 
         for chip in CHIPS:
             compute, memory = shape.flop / chip.flops, shape.bytes / chip.bandwidth
             cell = f"{_microseconds(max(compute, memory))} {'fma' if compute > memory else 'memory'}"
-            if compute > memory:  # of the kernel with the most fma in its hot loop: what issuing the other instructions adds
-                fma, all_ops = max(kernels[n.mangled, chip.arch].code.hot() for n in noted)
+            if compute > memory:
+                fma, all_ops = max(kernels[n.mangled, chip.arch].code.hot() for n in noted)  # of the kernel that computes most
                 slots = LIMITS[chip.arch].lanes / 128
                 cell += f", {_microseconds(compute / min(1.0, fma / all_ops / slots))} issue"
             cells.append(cell)
@@ -554,24 +564,23 @@ def page(found: list[Kernel]) -> str:
             BEGIN,
             "",
             f"nvcc {kit.release}; {count} kernels for each of {', '.join('sm_' + a for a in ARCHITECTURES)}. In all of them: "
-            f"no instruction that leaves bits open, no spills and no local memory, no atomics, no tensor cores; of {fma:,} fma "
-            "in PTX every one is an FFMA of its own, and no product was fused with a sum.",
+            f"no instruction outside the contract, no spills and no local memory, no atomics, no tensor cores; {fma:,} fma in "
+            "PTX, and no product that ptxas fused with a sum.",
             "",
             "## Times: estimated, not measured",
             "",
             *estimates(kernels, real),
             "",
-            "Microseconds: the larger of FLOP / (the data sheet's float32 rate outside tensor cores) and bytes / bandwidth, every "
-            "operand read and written once. `issue` adds the instructions beside fma in the hot loop, where a multiprocessor "
-            "issues 128 a clock. Not in it: latency, the last wave, caches, clocks under load. "
-            "`launches` are what the launcher asks for: blocks x threads.",
+            "Microseconds: the larger of FLOP / (the data sheet's float32 rate outside tensor cores) and bytes / bandwidth, "
+            "every operand moved once. `issue`: with the instructions beside fma in the hot loop, at 128 issued a clock. "
+            "Left out: latency, the last wave, caches, clocks under load. Launches, blocks x threads, are the launchers' own.",
             "",
             "<details><summary>Registers, shared memory and occupancy of every kernel</summary>",
             "",
             *table(kernels, one),
             "",
-            "Shared memory and threads as in the calls above; for a kernel they do not reach, the most that another call asked "
-            "for. Occupancy from these limits of a multiprocessor with 65,536 registers (CUDA C++ Programming Guide, "
+            "Threads and shared memory as in the calls above; for a kernel that they do not reach, in a call with 256 x 768 "
+            "features, a longer row, or a way forced on the launcher. Occupancy from these limits of a multiprocessor with 65,536 registers (CUDA C++ Programming Guide, "
             '"Technical Specifications per Compute Capability"; `cuda_occupancy.h`):',
             "",
             *limits,

@@ -4,9 +4,9 @@
 // out = sum(e_j v_j) / l, one chain per tile of 64 keys, tiles ascending. j counts from the sequence's own first token
 // (NUMERICS.md, "attention"). Nothing here splits a chain: warps and threads split rows, keys' scores and output columns.
 //
-// A row here is a (token, query head) pair: the query heads of one key head lie side by side, token by token, so that they share
-// the keys and values that a block reads, and a short sequence still fills its block. A warp owns 32 rows, a block 1, 2 or 4
-// warps of one sequence and key head. Keys and values come through two stages of shared memory by cp.async: one stage is
+// A row here is a (token, query head) pair: the query heads of one key head lie side by side, token by token, so that they
+// share the keys and values that a block reads, and a short sequence still fills its block. A warp owns 32 rows, a block 1, 2
+// or 4 warps of one sequence and key head. Keys and values come through two stages of shared memory by cp.async: one stage is
 // computed with while the other is filled. In a warp, thread (rg, kg) holds an 8 x 8 tile: rows rg + 4 i, keys kg + 8 j; later
 // the same rows and output columns 4 kg + 0..3 and + 32.
 //
@@ -114,18 +114,32 @@ __device__ __forceinline__ void find_work(const AttentionArgs& a, const int32_t*
     work.scale = a.scale;
 }
 
+// This thread, read afresh: what is computed from it dies at once. Else the compiler computes it all beforehand and keeps it in
+// registers, of which the inner loops leave none.
+__device__ __forceinline__ int thread_now() {
+    int t;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+    return t;
+}
+struct Place {
+    int warp, lane, rg, kg;
+};
+__device__ __forceinline__ Place place_now() {
+    const int t = thread_now();
+    return {t / 32, t % 32, t % 32 / 8, t % 8};
+}
+
 // Copies `rows` rows of CHUNKS * 16 bytes to `to`; row_at(r) is row r's first element. Rows from `live` on and elements from
 // `elements` on become zeros, unread. Chunk c of row r goes to place c ^ (r & SWIZZLE): threads that read the same chunk of
 // eight neighbouring rows then find them in different banks.
 template <int CHUNKS, int SWIZZLE, class T, class RowAt>
 __device__ __forceinline__ void stage_rows(char* to, int rows, int live, int elements, bool wide, RowAt row_at) {
     constexpr int PER = 16 / int(sizeof(T));
+    const int thread = thread_now(), c = thread % CHUNKS, inside = min(max(elements - c * PER, 0), PER);
 #pragma unroll 1
-    for (int at = threadIdx.x; at < rows * CHUNKS; at += blockDim.x) {
-        const int r = at / CHUNKS, c = at % CHUNKS;
-        const int some = r < live ? min(max(elements - c * PER, 0), PER) : 0;
-        const T* from = row_at(some > 0 ? r : 0);
-        if (some > 0) from += c * PER;
+    for (int r = thread / CHUNKS; r < rows; r += blockDim.x / CHUNKS) {
+        const int some = r < live ? inside : 0;
+        const T* from = row_at(some > 0 ? r : 0) + (some > 0 ? c * PER : 0);
         char* place = to + (r * CHUNKS + (c ^ (r & SWIZZLE))) * 16;
         if (wide) {
             copy_16(place, from, some * int(sizeof(T)));
@@ -138,9 +152,10 @@ __device__ __forceinline__ void stage_rows(char* to, int rows, int live, int ele
 
 // s[i][j] += the next `width` terms of the chains of row rg + 4 i and key kg + 8 j. q, k: slices of LINE bytes a row.
 template <class T>
-__device__ __forceinline__ void add_scores(const char* q, const char* k, int width, bool second, int rg, int kg,
+__device__ __forceinline__ void add_scores(const char* q, const char* k, int width, bool second,
                                            float (&s)[THREAD_ROWS][THREAD_KEYS]) {
     constexpr int PER = 16 / int(sizeof(T));
+    const auto [warp, lane, rg, kg] = place_now();
     const char* q_even = q + rg * LINE;
     const char* k_row = k + kg * LINE;
 #pragma unroll 1
@@ -174,8 +189,9 @@ __device__ __forceinline__ int score_at(int rg, int key) { return rg * KEY_TILE 
 // sum[i][c] += the terms of keys [key, key + count) of the tile. values: rows of COLUMNS, from that key on. With HIDES, keys
 // that a row does not see are skipped; without, there is none, or behind the sequence's end, where weight and value are zeros.
 template <bool HIDES, class T>
-__device__ __forceinline__ void add_values(const float* weights, const T* values, int key, int count, bool second, int rg,
-                                           int kg, float (&sum)[THREAD_ROWS][8]) {
+__device__ __forceinline__ void add_values(const float* weights, const T* values, int key, int count, bool second,
+                                           float (&sum)[THREAD_ROWS][8]) {
+    const auto [warp, lane, rg, kg] = place_now();
 #pragma unroll 1
     for (int n = 0; n < count; n += 4) {
         Four e[THREAD_ROWS];
@@ -191,8 +207,7 @@ __device__ __forceinline__ void add_values(const float* weights, const T* values
                 for (int i = 0; i < THREAD_ROWS; ++i) {
                     if (HIDES && __float_as_uint(e[i].v[m]) == 0x80000000u) continue;
 #pragma unroll
-                    for (int c = 0; c < 4; ++c)
-                        sum[i][4 * half + c] = fmadd(e[i].v[m], v.v[c], sum[i][4 * half + c]);
+                    for (int c = 0; c < 4; ++c) sum[i][4 * half + c] = fmadd(e[i].v[m], v.v[c], sum[i][4 * half + c]);
                 }
             }
         }
@@ -203,15 +218,15 @@ template <class T>
 __global__ void __launch_bounds__(MOST_WARPS * 32, 2)
     attention_rows(AttentionArgs a, AttentionPlan plan, const int32_t* cu_seqlens, int64_t B, int64_t total) {
     extern __shared__ __align__(128) char shared[];
-    constexpr int SLICE = LINE / int(sizeof(T));                    // features
-    constexpr int V_ROWS = STAGE / (COLUMNS * int(sizeof(T)));      // keys of a stage of V
+    constexpr int SLICE = LINE / int(sizeof(T));                // features
+    constexpr int V_ROWS = STAGE / (COLUMNS * int(sizeof(T)));  // keys of a stage of V
     constexpr int V_CHUNKS = COLUMNS * int(sizeof(T)) / 16;
-    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, rg = lane / 8, kg = lane % 8;
+    const int warps = blockDim.x / 32;
     const int D = int(a.D), slices = plan.slices, score_tiles = plan.score_tiles, rounds = 1 + (D + COLUMNS - 1) / COLUMNS;
     const bool resident = plan.resident;
 
     __shared__ Work<T> work;
-    if (warp == 0) find_work(a, cu_seqlens, B, total, warps * WARP_ROWS, work);
+    if (threadIdx.x < 32) find_work(a, cu_seqlens, B, total, warps * WARP_ROWS, work);
     __syncthreads();
     if (work.rows == 0) return;
     const int length = work.length;
@@ -227,7 +242,6 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2)
     // the tiles of keys that the block sees
     const int tile_begin = work.begin(work.token) / KEY_TILE;
     const int tile_end = (work.end(work.token_of(work.rows - 1)) + KEY_TILE - 1) / KEY_TILE;
-    const bool idle = warp * WARP_ROWS >= work.rows;
     const bool kept = tile_end - tile_begin <= plan.most_kept;
 
     // ---- the stages: a step is a slice of K or some rows of V; `next` is the step that is fetched next
@@ -277,11 +291,11 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2)
         fetch(stages + (stage ^ 1) * stage_bytes);
         return stages + stage * stage_bytes;
     };
-    char* const my_q = q_resident + warp * slices * Q_SLICE;
     if (resident)
         for (int w = 0; w < warps; ++w)
             for (int c = 0; c < slices; ++c) fetch_q(q_resident + (w * slices + c) * Q_SLICE, w, c);
     fetch(stages);
+    __syncthreads();  // tokens
 
     // ---- the rounds
     float s[THREAD_ROWS][THREAD_KEYS];  // scores, then weights, then sums of a tile
@@ -303,17 +317,19 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2)
 #pragma unroll 1
         for (int tile = tile_begin; tile < tile_end; ++tile) {
             const int key = tile * KEY_TILE;
+            const auto [warp, lane, rg, kg] = place_now();
             // the warp's first and last row see the most: whether one sees the tile, and whether some key is hidden from one
             const int i_first = tokens[warp * WARP_ROWS], i_last = tokens[warp * WARP_ROWS + WARP_ROWS - 1];
             const int last_end = work.end(i_last);
-            const bool sees = !idle && key < last_end && key + KEY_TILE > work.begin(i_first);
+            const bool sees = warp * WARP_ROWS < work.rows && key < last_end && key + KEY_TILE > work.begin(i_first);
             const bool hides = work.begin(i_last) > key || work.end(i_first) < min(key + KEY_TILE, length);
             const bool partly = hides || key + KEY_TILE > length;
             const int seen = min(KEY_TILE, last_end - key);  // keys from here on are nobody's
             // the tile's scores, then its weights; the last tile that is kept may take the place of a Q that has been used
+            char* const my_q = q_resident + warp * slices * Q_SLICE;
             const int kept_at = kept ? tile - tile_begin : 0;
-            float* const mine = reinterpret_cast<float*>(
-                kept_at < score_tiles ? scores + (warp * score_tiles + kept_at) * SCORE_TILE : my_q);
+            float* const mine =
+                reinterpret_cast<float*>(kept_at < score_tiles ? scores + (warp * score_tiles + kept_at) * SCORE_TILE : my_q);
 
             if (round == 0 || !kept) {
 #pragma unroll
@@ -325,7 +341,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2)
                     const char* k = advance();
                     if (!sees) continue;
                     const char* q = resident ? my_q + part * Q_SLICE : k + STAGE + warp * Q_SLICE;
-                    add_scores<T>(q, k, min(SLICE, D - part * SLICE), seen > 32, rg, kg, s);
+                    add_scores<T>(q, k, min(SLICE, D - part * SLICE), seen > 32, s);
                     const int done = (part + 1) * SLICE;
                     if (D > CHUNK && (done % CHUNK == 0 || done >= D)) {  // long heads: the chunks' sums wait in shared memory
 #pragma unroll
@@ -400,8 +416,8 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2)
                 const T* v = reinterpret_cast<const T*>(advance());
                 const int count = min(V_ROWS, seen - part * V_ROWS);
                 if (!sees) continue;
-                if (hides) add_values<true>(mine, v, part * V_ROWS, count, columns > 32, rg, kg, s);
-                else add_values<false>(mine, v, part * V_ROWS, count, columns > 32, rg, kg, s);
+                if (hides) add_values<true>(mine, v, part * V_ROWS, count, columns > 32, s);
+                else add_values<false>(mine, v, part * V_ROWS, count, columns > 32, s);
             }
 #pragma unroll
             for (int i = 0; i < THREAD_ROWS; ++i)
@@ -409,6 +425,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2)
                 for (int c = 0; c < 8; ++c) sum[i][c] = sum[i][c] + s[i][c];
         }
 
+        const auto [warp, lane, rg, kg] = place_now();
         if (round == 0) {
 #pragma unroll
             for (int i = 0; i < THREAD_ROWS; ++i) {
@@ -454,10 +471,13 @@ static Choice attention_way("attention", 6);
 void attention(const AttentionArgs& args, const int32_t* cu_seqlens, int64_t B, int64_t total, Stream stream) {
     if (B == 0 || total == 0 || args.H == 0 || args.D == 0) return;
     const int64_t size = bytes_of(args.dtype), group = args.H / args.H_kv, rows = total * group;
-    // The lengths are not known here: large blocks if they make enough of them, else smaller ones, which fill the chip better.
-    const auto blocks = [&](int warps) { return ceil_div(rows, warps * WARP_ROWS) * args.H_kv; };
+    // Only the mean length is known here. Large blocks share what they read; but not if their sequences leave warps idle, nor
+    // if there are too few of them for a chip.
     constexpr int64_t ENOUGH = 256;
-    const int way = attention_way.take(blocks(4) >= ENOUGH ? 0 : blocks(2) >= ENOUGH ? 1 : 2);
+    const auto fits = [&](int warps) {
+        return ceil_div(rows, B) > warps * WARP_ROWS / 2 && ceil_div(rows, warps * WARP_ROWS) * args.H_kv >= ENOUGH;
+    };
+    const int way = attention_way.take(fits(4) ? 0 : fits(2) ? 1 : 2);
     const int warps = MOST_WARPS >> way % 3;
 
     AttentionPlan plan;

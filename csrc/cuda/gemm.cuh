@@ -89,26 +89,34 @@ struct Operand {
         return reinterpret_cast<char*>(tiles + TILES * TILE) + ((slot * PIECES + i) * T::THREADS + int(threadIdx.x)) * 16;
     }
 
+    __device__ __forceinline__ char* target(int slot, int i) const {
+        if (HALF) return raw(slot, i);
+        return reinterpret_cast<char*>(tiles + slot * TILE + row_of(i) * T::PITCH + place() * PIECE);
+    }
+
     // Starts the copies of the next stage, of which `count` elements of each row exist, and steps on.
     __device__ __forceinline__ void copy(int slot, int count) {
-        const int some = count - place() * PIECE;
-        const int valid = some < 0 ? 0 : some < PIECE ? some : PIECE;  // elements
+        if (wide && count == T::BK) {
 #pragma unroll
-        for (int i = 0; i < PIECES; ++i) {
-            if (!EVEN && row_of(i) >= COUNT) break;
-            char* to =
-                HALF ? raw(slot, i) : reinterpret_cast<char*>(tiles + slot * TILE + row_of(i) * T::PITCH + place() * PIECE);
-            if (wide) {
-                copy_16(to, from[i], valid * SIZE);
-            } else if (HALF) {  // cp.async has no 2 bytes
+            for (int i = 0; i < PIECES; ++i)
+                if (EVEN || row_of(i) < COUNT) copy_16(target(slot, i), from[i]);
+        } else {
+            const int some = count - place() * PIECE;
+            const int valid = some < 0 ? 0 : some < PIECE ? some : PIECE;  // elements
 #pragma unroll
-                for (int e = 0; e < PIECE; ++e)
-                    reinterpret_cast<uint16_t*>(to)[e] = e < valid ? reinterpret_cast<const uint16_t*>(from[i])[e] : 0;
-            } else {
+            for (int i = 0; i < PIECES; ++i)
+                if (EVEN || row_of(i) < COUNT) copy_some(target(slot, i), from[i], valid);
+        }
 #pragma unroll
-                for (int e = 0; e < PIECE; ++e) copy_4(to + e * 4, from[i] + e * 4, e < valid ? 4 : 0);
-            }
-            from[i] += T::BK * SIZE;
+        for (int i = 0; i < PIECES; ++i) from[i] += T::BK * SIZE;
+    }
+    __device__ __forceinline__ void copy_some(char* to, const char* some, int valid) const {
+        if (wide) return copy_16(to, some, valid * SIZE);
+#pragma unroll 1
+        for (int e = 0; e < PIECE; ++e) {
+            if (!HALF) copy_4(to + e * 4, some + e * 4, e < valid ? 4 : 0);
+            else  // cp.async has no 2 bytes
+                reinterpret_cast<uint16_t*>(to)[e] = e < valid ? reinterpret_cast<const uint16_t*>(some)[e] : 0;
         }
     }
 

@@ -24,20 +24,22 @@ struct LinearPlan {
     int64_t chunks;
 };
 
+template <class F>
+__device__ __forceinline__ Four each(Four x, F f) {
+    for (int e = 0; e < 4; ++e) x.v[e] = f(x.v[e]);
+    return x;
+}
+// One switch for four elements.
 __device__ __forceinline__ Four activate_four(int kind, Four x) {
-#define RK_EACH(f)                                  \
-    for (int e = 0; e < 4; ++e) x.v[e] = f(x.v[e]); \
-    return x
     switch (kind) {
-        case GELU: RK_EACH(gelu_of);
-        case GELU_TANH: RK_EACH(gelu_tanh_of);
-        case TANH: RK_EACH(tanh_of);
-        case RELU: RK_EACH(relu_of);
-        case SILU: RK_EACH(silu_of);
-        case SIGMOID: RK_EACH(sigmoid_of);
+        case GELU: return each(x, gelu_of<float>);
+        case GELU_TANH: return each(x, gelu_tanh_of<float>);
+        case TANH: return each(x, tanh_of<float>);
+        case RELU: return each(x, relu_of<float>);
+        case SILU: return each(x, silu_of<float>);
+        case SIGMOID: return each(x, sigmoid_of<float>);
         default: return x;
     }
-#undef RK_EACH
 }
 
 // The epilogue of outputs [m, n .. n + 3]; those past N are left alone.
@@ -87,12 +89,11 @@ __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tile(const L
 
     const char* x = static_cast<const char*>(g.x) + m0 * plan.x.bytes;
     const char* w = static_cast<const char*>(g.packed) + n0 * plan.w.bytes;
-    float total[T::TM][T::TN];
+    const auto x_row = [&](int r) { return x + (r < rows ? r : rows - 1) * plan.x.bytes; };
+    const auto w_row = [&](int r) { return w + (r < columns ? r : columns - 1) * plan.w.bytes; };
     using D = Dot<T, X_HALF, W_HALF>;
-    D::run(
-        shared, plan.x, [&](int r) { return x + (r < rows ? r : rows - 1) * plan.x.bytes; },  //
-        plan.w, [&](int r) { return w + (r < columns ? r : columns - 1) * plan.w.bytes; }, rows, columns, k_begin, k_end,
-        total);
+    float total[T::TM][T::TN];
+    D::run(shared, plan.x, x_row, plan.w, w_row, rows, columns, k_begin, k_end, total);
 
     __syncthreads();
     constexpr int pitch = sums_pitch<T>;

@@ -26,7 +26,7 @@ class Record:
     guard: int = NONE
     target: int | str = 0
     more: list[int] = field(default_factory=list)  # further operands
-    more_writes: bool = False
+    written: int = 0  # how many of them, the first ones, are written
     number: int = 0  # instead of `more`: a plain number
     labels: list[str] = field(default_factory=list)  # of a branch table
     opcode: str = ""
@@ -36,7 +36,8 @@ class Record:
         for k, v in enumerate(self.x):
             if v >= 0:
                 (writes if self.writes >> k & 1 else reads).append(v)
-        (writes if self.more_writes else reads).extend(v for v in self.more if v >= 0)
+        writes.extend(v for v in self.more[: self.written] if v >= 0)
+        reads.extend(v for v in self.more[self.written :] if v >= 0)
         if self.guard >= 0:
             reads.append(self.guard)
         return reads, writes
@@ -117,21 +118,31 @@ def lives(code: list[Record], labels: dict[str, int]) -> dict[int, tuple[int, in
                     work.append(j)
     first: dict[int, int] = {}
     last: dict[int, int] = {}
-    for k, (begin, end) in enumerate(spans):
-        for v in _bits(live_in[k]):
+    met = 0
+    for k, (begin, end) in enumerate(spans):  # forwards: where each register is met first
+        new = live_in[k] & ~met
+        met |= new
+        for v in _bits(new):
             first.setdefault(v, 2 * begin)
-            last[v] = max(last.get(v, 0), 2 * begin)
         for i in range(begin, end):
             reads, writes = operands[i]
             for v in reads:
                 first.setdefault(v, 2 * i)
-                last[v] = 2 * i
             for v in writes:
                 first.setdefault(v, 2 * i + 1)
-                last[v] = 2 * i + 1
-        for v in _bits(live_out[k]):
-            last[v] = 2 * end - 1
-    return {v: (first[v], last[v]) for v in first}
+    met = 0
+    for k, (begin, end) in reversed(list(enumerate(spans))):  # backwards: where last
+        new = live_out[k] & ~met
+        met |= new
+        for v in _bits(new):
+            last.setdefault(v, 2 * end - 1)
+        for i in range(end - 1, begin - 1, -1):
+            reads, writes = operands[i]
+            for v in writes:
+                last.setdefault(v, 2 * i + 1)
+            for v in reads:
+                last.setdefault(v, 2 * i)
+    return {v: (begin, last[v]) for v, begin in first.items()}
 
 
 def cells(spans: dict[int, tuple[int, int]], sizes: list[int], permanent: set[int]) -> tuple[list[int], int]:

@@ -407,7 +407,7 @@ class Decoder:
             mod |= SIGNED | (KEEP32 if all(v < 0 or self.bits[v] == 32 for v in d) else 0)
         x = (d + [NONE] * 4)[:4] + [register]
         name = f"{'ld' if load else 'st'}.{space}.{bits}x{len(parts)}"
-        self.emit(name, x, 15 if load else 0, mod=mod, imm=offset, more=d[4:], more_writes=load)
+        self.emit(name, x, 15 if load else 0, mod=mod, imm=offset, more=d[4:], written=len(d[4:]) if load else 0)
         for name, to, narrow_register in after:
             self.emit(name, [to, narrow_register], 1)
         if space in ("shared", "global", "generic"):
@@ -447,6 +447,27 @@ class Decoder:
                     valid = self.source(extra, "w")
             self.granule("shared", size)
             self.emit("cp.async", [to, source, valid, ignore], 0, mod=ADDRESS64 if wide else 0, imm=to_offset << 8 | size, target=source_offset)
+
+    def op_atom(self, mods: list[str], o: list[str]) -> None:
+        type = mods[-1]
+        operation = next((m for m in mods if m in ("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec")), "")
+        if "noftz" in mods or type in ("f16", "bf16", "f16x2", "bf16x2"):
+            type = next(m for m in mods if m in ("f16", "bf16", "f16x2", "bf16x2"))
+        if operation in ("and", "or", "xor", "exch", "cas"):
+            type = "b" + str(BITS[type])
+        space, register, offset, wide = self.space(mods, o[1])
+        data, old = ([split_operands(t[1:-1]) if t[0] == "{" else [t] for t in (o[2], o[0])])
+        size = BITS[type] // 8
+        for k, part in enumerate(data):
+            first = NONE if old == ["_"] else self.destination(old[k], plain(type))
+            third = self.source(o[3], cell(type)) if operation == "cas" else NONE
+            x = [first, self.source(part, cell(type)), third, NONE, register]
+            mod = (ADDRESS64 if wide else 0) | (8 if space == "shared" else 0)
+            self.emit(f"atom.{operation}.{type}", x, 1, mod=mod, imm=offset + k * size)
+        self.granule("generic" if space == "generic" else space, size)
+
+    def op_red(self, mods: list[str], o: list[str]) -> None:
+        self.op_atom(mods, ["_", *o])
 
     # ---- comparison and selection
 
@@ -546,6 +567,15 @@ class Decoder:
         if name not in self.scopes[0].registers:
             self.declare(self.scopes[0], name, "pred")
         return self.scopes[0].registers[name][1]
+
+    def op_add(self, mods: list[str], o: list[str]) -> None:  # .cc: the others have a plan
+        self.carry("add", mods, o, False)
+
+    def op_sub(self, mods: list[str], o: list[str]) -> None:
+        self.carry("sub", mods, o, False)
+
+    def op_mad(self, mods: list[str], o: list[str]) -> None:
+        self.carry("mad", mods, o, False)
 
     def op_addc(self, mods: list[str], o: list[str]) -> None:
         self.carry("add", mods, o, True)
@@ -652,6 +682,52 @@ class Decoder:
 
     def op_barrier(self, mods: list[str], o: list[str]) -> None:
         self.op_bar(mods, o, aligned=False)
+
+    # ---- matrices
+
+    def op_ldmatrix(self, mods: list[str], o: list[str], load: bool = True) -> None:
+        if "m8n8" not in mods or mods[-1] != "b16":
+            raise ParseError("shape")
+        count = next(int(m[1:]) for m in mods if re.fullmatch(r"x[124]", m))
+        data, address = (o[0], o[1]) if load else (o[1], o[0])
+        register, offset, wide, _ = self.address(address)
+        parts = split_operands(data[1:-1]) if data[0] == "{" else [data]
+        x = [self.destination(p, "W") if load else self.source(p, "w") for p in parts]
+        mod = (ADDRESS64 if wide else 0) | (8 if "trans" in mods else 0) | count << 4
+        name = "ldmatrix" if load else "stmatrix"
+        x = (x + [NONE] * 4)[:4] + [register]
+        self.collective(name, x, 15 if load else 0, "-1", mod=mod, imm=offset)
+
+    def op_stmatrix(self, mods: list[str], o: list[str]) -> None:
+        self.op_ldmatrix(mods, o, False)
+
+    def op_movmatrix(self, mods: list[str], o: list[str]) -> None:
+        self.collective("movmatrix", [self.destination(o[0], "W"), self.source(o[1], "w")], 1, "-1")
+
+    def op_mma(self, mods: list[str], o: list[str]) -> None:
+        shape = next((re.fullmatch(r"m(\d+)n(\d+)k(\d+)", m) for m in mods if m[0] == "m" and "n" in m), None)
+        types = [m for m in mods if m in BITS or m in ("e4m3", "e5m2", "s4", "u4", "b1")]
+        kinds = {"f16": 0, "bf16": 1, "tf32": 2, "s8": 3, "u8": 4, "e4m3": 5, "e5m2": 6}
+        if shape is None or len(types) != 4 or "sp" in mods or "sync" not in mods or "block_scale" in mods:
+            raise ParseError("unknown instruction")
+        m, n, k = (int(g) for g in shape.groups())
+        registers = [split_operands(part[1:-1]) if part[0] == "{" else [part] for part in o[:4]]
+        if types[0] == "f64":
+            if (m, n, k) != (8, 8, 4):
+                raise ParseError("shape")
+            more = [self.source(r, "g") for part in registers for r in part]
+            self.collective("mma.f64", [], 0, "-1", more=more, written=2)
+            return
+        if n != 8 or m not in (8, 16) or types[1] not in kinds or types[2] not in kinds or "row" not in mods or mods.index("col") < mods.index("row"):
+            raise ParseError("shape or types")
+        each = {0: 2, 1: 2, 2: 1}.get(kinds[types[1]], 4)
+        half = types[0] == "f16"
+        counts = [(m // 8) * (1 if half else 2), k // (4 * each) * (m // 8), k // (4 * each), (m // 8) * (1 if half else 2)]
+        if [len(part) for part in registers] != counts or (m == 8 and types[1] in ("f16", "bf16")):
+            raise ParseError("shape or types")
+        more = [self.source(r, "w") for part in registers for r in part]
+        imm = m | n << 8 | k << 16 | kinds[types[1]] << 24 | kinds[types[2]] << 28 | int(half) << 32 | int("satfinite" in mods) << 33
+        self.collective("mma", [], 0, "-1", more=more, imm=imm, written=counts[0])
 
     # ---- collectives
 

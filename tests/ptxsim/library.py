@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -41,24 +42,34 @@ def _cpu_flags() -> list[str]:
     return out
 
 
-def _build(target: Path, flags: list[str]) -> None:
+def _objects(flags: list[str]) -> dict[Path, str]:
+    """Each source of the machine with a hash of all that its object file depends on."""
+    headers = b"".join(p.read_bytes() for p in sorted((HERE / "machine").glob("*.h")))
+    start = hashlib.sha256("\n".join(flags).encode() + headers).digest()
+    sources = sorted((HERE / "machine").glob("*.cpp"), key=lambda p: -p.stat().st_size)
+    return {p: hashlib.sha256(start + p.name.encode() + p.read_bytes()).hexdigest()[:16] for p in sources}
+
+
+def _build(target: Path, flags: list[str], objects: dict[Path, str]) -> None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if not compiler:
         raise SimulatorError("the PTX simulator needs g++ (or $CXX)")
-    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
 
         def compile(source: Path) -> str:
-            out = os.path.join(folder, source.stem + ".o")
-            done = subprocess.run([compiler, *flags, "-c", str(source), "-o", out], capture_output=True, text=True)
-            if done.returncode:
-                raise SimulatorError(f"the simulator's machine does not compile: {source.name}\n{done.stderr[:4000]}")
-            return out
+            made = target.parent / f"{source.stem}-{objects[source]}.o"
+            if not made.exists():
+                out = os.path.join(folder, made.name)
+                done = subprocess.run([compiler, *flags, "-c", str(source), "-o", out], capture_output=True, text=True)
+                if done.returncode:
+                    raise SimulatorError(f"the simulator's machine does not compile: {source.name}\n{done.stderr[:4000]}")
+                os.replace(out, made)
+            return str(made)
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            objects = list(pool.map(compile, sorted((HERE / "machine").glob("*.cpp"), key=lambda p: -p.stat().st_size)))
+            made = list(pool.map(compile, objects))
         whole = os.path.join(folder, "machine.so")
-        done = subprocess.run([compiler, "-shared", *objects, "-o", whole], capture_output=True, text=True)
+        done = subprocess.run([compiler, "-shared", *made, "-o", whole], capture_output=True, text=True)
         if done.returncode:
             raise SimulatorError(f"the simulator's machine does not link\n{done.stderr[:4000]}")
         os.replace(whole, target)  # whole or not at all, also with two processes at it
@@ -79,10 +90,12 @@ class Library:
 @functools.cache
 def library() -> Library:
     flags = FLAGS + _cpu_flags()
-    digest = hashlib.sha256("\n".join(flags).encode())
-    for source in sorted((HERE / "machine").iterdir()):
-        digest.update(source.name.encode() + source.read_bytes())
-    target = cache_folder() / f"machine-{digest.hexdigest()[:16]}.so"
+    objects = _objects(flags)
+    target = cache_folder() / f"machine-{hashlib.sha256(''.join(objects.values()).encode()).hexdigest()[:16]}.so"
     if not target.exists():
-        _build(target, flags)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # several processes start at once: one builds, the others wait for it
+            if not target.exists():
+                _build(target, flags, objects)
     return Library(target)

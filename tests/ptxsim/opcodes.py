@@ -115,7 +115,7 @@ def plan(opcode: str, operands: int) -> Plan | None:
     parts = opcode.split(".")
     base, mods = parts[0], parts[1:]
     type = mods[-1] if mods else ""
-    if base in _COUNT:
+    if base in _COUNT and "cc" not in mods:
         mods = mods[:-1]
         if type in INTEGERS:
             return _integer(base, mods, type)
@@ -158,6 +158,4 @@ def plan(opcode: str, operands: int) -> Plan | None:
         return Plan(opcode, "P" + cell(type))
     if base == "slct":
         return Plan(f"slct.{BITS[mods[-2]]}.{type}", plain(mods[-2]) + cell(mods[-2]) * 2 + cell(type))
-    if base == "tanh":
-        return _float(base, mods[:-1], type, operands)
     return None

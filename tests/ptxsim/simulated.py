@@ -33,6 +33,7 @@ try:
     from ptxsim.program import Kernel, Module
 except ImportError:
     import sys
+
     sys.path.insert(0, "/tmp/proto")
     from program_proto import Kernel, Module
 from rerank_kernels import backend as registry
@@ -72,7 +73,12 @@ launched: list[tuple[str, tuple[int, ...], tuple[int, ...], int]] = []  # (kerne
 
 
 class _Memory(ctypes.Structure):
-    _fields_ = (("address", ctypes.c_uint64), ("bytes", ctypes.c_uint64), ("writable", ctypes.c_int32), ("padding", ctypes.c_int32))
+    _fields_ = (
+        ("address", ctypes.c_uint64),
+        ("bytes", ctypes.c_uint64),
+        ("writable", ctypes.c_int32),
+        ("padding", ctypes.c_int32),
+    )
 
 
 _Three = ctypes.POINTER(ctypes.c_uint32)
@@ -197,10 +203,14 @@ def _edited(edit: Edit) -> Path:
 
 @functools.cache
 def kernel(name: str, arch: str, edit: Edit | None = None) -> Kernel:
+    return module(_family(name, arch), arch, edit).kernel(name)
+
+
+@functools.cache
+def _family(name: str, arch: str) -> str:
     for family in FAMILIES:
-        m = module(family, arch, edit)
-        if name in m.kernels:
-            return m.kernel(name)
+        if name in module(family, arch).kernels:
+            return family
     raise LookupError(f"no kernel {name} in the PTX of csrc/cuda")
 
 
@@ -210,12 +220,21 @@ def kernel(name: str, arch: str, edit: Edit | None = None) -> Kernel:
 @functools.cache
 def library() -> Path:
     """Builds it, unless these sources were built before, and loads it."""
+    registry.missing("cpu")  # loads the library that says what the ops' signatures are
     kit = toolkit.find()
     if kit is None:
         raise RuntimeError(missing())
     torch_side = [ROOT / "csrc" / "schema.cpp", CUDA / "launch.cpp", *(CUDA / f"{f}.cpp" for f in FAMILIES)]
     include = [HERE, ROOT / "csrc", *torch.utils.cpp_extension.include_paths()]
-    flags = ["-O1", "-g0", "-std=c++20", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-DRK_LIBRARY={NAMESPACE}"]
+    flags = [
+        "-O1",
+        "-g0",
+        "-std=c++20",
+        "-fPIC",
+        "-w",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        f"-DRK_LIBRARY={NAMESPACE}",
+    ]
     flags += ['-DRK_SIMULATED_CALL="call.h"', *(f"-I{p}" for p in include)]
 
     key = hashlib.sha256("\0".join([torch.__version__, kit.release, *flags]).encode())

@@ -36,6 +36,7 @@ static void copy(Warp& w, const Inst& in) {
                 if (k == 0 || k + 1 == c.valid) global_pointer(w, i, in, whole + k, 1, false);
         }
         if (race) {
+            if (c.valid) race_global(w, i, in.line, region_of(w, i, in, c.from, c.valid, false), c.from, c.valid, false, nullptr);
             race_shared(w, i, in.line, c.to, size, true, nullptr);
             race_copy_issued(w, i, in.line, c.to, size);
         }

@@ -34,7 +34,7 @@ struct HalfRead {
 };
 
 template <class T, class Read, class C>
-static u32 compare(Warp& w, const Inst& in) {
+static __attribute__((noinline)) u32 compare(Warp& w, const Inst& in) {
     const C c;
     if constexpr (std::is_same_v<T, float>) {
         if (in.mod & FTZ)

@@ -18,9 +18,11 @@ static void resize(Warp& w, const Inst& in) {
 template <class D, class S>
 static void clamp(Warp& w, const Inst& in) {  // .sat
     using L = std::numeric_limits<D>;
-    map1<D, S>(w, in, [](S s) {
-        const __int128 v = s;
-        return v < L::min() ? L::min() : v > L::max() ? L::max() : D(s);
+    auto* d = w.at<Cell<D>>(in.x[0]);
+    const auto* s = w.at<Cell<S>>(in.x[1]);
+    each_lane(w.mask, [&](u32 i) {
+        const __int128 v = get<S>(s[i]);
+        d[i] = put<D>(v < L::min() ? L::min() : v > L::max() ? L::max() : D(v));
     });
 }
 
@@ -42,10 +44,6 @@ static I to_integer(double v, u16 mod) {
     if (r <= double(L::min())) return L::min();
     if (r >= double(L::max())) return L::max();
     return I(r);
-}
-template <class D, class S>
-static double widened(S s) {
-    return double(s);
 }
 struct ReadF32 {
     using T = float;

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -79,14 +80,17 @@ struct Program {
     std::vector<u64> executed, lanes;  // per instruction: times run by a warp, times run by a lane
 };
 
-struct SharedCell {  // of the race detector: who touched a granule last
+struct Touched {  // of the race detector, for one granule: who touched it last; a time of 0: nobody
     u32 wtime, wline, rtime, rline, rwarps;
     u16 wthread, rthread;
+    bool atomic;  // the last write was an atomic one
 };
 struct GlobalCell {
-    u32 wblock, rblock;  // block number + 1; readers of several blocks: SEVERAL
-    SharedCell in_block;
-    u32 atomic;  // the last write was an atomic one
+    u32 wblock, rblock;    // block number + 1, 0: none; readers of several blocks: SEVERAL
+    u32 inner;             // the block that `in_block` is about
+    u32 wline, rline;
+    bool atomic;
+    Touched in_block;
 };
 
 struct Region {
@@ -142,7 +146,7 @@ struct Warp {
 struct Bar {
     u32 lanes, threads, expected, ones, all, any;
     bool used;
-    std::vector<u32> clock;
+    std::vector<u32> clock;  // race detector: what the arrivals know, together
 };
 
 struct Block {
@@ -152,7 +156,9 @@ struct Block {
     u32 shared_bytes;
     std::vector<Warp> warps;
     Bar bars[16];
-    std::vector<std::vector<u32>> seen;  // seen[w][v]: warp w knows of what warp v did before this time
+    // Race detector: warp w knows of all that warp v did before time seen[w][v]; low[w] and high[w] are the row's extremes.
+    std::vector<std::vector<u32>> seen;
+    std::vector<u32> low, high;
 };
 
 struct Launch {
@@ -164,8 +170,9 @@ struct Launch {
     std::vector<Region> regions;
     u32 last_region = 0;
     u64 random, steps = 0;
-    u32 time = 1, block_began = 1;
-    std::vector<SharedCell> cells;
+    u32 time = 1;  // of the race detector: counts barriers
+    std::vector<Touched> cells;
+    std::set<std::pair<s32, s32>> told;  // pairs of lines whose race has been reported
     std::vector<std::string> problems;
     u32 problem_count = 0;
 
@@ -183,6 +190,7 @@ std::string place(const Warp& w, u32 lane, s32 line);  // "PTX line 7, block (0,
 [[noreturn]] void fault(const Warp& w, u32 lane, const Inst& in, const std::string& what);
 
 // ---- memory.cpp
+Region& region_of(Warp& w, u32 lane, const Inst& in, u64 address, u32 bytes, bool write);
 u8* global_pointer(Warp& w, u32 lane, const Inst& in, u64 address, u32 bytes, bool write, bool atomic = false);
 u8* shared_pointer(Warp& w, u32 lane, const Inst& in, u64 address, u32 bytes, bool write);
 u8* any_pointer(Warp& w, u32 lane, const Inst& in, u64 address, u32 bytes, bool write, bool atomic = false);
@@ -191,14 +199,16 @@ u8* any_pointer(Warp& w, u32 lane, const Inst& in, u64 address, u32 bytes, bool 
 void start_block_copies(Warp& w);
 
 // ---- race.cpp
-void race_shared(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes, bool write, const u8* value);
-void race_global(Warp& w, u32 lane, s32 line, Region& region, u64 address, u32 bytes, bool write, const u8* value, bool atomic);
+void race_shared(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes, bool write, const u8* value,
+                 bool atomic = false);
+void race_global(Warp& w, u32 lane, s32 line, Region& region, u64 address, u32 bytes, bool write, const u8* value,
+                 bool atomic = false);
 void race_start_block(Block& b);
 void race_copy_issued(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes);
 void race_copy_landed(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes);
 void race_warp_sync(Warp& w);
-void race_arrive(Warp& w, Bar& bar);
-void race_release(Warp& w, Bar& bar);
+void race_arrive(Warp& w, Bar& bar);                   // before the release of what it waits for
+void race_wait_over(Bar& bar, const std::vector<Warp*>& waited);  // all that waited there go on
 
 // ---- the table of handlers
 struct Table {

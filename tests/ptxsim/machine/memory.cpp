@@ -45,7 +45,7 @@ static std::string verb(u32 bytes, bool write) { return text("%s of %u bytes", w
     fault(w, lane, in, "out-of-bounds " + verb(bytes, write) + " at " + where);
 }
 
-static Region& region_of(Warp& w, u32 lane, const Inst& in, u64 a, u32 bytes, bool write) {
+Region& region_of(Warp& w, u32 lane, const Inst& in, u64 a, u32 bytes, bool write) {
     Launch& l = *w.launch;
     if (l.last_region < l.regions.size()) {
         Region& r = l.regions[l.last_region];
@@ -164,7 +164,7 @@ static void check_races(Warp& w, const Inst& in, u32 bytes, bool write, const u6
         const u8* v = value ? value + size_t(i) * stride : nullptr;
         const u32 kind = SPACE == GENERIC ? u32(a[i] >> 60) : SPACE == SHARED ? 1 : SPACE == GLOBAL ? 0 : 2;
         if (kind == 1) race_shared(w, i, in.line, u32(a[i]), bytes, write, v);
-        if (kind == 0) race_global(w, i, in.line, region_of(w, i, in, a[i], bytes, write), a[i], bytes, write, v, false);
+        if (kind == 0) race_global(w, i, in.line, region_of(w, i, in, a[i], bytes, write), a[i], bytes, write, v);
     });
 }
 

@@ -1,11 +1,184 @@
-#include "machine.h"
+// race.cpp: two threads touch the same bytes, one of them writes, and nothing orders the two.
+//
+// Order comes from barriers and, within a warp, from bar.warp.sync. Time counts these: an access is stamped with the present
+// time, and warp w knows of all that warp v did before seen[w][v]. A barrier hands on what its arrivals know, so barriers of
+// part of a block are understood too. Nothing orders blocks: between blocks only two atomics may meet.
+//
+// Granules are as wide as the kernel's narrowest access. Two threads that write the same value are let pass within a block.
+#include <algorithm>
+
+#include "lanes.h"
+
 namespace ptxsim {
-void race_shared(Warp&, u32, s32, u32, u32, bool, const u8*) {}
-void race_global(Warp&, u32, s32, Region&, u64, u32, bool, const u8*, bool) {}
-void race_start_block(Block&) {}
-void race_copy_issued(Warp&, u32, s32, u32, u32) {}
-void race_copy_landed(Warp&, u32, s32, u32, u32) {}
-void race_warp_sync(Warp&) {}
-void race_arrive(Warp&, Bar&) {}
-void race_release(Warp&, Bar&) {}
+
+constexpr u16 SEVERAL_THREADS = 0xffff;
+constexpr u32 SEVERAL = 0xffffffff, IN_FLIGHT = 0xffffffff;
+
+static u32 extreme(const std::vector<u32>& row, bool high) {
+    return high ? *std::max_element(row.begin(), row.end()) : *std::min_element(row.begin(), row.end());
 }
+static void knows(Block& b, u32 warp) {
+    b.low[warp] = extreme(b.seen[warp], false);
+    b.high[warp] = extreme(b.seen[warp], true);
+}
+
+void race_start_block(Block& b) {
+    Launch& l = *b.launch;
+    const u32 now = ++l.time, n = u32(b.warps.size());
+    b.seen.assign(n, std::vector<u32>(n, now));
+    b.low.assign(n, now);
+    b.high.assign(n, now);
+    l.cells.assign(b.shared_bytes / l.program->shared_granule + 1, Touched{});
+}
+void race_warp_sync(Warp& w) {
+    Block& b = *w.block;
+    b.seen[w.id][w.id] = ++w.launch->time;
+    knows(b, w.id);
+}
+void race_arrive(Warp& w, Bar& bar) {
+    Block& b = *w.block;
+    b.seen[w.id][w.id] = ++w.launch->time;
+    knows(b, w.id);
+    bar.clock.resize(b.warps.size());
+    for (size_t v = 0; v < bar.clock.size(); v++) bar.clock[v] = std::max(bar.clock[v], b.seen[w.id][v]);
+}
+void race_wait_over(Bar& bar, const std::vector<Warp*>& waited) {
+    if (waited.empty()) return;
+    const u32 now = ++waited[0]->launch->time;
+    for (const Warp* w : waited) bar.clock[w->id] = now;  // they have done nothing since they arrived
+    for (Warp* w : waited) {
+        auto& row = w->block->seen[w->id];
+        for (size_t v = 0; v < row.size(); v++) row[v] = std::max(row[v], bar.clock[v]);
+        knows(*w->block, w->id);
+    }
+}
+
+// What a granule's new access collides with.
+struct Clash {
+    enum Kind { NONE, WRITE, READ, COPY } kind;
+    u32 thread, line;
+};
+
+static Clash touch(Warp& w, u32 me, s32 line, Touched& c, bool write, bool atomic) {
+    const Block& b = *w.block;
+    const auto& seen = b.seen[w.id];
+    Clash clash{Clash::NONE, 0, 0};
+    if (c.wtime == IN_FLIGHT) {
+        clash = {Clash::COPY, c.wthread, c.wline};
+    } else if (c.wtime && c.wthread != me && c.wtime >= seen[c.wthread / 32] && !(atomic && c.atomic)) {
+        clash = {Clash::WRITE, c.wthread, c.wline};
+    }
+    if (write) {
+        if (c.rtime >= b.low[w.id] && c.rwarps && c.rthread != me) {
+            for (u32 m = c.rwarps; m; m &= m - 1) {
+                const u32 v = u32(__builtin_ctz(m));
+                if (c.rtime >= seen[v]) clash = {Clash::READ, c.rthread, c.rline};
+            }
+        }
+        c.rwarps = 0;
+        c.rtime = 0;
+        if (c.wtime != IN_FLIGHT) c.wtime = w.launch->time, c.wthread = u16(me), c.wline = u32(line), c.atomic = atomic;
+        return clash;
+    }
+    u32 others = 0;
+    if (c.rwarps && c.rtime >= b.low[w.id]) {
+        others = c.rwarps;
+        if (c.rtime < b.high[w.id])  // who is known to be done need not be remembered: who knows of me knows of them
+            for (u32 m = c.rwarps; m; m &= m - 1) {
+                const u32 v = u32(__builtin_ctz(m));
+                if (c.rtime < seen[v]) others &= ~(1u << v);
+            }
+    }
+    c.rthread = others == 0 || c.rthread == me ? u16(me) : SEVERAL_THREADS;
+    c.rwarps = others | 1u << w.id;
+    c.rtime = w.launch->time;
+    c.rline = u32(line);
+    return clash;
+}
+
+static std::string thread_name(const Launch& l, u32 t) {
+    if (t == SEVERAL_THREADS) return "several threads";
+    return text("thread (%u,%u,%u)", t % l.block[0], t / l.block[0] % l.block[1], t / l.block[0] / l.block[1]);
+}
+static bool first_time(Launch& l, s32 line, u32 other) { return l.told.insert({line, s32(other)}).second; }
+
+static void report(Warp& w, u32 lane, s32 line, const Clash& clash, bool write, const std::string& where) {
+    Launch& l = *w.launch;
+    if (!first_time(l, line, clash.line)) return;
+    const std::string what = std::string(write ? "write" : "read");
+    if (clash.kind == Clash::COPY)
+        l.problem(text("%s of %s while a cp.async to it is under way: ", what.c_str(), where.c_str()) + place(w, lane, line) +
+                  text("; copied by {line %u} and not waited for", clash.line));
+    else
+        l.problem(text("race: %s of %s, ", what.c_str(), where.c_str()) + place(w, lane, line) + ", after its " +
+                  (clash.kind == Clash::READ ? "read" : "write") + " by " + thread_name(l, clash.thread) +
+                  text(" at {line %u}, with no barrier between", clash.line));
+}
+
+void race_shared(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes, bool write, const u8* value, bool atomic) {
+    Launch& l = *w.launch;
+    const u32 g = l.program->shared_granule, me = w.id * 32 + lane;
+    for (u32 i = offset / g; i <= (offset + bytes - 1) / g; i++) {
+        const Clash clash = touch(w, me, line, l.cells[i], write, atomic);
+        if (clash.kind == Clash::NONE) continue;
+        if (clash.kind == Clash::WRITE && write && value && bytes >= g &&
+            memcmp(w.block->shared + i * g, value + (i * g - offset), g) == 0)
+            continue;
+        report(w, lane, line, clash, write, text("shared+%u", i * g));
+    }
+}
+
+void race_copy_issued(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes) {
+    Launch& l = *w.launch;
+    const u32 g = l.program->shared_granule;
+    for (u32 i = offset / g; i <= (offset + bytes - 1) / g; i++) {
+        Touched& c = l.cells[i];
+        c.wtime = IN_FLIGHT, c.wthread = u16(w.id * 32 + lane), c.wline = u32(line), c.atomic = false;
+    }
+}
+void race_copy_landed(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes) {
+    Launch& l = *w.launch;
+    const u32 g = l.program->shared_granule, me = w.id * 32 + lane;
+    for (u32 i = offset / g; i <= (offset + bytes - 1) / g; i++) {
+        Touched& c = l.cells[i];
+        if (c.wthread == me && c.wtime == IN_FLIGHT) c.wtime = 0;
+        const Clash clash = touch(w, me, line, c, true, false);
+        if (clash.kind != Clash::NONE) report(w, lane, line, clash, true, text("shared+%u", i * g));
+    }
+}
+
+void race_global(Warp& w, u32 lane, s32 line, Region& r, u64 address, u32 bytes, bool write, const u8* value, bool atomic) {
+    if (!r.writable) return;
+    Launch& l = *w.launch;
+    const u64 g = l.program->global_granule, first = r.lo / g;
+    if (r.cells.empty()) r.cells.resize((r.hi - 1) / g - first + 1);
+    const u32 here = w.block->number + 1;
+    for (u64 i = address / g; i <= (address + bytes - 1) / g; i++) {
+        GlobalCell& c = r.cells[i - first];
+        const bool after_write = c.wblock && c.wblock != here && !(atomic && c.atomic);
+        const bool after_read = write && c.rblock && c.rblock != here;
+        if ((after_write || after_read) && first_time(l, -line, after_write ? c.wline : c.rline)) {
+            const u32 other = after_write ? c.wblock : c.rblock;
+            std::string whose = "several blocks";
+            if (other != SEVERAL) {
+                const u32 n = other - 1;
+                whose = text("block (%u,%u,%u)", n % l.grid[0], n / l.grid[0] % l.grid[1], n / l.grid[0] / l.grid[1]);
+            }
+            l.problem(text("race between blocks: %s of %s+%llu, ", write ? "write" : "read", r.name.c_str(),
+                           (unsigned long long)(i * g - r.lo)) +
+                      place(w, lane, line) + ", and its " + (after_write ? "write" : "read") + " by " + whose +
+                      text(" at {line %u}", after_write ? c.wline : c.rline));
+        }
+        if (write) c.wblock = here, c.wline = u32(line), c.atomic = atomic;
+        else c.rblock = c.rblock == 0 || c.rblock == here ? here : SEVERAL, c.rline = u32(line);
+        if (c.inner != here) c.inner = here, c.in_block = Touched{};
+        const Clash clash = touch(w, w.id * 32 + lane, line, c.in_block, write, atomic);
+        if (clash.kind == Clash::NONE) continue;
+        if (clash.kind == Clash::WRITE && write && value && bytes >= g &&
+            memcmp(reinterpret_cast<const u8*>(i * g), value + (i * g - address), g) == 0)
+            continue;
+        report(w, lane, line, clash, write, text("%s+%llu", r.name.c_str(), (unsigned long long)(i * g - r.lo)));
+    }
+}
+
+}  // namespace ptxsim

@@ -87,6 +87,7 @@ static bool complete(const Block& b, const Bar& bar) {
 
 static void release(Block& b, u32 id) {
     Bar& bar = b.bars[id];
+    std::vector<Warp*> waited;
     for (Warp& w : b.warps) {
         bool here = false;
         for (u32 i = 0; i < w.count; i++) {
@@ -106,8 +107,9 @@ static void release(Block& b, u32 id) {
             g.pc++;
             here = true;
         }
-        if (here && b.launch->options.race) race_release(w, bar);
+        if (here) waited.push_back(&w);
     }
+    if (b.launch->options.race) race_wait_over(bar, waited);
     bar.lanes = bar.threads = bar.expected = bar.ones = bar.any = 0;
     bar.all = 1;
     bar.used = false;

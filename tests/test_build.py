@@ -1,0 +1,239 @@
+"""setup.py and csrc/toolkit.py: what is built, with which flags, and what is said where something cannot be.
+
+setup.py runs here on a copy of the sources, with setuptools.setup replaced: nothing is compiled but the CUDA library's torch
+side, once, against the torch that is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import subprocess
+import types
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toolkit
+import torch
+import torch.utils.cpp_extension
+
+ROOT = Path(__file__).parent.parent
+NEWEST = types.SimpleNamespace(version=(13, 0), home=Path("/cuda"), known=("75", "80", "86", "89", "90", "100", "120"))
+OLD = types.SimpleNamespace(version=(12, 4), home=Path("/cuda"), known=("75", "80", "86", "89", "90"))
+
+
+# ---- architectures
+
+
+def codes(flags: list[str]) -> list[str]:
+    return [f.rpartition("code=")[2] for f in flags]
+
+
+def test_our_architectures_and_ptx_of_the_last() -> None:
+    flags, _ = toolkit.found.gencode(None, NEWEST)
+    assert codes(flags) == ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_120"]
+    assert flags[0] == "-gencode=arch=compute_80,code=sm_80"
+
+
+def test_what_an_old_toolkit_does_not_know_is_left_out_and_said() -> None:
+    flags, said = toolkit.found.gencode("", OLD)
+    assert codes(flags) == ["sm_80", "sm_86", "sm_89", "sm_90", "compute_90"]
+    assert "not sm_100, sm_120, which CUDA 12.4 does not know" in said
+
+
+@pytest.mark.parametrize(
+    ("listed", "wanted"),
+    [
+        ("8.0", ["sm_80"]),
+        ("8.0;9.0+PTX", ["sm_80", "sm_90", "compute_90"]),
+        ("8.0 8.6,12.0", ["sm_80", "sm_86", "sm_120"]),
+        ("9.0a", ["sm_90a"]),
+        ("10.0f+PTX; 8.0;8.0", ["sm_100f", "compute_100f", "sm_80"]),
+    ],
+)
+def test_torch_cuda_arch_list(listed: str, wanted: list[str]) -> None:
+    assert codes(toolkit.found.gencode(listed, NEWEST)[0]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("listed", "said"),
+    [
+        ("7.5;8.0", "compute capability 8.0 or newer, not 7.5"),
+        ("7.0+PTX", "compute capability 8.0 or newer, not 7.0"),
+        ("Hopper", "'Hopper' is not understood; write for instance '8.0;9.0+PTX'"),
+        ("80", "'80' is not understood"),
+        ("12.0", "CUDA 12.4 at /cuda does not know 12.0"),
+    ],
+)
+def test_a_wrong_torch_cuda_arch_list_is_refused(listed: str, said: str) -> None:
+    with pytest.raises(ValueError) as error:
+        toolkit.found.gencode(listed, OLD)
+    assert said in str(error.value)
+
+
+# ---- finding the toolkit
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n" + text + "\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def kit() -> toolkit.Toolkit:
+    found = toolkit.find()
+    if found is None:
+        pytest.skip("no nvcc")
+    return found
+
+
+def test_the_toolkit_behind_a_wrapper_is_found(kit: toolkit.Toolkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(tmp_path / "bin" / "nvcc", f'exec "{kit.path}" "$@"')
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    found = toolkit.found.find()
+    assert (found.home, found.release) == (kit.home, kit.release)
+    assert (found.home / "include" / "cuda_runtime.h").exists() and list(found.libraries.glob("libcudart*"))
+
+
+def test_cuda_home_comes_first_and_alone(kit: toolkit.Toolkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert toolkit.found.find() is None
+    script(tmp_path / "bin" / "nvcc", "exit 1")
+    assert toolkit.found.find() is None
+    monkeypatch.setenv("CUDA_HOME", str(kit.home))
+    assert toolkit.found.find().home == kit.home
+
+
+def test_the_toolkit_of_the_wanted_version_comes_before_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    kits = {Path(f"/{n}"): types.SimpleNamespace(version=(n, 1)) for n in (12, 13)}
+    monkeypatch.setitem(toolkit.found.find.__globals__, "_candidates", lambda: list(kits))
+    monkeypatch.setitem(toolkit.found.find.__globals__, "_ask", kits.get)
+    assert [toolkit.found.find(major).version[0] for major in (None, 12, 13, 14)] == [12, 12, 13, 12]
+
+
+# ---- setup.py
+
+
+class Outcome:
+    def __init__(self, folder: Path, extensions: dict[str, Any], refused: str) -> None:
+        self.extensions, self.refused = extensions, refused
+        said = folder / "rerank_kernels" / "_no_cuda.txt"
+        self.reason = said.read_text() if said.exists() else ""
+
+
+@pytest.fixture
+def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """Runs setup.py up to setup(), as if torch were built for CUDA `cuda`."""
+
+    def run(cuda: str | None, **environment: str) -> Outcome:
+        shutil.copy(ROOT / "setup.py", tmp_path)
+        shutil.copytree(ROOT / "csrc", tmp_path / "csrc", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        (tmp_path / "rerank_kernels").mkdir(exist_ok=True)
+        for name in ("RERANK_KERNELS_BUILD_CPU", "RERANK_KERNELS_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        given: dict[str, Any] = {}
+        monkeypatch.setattr("setuptools.setup", lambda **options: given.update(options))
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
+        monkeypatch.chdir(tmp_path)
+        refused = ""
+        try:
+            runpy.run_path(str(tmp_path / "setup.py"))
+        except SystemExit as error:
+            refused = str(error)
+        return Outcome(tmp_path, {e.name: e for e in given.get("ext_modules", [])}, refused)
+
+    return run
+
+
+def test_a_torch_without_cuda_leaves_the_cuda_library_out(configure) -> None:  # type: ignore[no-untyped-def]
+    outcome = configure(None)
+    assert "rerank_kernels._C" in outcome.extensions and "rerank_kernels._cuda" not in outcome.extensions
+    assert "is a build without CUDA" in outcome.reason and not outcome.refused
+
+
+@pytest.mark.parametrize(
+    ("cuda", "environment", "said"),
+    [
+        (None, {}, "is a build without CUDA"),
+        ("13.0", {"CUDA_HOME": "/nowhere"}, "no CUDA toolkit: CUDA_HOME=/nowhere holds no bin/nvcc that runs"),
+        ("13.0", {"CUDA_HOME": "/nowhere"}, "pip install 'nvidia-cuda-nvcc==13.0.*'"),
+        (None, {"RERANK_KERNELS_BUILD_CPU": "0"}, "it needs the C++ library: RERANK_KERNELS_BUILD_CPU=0"),
+    ],
+)
+def test_what_cannot_be_built_is_said_and_if_required_refused(configure, cuda, environment, said) -> None:  # type: ignore[no-untyped-def]
+    outcome = configure(cuda, **environment)
+    assert said in outcome.reason and not outcome.refused
+    outcome = configure(cuda, **environment, RERANK_KERNELS_BUILD_CUDA="1")
+    assert said in outcome.refused and "RERANK_KERNELS_BUILD_CUDA=1" in outcome.refused
+
+
+def test_a_toolkit_of_another_major_version_is_refused_with_both_versions(configure, kit: toolkit.Toolkit) -> None:  # type: ignore[no-untyped-def]
+    ours, other = ".".join(map(str, kit.version)), f"{kit.version[0] - 1}.4"
+    outcome = configure(other, CUDA_HOME=str(kit.home))
+    assert f"toolkit at {kit.home} is {ours}, and torch {torch.__version__} is built for {other}" in outcome.reason
+    assert f"install a toolkit {kit.version[0] - 1}.x" in outcome.reason
+    assert "rerank_kernels._cuda" not in outcome.extensions
+
+
+def test_zero_is_zero_and_nonsense_is_refused(configure) -> None:  # type: ignore[no-untyped-def]
+    assert configure("13.0", RERANK_KERNELS_BUILD_CUDA="0").reason == "RERANK_KERNELS_BUILD_CUDA=0\n"
+    assert "must be auto, 0 or 1, got 'yes'" in configure(None, RERANK_KERNELS_BUILD_CUDA="yes").refused
+
+
+def test_the_cuda_library_is_built_with_the_contracts_flags(configure, kit: toolkit.Toolkit) -> None:  # type: ignore[no-untyped-def]
+    version = ".".join(map(str, kit.version))
+    outcome = configure(version, CUDA_HOME=str(kit.home), TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX")
+    assert not outcome.refused and not outcome.reason
+    cuda = outcome.extensions["rerank_kernels._cuda"]
+    there = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").glob("*.c*") if p.suffix in (".cpp", ".cu")}
+    assert set(cuda.sources) == there
+    nvcc, cxx = cuda.extra_compile_args["nvcc"], cuda.extra_compile_args["cxx"]
+    assert (
+        "--fmad=false" in nvcc
+        and "-ffp-contract=off" in cxx
+        and not any("fast" in f and "no-fast" not in f for f in [*nvcc, *cxx])
+    )
+    assert codes([f for f in nvcc if "gencode" in f]) == ["sm_80", "sm_90", "compute_90"]
+    assert "-DTORCH_TARGET_VERSION=0x020a000000000000" in cxx and cuda.py_limited_api
+    assert str(kit.home) == torch.utils.cpp_extension.CUDA_HOME
+    assert set(cuda.libraries) >= {"torch_cuda"} and any("cudart" in name for name in cuda.libraries)
+
+
+def test_objects_of_one_stem_have_two_names(configure) -> None:  # type: ignore[no-untyped-def]
+    configure(None)
+    apart = runpy.run_path("setup.py")["apart"]
+    names = apart(lambda sources, **_: [f"build/{Path(s).stem}.o" for s in sources])
+    assert names(["norm.cpp", "norm.cu"], output_dir="") == ["build/norm.o", "build/norm.cu.o"]
+
+
+def test_the_torch_side_compiles_against_this_torch() -> None:
+    """As setup.py would compile it, without a CUDA build of torch: the stable ABI's headers are the same."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        pytest.skip("no C++ compiler")
+    include = [f"-I{p}" for p in torch.utils.cpp_extension.include_paths()]
+    flags = [
+        "-fsyntax-only",
+        "-std=c++20",
+        "-Wall",
+        "-fvisibility=hidden",
+        "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    ]
+
+    def compile_one(source: Path) -> str:
+        done = subprocess.run([compiler, *flags, *include, str(source)], capture_output=True, text=True)
+        return done.stderr if done.returncode else ""
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [s for s in pool.map(compile_one, sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))) if s] == []

@@ -1,0 +1,179 @@
+"""tests/witness.py on the kernels that there are, and on kernels with one deliberate fault each, which it must find.
+
+Two architectures, the oldest and the newest; `make cuda-check` takes all of them and compares docs/GPU.md.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import toolkit
+import witness
+from conftest import required
+
+SOURCES = sorted(witness.CUDA.glob("*.cu"))
+OLD, NEW = witness.ARCHITECTURES[0], witness.ARCHITECTURES[-1]
+
+
+@pytest.fixture(autouse=True)
+def kit() -> toolkit.Toolkit:
+    """nvcc and nvdisasm; where backend cuda is required they are too."""
+    found = toolkit.find()
+    lacks = "no nvcc" if found is None else "no nvdisasm" if found.tool("nvdisasm") is None else None
+    if lacks is None and NEW not in found.known:
+        lacks = f"CUDA {found.release} does not know sm_{NEW}"
+    if lacks:
+        (pytest.fail if "cuda" in required() else pytest.skip)(lacks)
+    return found
+
+
+@pytest.mark.parametrize("arch", [OLD, NEW])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_every_kernel_keeps_the_rules(source: Path, arch: str) -> None:
+    kernels = witness.of_source(source, arch)
+    assert kernels
+    assert [f"{k.name}: {d}" for k in kernels for d in k.defects()] == []
+
+
+# ---- the rules have power
+
+
+def defects(kit: toolkit.Toolkit, tmp_path: Path, body: str, arch: str = OLD) -> str:
+    """What is said of a kernel of these lines; p and q are float arrays, i is the thread."""
+    source = tmp_path / "k.cu"
+    source.write_text(
+        '#include <cuda_fp16.h>\n#include "device.cuh"\nnamespace rk {\n'
+        f"__global__ void score_kernel(float* p, const float* q, int n) {{ const int i = threadIdx.x; {body} }}\n}}\n"
+    )
+    (kernel,) = witness.of_source(source, arch)
+    return "\n".join(kernel.defects())
+
+
+@pytest.mark.parametrize("arch", [OLD, NEW])
+def test_a_kernel_as_it_should_be_has_no_defects(kit: toolkit.Toolkit, tmp_path: Path, arch: str) -> None:
+    """Products, sums, fma, division and square root: all that the contract has."""
+    body = "p[i] = fmadd(q[i], q[i + 1], q[i] * q[i + 2] + q[i + 3] / q[i + 4] - sqrtf(q[i + 5]));"
+    assert defects(kit, tmp_path, body, arch) == ""
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("p[i] = __expf(q[i]);", r"ex2\.approx"),
+        ("p[i] = __expf(q[i]);", r"machine code: .*MUFU\.EX2"),
+        ("p[i] = __fdividef(q[i], q[i + 1]);", r"div\.approx"),
+        ("p[i] = rsqrtf(q[i]);", r"rsqrt\.approx"),
+        ("p[i] = __fadd_rz(q[i], q[i + 1]);", r"add\.rz"),
+        ("p[i] = float(double(q[i]) * q[i + 1] + q[i + 2]);", r"\.rn\.f64"),
+        ("p[i] = __half2float(__hadd(__float2half(q[i]), __float2half(q[i + 1])));", r"add\S*\.f16"),
+        ("atomicAdd(p, q[i]);", r"(red|atom)\S*\.add\.f32"),
+        ("atomicAdd(p, q[i]);", r"machine code: .*(RED|ATOM)"),
+        ("atomicAdd((int*)p, 1);", r"machine code: .*(RED|ATOM)"),
+        ("p[i] = float(clock64());", r"%clock64"),
+        ('unsigned s; asm("mov.u32 %0, %%smid;" : "=r"(s)); p[i] = float(s);', r"%smid"),
+        ("float a[64] = {}; for (int j = 0; j < n; ++j) a[int(q[j]) & 63] = q[j]; p[i] = a[i & 63];", r"bytes of stack"),
+        ("float a[64] = {}; for (int j = 0; j < n; ++j) a[int(q[j]) & 63] = q[j]; p[i] = a[i & 63];", r"machine code: .*LDL"),
+    ],
+)
+def test_a_faulty_kernel_is_found(kit: toolkit.Toolkit, tmp_path: Path, body: str, said: str) -> None:
+    assert re.search(said, defects(kit, tmp_path, body)), said
+
+
+@pytest.mark.parametrize("arch", [OLD, NEW])
+@pytest.mark.parametrize("body", ["p[i] = q[i] * q[i + 1] + q[i + 2];", "p[i] = q[i] - q[i + 1] * q[i + 2];"])
+def test_what_ptxas_fuses_is_found(kit: toolkit.Toolkit, tmp_path: Path, body: str, arch: str) -> None:
+    """Without .rn on products and sums ptxas may fuse them, and does; with it, the same PTX has no defect."""
+    assert defects(kit, tmp_path, body, arch) == ""
+    ptx = kit.ptx(tmp_path / "k.cu", arch).read_text()
+    (fused,) = witness.of_ptx(re.sub(r"\b(mul|add|sub)\.rn\.f32\b", r"\1.f32", ptx), "k", arch)
+    assert "ptxas fused: 1 x FFMA in the dyed code" in fused.defects()
+
+
+def test_compiled_without_its_flag_a_kernel_is_found(kit: toolkit.Toolkit) -> None:
+    """--fmad=false is part of the contract: with nvcc's default the PTX itself is another."""
+    ptx = kit.ptx(witness.CUDA / "softmax.cu", OLD, ["--fmad=true"]).read_text()
+    said = [d for k in witness.of_ptx(ptx, "softmax", OLD) for d in k.defects()]
+    assert any("outside the contract" in d or "fused" in d for d in said)
+
+
+def test_narrow_loads_are_found(kit: toolkit.Toolkit) -> None:
+    ptx = kit.ptx(witness.CUDA / "pooling.cu", OLD).read_text()
+    narrow = re.sub(
+        r"cp\.async\.cg\.shared\.global \[([^]]*)\], \[([^]]*)\], 16, [^;]*;", r"cp.async.ca.shared.global [\1], [\2], 4;", ptx
+    )
+    assert narrow != ptx
+    said = {k.name.split("<")[0]: k.defects() for k in witness.of_ptx(narrow, "pooling", OLD)}
+    assert said["pool_kernel"] == ["streams, but loads no 16 bytes at once"]
+
+
+# ---- launches, occupancy, the page
+
+
+def test_every_kernel_is_launched_by_somebody(kit: toolkit.Toolkit) -> None:
+    """An instance of a template that no launcher ever starts is dead weight, and untested."""
+    there = {name for s in SOURCES for name in witness.ptx_kernels(kit.ptx(s, OLD).read_text())}
+    _, launched = witness.launches()
+    assert sorted(map(witness.readable, there ^ set(launched))) == []
+    assert all(launch.block <= 1024 and launch.shared <= 99 * 1024 for launch in launched.values())
+
+
+def test_occupancy_is_the_toolkits(kit: toolkit.Toolkit, tmp_path: Path) -> None:
+    """Against cuda_occupancy.h, which NVIDIA's own calculator is made of."""
+    header = kit.home / "include" / "cuda_occupancy.h"
+    if not header.exists() or shutil.which("c++") is None:
+        pytest.skip("no cuda_occupancy.h or no C++ compiler")
+    limits = "".join(
+        f"if (arch == {a}) "
+        f"p.maxThreadsPerMultiprocessor = {32 * limit.warps}, p.sharedMemPerMultiprocessor = {1024 * limit.shared};"
+        for a, limit in witness.LIMITS.items()
+    )
+    source = tmp_path / "occupancy.cpp"
+    source.write_text(
+        f"""#include <stdio.h>
+        #include "{header}"
+        int main() {{
+            int arch, registers, shared, threads;
+            while (scanf("%d %d %d %d", &arch, &registers, &shared, &threads) == 4) {{
+                cudaOccDeviceProp p;
+                p.computeMajor = arch / 10, p.computeMinor = arch % 10, p.maxThreadsPerBlock = 1024, p.warpSize = 32;
+                p.regsPerBlock = p.regsPerMultiprocessor = 65536, p.numSms = 1, p.reservedSharedMemPerBlock = 1024;
+                p.sharedMemPerBlock = 48 * 1024, p.sharedMemPerBlockOptin = 99 * 1024;
+                {limits}
+                cudaOccFuncAttributes f;
+                f.maxThreadsPerBlock = 1024, f.numRegs = registers, f.sharedSizeBytes = 0;
+                f.partitionedGCConfig = PARTITIONED_GC_OFF, f.numBlockBarriers = 1;
+                f.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN, f.maxDynamicSharedSizeBytes = 99 * 1024;
+                cudaOccDeviceState s;
+                cudaOccResult r;
+                if (cudaOccMaxActiveBlocksPerMultiprocessor(&r, &p, &f, &s, threads, shared)) return 1;
+                printf("%d\\n", r.activeBlocksPerMultiprocessor);
+            }}
+        }}"""
+    )
+    program = tmp_path / "occupancy"
+    subprocess.run(["c++", "-w", source, "-o", program], check=True)
+    asked = [
+        (arch, registers, shared, threads)
+        for arch in witness.LIMITS
+        for registers in (16, 24, 33, 64, 96, 128, 168, 255)
+        for shared in (0, 1000, 12288, 30720, 49408, 69632, 99 * 1024)
+        for threads in (32, 64, 128, 256, 512)
+        if registers * threads <= 65536 // 2 or threads <= 256
+    ]
+    given = "\n".join(" ".join(map(str, line)) for line in asked)
+    said = subprocess.run([program], input=given, capture_output=True, text=True, check=True).stdout.split()
+    ours = [witness.blocks_per_sm(*line) for line in asked]
+    assert [(line, us, int(it)) for line, us, it in zip(asked, ours, said, strict=True) if us != int(it)] == []
+
+
+def test_the_page_knows_every_kernel(kit: toolkit.Toolkit) -> None:
+    page = witness.PAGE.read_text(encoding="utf-8")
+    generated = page.partition(witness.BEGIN)[2].partition(witness.END)[0]
+    if f"nvcc {kit.release};" not in generated:
+        pytest.skip(f"docs/GPU.md was written with another nvcc than {kit.release}")
+    there = {witness.readable(name).split("<")[0] for s in SOURCES for name in witness.ptx_kernels(kit.ptx(s, OLD).read_text())}
+    assert {n for n in there if f"`{n}`" not in generated} == set(), "run tests/witness.py --write"
