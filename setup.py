@@ -162,6 +162,8 @@ def extensions() -> tuple[list, dict]:
         def build_extensions(self) -> None:
             cpu = [e for e in self.extensions if e.name != CUDA]
             cuda = [e for e in self.extensions if e.name == CUDA]
+            if not cuda:
+                self.forget_cuda()
             try:
                 self.extensions = cpu
                 super().build_extensions()
@@ -171,6 +173,7 @@ def extensions() -> tuple[list, dict]:
                 leave_out(f"it did not compile ({error}; pip install -v shows the compiler's messages)")
                 leave_out_cuda("it needs the C++ library, which did not compile")
                 self.extensions = []  # nothing to copy
+                self.forget_cuda()
                 self.collect(NOT_BUILT, NO_CUDA)
                 return
             try:
@@ -184,7 +187,14 @@ def extensions() -> tuple[list, dict]:
                     raise
                 leave_out_cuda(f"it did not compile ({error}; pip install -v shows the compiler's messages)")
                 self.extensions = cpu
+                self.forget_cuda()
                 self.collect(NO_CUDA)
+
+        def forget_cuda(self) -> None:
+            """A library of an earlier build would be installed again."""
+            folder = ROOT / "rerank_kernels" if self.inplace else pathlib.Path(self.build_lib) / "rerank_kernels"
+            for old in folder.glob("_cuda*.so"):
+                old.unlink()
 
         def collect(self, *said: pathlib.Path) -> None:
             """Package data was gathered before this step."""

@@ -43,10 +43,14 @@ SCHEDULES = (
 
 def test_same_bits_as_the_cpu(case: Case, dtype: torch.dtype) -> None:
     """Blocks and threads backwards and at random; copies at once and at the last moment; races and bounds looked for."""
-    rows, shared, want = case.make_rows(dtype), case.make_shared(dtype), of_cpu(case, dtype)
-    for how in SCHEDULES:
-        with simulated.simulated(**how):
-            all_same(case.call(rows, shared), want, f"{case}, cuda {how} against cpu")
+    shared, every = case.make_shared(dtype), case.make_rows(dtype)
+    # few rows are another matter: other launch shapes, and sparse_ffn's sparse way
+    for rows in (every,) if case.lengths else (every, {n: t[:3] for n, t in every.items()}):
+        with registry.use("cpu"):
+            want = case.call(rows, shared)
+        for how in SCHEDULES:
+            with simulated.simulated(**how):
+                all_same(case.call(rows, shared), want, f"{case}, cuda {how} against cpu")
 
 
 # ---- real shapes: one layer's matrices and heads of bge-reranker-base, and of ReluLLaMA cut to a few neurons

@@ -426,7 +426,7 @@ def other_calls() -> Iterator[Any]:
 
 
 def launches() -> tuple[list[list[Launch]], dict[str, Launch]]:
-    """Of each of `shapes`; and one of every kernel: a real shape's if there is one, else another call's, unforced if possible."""
+    """Of each of `shapes`; and one of every kernel: a real shape's if there is one, else another call's, at best unforced."""
     with recording() as (simulated, noted):
 
         def of(call: Any) -> list[Launch]:
@@ -580,7 +580,8 @@ def page(found: list[Kernel]) -> str:
             *table(kernels, one),
             "",
             "Threads and shared memory as in the calls above; for a kernel that they do not reach, in a call with 256 x 768 "
-            "features, a longer row, or a way forced on the launcher. Occupancy from these limits of a multiprocessor with 65,536 registers (CUDA C++ Programming Guide, "
+            "features, a longer row, or a way forced on the launcher. Occupancy from these limits of a multiprocessor "
+            "with 65,536 registers (CUDA C++ Programming Guide, "
             '"Technical Specifications per Compute Capability"; `cuda_occupancy.h`):',
             "",
             *limits,

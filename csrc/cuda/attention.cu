@@ -42,6 +42,7 @@ struct AttentionPlan {
 };
 
 // What a block works on. In shared memory: threads have no registers left for it.
+constexpr int WORK = 128;
 template <class T>
 struct Work {
     const T *q, *k, *v;  // of the sequence's first token and the group's first head
@@ -140,12 +141,12 @@ __device__ __forceinline__ void stage_rows(char* to, int rows, int live, int ele
     for (int r = thread / CHUNKS; r < rows; r += blockDim.x / CHUNKS) {
         const int some = r < live ? inside : 0;
         const T* from = row_at(some > 0 ? r : 0) + (some > 0 ? c * PER : 0);
-        char* place = to + (r * CHUNKS + (c ^ (r & SWIZZLE))) * 16;
+        char* at = to + (r * CHUNKS + (c ^ (r & SWIZZLE))) * 16;
         if (wide) {
-            copy_16(place, from, some * int(sizeof(T)));
+            copy_16(at, from, some * int(sizeof(T)));
         } else {
 #pragma unroll 1
-            for (int e = 0; e < PER; ++e) reinterpret_cast<T*>(place)[e] = e < some ? from[e] : T{};
+            for (int e = 0; e < PER; ++e) reinterpret_cast<T*>(at)[e] = e < some ? from[e] : T{};
         }
     }
 }
@@ -187,7 +188,7 @@ __device__ __forceinline__ void add_scores(const char* q, const char* k, int wid
 __device__ __forceinline__ int score_at(int rg, int key) { return rg * KEY_TILE + ((key / 4) ^ (2 * rg)) * 4 + key % 4; }
 
 // sum[i][c] += the terms of keys [key, key + count) of the tile. values: rows of COLUMNS, from that key on. With HIDES, keys
-// that a row does not see are skipped; without, there is none, or behind the sequence's end, where weight and value are zeros.
+// that a row does not see are skipped; without, such keys lie behind the sequence's end, where weights and values are zeros.
 template <bool HIDES, class T>
 __device__ __forceinline__ void add_values(const float* weights, const T* values, int key, int count, bool second,
                                            float (&sum)[THREAD_ROWS][8]) {
@@ -218,6 +219,7 @@ template <class T>
 __global__ void __launch_bounds__(MOST_WARPS * 32, 2)
     attention_rows(AttentionArgs a, AttentionPlan plan, const int32_t* cu_seqlens, int64_t B, int64_t total) {
     extern __shared__ __align__(128) char shared[];
+    static_assert(sizeof(Work<T>) <= WORK, "the bytes that Work has in shared memory");
     constexpr int SLICE = LINE / int(sizeof(T));                // features
     constexpr int V_ROWS = STAGE / (COLUMNS * int(sizeof(T)));  // keys of a stage of V
     constexpr int V_CHUNKS = COLUMNS * int(sizeof(T)) / 16;
@@ -225,15 +227,16 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2)
     const int D = int(a.D), slices = plan.slices, score_tiles = plan.score_tiles, rounds = 1 + (D + COLUMNS - 1) / COLUMNS;
     const bool resident = plan.resident;
 
-    __shared__ Work<T> work;
+    Work<T>& work = *reinterpret_cast<Work<T>*>(shared);
     if (threadIdx.x < 32) find_work(a, cu_seqlens, B, total, warps * WARP_ROWS, work);
     __syncthreads();
     if (work.rows == 0) return;
     const int length = work.length;
 
-    // shared memory: two stages (each with its slice of Q, unless Q is resident), Q, scores by warp, the rows' tokens
+    // shared memory after `work`: two stages (each with its slice of Q, unless Q is resident), Q, scores by warp, the rows'
+    // tokens
     const int stage_bytes = STAGE + (resident ? 0 : warps * Q_SLICE);
-    char* const stages = shared;
+    char* const stages = shared + WORK;
     char* const q_resident = stages + 2 * stage_bytes;  // [warp][slice]
     char* const scores = q_resident + (resident ? warps * slices * Q_SLICE : 0);
     int* const tokens = reinterpret_cast<int*>(scores + warps * score_tiles * SCORE_TILE);
@@ -298,6 +301,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2)
     __syncthreads();  // tokens
 
     // ---- the rounds
+    // All barriers stand where every thread of the block comes by: rounds, tiles and parts are the block's, not the warp's.
     float s[THREAD_ROWS][THREAD_KEYS];  // scores, then weights, then sums of a tile
     float lanes[THREAD_ROWS][4];        // row_sum's lanes kg, kg + 8, kg + 16, kg + 24; in round 0, [0] is the maximum so far
     float top = 0.0f;                   // the maximum of row rg + 4 kg: eight threads share out their eight rows
@@ -318,7 +322,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2)
         for (int tile = tile_begin; tile < tile_end; ++tile) {
             const int key = tile * KEY_TILE;
             const auto [warp, lane, rg, kg] = place_now();
-            // the warp's first and last row see the most: whether one sees the tile, and whether some key is hidden from one
+            // the warp's first row sees from the earliest key on, its last row up to the latest; garbage rows repeat the last
             const int i_first = tokens[warp * WARP_ROWS], i_last = tokens[warp * WARP_ROWS + WARP_ROWS - 1];
             const int last_end = work.end(i_last);
             const bool sees = warp * WARP_ROWS < work.rows && key < last_end && key + KEY_TILE > work.begin(i_first);
@@ -491,7 +495,7 @@ void attention(const AttentionArgs& args, const int32_t* cu_seqlens, int64_t B, 
     plan.wide_out = aligned(args.out, unsigned(4 * size)) && args.D % 4 == 0;
 
     const int64_t q_bytes = warps * Q_SLICE * (plan.resident ? plan.slices : 2);
-    const int64_t fixed = 2 * STAGE + q_bytes + warps * WARP_ROWS * int64_t(sizeof(int)) + int64_t(sizeof(Work<float>));
+    const int64_t fixed = WORK + 2 * STAGE + q_bytes + warps * WARP_ROWS * int64_t(sizeof(int));
     // Tiles of scores: as many as a sequence of one and a half times the mean length needs; but if the mean itself is too long,
     // one, since then more blocks fit on a processor.
     const int64_t room = (MAX_SHARED - fixed) / (warps * SCORE_TILE), in_q = plan.slices == 2 && plan.resident ? 1 : 0;
@@ -501,7 +505,7 @@ void attention(const AttentionArgs& args, const int32_t* cu_seqlens, int64_t B, 
     plan.most_kept = way < 3 ? int(plan.score_tiles + in_q) : 0;
 
     const dim3 grid(unsigned(ceil_div(rows, warps * WARP_ROWS) + B), unsigned(args.H_kv));
-    const size_t shared = size_t(fixed - int64_t(sizeof(Work<float>)) + warps * plan.score_tiles * SCORE_TILE);
+    const size_t shared = size_t(fixed + warps * plan.score_tiles * SCORE_TILE);
     const auto start = [&](auto kernel) {
         launch("attention", kernel, grid, warps * 32, shared, stream, args, plan, cu_seqlens, B, total);
     };

@@ -32,7 +32,8 @@ class Record:
     opcode: str = ""
 
     def reads_and_writes(self) -> tuple[list[int], list[int]]:
-        reads, writes = [], []
+        reads: list[int] = []
+        writes: list[int] = []
         for k, v in enumerate(self.x):
             if v >= 0:
                 (writes if self.writes >> k & 1 else reads).append(v)
@@ -105,11 +106,10 @@ def lives(code: list[Record], labels: dict[str, int]) -> dict[int, tuple[int, in
     while work:
         k = work.pop()
         queued[k] = False
-        out = 0
+        live_out[k] = 0
         for j in following[k]:
-            out |= live_in[j]
-        live_out[k] = out
-        into = needs[k] | (out & ~kills[k])
+            live_out[k] |= live_in[j]
+        into = needs[k] | (live_out[k] & ~kills[k])
         if into != live_in[k]:
             live_in[k] = into
             for j in preceding[k]:

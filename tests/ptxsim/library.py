@@ -56,7 +56,7 @@ def _build(target: Path, flags: list[str], objects: dict[Path, str]) -> None:
         raise SimulatorError("the PTX simulator needs g++ (or $CXX)")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
 
-        def compile(source: Path) -> str:
+        def build(source: Path) -> str:
             made = target.parent / f"{source.stem}-{objects[source]}.o"
             if not made.exists():
                 out = os.path.join(folder, made.name)
@@ -67,7 +67,7 @@ def _build(target: Path, flags: list[str], objects: dict[Path, str]) -> None:
             return str(made)
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            made = list(pool.map(compile, objects))
+            made = list(pool.map(build, objects))
         whole = os.path.join(folder, "machine.so")
         done = subprocess.run([compiler, "-shared", *made, "-o", whole], capture_output=True, text=True)
         if done.returncode:

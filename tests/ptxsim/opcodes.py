@@ -7,7 +7,7 @@ W 32-bit cell (also 8 and 16 bits), D 64-bit cell, P predicate; f, g, h like w, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from .parse import BITS, ParseError
 
@@ -26,21 +26,21 @@ class Plan:
     imm: int = 0
 
 
-def cell(type: str) -> str:
+def cell(dtype: str) -> str:
     """The letter of a type's source operand."""
-    if type == "pred":
+    if dtype == "pred":
         return "p"
-    if type in ("f32", "f64"):
-        return "f" if type == "f32" else "g"
-    bits = BITS[type]
+    if dtype in ("f32", "f64"):
+        return "f" if dtype == "f32" else "g"
+    bits = BITS[dtype]
     if bits == 128:
         raise ParseError("128-bit registers")
     return "d" if bits == 64 else "h" if bits < 32 else "w"
 
 
-def plain(type: str) -> str:
+def plain(dtype: str) -> str:
     """W or D, for a destination."""
-    return {"w": "W", "h": "W", "f": "W", "d": "D", "g": "D", "p": "P"}[cell(type)]
+    return {"w": "W", "h": "W", "f": "W", "d": "D", "g": "D", "p": "P"}[cell(dtype)]
 
 
 def flags(mods: list[str]) -> int:
@@ -56,106 +56,107 @@ def _only(mods: list[str], allowed: str) -> None:
             raise ParseError(f"modifier .{m}")
 
 
-def _same(name: str, type: str, sources: int, mod: int = 0, imm: int = 0) -> Plan:
-    return Plan(name, plain(type) + cell(type) * sources, mod, imm)
+def _same(name: str, dtype: str, sources: int, mod: int = 0, imm: int = 0) -> Plan:
+    return Plan(name, plain(dtype) + cell(dtype) * sources, mod, imm)
 
 
-_COUNT = {"add": 2, "sub": 2, "mul": 2, "div": 2, "rem": 2, "min": 2, "max": 2, "fma": 3, "mad": 3, "neg": 1, "abs": 1, "rcp": 1,
-          "sqrt": 1, "rsqrt": 1, "sin": 1, "cos": 1, "lg2": 1, "ex2": 1, "tanh": 1, "sad": 3, "copysign": 2}  # fmt: skip
+_ONE = ("neg", "abs", "rcp", "sqrt", "rsqrt", "sin", "cos", "lg2", "ex2", "tanh")
+_TWO = ("add", "sub", "mul", "div", "rem", "min", "max", "copysign")
+_COUNT = {**dict.fromkeys(_ONE, 1), **dict.fromkeys(_TWO, 2), "fma": 3, "mad": 3, "sad": 3}  # sources
 
 
-def _integer(base: str, mods: list[str], type: str) -> Plan:
+def _integer(base: str, mods: list[str], dtype: str) -> Plan:
     if base in ("mul", "mad"):
         if mods[:1] == ["wide"]:
-            wide = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}[type]
+            wide = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}[dtype]
             _only(mods[1:], "")
-            return Plan(f"{base}.wide.{type}", plain(wide) + cell(type) * 2 + (cell(wide) if base == "mad" else ""))
+            return Plan(f"{base}.wide.{dtype}", plain(wide) + cell(dtype) * 2 + (cell(wide) if base == "mad" else ""))
         if mods[:1] in (["lo"], ["hi"]):
             _only(mods[1:], "")
-            return _same(f"{base}.{mods[0]}.{type}", type, _COUNT[base])
+            return _same(f"{base}.{mods[0]}.{dtype}", dtype, _COUNT[base])
         raise ParseError("without .lo, .hi or .wide")
     if base in ("add", "sub") and mods == ["sat"]:
-        return _same(f"{base}.sat.{type}", type, 2)
+        return _same(f"{base}.sat.{dtype}", dtype, 2)
     _only(mods, "")
-    return _same(f"{base}.{type}", type, _COUNT[base])
+    return _same(f"{base}.{dtype}", dtype, _COUNT[base])
 
 
-def _float(base: str, mods: list[str], type: str, operands: int) -> Plan:
+def _float(base: str, mods: list[str], dtype: str, operands: int) -> Plan:
     mod = flags(mods)
-    wide = type == "f64"
+    wide = dtype == "f64"
     base = "fma" if base == "mad" else base
     n = _COUNT[base]
     if base in ("min", "max"):
         _only(mods, "ftz NaN xorsign abs")
         if wide:
-            return _same(f"{base}.f64", type, 2)
+            return _same(f"{base}.f64", dtype, 2)
         if operands == 4:
-            return _same(f"{base}3.f32", type, 3, mod)
-        return _same(f"{base}.f32.mod" if mod else f"{base}.f32", type, 2, mod)
+            return _same(f"{base}3.f32", dtype, 3, mod)
+        return _same(f"{base}.f32.mod" if mod else f"{base}.f32", dtype, 2, mod)
     if "approx" in mods or "full" in mods or base in ("rsqrt", "sin", "cos", "lg2", "ex2", "tanh"):
         _only(mods, "approx full ftz")
-        return _same(f"{base}.approx{'.ftz' if wide and mod & FTZ else ''}.{type}", type, n, 0 if wide else mod)
+        return _same(f"{base}.approx{'.ftz' if wide and mod & FTZ else ''}.{dtype}", dtype, n, 0 if wide else mod)
     _only(mods, "rn rz rm rp ftz sat")
     if base in ("copysign",):
-        return _same(f"{base}.{type}", type, n)
-    return _same(f"{base}.{type}.mod" if mod and not (wide and base in ("neg", "abs")) else f"{base}.{type}", type, n, mod)
+        return _same(f"{base}.{dtype}", dtype, n)
+    return _same(f"{base}.{dtype}.mod" if mod and not (wide and base in ("neg", "abs")) else f"{base}.{dtype}", dtype, n, mod)
 
 
-def _half(base: str, mods: list[str], type: str) -> Plan:
+def _half(base: str, mods: list[str], dtype: str) -> Plan:
     approx = ".approx" if base in ("ex2", "tanh") else ""
     _only(mods, "rn ftz sat relu NaN" + (" approx" if approx else ""))
     if "ftz" in mods and base not in ("ex2", "neg", "abs"):
         raise ParseError("modifier .ftz")  # subnormal halves are numbers like others here
-    return _same(f"{base}{approx}.{type}", type, _COUNT[base], flags(mods) & ~FTZ)
+    return _same(f"{base}{approx}.{dtype}", dtype, _COUNT[base], flags(mods) & ~FTZ)
 
 
-@lru_cache(maxsize=None)
+@cache
 def plan(opcode: str, operands: int) -> Plan | None:
     """The plan of a regular opcode; None if decode.py must look at it."""
     parts = opcode.split(".")
     base, mods = parts[0], parts[1:]
-    type = mods[-1] if mods else ""
+    dtype = mods[-1] if mods else ""
     if base in _COUNT and "cc" not in mods:
         mods = mods[:-1]
-        if type in INTEGERS:
-            return _integer(base, mods, type)
-        if type in ("f32", "f64"):
-            return _float(base, mods, type, operands)
-        if type == "f32x2":
+        if dtype in INTEGERS:
+            return _integer(base, mods, dtype)
+        if dtype in ("f32", "f64"):
+            return _float(base, mods, dtype, operands)
+        if dtype == "f32x2":
             _only(mods, "rn ftz")
             return Plan(f"{base}.f32x2", "D" + "d" * _COUNT[base], flags(mods))
-        if type in HALVES:
-            return _half("fma" if base == "mad" else base, mods, type)
-        raise ParseError(f"type .{type}")
+        if dtype in HALVES:
+            return _half("fma" if base == "mad" else base, mods, dtype)
+        raise ParseError(f"type .{dtype}")
     if base in ("and", "or", "xor", "not", "cnot"):
         n = 1 if base in ("not", "cnot") else 2
-        return Plan(f"{base}.{type}", plain(type) + cell(type) * n)
+        return Plan(f"{base}.{dtype}", plain(dtype) + cell(dtype) * n)
     if base in ("shl", "shr"):
-        return Plan(f"{base}.{type}", plain(type) + cell(type) + "w")
+        return Plan(f"{base}.{dtype}", plain(dtype) + cell(dtype) + "w")
     if base == "shf":
         return Plan(opcode, "Wwww")
     if base == "bfe":
-        return Plan(opcode, plain(type) + cell(type) + "ww")
+        return Plan(opcode, plain(dtype) + cell(dtype) + "ww")
     if base == "bfi":
-        return Plan(opcode, plain(type) + cell(type) * 2 + "ww")
+        return Plan(opcode, plain(dtype) + cell(dtype) * 2 + "ww")
     if base in ("popc", "clz"):
-        return Plan(opcode, "W" + cell(type))
+        return Plan(opcode, "W" + cell(dtype))
     if base == "bfind":
-        return Plan(f"bfind.{type}", "W" + cell(type), imm=int("shiftamt" in mods))
+        return Plan(f"bfind.{dtype}", "W" + cell(dtype), imm=int("shiftamt" in mods))
     if base == "brev":
-        return _same(opcode, type, 1)
+        return _same(opcode, dtype, 1)
     if base in ("mul24", "mad24"):
-        return _same(opcode, type, _COUNT[base[:3]])
+        return _same(opcode, dtype, _COUNT[base[:3]])
     if base == "bmsk" and "clamp" in mods:
         return Plan(opcode, "Www")
     if base == "szext" and "clamp" in mods:
-        return Plan("szext.clamp", "Www", imm=int(type == "s32"))
+        return Plan("szext.clamp", "Www", imm=int(dtype == "s32"))
     if base in ("dp4a", "dp2a"):
         hi = 4 if "hi" in mods else 0
         a, b = mods[-2], mods[-1]
         return Plan(base, "Wwww", (a == "s32") | (b == "s32") << 1 | hi)
     if base == "testp":
-        return Plan(opcode, "P" + cell(type))
+        return Plan(opcode, "P" + cell(dtype))
     if base == "slct":
-        return Plan(f"slct.{BITS[mods[-2]]}.{type}", plain(mods[-2]) + cell(mods[-2]) * 2 + cell(type))
+        return Plan(f"slct.{BITS[mods[-2]]}.{dtype}", plain(mods[-2]) + cell(mods[-2]) * 2 + cell(dtype))
     return None

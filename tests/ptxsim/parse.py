@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -95,10 +96,13 @@ def integer(text: str) -> int | None:
 
 
 _PARAM = re.compile(
-    r"\.(?:param|reg)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr(?:\s*\.\w+)*?(?:\s*\.align\s+\d+)?\s+)?([\w$%]+)\s*(?:\[(\d+)\])?"
+    r"\.(?:param|reg)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+"
+    r"(?:\.ptr(?:\s*\.\w+)*?(?:\s*\.align\s+\d+)?\s+)?([\w$%]+)\s*(?:\[(\d+)\])?"
 )
 _VARIABLE = re.compile(
-    r"\.(shared|global|const|local|param)\b\s*(?:\.attribute\([^)]*\)\s*)?(?:\.align\s+(\d+)\s+)?(?:\.v([24])\s+)?\.(\w+)\s+(.*)\Z", re.S
+    r"\.(shared|global|const|local|param)\b\s*(?:\.attribute\([^)]*\)\s*)?"
+    r"(?:\.align\s+(\d+)\s+)?(?:\.v([24])\s+)?\.(\w+)\s+(.*)\Z",
+    re.S,
 )
 
 
@@ -120,10 +124,10 @@ def parameters(text: str) -> list[Variable]:
     return out
 
 
-def _initial(text: str, type: str) -> list[int | tuple[str, int]]:
+def _initial(text: str, dtype: str) -> list[int | tuple[str, int]]:
     values: list[int | tuple[str, int]] = []
     for word in re.findall(r"[-+\w.$%()]+(?:\s*\+\s*\d+)?", text.replace("{", " ").replace("}", " ").replace(",", " ")):
-        literal = float_bits(word, type)
+        literal = float_bits(word, dtype)
         number = integer(word) if literal is None else literal
         if number is not None:
             values.append(number)
@@ -135,21 +139,20 @@ def _initial(text: str, type: str) -> list[int | tuple[str, int]]:
     return values
 
 
-def float_bits(text: str, type: str) -> int | None:
-    """The bits of a floating-point literal in `type`; None if it is none."""
-    import struct
+def _bits(value: float, dtype: str) -> int:
+    return int.from_bytes(struct.pack("<d" if dtype == "f64" else "<f", value), "little")
 
+
+def float_bits(text: str, dtype: str) -> int | None:
+    """The bits of a floating-point literal in `dtype`; None if it is none."""
     if text[:2] in ("0f", "0F") and len(text) == 10:
         bits = int(text[2:], 16)
-        return struct.unpack("<Q", struct.pack("<d", struct.unpack("<f", struct.pack("<I", bits))[0]))[0] if type == "f64" else bits
+        return bits if dtype != "f64" else _bits(struct.unpack("<f", struct.pack("<I", bits))[0], dtype)
     if text[:2] in ("0d", "0D") and len(text) == 18:
         bits = int(text[2:], 16)
-        return bits if type != "f32" else struct.unpack("<I", struct.pack("<f", struct.unpack("<d", struct.pack("<Q", bits))[0]))[0]
-    if re.fullmatch(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?", text):
-        if type == "f64":
-            return struct.unpack("<Q", struct.pack("<d", float(text)))[0]
-        if type == "f32":
-            return struct.unpack("<I", struct.pack("<f", float(text)))[0]
+        return bits if dtype != "f32" else _bits(struct.unpack("<d", struct.pack("<Q", bits))[0], dtype)
+    if dtype in ("f32", "f64") and re.fullmatch(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?", text):
+        return _bits(float(text), dtype)
     return None
 
 
@@ -158,8 +161,8 @@ def variables(text: str) -> tuple[str, list[Variable]]:
     m = _VARIABLE.search(text)
     if not m:
         raise ParseError(f"declaration not understood: {text[:120]}")
-    space, type = m[1], m[4]
-    size = BITS[type] // 8 * int(m[3] or 1)
+    space, dtype = m[1], m[4]
+    size = BITS[dtype] // 8 * int(m[3] or 1)
     out = []
     names, _, init = m[5].partition("=")
     for name in split_operands(names.strip()):
@@ -169,10 +172,10 @@ def variables(text: str) -> tuple[str, list[Variable]]:
         count = 1
         for dim in re.findall(r"\[\s*(\d*)\s*\]", n[2]):
             count *= int(dim) if dim else 0
-        values = _initial(init.strip(), type) if init else []
+        values = _initial(init.strip(), dtype) if init else []
         if values and count == 0:
             count = len(values)
-        out.append(Variable(n[1], type, size * count, int(m[2] or size), values=values))
+        out.append(Variable(n[1], dtype, size * count, int(m[2] or size), values=values))
     return space, out
 
 

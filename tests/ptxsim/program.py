@@ -1,4 +1,4 @@
-"""PTX, run on the CPU: `Module(text).kernel(name).launch(...)`, or `run(...)` on numpy arrays. README.md says what that proves."""
+"""PTX on the CPU: `Module(text).kernel(name).launch(...)`, or `run(...)` on numpy arrays. README.md says what that proves."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
-from .decode import BRANCH, BRANCH_TABLE, Program, decode
+from .decode import Program, decode
+from .instructions import BRANCH, BRANCH_TABLE
 from .library import library
 from .parse import ModuleText, ParseError, SimulatorError, Variable
 
@@ -63,7 +65,9 @@ class Module:
         base = (ctypes.addressof(memory) + 255) // 256 * 256
         self._memory[name] = memory
         self._addresses[name] = base
-        element = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2}.get(v.type, 8 if v.type.endswith("64") else 4)
+        element = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2}.get(
+            v.type, 8 if v.type.endswith("64") else 4
+        )
         for i, value in enumerate(v.values):
             number = value if isinstance(value, int) else self.address_of(value[0]) + value[1]
             data = (number & ((1 << 8 * element) - 1)).to_bytes(element, "little")
@@ -99,7 +103,8 @@ class Kernel:
 
     def _load(self, p: Program) -> int:
         at = p.offsets
-        packed, pool = bytearray(), []
+        packed = bytearray()
+        pool: list[int] = []
         one = struct.Struct("<IBBH6iqiiii")
         for r in p.code:
             x = [at[v] if v >= 0 else -1 for v in r.x] + [-1] * (6 - len(r.x))
@@ -121,10 +126,14 @@ class Kernel:
         specials = [n for v, which in p.specials for n in (at[v], which)]
         sizes = [len(p.code), len(pool), len(p.constants), len(p.specials), p.file_bytes, p.static_shared, p.local_bytes,
                  p.shared_granule, p.global_granule]  # fmt: skip
-        return library().c.ptxsim_program(
-            bytes(packed), (ctypes.c_int32 * (len(pool) + 1))(*pool), (ctypes.c_uint64 * (len(constants) + 1))(*constants),
-            (ctypes.c_uint32 * (len(specials) + 1))(*specials), (ctypes.c_uint32 * len(sizes))(*sizes),
-        )  # fmt: skip
+        handle: int = library().c.ptxsim_program(
+            bytes(packed),
+            (ctypes.c_int32 * (len(pool) + 1))(*pool),
+            (ctypes.c_uint64 * (len(constants) + 1))(*constants),
+            (ctypes.c_uint32 * (len(specials) + 1))(*specials),
+            (ctypes.c_uint32 * len(sizes))(*sizes),
+        )
+        return handle
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
@@ -189,7 +198,7 @@ class Kernel:
         return re.sub(r"\{line (\d+)\}", line, text)
 
     def pack(self, args: Sequence[object]) -> tuple[bytes, list[Region]]:
-        """Arrays, numbers and bytes to a parameter block, and the arrays as memory (an array that is not writable is read-only)."""
+        """Arrays, numbers and bytes to a parameter block, and the arrays as memory; one that is not writable is read-only."""
         if len(args) != len(self.params):
             raise SimulatorError(f"{self.name}: {len(args)} arguments given, {len(self.params)} wanted")
         out, regions = bytearray(self.param_bytes), []
@@ -216,9 +225,17 @@ def _module(ptx: str) -> Module:
     return Module(ptx)
 
 
-def run(ptx: str, kernel: str, grid: object, block: object, args: Sequence[object], shared: int = 0, **options: object) -> Report:
-    """One launch on numpy arrays (changed in place), None, numbers and bytes."""
+def run(
+    ptx: str,
+    kernel: str,
+    grid: int | Sequence[int],
+    block: int | Sequence[int],
+    args: Sequence[object],
+    shared: int = 0,
+    **options: Any,
+) -> Report:
+    """One launch on numpy arrays (changed in place), None, numbers and bytes. options: as Kernel.launch has them."""
     k = _module(ptx).kernel(kernel)
     params, memory = k.pack(args)
-    three = [[int(n) for n in (v if isinstance(v, Sequence) else [v])] for v in (grid, block)]
-    return k.launch(three[0], three[1], params, shared, memory, **options)  # type: ignore[arg-type]
+    grid, block = ([v] if isinstance(v, int) else v for v in (grid, block))
+    return k.launch(grid, block, params, shared, memory, **options)

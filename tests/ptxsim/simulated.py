@@ -104,10 +104,13 @@ def simulated(*, arch: str = "80", edit: Edit | None = None, poison: int = 0xFF,
     """Inside the block ops on CPU tensors are served by backend "cuda". Re-entrant: the inner options hold inside."""
     global _options
     fill = ctypes.c_int.in_dll(ctypes.CDLL(str(library())), "ptxsim_poison")
-    before, laid_out, registered_as = _options, pack.LAID_OUT_ON, registry.BACKENDS["cuda"]
+    before, laid_out, registered_as = _options, pack.LAID_OUT_ON, dict(registry.BACKENDS)
     _options, pack.LAID_OUT_ON = Options(arch, launch, edit, poison), ()
     fill.value = poison
-    registry.BACKENDS["cuda"] = dataclasses.replace(registered_as, devices=("cpu",), missing=lambda: None)
+    there, gone = registered_as["cuda"], registered_as["cpu"]
+    registry.BACKENDS["cuda"] = dataclasses.replace(there, devices=("cpu",), missing=lambda: None)
+    # its ops on CPU tensors are csrc/cuda's now: what a test asks of it here would be compared with itself
+    registry.BACKENDS["cpu"] = dataclasses.replace(gone, missing=lambda: "inside simulated() ops on CPU tensors are csrc/cuda's")
     registry.missing.cache_clear()
     try:
         with torch.library._scoped_library("rerank_kernels", "IMPL") as registered, registry.use("cuda"):
@@ -119,7 +122,7 @@ def simulated(*, arch: str = "80", edit: Edit | None = None, poison: int = 0xFF,
     finally:
         _options, pack.LAID_OUT_ON = before, laid_out
         fill.value = before.poison
-        registry.BACKENDS["cuda"] = registered_as
+        registry.BACKENDS.update(registered_as)
         registry.missing.cache_clear()
 
 

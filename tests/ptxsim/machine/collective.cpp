@@ -52,7 +52,12 @@ static void redux(Warp& w, const Inst& in) {
     T r = a[__builtin_ctz(w.mask)];
     each_lane(w.mask & (w.mask - 1), [&](u32 i) {
         const T v = a[i];
-        r = R == ADD ? T(u32(r) + u32(v)) : R == MIN ? (v < r ? v : r) : R == MAX ? (v > r ? v : r) : R == AND ? r & v : R == OR ? r | v : r ^ v;
+        r = R == ADD   ? T(u32(r) + u32(v))
+            : R == MIN ? (v < r ? v : r)
+            : R == MAX ? (v > r ? v : r)
+            : R == AND ? r & v
+            : R == OR  ? r | v
+                       : r ^ v;
     });
     same_for_all(w, in.x[0], u32(r));
 }
@@ -85,13 +90,29 @@ static void warp_sync(Warp& w, const Inst&) {
 
 void add_collective(Table& t) {
     const std::pair<const char*, Handler> all[] = {
-        {"shfl.up", shfl<UP>}, {"shfl.down", shfl<DOWN>}, {"shfl.bfly", shfl<BUTTERFLY>}, {"shfl.idx", shfl<INDEX>},
-        {"vote.all", vote_all}, {"vote.any", vote_any}, {"vote.uni", vote_uni}, {"vote.ballot", ballot},
-        {"redux.add.s32", redux<s32, ADD>}, {"redux.add.u32", redux<u32, ADD>}, {"redux.min.s32", redux<s32, MIN>},
-        {"redux.min.u32", redux<u32, MIN>}, {"redux.max.s32", redux<s32, MAX>}, {"redux.max.u32", redux<u32, MAX>},
-        {"redux.and.b32", redux<u32, AND>}, {"redux.or.b32", redux<u32, OR>}, {"redux.xor.b32", redux<u32, XOR>},
-        {"match.any.b32", match_any<u32>}, {"match.any.b64", match_any<u64>}, {"match.all.b32", match_all<u32>},
-        {"match.all.b64", match_all<u64>}, {"elect", elect}, {"warp.sync", warp_sync},
+        {"shfl.up", shfl<UP>},
+        {"shfl.down", shfl<DOWN>},
+        {"shfl.bfly", shfl<BUTTERFLY>},
+        {"shfl.idx", shfl<INDEX>},
+        {"vote.all", vote_all},
+        {"vote.any", vote_any},
+        {"vote.uni", vote_uni},
+        {"vote.ballot", ballot},
+        {"redux.add.s32", redux<s32, ADD>},
+        {"redux.add.u32", redux<u32, ADD>},
+        {"redux.min.s32", redux<s32, MIN>},
+        {"redux.min.u32", redux<u32, MIN>},
+        {"redux.max.s32", redux<s32, MAX>},
+        {"redux.max.u32", redux<u32, MAX>},
+        {"redux.and.b32", redux<u32, AND>},
+        {"redux.or.b32", redux<u32, OR>},
+        {"redux.xor.b32", redux<u32, XOR>},
+        {"match.any.b32", match_any<u32>},
+        {"match.any.b64", match_any<u64>},
+        {"match.all.b32", match_all<u32>},
+        {"match.all.b64", match_all<u64>},
+        {"elect", elect},
+        {"warp.sync", warp_sync},
     };
     for (const auto& [name, run] : all) t.add(name, run);
 }

@@ -4,21 +4,91 @@
 
 namespace ptxsim {
 
-struct Eq { template <class T> bool operator()(T a, T b) const { return a == b; } };
-struct Ne { template <class T> bool operator()(T a, T b) const { return (a < b) | (a > b); } };
-struct Lt { template <class T> bool operator()(T a, T b) const { return a < b; } };
-struct Le { template <class T> bool operator()(T a, T b) const { return a <= b; } };
-struct Gt { template <class T> bool operator()(T a, T b) const { return a > b; } };
-struct Ge { template <class T> bool operator()(T a, T b) const { return a >= b; } };
+struct Eq {
+    template <class T>
+    bool operator()(T a, T b) const {
+        return a == b;
+    }
+};
+struct Ne {
+    template <class T>
+    bool operator()(T a, T b) const {
+        return (a < b) | (a > b);
+    }
+};
+struct Lt {
+    template <class T>
+    bool operator()(T a, T b) const {
+        return a < b;
+    }
+};
+struct Le {
+    template <class T>
+    bool operator()(T a, T b) const {
+        return a <= b;
+    }
+};
+struct Gt {
+    template <class T>
+    bool operator()(T a, T b) const {
+        return a > b;
+    }
+};
+struct Ge {
+    template <class T>
+    bool operator()(T a, T b) const {
+        return a >= b;
+    }
+};
 // The unordered ones are true where an operand is NaN.
-struct Equ { template <class T> bool operator()(T a, T b) const { return !((a < b) | (a > b)); } };
-struct Neu { template <class T> bool operator()(T a, T b) const { return !(a == b); } };
-struct Ltu { template <class T> bool operator()(T a, T b) const { return !(a >= b); } };
-struct Leu { template <class T> bool operator()(T a, T b) const { return !(a > b); } };
-struct Gtu { template <class T> bool operator()(T a, T b) const { return !(a <= b); } };
-struct Geu { template <class T> bool operator()(T a, T b) const { return !(a < b); } };
-struct Num { template <class T> bool operator()(T a, T b) const { return (a == a) & (b == b); } };
-struct Nan { template <class T> bool operator()(T a, T b) const { return (a != a) | (b != b); } };
+struct Equ {
+    template <class T>
+    bool operator()(T a, T b) const {
+        return !((a < b) | (a > b));
+    }
+};
+struct Neu {
+    template <class T>
+    bool operator()(T a, T b) const {
+        return !(a == b);
+    }
+};
+struct Ltu {
+    template <class T>
+    bool operator()(T a, T b) const {
+        return !(a >= b);
+    }
+};
+struct Leu {
+    template <class T>
+    bool operator()(T a, T b) const {
+        return !(a > b);
+    }
+};
+struct Gtu {
+    template <class T>
+    bool operator()(T a, T b) const {
+        return !(a <= b);
+    }
+};
+struct Geu {
+    template <class T>
+    bool operator()(T a, T b) const {
+        return !(a < b);
+    }
+};
+struct Num {
+    template <class T>
+    bool operator()(T a, T b) const {
+        return (a == a) & (b == b);
+    }
+};
+struct Nan {
+    template <class T>
+    bool operator()(T a, T b) const {
+        return (a != a) | (b != b);
+    }
+};
 
 enum Join : u16 { NONE, AND = 256, OR = 512, XOR = 768, JOIN = 768, NOT_C = 1024 };  // in mod, above Mod's bits
 
@@ -38,7 +108,8 @@ static __attribute__((noinline)) u32 compare(Warp& w, const Inst& in) {
     const C c;
     if constexpr (std::is_same_v<T, float>) {
         if (in.mod & FTZ)
-            return test_cells([=](float a, float b) { return c(flush(a), flush(b)); }, w.at<float>(in.x[2]), w.at<float>(in.x[3]));
+            return test_cells([=](float a, float b) { return c(flush(a), flush(b)); }, w.at<float>(in.x[2]),
+                              w.at<float>(in.x[3]));
     }
     return test_cells([=](Cell<T> a, Cell<T> b) { return c(Read::read(get<T>(a)), Read::read(get<T>(b))); },
                       w.at<Cell<T>>(in.x[2]), w.at<Cell<T>>(in.x[3]));
@@ -108,8 +179,9 @@ static void selp(Warp& w, const Inst& in) {
 }
 template <class U, class C>
 static void slct(Warp& w, const Inst& in) {
-    map_cells(w.mask, w.at<U>(in.x[0]), [](U a, U b, C c) { return c >= 0 ? a : b; }, w.at<U>(in.x[1]), w.at<U>(in.x[2]),
-              w.at<C>(in.x[3]));
+    map_cells(
+        w.mask, w.at<U>(in.x[0]), [](U a, U b, C c) { return c >= 0 ? a : b; }, w.at<U>(in.x[1]), w.at<U>(in.x[2]),
+        w.at<C>(in.x[3]));
 }
 static void selp_pred(Warp& w, const Inst& in) {
     const u32 c = w.pred(in.x[3]);

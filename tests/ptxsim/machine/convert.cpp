@@ -214,13 +214,28 @@ void add_convert(Table& t) {
     add_integer_kind<u64>(t, "u64");
     add_integer_kind<s64>(t, "s64");
     const std::pair<const char*, Handler> all[] = {
-        {"cvt.f32.f32", f32_f32}, {"cvt.f32.f32.mod", f32_f32_mod}, {"cvt.f64.f32", f64_f32}, {"cvt.f64.f64", f64_f64},
-        {"cvt.f32.f64", f32_f64}, {"cvt.f32.f16", f32_f16}, {"cvt.f32.bf16", f32_bf16}, {"cvt.f64.f16", f64_f16},
-        {"cvt.f64.bf16", f64_bf16}, {"cvt.f16.f32", f16_f32}, {"cvt.bf16.f32", bf16_f32},
-        {"cvt.f16.f32.mod", from_f32_mod<F16>}, {"cvt.bf16.f32.mod", from_f32_mod<BF16>}, {"cvt.f16.f64", from_f64<F16>},
-        {"cvt.bf16.f64", from_f64<BF16>}, {"cvt.f16.f16", between_16<F16, F16>}, {"cvt.bf16.bf16", between_16<BF16, BF16>},
-        {"cvt.f16.bf16", between_16<F16, BF16>}, {"cvt.bf16.f16", between_16<BF16, F16>}, {"cvt.f16x2.f32", pair<F16>},
-        {"cvt.bf16x2.f32", pair<BF16>}, {"cvt.tf32.f32", tf32_f32},
+        {"cvt.f32.f32", f32_f32},
+        {"cvt.f32.f32.mod", f32_f32_mod},
+        {"cvt.f64.f32", f64_f32},
+        {"cvt.f64.f64", f64_f64},
+        {"cvt.f32.f64", f32_f64},
+        {"cvt.f32.f16", f32_f16},
+        {"cvt.f32.bf16", f32_bf16},
+        {"cvt.f64.f16", f64_f16},
+        {"cvt.f64.bf16", f64_bf16},
+        {"cvt.f16.f32", f16_f32},
+        {"cvt.bf16.f32", bf16_f32},
+        {"cvt.f16.f32.mod", from_f32_mod<F16>},
+        {"cvt.bf16.f32.mod", from_f32_mod<BF16>},
+        {"cvt.f16.f64", from_f64<F16>},
+        {"cvt.bf16.f64", from_f64<BF16>},
+        {"cvt.f16.f16", between_16<F16, F16>},
+        {"cvt.bf16.bf16", between_16<BF16, BF16>},
+        {"cvt.f16.bf16", between_16<F16, BF16>},
+        {"cvt.bf16.f16", between_16<BF16, F16>},
+        {"cvt.f16x2.f32", pair<F16>},
+        {"cvt.bf16x2.f32", pair<BF16>},
+        {"cvt.tf32.f32", tf32_f32},
     };
     for (const auto& [name, run] : all) t.add(name, run);
 }

@@ -24,8 +24,8 @@ static float max_f(float a, float b) {
 RUN(add, map2<float, float, float>(w, in, [](float a, float b) { return canonical(a + b); }))
 RUN(sub, map2<float, float, float>(w, in, [](float a, float b) { return canonical(a - b); }))
 RUN(mul, map2<float, float, float>(w, in, [](float a, float b) { return canonical(a * b); }))
-RUN(fma32, map3<float, float, float, float>(w, in,
-                                            [](float a, float b, float c) { return canonical(__builtin_fmaf(a, b, c)); }))
+RUN(fma32,
+    map3<float, float, float, float>(w, in, [](float a, float b, float c) { return canonical(__builtin_fmaf(a, b, c)); }))
 RUN(div, map2<float, float, float>(w, in, [](float a, float b) { return canonical(a / b); }))
 RUN(rcp, map1<float, float>(w, in, [](float a) { return canonical(1.0f / a); }))
 RUN(sqrt32, map1<float, float>(w, in, [](float a) { return canonical(__builtin_sqrtf(a)); }))
@@ -69,7 +69,11 @@ static void lanewise(Warp& w, const Inst& in, F f) {
         }
     });
 }
-#define SLOW(name, T, N, expression) RUN(name, lanewise<T, N>(w, in, [&](T a, T b, T c) { (void)a, (void)b, (void)c; return expression; }))
+#define SLOW(name, T, N, expression)                     \
+    RUN(name, lanewise<T, N>(w, in, [&](T a, T b, T c) { \
+            (void)a, (void)b, (void)c;                   \
+            return expression;                           \
+        }))
 SLOW(add_mod, float, 2, a + b)
 SLOW(sub_mod, float, 2, a - b)
 SLOW(mul_mod, float, 2, a* b)
@@ -106,8 +110,7 @@ RUN(copysign, map2<u32, u32, u32>(w, in, [](u32 a, u32 b) { return (b & 0x7fffff
 RUN(add64, map2<double, double, double>(w, in, [](double a, double b) { return a + b; }))
 RUN(sub64, map2<double, double, double>(w, in, [](double a, double b) { return a - b; }))
 RUN(mul64, map2<double, double, double>(w, in, [](double a, double b) { return a * b; }))
-RUN(fma64,
-    map3<double, double, double, double>(w, in, [](double a, double b, double c) { return __builtin_fma(a, b, c); }))
+RUN(fma64, map3<double, double, double, double>(w, in, [](double a, double b, double c) { return __builtin_fma(a, b, c); }))
 RUN(div64, map2<double, double, double>(w, in, [](double a, double b) { return a / b; }))
 RUN(rcp64, map1<double, double>(w, in, [](double a) { return 1.0 / a; }))
 RUN(sqrt64, map1<double, double>(w, in, [](double a) { return __builtin_sqrt(a); }))
@@ -147,27 +150,72 @@ RUN(fma_x2, pairs(w, in, [](float a, float b, float c) { return __builtin_fmaf(a
 
 void add_float(Table& t) {
     const std::pair<const char*, Handler> all[] = {
-        {"add.f32", add}, {"sub.f32", sub}, {"mul.f32", mul}, {"fma.f32", fma32}, {"div.f32", div}, {"rcp.f32", rcp},
-        {"sqrt.f32", sqrt32}, {"min.f32", min2}, {"max.f32", max2}, {"neg.f32", neg}, {"abs.f32", abs32},
-        {"add.f32.mod", add_mod}, {"sub.f32.mod", sub_mod}, {"mul.f32.mod", mul_mod}, {"fma.f32.mod", fma_mod},
-        {"div.f32.mod", div_mod}, {"rcp.f32.mod", rcp_mod}, {"sqrt.f32.mod", sqrt_mod}, {"neg.f32.mod", neg_mod},
-        {"abs.f32.mod", abs_mod}, {"min.f32.mod", extreme<false, 2>}, {"max.f32.mod", extreme<true, 2>},
-        {"min3.f32", extreme<false, 3>}, {"max3.f32", extreme<true, 3>}, {"copysign.f32", copysign},
-        {"div.approx.f32", div_approx}, {"rcp.approx.f32", rcp_mod}, {"sqrt.approx.f32", sqrt_mod},
-        {"rsqrt.approx.f32", rsqrt_approx}, {"ex2.approx.f32", ex2_approx}, {"lg2.approx.f32", lg2_approx},
-        {"sin.approx.f32", sin_approx}, {"cos.approx.f32", cos_approx}, {"tanh.approx.f32", tanh_approx},
-        {"add.f32x2", add_x2}, {"sub.f32x2", sub_x2}, {"mul.f32x2", mul_x2}, {"fma.f32x2", fma_x2},
+        {"add.f32", add},
+        {"sub.f32", sub},
+        {"mul.f32", mul},
+        {"fma.f32", fma32},
+        {"div.f32", div},
+        {"rcp.f32", rcp},
+        {"sqrt.f32", sqrt32},
+        {"min.f32", min2},
+        {"max.f32", max2},
+        {"neg.f32", neg},
+        {"abs.f32", abs32},
+        {"add.f32.mod", add_mod},
+        {"sub.f32.mod", sub_mod},
+        {"mul.f32.mod", mul_mod},
+        {"fma.f32.mod", fma_mod},
+        {"div.f32.mod", div_mod},
+        {"rcp.f32.mod", rcp_mod},
+        {"sqrt.f32.mod", sqrt_mod},
+        {"neg.f32.mod", neg_mod},
+        {"abs.f32.mod", abs_mod},
+        {"min.f32.mod", extreme<false, 2>},
+        {"max.f32.mod", extreme<true, 2>},
+        {"min3.f32", extreme<false, 3>},
+        {"max3.f32", extreme<true, 3>},
+        {"copysign.f32", copysign},
+        {"div.approx.f32", div_approx},
+        {"rcp.approx.f32", rcp_mod},
+        {"sqrt.approx.f32", sqrt_mod},
+        {"rsqrt.approx.f32", rsqrt_approx},
+        {"ex2.approx.f32", ex2_approx},
+        {"lg2.approx.f32", lg2_approx},
+        {"sin.approx.f32", sin_approx},
+        {"cos.approx.f32", cos_approx},
+        {"tanh.approx.f32", tanh_approx},
+        {"add.f32x2", add_x2},
+        {"sub.f32x2", sub_x2},
+        {"mul.f32x2", mul_x2},
+        {"fma.f32x2", fma_x2},
     };
     for (const auto& [name, run] : all) t.add(name, run);
 }
 
 void add_double(Table& t) {
     const std::pair<const char*, Handler> all[] = {
-        {"add.f64", add64}, {"sub.f64", sub64}, {"mul.f64", mul64}, {"fma.f64", fma64}, {"div.f64", div64}, {"rcp.f64", rcp64},
-        {"sqrt.f64", sqrt64}, {"neg.f64", neg64}, {"abs.f64", abs64}, {"min.f64", min64}, {"max.f64", max64},
-        {"add.f64.mod", add64_mod}, {"sub.f64.mod", sub64_mod}, {"mul.f64.mod", mul64_mod}, {"fma.f64.mod", fma64_mod},
-        {"div.f64.mod", div64_mod}, {"rcp.f64.mod", rcp64_mod}, {"sqrt.f64.mod", sqrt64_mod}, {"copysign.f64", copysign64},
-        {"rsqrt.approx.f64", rsqrt64}, {"rcp.approx.ftz.f64", rcp64_approx}, {"rsqrt.approx.ftz.f64", rsqrt64_approx},
+        {"add.f64", add64},
+        {"sub.f64", sub64},
+        {"mul.f64", mul64},
+        {"fma.f64", fma64},
+        {"div.f64", div64},
+        {"rcp.f64", rcp64},
+        {"sqrt.f64", sqrt64},
+        {"neg.f64", neg64},
+        {"abs.f64", abs64},
+        {"min.f64", min64},
+        {"max.f64", max64},
+        {"add.f64.mod", add64_mod},
+        {"sub.f64.mod", sub64_mod},
+        {"mul.f64.mod", mul64_mod},
+        {"fma.f64.mod", fma64_mod},
+        {"div.f64.mod", div64_mod},
+        {"rcp.f64.mod", rcp64_mod},
+        {"sqrt.f64.mod", sqrt64_mod},
+        {"copysign.f64", copysign64},
+        {"rsqrt.approx.f64", rsqrt64},
+        {"rcp.approx.ftz.f64", rcp64_approx},
+        {"rsqrt.approx.ftz.f64", rsqrt64_approx},
     };
     for (const auto& [name, run] : all) t.add(name, run);
 }

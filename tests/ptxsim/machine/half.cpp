@@ -17,9 +17,7 @@ struct Half {
     static u32 add(u32 a, u32 b, u32, u16 mod) { return fit(add_odd(H::widen(a), H::widen(b)), mod); }
     static u32 sub(u32 a, u32 b, u32, u16 mod) { return fit(add_odd(H::widen(a), -double(H::widen(b))), mod); }
     static u32 mul(u32 a, u32 b, u32, u16 mod) { return fit(double(H::widen(a)) * H::widen(b), mod); }
-    static u32 fma(u32 a, u32 b, u32 c, u16 mod) {
-        return fit(add_odd(double(H::widen(a)) * H::widen(b), H::widen(c)), mod);
-    }
+    static u32 fma(u32 a, u32 b, u32 c, u16 mod) { return fit(add_odd(double(H::widen(a)) * H::widen(b), H::widen(c)), mod); }
     static u32 neg(u32 a, u32, u32, u16) { return (a ^ 0x8000) & 0xffff; }
     static u32 abs(u32 a, u32, u32, u16) { return a & 0x7fff; }
     template <bool MAX>

@@ -6,10 +6,9 @@ namespace ptxsim {
 template <class T>
 using Unsigned = std::conditional_t<sizeof(T) == 2, u16, std::conditional_t<sizeof(T) == 4, u32, u64>>;
 template <class T>
-using Wide = std::conditional_t<
-    sizeof(T) == 2, std::conditional_t<std::is_signed_v<T>, s32, u32>,
-    std::conditional_t<sizeof(T) == 4, std::conditional_t<std::is_signed_v<T>, s64, u64>,
-                       std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>>>;
+using Wide = std::conditional_t<sizeof(T) == 2, std::conditional_t<std::is_signed_v<T>, s32, u32>,
+                                std::conditional_t<sizeof(T) == 4, std::conditional_t<std::is_signed_v<T>, s64, u64>,
+                                                   std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>>>;
 
 // Wrapping arithmetic goes through unsigned types; u16 would be promoted to int, hence u32 for it.
 template <class T>

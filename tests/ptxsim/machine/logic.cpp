@@ -61,7 +61,7 @@ static u32 permute_mode(u32 a, u32 b, u32 c, int mode) {  // prmt with a mode: c
     return permute(a, b, patterns[mode][c & 3]);
 }
 
-#define RUN(name, ...)                        \
+#define RUN(name, ...) \
     static void name(Warp& w, const Inst& in) { __VA_ARGS__; }
 
 RUN(and32, map2<u32, u32, u32>(w, in, [](u32 a, u32 b) { return a & b; }))
@@ -87,8 +87,8 @@ RUN(shr_u64, map2<u64, u64, u32>(w, in, shift_right<u64>))
 RUN(shr_s64, map2<s64, s64, u32>(w, in, shift_right<s64>))
 RUN(shf_l_wrap, map3<u32, u32, u32, u32>(w, in, [](u32 a, u32 b, u32 c) { return u32((u64(b) << 32 | a) >> (32 - (c & 31))); }))
 RUN(shf_r_wrap, map3<u32, u32, u32, u32>(w, in, [](u32 a, u32 b, u32 c) { return u32((u64(b) << 32 | a) >> (c & 31)); }))
-RUN(shf_l_clamp, map3<u32, u32, u32, u32>(w, in,
-                                          [](u32 a, u32 b, u32 c) { return u32((u64(b) << 32 | a) >> (32 - (c > 32 ? 32 : c))); }))
+RUN(shf_l_clamp,
+    map3<u32, u32, u32, u32>(w, in, [](u32 a, u32 b, u32 c) { return u32((u64(b) << 32 | a) >> (32 - (c > 32 ? 32 : c))); }))
 RUN(shf_r_clamp,
     map3<u32, u32, u32, u32>(w, in, [](u32 a, u32 b, u32 c) { return u32((u64(b) << 32 | a) >> (c > 32 ? 32 : c)); }))
 RUN(bfe_u32, map3<u32, u32, u32, u32>(w, in, field<u32>))
@@ -165,23 +165,58 @@ void add_logic(Table& t) {
         t.add("xor.b" + n, xor32);
     }
     const std::pair<const char*, Handler> all[] = {
-        {"and.b64", and64}, {"or.b64", or64}, {"xor.b64", xor64},
-        {"not.b16", not16}, {"not.b32", not32}, {"not.b64", not64},
-        {"cnot.b16", cnot16}, {"cnot.b32", cnot32}, {"cnot.b64", cnot64},
-        {"shl.b16", shl16}, {"shl.b32", shl32}, {"shl.b64", shl64},
-        {"shr.u16", shr_u16}, {"shr.b16", shr_u16}, {"shr.s16", shr_s16},
-        {"shr.u32", shr_u32}, {"shr.b32", shr_u32}, {"shr.s32", shr_s32},
-        {"shr.u64", shr_u64}, {"shr.b64", shr_u64}, {"shr.s64", shr_s64},
-        {"shf.l.wrap.b32", shf_l_wrap}, {"shf.r.wrap.b32", shf_r_wrap},
-        {"shf.l.clamp.b32", shf_l_clamp}, {"shf.r.clamp.b32", shf_r_clamp},
-        {"bfe.u32", bfe_u32}, {"bfe.s32", bfe_s32}, {"bfe.u64", bfe_u64}, {"bfe.s64", bfe_s64},
-        {"bfi.b32", bfi<u32>}, {"bfi.b64", bfi<u64>},
-        {"popc.b32", popc32}, {"popc.b64", popc64}, {"clz.b32", clz32}, {"clz.b64", clz64},
-        {"brev.b32", brev32}, {"brev.b64", brev64},
-        {"bfind.u32", find<u32>}, {"bfind.s32", find<s32>}, {"bfind.u64", find<u64>}, {"bfind.s64", find<s64>},
-        {"prmt.b32", prmt}, {"prmt.mode.b32", prmt_mode}, {"lop3.b32", lop3}, {"dp4a", dp4a}, {"dp2a", dp2a},
-        {"bmsk.clamp.b32", bmsk_clamp}, {"szext.clamp", szext_clamp},
-        {"and.pred", and_pred}, {"or.pred", or_pred}, {"xor.pred", xor_pred}, {"not.pred", not_pred},
+        {"and.b64", and64},
+        {"or.b64", or64},
+        {"xor.b64", xor64},
+        {"not.b16", not16},
+        {"not.b32", not32},
+        {"not.b64", not64},
+        {"cnot.b16", cnot16},
+        {"cnot.b32", cnot32},
+        {"cnot.b64", cnot64},
+        {"shl.b16", shl16},
+        {"shl.b32", shl32},
+        {"shl.b64", shl64},
+        {"shr.u16", shr_u16},
+        {"shr.b16", shr_u16},
+        {"shr.s16", shr_s16},
+        {"shr.u32", shr_u32},
+        {"shr.b32", shr_u32},
+        {"shr.s32", shr_s32},
+        {"shr.u64", shr_u64},
+        {"shr.b64", shr_u64},
+        {"shr.s64", shr_s64},
+        {"shf.l.wrap.b32", shf_l_wrap},
+        {"shf.r.wrap.b32", shf_r_wrap},
+        {"shf.l.clamp.b32", shf_l_clamp},
+        {"shf.r.clamp.b32", shf_r_clamp},
+        {"bfe.u32", bfe_u32},
+        {"bfe.s32", bfe_s32},
+        {"bfe.u64", bfe_u64},
+        {"bfe.s64", bfe_s64},
+        {"bfi.b32", bfi<u32>},
+        {"bfi.b64", bfi<u64>},
+        {"popc.b32", popc32},
+        {"popc.b64", popc64},
+        {"clz.b32", clz32},
+        {"clz.b64", clz64},
+        {"brev.b32", brev32},
+        {"brev.b64", brev64},
+        {"bfind.u32", find<u32>},
+        {"bfind.s32", find<s32>},
+        {"bfind.u64", find<u64>},
+        {"bfind.s64", find<s64>},
+        {"prmt.b32", prmt},
+        {"prmt.mode.b32", prmt_mode},
+        {"lop3.b32", lop3},
+        {"dp4a", dp4a},
+        {"dp2a", dp2a},
+        {"bmsk.clamp.b32", bmsk_clamp},
+        {"szext.clamp", szext_clamp},
+        {"and.pred", and_pred},
+        {"or.pred", or_pred},
+        {"xor.pred", xor_pred},
+        {"not.pred", not_pred},
     };
     for (const auto& [name, run] : all) t.add(name, run);
 }

@@ -86,8 +86,8 @@ struct Touched {  // of the race detector, for one granule: who touched it last;
     bool atomic;  // the last write was an atomic one
 };
 struct GlobalCell {
-    u32 wblock, rblock;    // block number + 1, 0: none; readers of several blocks: SEVERAL
-    u32 inner;             // the block that `in_block` is about
+    u32 wblock, rblock;  // block number + 1, 0: none; readers of several blocks: SEVERAL
+    u32 inner;           // the block that `in_block` is about
     u32 wline, rline;
     bool atomic;
     Touched in_block;
@@ -199,15 +199,14 @@ u8* any_pointer(Warp& w, u32 lane, const Inst& in, u64 address, u32 bytes, bool 
 void start_block_copies(Warp& w);
 
 // ---- race.cpp
-void race_shared(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes, bool write, const u8* value,
-                 bool atomic = false);
+void race_shared(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes, bool write, const u8* value, bool atomic = false);
 void race_global(Warp& w, u32 lane, s32 line, Region& region, u64 address, u32 bytes, bool write, const u8* value,
                  bool atomic = false);
 void race_start_block(Block& b);
 void race_copy_issued(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes);
 void race_copy_landed(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes);
 void race_warp_sync(Warp& w);
-void race_arrive(Warp& w, Bar& bar);                   // before the release of what it waits for
+void race_arrive(Warp& w, Bar& bar);                              // before the release of what it waits for
 void race_wait_over(Bar& bar, const std::vector<Warp*>& waited);  // all that waited there go on
 
 // ---- the table of handlers

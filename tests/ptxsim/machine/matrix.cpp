@@ -156,7 +156,8 @@ static void mma_f64(Warp& w, const Inst& in) {
     for (int lane = 0; lane < 32; lane++)
         for (int j = 0; j < 2; j++) {
             double s = w.at<double>(reg[4 + j])[lane];
-            for (int k = 0; k < 4; k++) s = __builtin_fma(w.at<double>(reg[2])[lane / 4 * 4 + k], w.at<double>(reg[3])[(lane % 4 * 2 + j) * 4 + k], s);
+            for (int k = 0; k < 4; k++)
+                s = __builtin_fma(w.at<double>(reg[2])[lane / 4 * 4 + k], w.at<double>(reg[3])[(lane % 4 * 2 + j) * 4 + k], s);
             out[lane][j] = s;
         }
     for (int lane = 0; lane < 32; lane++)
@@ -166,8 +167,9 @@ static void mma_f64(Warp& w, const Inst& in) {
 // ---- ldmatrix, stmatrix: 8 x 8 matrices of 16 bits, lane 8 m + r has the address of row r of matrix m
 
 static u8* row_pointer(Warp& w, const Inst& in, u32 lane, bool write) {
-    const u64 a = in.x[4] < 0 ? u64(in.imm) : in.mod & ADDRESS64 ? w.at<u64>(in.x[4])[lane] + u64(in.imm)
-                                                                 : u32(w.at<u32>(in.x[4])[lane] + u32(in.imm));
+    const u64 a = in.x[4] < 0          ? u64(in.imm)
+                  : in.mod & ADDRESS64 ? w.at<u64>(in.x[4])[lane] + u64(in.imm)
+                                       : u32(w.at<u32>(in.x[4])[lane] + u32(in.imm));
     const u64 offset = a >> 60 == SHARED_WINDOW >> 60 ? a - SHARED_WINDOW : a;
     u8* p = shared_pointer(w, lane, in, offset, 16, write);
     if (w.launch->options.race) race_shared(w, lane, in.line, u32(offset), 16, write, nullptr);
@@ -182,7 +184,8 @@ static void ldmatrix(Warp& w, const Inst& in) {
     for (u32 k = 0; k < count; k++)
         for (u32 lane = 0; lane < 32; lane++) {
             const u32 r = lane / 4, c = lane % 4 * 2;
-            w.at<u32>(in.x[k])[lane] = in.mod & 8 ? m[k][c][r] | u32(m[k][c + 1][r]) << 16 : m[k][r][c] | u32(m[k][r][c + 1]) << 16;
+            w.at<u32>(in.x[k])[lane] =
+                in.mod & 8 ? m[k][c][r] | u32(m[k][c + 1][r]) << 16 : m[k][r][c] | u32(m[k][r][c + 1]) << 16;
         }
 }
 static void stmatrix(Warp& w, const Inst& in) {

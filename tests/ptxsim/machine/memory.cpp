@@ -78,16 +78,18 @@ u8* global_pointer(Warp& w, u32 lane, const Inst& in, u64 a, u32 bytes, bool wri
 u8* shared_pointer(Warp& w, u32 lane, const Inst& in, u64 a, u32 bytes, bool write) {
     check_aligned(w, lane, in, a, bytes, write, "shared");
     if (a + bytes > w.block->shared_bytes || a + bytes < a)
-        fault(w, lane, in, "out-of-bounds " + verb(bytes, write) +
-                               text(" at shared address %lld of a block with %u bytes", (long long)a, w.block->shared_bytes));
+        fault(w, lane, in,
+              "out-of-bounds " + verb(bytes, write) +
+                  text(" at shared address %lld of a block with %u bytes", (long long)a, w.block->shared_bytes));
     return w.block->shared + a;
 }
 static u8* local_pointer(Warp& w, u32 lane, const Inst& in, u64 a, u32 bytes, bool write) {
     check_aligned(w, lane, in, a, bytes, write, "local");
     const u32 size = w.program->local_bytes;
     if (a + bytes > size || a + bytes < a)
-        fault(w, lane, in, "out-of-bounds " + verb(bytes, write) +
-                               text(" at local address %lld of a thread with %u bytes", (long long)a, size));
+        fault(w, lane, in,
+              "out-of-bounds " + verb(bytes, write) +
+                  text(" at local address %lld of a thread with %u bytes", (long long)a, size));
     return w.local + size_t(lane) * size + a;
 }
 static u8* param_pointer(Warp& w, u32 lane, const Inst& in, u64 a, u32 bytes, bool write) {

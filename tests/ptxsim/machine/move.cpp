@@ -17,16 +17,18 @@ RUN(mov_pred_imm, w.set_pred(in.x[0], in.imm ? FULL : 0))
 RUN(pack_2x16, map2<u32, u32, u32>(w, in, [](u32 a, u32 b) { return (a & 0xffff) | b << 16; }))
 RUN(pack_2x32, map2<u64, u32, u32>(w, in, [](u32 a, u32 b) { return a | u64(b) << 32; }))
 static void pack_4x16(Warp& w, const Inst& in) {
-    map_cells(w.mask, w.at<u64>(in.x[0]),
-              [](u32 a, u32 b, u32 c, u32 d) {
-                  return u64(a & 0xffff) | u64(b & 0xffff) << 16 | u64(c & 0xffff) << 32 | u64(d & 0xffff) << 48;
-              },
-              w.at<u32>(in.x[1]), w.at<u32>(in.x[2]), w.at<u32>(in.x[3]), w.at<u32>(in.x[4]));
+    map_cells(
+        w.mask, w.at<u64>(in.x[0]),
+        [](u32 a, u32 b, u32 c, u32 d) {
+            return u64(a & 0xffff) | u64(b & 0xffff) << 16 | u64(c & 0xffff) << 32 | u64(d & 0xffff) << 48;
+        },
+        w.at<u32>(in.x[1]), w.at<u32>(in.x[2]), w.at<u32>(in.x[3]), w.at<u32>(in.x[4]));
 }
 static void pack_4x8(Warp& w, const Inst& in) {
-    map_cells(w.mask, w.at<u32>(in.x[0]),
-              [](u32 a, u32 b, u32 c, u32 d) { return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24; },
-              w.at<u32>(in.x[1]), w.at<u32>(in.x[2]), w.at<u32>(in.x[3]), w.at<u32>(in.x[4]));
+    map_cells(
+        w.mask, w.at<u32>(in.x[0]),
+        [](u32 a, u32 b, u32 c, u32 d) { return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24; }, w.at<u32>(in.x[1]),
+        w.at<u32>(in.x[2]), w.at<u32>(in.x[3]), w.at<u32>(in.x[4]));
 }
 RUN(pack_2x8, map2<u16, u32, u32>(w, in, [](u32 a, u32 b) { return u16((a & 255) | b << 8); }))
 
@@ -54,11 +56,25 @@ RUN(active_mask, const u32 m = w.mask; u32* d = w.at<u32>(in.x[0]); each_lane(m,
 
 void add_move(Table& t) {
     const std::pair<const char*, Handler> all[] = {
-        {"mov.16", mov16}, {"mov.32", mov32}, {"mov.64", mov64}, {"mov.pred", mov_pred}, {"mov.pred.imm", mov_pred_imm},
-        {"pack.2x16", pack_2x16}, {"pack.2x32", pack_2x32}, {"pack.4x16", pack_4x16}, {"pack.4x8", pack_4x8},
-        {"pack.2x8", pack_2x8}, {"unpack.2x16", unpack<u32, u32, 2>}, {"unpack.2x32", unpack<u64, u32, 2>},
-        {"unpack.4x16", unpack<u64, u32, 4>}, {"unpack.4x8", unpack<u32, u32, 4>}, {"unpack.2x8", unpack<u16, u32, 2>},
-        {"to_generic", to_generic}, {"from_generic", from_generic}, {"isspacep", is_space}, {"nothing", nothing},
+        {"mov.16", mov16},
+        {"mov.32", mov32},
+        {"mov.64", mov64},
+        {"mov.pred", mov_pred},
+        {"mov.pred.imm", mov_pred_imm},
+        {"pack.2x16", pack_2x16},
+        {"pack.2x32", pack_2x32},
+        {"pack.4x16", pack_4x16},
+        {"pack.4x8", pack_4x8},
+        {"pack.2x8", pack_2x8},
+        {"unpack.2x16", unpack<u32, u32, 2>},
+        {"unpack.2x32", unpack<u64, u32, 2>},
+        {"unpack.4x16", unpack<u64, u32, 4>},
+        {"unpack.4x8", unpack<u32, u32, 4>},
+        {"unpack.2x8", unpack<u16, u32, 2>},
+        {"to_generic", to_generic},
+        {"from_generic", from_generic},
+        {"isspacep", is_space},
+        {"nothing", nothing},
         {"activemask", active_mask},
     };
     for (const auto& [name, run] : all) t.add(name, run);

@@ -1,5 +1,7 @@
 // run.cpp: a launch: blocks one after another, a block's warps in turns, and the C interface that program.py calls.
+#ifdef __SSE__
 #include <xmmintrin.h>
+#endif
 
 #include <algorithm>
 #include <chrono>
@@ -23,10 +25,9 @@ static const Table& table() {
 // ---- special registers: what a cell of them holds
 
 static const char* const SPECIALS[] = {
-    "%tid.x",         "%tid.y",         "%tid.z",         "%ntid.x",        "%ntid.y",        "%ntid.z",
-    "%ctaid.x",       "%ctaid.y",       "%ctaid.z",       "%nctaid.x",      "%nctaid.y",      "%nctaid.z",
-    "%laneid",        "%warpid",        "%nwarpid",       "%lanemask_eq",   "%lanemask_lt",   "%lanemask_le",
-    "%lanemask_gt",   "%lanemask_ge",   "%dynamic_smem_size",
+    "%tid.x",   "%tid.y",       "%tid.z",       "%ntid.x",      "%ntid.y",      "%ntid.z",      "%ctaid.x",
+    "%ctaid.y", "%ctaid.z",     "%nctaid.x",    "%nctaid.y",    "%nctaid.z",    "%laneid",      "%warpid",
+    "%nwarpid", "%lanemask_eq", "%lanemask_lt", "%lanemask_le", "%lanemask_gt", "%lanemask_ge", "%dynamic_smem_size",
 };
 
 static u32 special(const Launch& l, const Block& b, const Warp& w, u32 lane, u32 kind, u32 dynamic) {
@@ -35,9 +36,15 @@ static u32 special(const Launch& l, const Block& b, const Warp& w, u32 lane, u32
         case 0: return t % l.block[0];
         case 1: return t / l.block[0] % l.block[1];
         case 2: return t / l.block[0] / l.block[1];
-        case 3: case 4: case 5: return l.block[kind - 3];
-        case 6: case 7: case 8: return b.ctaid[kind - 6];
-        case 9: case 10: case 11: return l.grid[kind - 9];
+        case 3:
+        case 4:
+        case 5: return l.block[kind - 3];
+        case 6:
+        case 7:
+        case 8: return b.ctaid[kind - 6];
+        case 9:
+        case 10:
+        case 11: return l.grid[kind - 9];
         case 12: return lane;
         case 13: return w.id;
         case 14: return (l.threads + 31) / 32;
@@ -50,7 +57,20 @@ static u32 special(const Launch& l, const Block& b, const Warp& w, u32 lane, u32
     }
 }
 
+// To nearest, subnormals kept, no traps, whatever the process has set (torch.set_flush_denormal does).
+struct PlainArithmetic {
+#ifdef __SSE__
+    const u32 before = _mm_getcsr();
+    PlainArithmetic() { _mm_setcsr(0x1f80); }
+    ~PlainArithmetic() { _mm_setcsr(before); }
+#endif
+};
+
 // ---- a block
+
+static void poison(u8* p, size_t bytes, u32 value) {
+    for (size_t i = 0; i + 4 <= bytes; i += 4) memcpy(p + i, &value, 4);
+}
 
 static void start_block(Block& b, u32 number, u32 dynamic) {
     Launch& l = *b.launch;
@@ -59,10 +79,8 @@ static void start_block(Block& b, u32 number, u32 dynamic) {
     b.ctaid[1] = number / l.grid[0] % l.grid[1];
     b.ctaid[2] = number / l.grid[0] / l.grid[1];
     b.live = l.threads;
-    for (u32 i = 0; i + 4 <= b.shared_bytes; i += 4) {  // uninitialised shared memory reads as NaN
-        const u32 poison = 0x7fc0dead;
-        memcpy(b.shared + i, &poison, 4);
-    }
+    poison(b.shared, b.shared_bytes, 0x7fc0dead);  // what nobody has written reads as NaN
+    poison(b.warps[0].local, size_t(l.program->local_bytes) * 32 * b.warps.size(), 0x7fc0d0d0);
     for (Bar& bar : b.bars) bar = Bar{0, 0, 0, 0, 1, 0, false, {}};
     for (Warp& w : b.warps) {
         start_warp(w);
@@ -103,13 +121,11 @@ static void run_launch(Launch& l, u32 dynamic) {
     const u32 warps = (l.threads + 31) / 32;
     const size_t file = (size_t(p.file_bytes) + 63) / 64 * 64;
     const u32 shared_bytes = p.static_shared + dynamic;
-    std::vector<u8> memory(file * warps + 64), shared((shared_bytes + 3) / 4 * 4 + 64), local(size_t(p.local_bytes) * warps * 32 + 64);
+    std::vector<u8> memory(file * warps + 64), shared((shared_bytes + 3) / 4 * 4 + 64),
+        local(size_t(p.local_bytes) * warps * 32 + 64);
     const auto align = [](u8* x) { return x + (64 - reinterpret_cast<u64>(x) % 64) % 64; };
     u8* base = align(memory.data());
-    for (size_t i = 0; i + 4 <= file * warps; i += 4) {
-        const u32 poison = 0x7fc0beef;
-        memcpy(base + i, &poison, 4);
-    }
+    poison(base, file * warps, 0x7fc0beef);
     Block b{};
     b.launch = &l;
     b.shared = align(shared.data());
@@ -175,13 +191,23 @@ void* ptxsim_program(const void* code, const s32* pool, const u64* constants, co
     Program* p = new Program;
     const Packed* in = static_cast<const Packed*>(code);
     for (u32 i = 0; i < sizes[0]; i++) {
-        Inst inst{in[i].op, in[i].control, in[i].negate, in[i].mod, {}, in[i].imm, in[i].guard, in[i].target, in[i].more, in[i].line,
+        Inst inst{in[i].op,
+                  in[i].control,
+                  in[i].negate,
+                  in[i].mod,
+                  {},
+                  in[i].imm,
+                  in[i].guard,
+                  in[i].target,
+                  in[i].more,
+                  in[i].line,
                   table().handlers[in[i].op]};
         std::copy(in[i].x, in[i].x + 6, inst.x);
         p->code.push_back(inst);
     }
     p->pool.assign(pool, pool + sizes[1]);
-    for (u32 i = 0; i < sizes[2]; i++) p->constants.push_back({u32(constants[3 * i]), u32(constants[3 * i + 1]), constants[3 * i + 2]});
+    for (u32 i = 0; i < sizes[2]; i++)
+        p->constants.push_back({u32(constants[3 * i]), u32(constants[3 * i + 1]), constants[3 * i + 2]});
     for (u32 i = 0; i < sizes[3]; i++) p->specials.push_back({specials[2 * i], specials[2 * i + 1]});
     p->file_bytes = sizes[4], p->static_shared = sizes[5], p->local_bytes = sizes[6];
     p->shared_granule = sizes[7], p->global_granule = sizes[8];
@@ -212,18 +238,14 @@ u32 ptxsim_launch(void* program, const u32* shape, const u8* params, const u64* 
     }
     std::fill(l.program->executed.begin(), l.program->executed.end(), 0);
     std::fill(l.program->lanes.begin(), l.program->lanes.end(), 0);
-    const u32 csr = _mm_getcsr();
-    _mm_setcsr(0x1f80);  // to nearest, subnormals kept, no traps, whatever the process has set
+    const PlainArithmetic plain;
     const auto began = std::chrono::steady_clock::now();
     try {
         run_launch(l, shape[6]);
-    } catch (const Fault& f) {
-        l.problem(f.text);
-    } catch (const std::bad_alloc&) {
+    } catch (const Fault& f) { l.problem(f.text); } catch (const std::bad_alloc&) {
         l.problem("out of memory for the launch");
     }
     *seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
-    _mm_setcsr(csr);
     std::string all;
     for (const std::string& s : l.problems) all += s + "\n";
     snprintf(message, message_bytes, "%s", all.c_str());

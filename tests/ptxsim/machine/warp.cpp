@@ -66,7 +66,8 @@ static bool choose(Warp& w, bool rotate = false) {
     w.limit = ~0u;
     if (sched != 1)
         for (u32 i = 0; i < w.count; i++)
-            if (i != best && w.groups[i].state == RUNNABLE && w.groups[i].pc > w.pc) w.limit = std::min(w.limit, w.groups[i].pc);
+            if (i != best && w.groups[i].state == RUNNABLE && w.groups[i].pc > w.pc)
+                w.limit = std::min(w.limit, w.groups[i].pc);
     return true;
 }
 
@@ -136,8 +137,9 @@ static void count_arrivals(Warp& w) {
         if (aligned && g.mask != w.live) continue;
         Bar& bar = b.bars[g.bar];
         if (bar.used && bar.expected != g.expected)
-            fault(w, u32(__builtin_ctz(g.mask)), in,
-                  text("barrier %u is used for %u threads here and for %u elsewhere (0: all)", g.bar, g.expected, bar.expected));
+            fault(
+                w, u32(__builtin_ctz(g.mask)), in,
+                text("barrier %u is used for %u threads here and for %u elsewhere (0: all)", g.bar, g.expected, bar.expected));
         bar.used = true;
         bar.expected = g.expected;
         bar.lanes += u32(__builtin_popcount(g.mask));
@@ -165,7 +167,8 @@ static bool barrier(Warp& w, const Inst& in, u32 mask) {
         if (expected % 32) fault(w, lane, in, text("a barrier for %u threads, not a multiple of 32", expected));
         const u32 everyone = (w.launch->threads + 31) / 32 * 32;
         if (expected >= everyone && !(in.mod & 1)) expected = expected > everyone ? expected : 0;
-        if (expected > everyone) fault(w, lane, in, text("a barrier for %u threads in a block of %u", expected, w.launch->threads));
+        if (expected > everyone)
+            fault(w, lane, in, text("a barrier for %u threads in a block of %u", expected, w.launch->threads));
         if ((in.mod & 1) && expected == everyone) expected = 0;
         const u32 rest = w.active & ~mask;
         w.active = rest;
@@ -206,8 +209,7 @@ static bool collective(Warp& w, const Inst& in, u32 mask) {
         const u32 v = members ? members[__builtin_ctz(pending)] : u32(in.target);
         u32 same = pending;
         if (members) each_lane(pending, [&](u32 i) { same = members[i] == v ? same : same & ~(1u << i); });
-        if (same & ~v)
-            fault(w, u32(__builtin_ctz(same & ~v)), in, text("a lane that is not in the member mask 0x%08x", v));
+        if (same & ~v) fault(w, u32(__builtin_ctz(same & ~v)), in, text("a lane that is not in the member mask 0x%08x", v));
         u32 others = 0;
         for (u32 i = 0; i < w.count; i++) {
             const Group& g = w.groups[i];
@@ -244,7 +246,8 @@ static void recheck_collectives(Warp& w) {
         if (g.state != AT_COLLECTIVE) continue;
         u32 all = 0;
         for (u32 j = 0; j < w.count; j++)
-            if (w.groups[j].state == AT_COLLECTIVE && w.groups[j].pc == g.pc && w.groups[j].member == g.member) all |= w.groups[j].mask;
+            if (w.groups[j].state == AT_COLLECTIVE && w.groups[j].pc == g.pc && w.groups[j].member == g.member)
+                all |= w.groups[j].mask;
         if ((all & g.member & w.live) != (g.member & w.live)) continue;
         for (u32 j = i + 1; j < w.count;)
             if (w.groups[j].state == AT_COLLECTIVE && w.groups[j].pc == g.pc && w.groups[j].member == g.member) drop(w, j);
@@ -371,8 +374,9 @@ std::string waiting(const Warp& w) {
     std::string s;
     for (u32 i = 0; i < w.count; i++) {
         const Group& g = w.groups[i];
-        const char* why = g.state == AT_BARRIER ? (g.counted ? "waits at barrier" : "waits at an aligned barrier for other lanes of its warp")
-                                                : "waits at a collective for lanes";
+        const char* why = g.state == AT_BARRIER
+                              ? (g.counted ? "waits at barrier" : "waits at an aligned barrier for other lanes of its warp")
+                              : "waits at a collective for lanes";
         s += text("\n  warp %u, lanes 0x%08x: ", w.id, g.mask) + why;
         if (g.state == AT_BARRIER) s += text(" %u", g.bar);
         else s += text(" 0x%08x", g.member & w.live & ~g.mask);

@@ -8,7 +8,7 @@ namespace ptxsim {
 
 void start_warp(Warp& w);
 bool runnable(const Warp& w);
-void run_warp(Warp& w, u64 steps);  // until all groups wait or `steps` instructions are done
+void run_warp(Warp& w, u64 steps);   // until all groups wait or `steps` instructions are done
 std::string waiting(const Warp& w);  // who waits where, for the report of a deadlock
 
 }  // namespace ptxsim
