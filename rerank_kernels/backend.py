@@ -125,7 +125,8 @@ def _get(name: str, asked_by: str) -> Backend:
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r} (asked for by {asked_by}); there are {', '.join(BACKENDS)}")
     if reason := missing(name):
-        raise BackendError(f"backend {name!r} (asked for by {asked_by}) is not available: {reason}; {_who(BACKENDS[name].devices[0])}")
+        others = _who(BACKENDS[name].devices[0])
+        raise BackendError(f"backend {name!r} (asked for by {asked_by}) is not available: {reason}; {others}")
     return BACKENDS[name]
 
 

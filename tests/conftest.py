@@ -28,7 +28,19 @@ _ran: Counter[str] = Counter()
 _isas: Counter[str] = Counter()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="also what takes many minutes (make test-all)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--exhaustive"):
+        left_out = [i for i in items if i.get_closest_marker("exhaustive")]
+        items[:] = [i for i in items if not i.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "exhaustive: run by make test-all only")
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU and a CUDA build of torch")
     config.addinivalue_line("markers", "promise(name): run only on backends that make this promise")
 

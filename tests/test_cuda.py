@@ -53,6 +53,23 @@ def test_same_bits_as_the_cpu(case: Case, dtype: torch.dtype) -> None:
                 all_same(case.call(rows, shared), want, f"{case}, cuda {how} against cpu")
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arch", ["90", "120"])
+def test_same_bits_on_other_architectures(arch: str, case: Case, dtype: torch.dtype) -> None:
+    """nvcc's PTX for Hopper and for consumer Blackwell."""
+    rows, shared, want = case.make_rows(dtype), case.make_shared(dtype), of_cpu(case, dtype)
+    with simulated.simulated(arch=arch):
+        all_same(case.call(rows, shared), want, f"{case}, cuda compute_{arch} against cpu")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(5))
+def test_same_bits_in_other_orders(seed: int, case: Case, dtype: torch.dtype) -> None:
+    rows, shared, want = case.make_rows(dtype), case.make_shared(dtype), of_cpu(case, dtype)
+    with simulated.simulated(sched=2, seed=100 + seed, lazy_async=bool(seed % 2)):
+        all_same(case.call(rows, shared), want, f"{case}, random order {seed} against cpu")
+
+
 # ---- real shapes: one layer's matrices and heads of bge-reranker-base, and of ReluLLaMA cut to a few neurons
 
 
@@ -118,12 +135,18 @@ def test_a_whole_model(family: str) -> None:
     assert len(set(want.flatten().tolist())) == 4
 
 
-def test_a_layer_of_bge_reranker_base() -> None:
+@pytest.mark.parametrize("lengths", [(14, 6), pytest.param((200, 130, 3), marks=pytest.mark.exhaustive)])
+def test_a_layer_of_bge_reranker_base(lengths: tuple[int, ...]) -> None:
     """768 wide, 12 heads, 3072 between: real sizes, short sequences."""
     model = models.tiny(
-        "xlm-roberta", hidden_size=768, num_attention_heads=12, intermediate_size=3072, num_hidden_layers=1, vocab_size=200
+        "xlm-roberta",
+        hidden_size=768,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        num_hidden_layers=1,
+        max_position_embeddings=514,
     )
-    batch = models.padded(models.rows((14, 6)), model.config.pad_token_id)
+    batch = models.padded(models.rows(lengths), model.config.pad_token_id)
     rk.patch(model)
     with torch.inference_mode():
         same(*both(lambda: model(**batch).logits), "logits, cuda against cpu")

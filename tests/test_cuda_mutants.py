@@ -134,7 +134,11 @@ MUTANTS = [
     ),
     Mutant(
         "a tile whose last key is hidden taken for one that hides nothing",
-        Edit("attention.cu", "work.end(i_first) < min(key + KEY_TILE, length)", "work.end(i_first) + 1 < min(key + KEY_TILE, length)"),
+        Edit(
+            "attention.cu",
+            "work.end(i_first) < min(key + KEY_TILE, length)",
+            "work.end(i_first) + 1 < min(key + KEY_TILE, length)",
+        ),
         "attention-D32-H2of2-T70-window=(-1,30)",
         DIFFER,
         invariants.hidden_keys,
@@ -190,6 +194,6 @@ def test_mutant_is_caught(mutant: Mutant) -> None:
 
 
 def test_the_cpu_is_not_compared_with_itself() -> None:
-    with simulated.simulated(), pytest.raises(registry.BackendError, match="ops on CPU tensors are csrc/cuda's"):
-        with registry.use("cpu"):
-            pass
+    said = "ops on CPU tensors are csrc/cuda's"
+    with simulated.simulated(), pytest.raises(registry.BackendError, match=said), registry.use("cpu"):
+        pass

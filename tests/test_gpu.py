@@ -1,7 +1,7 @@
 """The cuda backend on a real GPU: `make gpu`, or `pytest -m gpu`. Nobody has run this file on one yet.
 
-The cases are those of every other test; what is compared with is the cpu backend, bit for bit. What a simulator has not: streams,
-graphs, a second process, and compute-sanitizer where it is installed.
+The cases are those of every other test; what is compared with is the cpu backend, bit for bit. What a simulator has not:
+streams, graphs, a second process, and compute-sanitizer where it is installed.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class Code:
 
     ops: tuple[str, ...]
     operands: tuple[str, ...]
-    loops: tuple[tuple[int, int], ...]  # innermost, from the first to the last instruction
+    loops: tuple[tuple[int, int], ...]  # first and last instruction
 
     def count(self, *roots: str) -> int:
         return sum(op.split(".")[0] in roots for op in self.ops)
@@ -122,14 +122,18 @@ class Code:
         return found
 
     def hot(self) -> tuple[int, int]:
-        """Of the innermost loop that is densest in FFMA, which is where a kernel that computes spends its time: these, and all
-        its instructions; (0, 0) without such a loop. One that divides is an epilogue's, if there is another.
+        """Of the loop that is densest in FFMA, which is where a kernel that computes spends its time: these, and all its
+        instructions, both without the loops inside it; (0, 0) without such a loop. One that divides is an epilogue's, if there
+        is another.
         """
-        bodies = [self.ops[a : b + 1] for a, b in self.loops]
-        sizes = [
-            (not any(op.startswith("MUFU") for op in ops), sum(op.startswith("FFMA") for op in ops), len(ops)) for ops in bodies
-        ]
-        return max((s for s in sizes if s[1] >= 8), key=lambda s: (s[0], s[1] / s[2]), default=(False, 0, 0))[1:]
+        found = []
+        for a, b in self.loops:
+            inside = {i for c, d in self.loops if (c, d) != (a, b) and a <= c and d <= b for i in range(c, d + 1)}
+            own = [self.ops[i] for i in range(a, b + 1) if i not in inside]
+            fma = sum(op.startswith("FFMA") for op in own)
+            if fma >= 8:
+                found.append((not any(op.startswith("MUFU") for op in own), fma / len(own), fma, len(own)))
+        return max(found, default=(False, 0.0, 0, 0))[2:]
 
 
 def machine_kernels(text: str) -> dict[str, Code]:
@@ -148,9 +152,11 @@ def machine_kernels(text: str) -> dict[str, Code]:
                     jumps.append((to[0], len(ops)))
                 ops.append(instruction[1])
                 operands.append(instruction[2])
-        loops = {(labels[to], at) for to, at in jumps if labels.get(to, at + 1) < at}  # a jump to itself ends the code
-        inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
-        found[section.split(",")[0].strip()] = Code(tuple(ops), tuple(operands), tuple(sorted(inner)))
+        loops: dict[int, int] = {}  # from where to where; several jumps back to one place are one loop
+        for to, at in jumps:
+            if labels.get(to, at) < at:  # a jump to itself ends the code
+                loops[labels[to]] = max(at, loops.get(labels[to], at))
+        found[section.split(",")[0].strip()] = Code(tuple(ops), tuple(operands), tuple(sorted(loops.items())))
     return found
 
 

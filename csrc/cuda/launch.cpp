@@ -22,7 +22,8 @@ static std::string force_launch(std::string kernel, int64_t way) {
     Choice* c = Choice::first();
     while (c != nullptr && kernel != c->kernel) c = c->next;
     RK_CHECK(c != nullptr, "force_launch", "kernel must be one of ", launchers().c_str(), ", got ", kernel.c_str());
-    RK_CHECK(-1 <= way && way < c->count, "force_launch", "way must be from -1 (its own choice) to ", c->count - 1, ", got ", way);
+    RK_CHECK(-1 <= way && way < c->count, "force_launch", "way must be from -1 (its own choice) to ", c->count - 1, ", got ",
+             way);
     c->forced = int(way);
     return launchers();
 }

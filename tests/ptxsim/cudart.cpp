@@ -129,9 +129,13 @@ int cudaGetLastError() {
     return code;
 }
 const char* cudaGetErrorString(int code) {
-    return code == INVALID_VALUE ? "invalid argument" : code == NOT_FOUND ? "invalid device function" : "the simulator found a defect";
+    return code == INVALID_VALUE ? "invalid argument"
+           : code == NOT_FOUND   ? "invalid device function"
+                                 : "the simulator found a defect";
 }
 const char* cudaGetErrorName(int code) {
-    return code == INVALID_VALUE ? "cudaErrorInvalidValue" : code == NOT_FOUND ? "cudaErrorInvalidDeviceFunction" : "cudaErrorLaunchFailure";
+    return code == INVALID_VALUE ? "cudaErrorInvalidValue"
+           : code == NOT_FOUND   ? "cudaErrorInvalidDeviceFunction"
+                                 : "cudaErrorLaunchFailure";
 }
 }

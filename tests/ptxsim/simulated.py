@@ -110,7 +110,8 @@ def simulated(*, arch: str = "80", edit: Edit | None = None, poison: int = 0xFF,
     there, gone = registered_as["cuda"], registered_as["cpu"]
     registry.BACKENDS["cuda"] = dataclasses.replace(there, devices=("cpu",), missing=lambda: None)
     # its ops on CPU tensors are csrc/cuda's now: what a test asks of it here would be compared with itself
-    registry.BACKENDS["cpu"] = dataclasses.replace(gone, missing=lambda: "inside simulated() ops on CPU tensors are csrc/cuda's")
+    why = "inside simulated() ops on CPU tensors are csrc/cuda's"
+    registry.BACKENDS["cpu"] = dataclasses.replace(gone, missing=lambda: why)
     registry.missing.cache_clear()
     try:
         with torch.library._scoped_library("rerank_kernels", "IMPL") as registered, registry.use("cuda"):

@@ -3,7 +3,7 @@
 
 #include "machine.h"
 
-#if defined(__AVX512DQ__) || defined(__AVX2__)
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -79,9 +79,7 @@ inline __attribute__((always_inline)) void map3(Warp& w, const Inst& in, F f) {
 
 // 32 cells of 0 or ~0 to a bit a lane.
 inline u32 pack(const u32* t) {
-#if defined(__AVX512DQ__)
-    return u32(_mm512_movepi32_mask(_mm512_loadu_si512(t))) | u32(_mm512_movepi32_mask(_mm512_loadu_si512(t + 16))) << 16;
-#elif defined(__AVX2__)
+#ifdef __AVX2__
     u32 bits = 0;
     for (int i = 0; i < 4; i++)
         bits |= u32(_mm256_movemask_ps(_mm256_loadu_ps(reinterpret_cast<const float*>(t + 8 * i)))) << 8 * i;
