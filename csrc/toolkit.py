@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 # The numeric contract's flags (NUMERICS.md, "Flags"): an fma is where the source says fmadd, nowhere else.
@@ -22,6 +23,7 @@ FLAGS = ["-std=c++17", "-O3", *NUMERIC_FLAGS]
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 
 # A toolkit from pip, 270 MB: all of one minor version ("==13.0.*").
+DISASSEMBLER = "nvidia-cuda-nvdisasm>=13.0,<14"
 WHEELS = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
 
 
@@ -131,3 +133,20 @@ def gencode(listed: str | None, kit: Toolkit) -> tuple[list[str], str]:
 
 def _for(arch: str, code: str = "sm") -> str:
     return f"-gencode=arch=compute_{arch},code={code}_{arch}"
+
+
+def lacking() -> list[str]:
+    """What pip must install for the tests: nvcc and its parts if no toolkit is there, a disassembler if none is."""
+    kit = find()
+    wanted = [] if kit else [f"{name}==13.0.*" for name in WHEELS]
+    if kit is None or kit.tool("nvdisasm") is None:
+        wanted.append(DISASSEMBLER)
+    return wanted
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--lacking"]:
+        print(*lacking())
+    else:
+        found = find()
+        print(f"{found.path}: CUDA {found.release}" if found else "no nvcc")

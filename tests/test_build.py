@@ -7,6 +7,7 @@ side, once, against the torch that is installed.
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -237,3 +238,14 @@ def test_the_torch_side_compiles_against_this_torch() -> None:
 
     with ThreadPoolExecutor(2) as pool:
         assert [s for s in pool.map(compile_one, sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))) if s] == []
+
+
+# ---- nvcc from pip, for machines without a toolkit
+
+
+def test_the_extra_is_what_the_tests_ask_for() -> None:
+    """pyproject.toml's extra and csrc/toolkit.py's list, which `make test` installs from."""
+    block = re.search(r"^nvcc = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    assert block is not None
+    wanted = [*(f"{name}==13.0.*" for name in toolkit.found.WHEELS), toolkit.found.DISASSEMBLER]
+    assert re.findall(r'"(.+?)"', block[1]) == wanted

@@ -21,7 +21,7 @@ from rerank_kernels.backend import BACKENDS, OPS
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = sorted(set(OPS.values()))
-PAGES = ("README.md", "NUMERICS.md", "CONTRIBUTING.md")
+PAGES = ("README.md", "NUMERICS.md", "CONTRIBUTING.md", "docs/GPU.md")
 
 
 @functools.cache
