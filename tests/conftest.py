@@ -17,9 +17,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+
 from cases import DTYPES
 from invariants import force_isa
-
 from rerank_kernels import backend as registry
 
 ISAS = ("avx512", "avx2", "scalar")

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import Case, Tensors, numbers
 from torch import Tensor
 
+from cases import Case, Tensors, numbers
 from rerank_kernels import backend as registry
 from rerank_kernels.ops.linear import linear
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import invariants
 import torch
-from cases import Case
 from torch import Tensor
 
+import invariants
+from cases import Case
 from rerank_kernels.ops import check
 from rerank_kernels.pytorch import attention as honest_attention
 from rerank_kernels.pytorch import linear as honest_linear

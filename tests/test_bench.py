@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cases
 import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+import cases
 import rerank_kernels as rk
 from rerank_kernels import backend as registry
 

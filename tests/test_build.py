@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toolkit
 import torch
 import torch.utils.cpp_extension
+
+import toolkit
 
 ROOT = Path(__file__).parent.parent
 NEWEST = types.SimpleNamespace(version=(13, 0), home=Path("/cuda"), known=("75", "80", "86", "89", "90", "100", "120"))

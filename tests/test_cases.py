@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import cases
 import pytest
 import torch
-from cases import Case
 
+import cases
+from cases import Case
 from rerank_kernels.backend import OPS
 
 CASES = cases.CASES

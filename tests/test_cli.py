@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import save_cross_encoder, tiny, tokenizer
 
 import rerank_kernels as rk
+from models import save_cross_encoder, tiny, tokenizer
 from rerank_kernels import cli, verify
 
 PAIRS = [

@@ -9,15 +9,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import cases
-import models
 import pytest
 import torch
+
+import cases
+import models
+import rerank_kernels as rk
 from cases import Case, numbers, offsets
 from conftest import ran
 from invariants import all_same, same
-
-import rerank_kernels as rk
 from rerank_kernels import backend as registry
 
 simulated = pytest.importorskip("ptxsim.simulated")

@@ -12,14 +12,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import pytest
+import torch
+
 import cases
 import conftest
 import invariants
-import pytest
-import torch
 from conftest import ran
 from invariants import all_same
-
 from rerank_kernels import backend as registry
 
 simulated = pytest.importorskip("ptxsim.simulated")

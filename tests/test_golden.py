@@ -18,14 +18,14 @@ import pathlib
 import sys
 from typing import Any
 
-import cases
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, Case
 from torch import Tensor
 
+import cases
 import rerank_kernels
+from cases import DTYPES, Case
 from rerank_kernels import backend as registry
 from rerank_kernels.backend import Backend
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILIES, POSITIONS, config, minilm, padded, rows, tiny
 from torch import nn
 
 import rerank_kernels as rk
+from models import FAMILIES, POSITIONS, config, minilm, padded, rows, tiny
 from rerank_kernels.binding import Forward
 from rerank_kernels.encoders import _ready, packed_embeddings, packed_logits
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
 import cases
 import contract
 import invariants
-import pytest
-import torch
 from cases import Case, numbers
 from invariants import same
-
 from rerank_kernels.backend import Backend
 from rerank_kernels.ops.linear import ACTIVATIONS, activation, linear
 

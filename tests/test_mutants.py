@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+import torch
+
 import cases
 import invariants
 import mutants
-import pytest
-import torch
 from mutants import HONEST, MUTANTS, Mutant
-
 from rerank_kernels import backend
 from rerank_kernels.ops import check
 

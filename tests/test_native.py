@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import numbers, offsets
-from conftest import require
-from invariants import same
 from torch import Tensor, nn
 
 import rerank_kernels as rk
+from cases import numbers, offsets
+from conftest import require
+from invariants import same
 
 K, N = 40, 33
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
 import cases
 import contract
 import invariants
-import pytest
-import torch
 from cases import numbers
 from invariants import same
-
 from rerank_kernels.backend import Backend
 from rerank_kernels.ops.norm import layer_norm, layer_norm_truth
 

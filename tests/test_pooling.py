@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import cases
-import invariants
 import pytest
 import torch
+
+import cases
+import invariants
 from cases import numbers, offsets
 from invariants import same
-
 from rerank_kernels.backend import Backend
 from rerank_kernels.ops.linear import linear
 from rerank_kernels.ops.pooling import pool, score_head, sigmoid

@@ -10,9 +10,9 @@ import threading
 import numpy as np
 import pytest
 import torch
-from models import CORPUS, POSITIONS, minilm, save_cross_encoder, tiny, tokenizer
 
 import rerank_kernels as rk
+from models import CORPUS, POSITIONS, minilm, save_cross_encoder, tiny, tokenizer
 from rerank_kernels import reranker as module
 
 QUERY = CORPUS[0]

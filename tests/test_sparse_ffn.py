@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import cases
-import invariants
 import pytest
 import torch
+
+import cases
+import invariants
 from cases import Case, numbers
 from conftest import require
 from invariants import same
-
 from rerank_kernels import backend as registry
 from rerank_kernels.backend import Backend
 from rerank_kernels.ops.linear import linear

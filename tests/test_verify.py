@@ -10,11 +10,11 @@ from io import StringIO
 import numpy as np
 import pytest
 import torch
-from models import CORPUS, tiny, tokenizer
 from rich.console import Console
 
 import rerank_kernels as rk
 import rerank_kernels.verify as package
+from models import CORPUS, tiny, tokenizer
 from rerank_kernels.binding import Forward
 from rerank_kernels.ops import check as arguments
 from rerank_kernels.verify import VerifyReport, controls, default_pairs, verify

@@ -319,7 +319,6 @@ def recording() -> Iterator[tuple[Any, list[Launch]]]:
     hold no numbers. Gives ptxsim.simulated and the growing list.
     """
     from ptxsim import simulated
-
     from rerank_kernels import native
 
     if reason := native.missing():  # it holds the ops' signatures
@@ -403,9 +402,9 @@ def shapes() -> list[Shape]:
 
 def other_calls() -> Iterator[Any]:
     """Calls that together reach every kernel there is, with every way of every launcher forced."""
-    import cases
     import torch
 
+    import cases
     import rerank_kernels as rk
 
     def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:

@@ -21,10 +21,11 @@ def missing() -> str | None:
 
 @functools.cache
 def missing_cuda() -> str | None:
-    """Loads the CUDA library once; says why it cannot. Its ops' signatures are the C++ library's."""
+    """Loads the CUDA library once; says why it cannot, or that there is no GPU. Its ops' signatures are the C++ library's."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"
-    return missing() or _load("_cuda", "the CUDA library", "_no_cuda.txt")
+    reason = missing() or _load("_cuda", "the CUDA library", "_no_cuda.txt")
+    return reason or (None if torch.cuda.is_available() else "no GPU: torch.cuda.is_available() is False")
 
 
 def _load(stem: str, what: str, reason: str) -> str | None:
