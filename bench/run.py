@@ -37,10 +37,10 @@ from torch import Tensor
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 
-import cases
-import invariants
 import shapes
 
+import cases
+import invariants
 import rerank_kernels as rk
 from rerank_kernels import backend
 

@@ -25,17 +25,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import toolkit
 import torch
 import torch.utils.cpp_extension
 
-try:
-    from ptxsim.program import Kernel, Module
-except ImportError:
-    import sys
-
-    sys.path.insert(0, "/tmp/proto")
-    from program_proto import Kernel, Module
+import toolkit
+from ptxsim.program import Kernel, Module
 from rerank_kernels import backend as registry
 from rerank_kernels.native import pack
 
