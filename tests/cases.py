@@ -358,6 +358,8 @@ CASES: list[Case] = [
     _attention(40, (4, 2), causal=True, window=(16, -1)),
     _attention(32, window=(30, -1)),  # for the last of 32 rows a tile of 64 keys hides its first key and no other
     _attention(32, window=(-1, 30)),  # likewise the last key, for the first row
+    _attention(64, lengths=(100,)),  # two tiles of scores are kept, the second where Q was: in float32 with these 64 features,
+    _attention(128, lengths=(100,)),  # in half precision with 128
     _attention(16, (1, 1), lengths=(520, 3, 1030)),
     _attention(16, (2, 1), lengths=(40, 600), causal=True),
     *(_pool(d, mode) for d in (1, 33, 384) for mode in POOL_MODES),

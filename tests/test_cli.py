@@ -307,10 +307,10 @@ def test_a_letter_that_stdout_cannot_write(capsys, folder, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("argv", [("score",), ("rank", "--query", "q"), ("verify", "--pairs")])
 def test_a_backend_that_cannot_serve(capsys, folder, few_pairs, monkeypatch, argv) -> None:
-    monkeypatch.setenv("RERANK_KERNELS_BACKEND", "cuda")
+    monkeypatch.setenv("RERANK_KERNELS_BACKEND", "rocm")
     command, *options = argv
     said = bad(capsys, command, folder, *options, few_pairs)
-    assert said.startswith("unknown backend 'cuda' (asked for by RERANK_KERNELS_BACKEND); there are ")
+    assert said.startswith("unknown backend 'rocm' (asked for by RERANK_KERNELS_BACKEND); there are ")
 
 
 def test_a_query_that_is_not_utf8(capsys, folder, pairs) -> None:

@@ -144,6 +144,14 @@ MUTANTS = [
         invariants.hidden_keys,
     ),
     Mutant(
+        "scores take the place of Q while another warp reads it",
+        Edit("attention.cu", "if (round == 0 && kept && kept_at >= score_tiles) __syncthreads();", ""),
+        "attention-D128-H2of2-T100",
+        "RACE|race",
+        dtype=torch.float16,
+        force=("attention", 0),
+    ),
+    Mutant(
         "active neurons in another order",
         Edit(
             "sparse_ffn.cu", "active.neuron[at * CHUNK + place] = int(f);", "active.neuron[at * CHUNK + (place ^ 1)] = int(f);"

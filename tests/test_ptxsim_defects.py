@@ -120,6 +120,20 @@ def test_out_of_bounds() -> None:
     )
 
 
+def test_copy_out_of_bounds() -> None:
+    """Of a copy only the valid bytes must lie in a buffer, but all of them in one."""
+    body = ".shared .align 16 .b8 s[512]; shl.b32 %r2, %r0, 4; mov.u32 %r1, s; add.u32 %r1, %r1, %r2;"
+    body += "cp.async.cg.shared.global [%r1], [%d1+112], 16, {}; cp.async.wait_all;"
+    run(kernel(body.format(4), 1), "k", 1, 32, [np.zeros(29, np.uint32)])
+    refused(kernel(body.format(8), 1), "out-of-bounds load of 8 bytes at argument 0+112", args=[np.zeros(29, np.uint32)])
+    refused(
+        kernel(body.format(4), 1),
+        "out-of-bounds store of 16 bytes at shared address 512",
+        block=64,
+        args=[np.zeros(29, np.uint32)],
+    )
+
+
 def test_misaligned() -> None:
     refused(
         kernel("ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%d1+8];", 1),

@@ -93,6 +93,7 @@ class Kernel:
         self.opcodes = [r.opcode for r in program.code]
         self.static_shared = program.static_shared
         self.file_bytes = program.file_bytes
+        self._free = lib.c.ptxsim_free
         self._handle = self._load(program)
         self.decode_seconds = time.perf_counter() - began
 
@@ -137,7 +138,7 @@ class Kernel:
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
-            library().c.ptxsim_free(self._handle)
+            self._free(ctypes.c_void_p(self._handle))
 
     def launch(
         self,

@@ -30,18 +30,15 @@ static void copy(Warp& w, const Inst& in) {
         c.from = (in.x[1] < 0 ? 0 : w.at<u64>(in.x[1])[i]) + u64(s64(in.target));
         if (in.x[2] >= 0) c.valid = std::min(size, w.at<u32>(in.x[2])[i]);
         if (in.x[3] >= 0 && w.pred(in.x[3]) >> i & 1) c.valid = 0;
-        shared_pointer(w, i, in, c.to, size, true);
+        shared_pointer(w, i, in, to, size, true);
         if (c.from & (size - 1))
             fault(w, i, in,
                   text("misaligned cp.async of %u bytes from global address 0x%llx", size, (unsigned long long)c.from));
-        if (c.valid) {  // what is not valid is not read
-            const u64 whole = c.from;
-            for (u32 k = 0; k < c.valid; k++)  // the last byte may be anywhere in a buffer
-                if (k == 0 || k + 1 == c.valid) global_pointer(w, i, in, whole + k, 1, false);
+        if (c.valid) {  // what is not valid is not read and need not be there
+            Region& source = region_of(w, i, in, c.from, c.valid, false);
+            if (race) race_global(w, i, in.line, source, c.from, c.valid, false, nullptr);
         }
         if (race) {
-            if (c.valid)
-                race_global(w, i, in.line, region_of(w, i, in, c.from, c.valid, false), c.from, c.valid, false, nullptr);
             race_shared(w, i, in.line, c.to, size, true, nullptr);
             race_copy_issued(w, i, in.line, c.to, size);
         }

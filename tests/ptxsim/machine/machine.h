@@ -55,7 +55,7 @@ struct Inst {  // decode.py packs all of it but `run`
 // Modifier bits of floating-point instructions (Inst::mod).
 enum Mod : u16 { FTZ = 1, SAT = 2, RZ = 4, RM = 8, RP = 12, ROUNDING = 12, RELU = 16, NAN_ = 32, ABS_ = 64, RNA = 128 };
 // Of loads and stores.
-enum MemMod : u16 { SIGNED = 1, ADDRESS64 = 2, ATOMIC = 4 };
+enum MemMod : u16 { SIGNED = 1, ADDRESS64 = 2, KEEP32 = 256 };  // KEEP32: a signed value fills a 32-bit register
 
 // An error in the simulated program that ends the launch. "{line N}" in a text becomes the PTX line in program.py.
 struct Fault {

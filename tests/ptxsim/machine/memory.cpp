@@ -194,8 +194,8 @@ static void load(Warp& w, const Inst& in) {
         d[k] = at >= 0 ? w.at<C>(at) : nullptr;
     }
     if constexpr (sizeof(E) < 4) {
-        if (in.mod & SIGNED) {  // to the width of the register: imm of a signed load is kept in mod's high bits
-            const u32 keep = in.mod & 256 ? FULL : 0xffff;
+        if (in.mod & SIGNED) {  // to the width of the register
+            const u32 keep = in.mod & KEEP32 ? FULL : 0xffff;
             each_lane(w.mask, [&](u32 i) {
                 for (int k = 0; k < N; k++)
                     if (d[k]) d[k][i] = u32(s32(std::make_signed_t<E>(fetch<E>(p[i] + k * sizeof(E))))) & keep;
