@@ -46,8 +46,11 @@ test-all: $(VENV)/installed $(VENV)/nvcc cuda-check  ## and what takes longer: m
 cuda-check: $(VENV)/installed $(VENV)/nvcc  ## what nvcc and ptxas made of the CUDA kernels, for every architecture, and docs/GPU.md
 	$(BIN)/python tests/witness.py --check $(ARGS)
 
-gpu: $(VENV)/installed  ## the CUDA backend on a real GPU; wants TORCH to be a CUDA build (nobody has run this yet)
-	$(OFFLINE) $(BIN)/python -m pytest -m gpu $(ARGS)
+# Built anew with BUILD_CUDA=1, so that what is missing is an error and no row of skipped tests.
+gpu: BUILD_CUDA = 1
+gpu: $(VENV)/nvcc $(VENV)/installed  ## the CUDA backend on a real GPU; wants TORCH to be a CUDA build (nobody has run this yet)
+	@$(BIN)/python -c 'import sys, rerank_kernels.native as n; sys.exit(n.missing_cuda())'
+	$(OFFLINE) $(BIN)/python -m pytest -m gpu --exhaustive $(ARGS)
 
 bench: $(VENV)/installed  ## correctness gate, then times beside PyTorch's (ARGS='--quick', '--only linear', '--json out.json')
 	$(OFFLINE) $(BIN)/python bench/run.py $(ARGS)

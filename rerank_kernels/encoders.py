@@ -313,8 +313,12 @@ def _positions(encoder: Any, cu: Tensor, total: int) -> Tensor:
     it is counted here like every other token.
     """
     lengths = (cu[1:] - cu[:-1]).long()
-    first = _family(encoder).first_position(encoder)
-    longest, limit = int(lengths.max()) if lengths.numel() else 0, max_tokens(encoder)
+    first, limit = _family(encoder).first_position(encoder), max_tokens(encoder)
+    # One look, on a GPU too: there wrong offsets would end in an assertion that takes the process's context with it.
+    ends = torch.cat([cu[:1], cu[-1:], *((lengths.min()[None], lengths.max()[None]) if lengths.numel() else ())]).tolist()
+    begin, end, shortest, longest = ends if lengths.numel() else (*ends, 0, 0)
+    if begin != 0 or end != total or shortest < 0:
+        check.fail(class_of(encoder), "cu_seqlens", f"ascending from 0 to {total}, the number of tokens", cu.tolist()[:8])
     if longest > limit:
         wanted = f"at most {limit} tokens a sequence, for config.max_position_embeddings = {limit + first}"
         check.fail(class_of(encoder), "input_ids", wanted, longest, f"tokenise with truncation=True, max_length={limit}")
@@ -326,8 +330,10 @@ def _lookup(op: str, name: str, ids: Tensor, table: nn.Embedding) -> Tensor:
     n = table.num_embeddings
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must be int64 or int32, got {ids.dtype}")
-    if ids.device.type == "cpu" and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= n):
-        check.fail(op, name, f"in [0, {n - 1}]", f"values in [{int(ids.min())}, {int(ids.max())}]")
+    if ids.numel():  # on a GPU too, for the same reason as above
+        low, high = torch.stack(torch.aminmax(ids)).tolist()
+        if low < 0 or high >= n:
+            check.fail(op, name, f"in [0, {n - 1}]", f"values in [{low}, {high}]")
     return F.embedding(ids, table.weight)
 
 

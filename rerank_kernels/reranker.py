@@ -66,6 +66,7 @@ class Reranker:
     is patched (rk.patch), cast to `dtype` and set to eval() in place.
     max_length: tokens of a pair or text, longest part truncated first; what model and tokenizer allow if not given.
     dtype: torch.float32, float16 or bfloat16 for the weights; as stored if not given. Scores are float32 always.
+    device: where the model goes, "cuda" for instance; it stays where it is if not given.
     kind: "cross-encoder" or "embedding"; read from the model's architecture if not given. An embedding model pools as its
     sentence-transformers files say (mean or cls), by the mean if there are none.
 
@@ -79,6 +80,7 @@ class Reranker:
         *,
         max_length: int | None = None,
         dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
         kind: str | None = None,
     ) -> None:
         check.choice("Reranker", "kind", kind, (None, *KINDS))
@@ -107,8 +109,8 @@ class Reranker:
         labels = getattr(getattr(self.model, "config", None), "num_labels", 1)
         if self.kind == "cross-encoder" and labels != 1:
             check.fail("Reranker", "config.num_labels", "1, one score a pair", labels, "use rk.patch(model) for other heads")
-        if dtype is not None:
-            self.model.to(dtype)
+        if dtype is not None or device is not None:
+            self.model.to(device=device, dtype=dtype)
         self.report = hf.patch(self.model.eval())
         self.tokenizer = tokenizer
         self.max_length = self._length(max_length, limit)
@@ -125,8 +127,8 @@ class Reranker:
         if self.kind == "embedding":
             texts = list(dict.fromkeys((*queries, *documents)))
             row = {text: i for i, text in enumerate(texts)}
-            unit = torch.from_numpy(self._encode(texts, True, progress, batch_tokens))
-            logit = row_sum(unit[[row[q] for q in queries]] * unit[[row[d] for d in documents]], -1).numpy()
+            unit = torch.from_numpy(self._encode(texts, True, progress, batch_tokens)).to(self._device)
+            logit = row_sum(unit[[row[q] for q in queries]] * unit[[row[d] for d in documents]], -1).cpu().numpy()
             return Scores(logit, logit.copy(), np.float32(1.0) - logit)
 
         def run(ids: Tensor, cu: Tensor, types: Tensor | None) -> Tensor:
@@ -183,7 +185,7 @@ class Reranker:
                 first, second, truncation=True, max_length=self.max_length, padding=False, return_attention_mask=False
             )
         ids, types = tokens["input_ids"], tokens.get("token_type_ids")
-        device = next(self.model.parameters()).device
+        device = self._device
         rows: list[Array | None] = [None] * n
         show = n > PROGRESS_FROM and sys.stderr.isatty() if progress is None else progress
         with _bar(n, show) as advance:
@@ -197,6 +199,11 @@ class Reranker:
                     rows[i] = row
                 advance(len(batch))
         return np.stack([row for row in rows if row is not None])
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the model is now: it may be moved between two calls."""
+        return next(self.model.parameters()).device
 
     def _length(self, asked: int | None, stored: int | None) -> int:
         """Tokens a pair: what was asked for, else the least of what the position table, tokenizer and folder allow."""

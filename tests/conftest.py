@@ -26,6 +26,7 @@ ISAS = ("avx512", "avx2", "scalar")
 REQUIRE = "RERANK_KERNELS_REQUIRE"
 _ran: Counter[str] = Counter()
 _isas: Counter[str] = Counter()
+on_gpu: list[str] = []  # the GPU's name, once a test that ran on it (test_gpu.py)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -126,6 +127,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("backends")
+    if on_gpu:
+        terminalreporter.line(f"cuda: native on {on_gpu[0]}, torch {torch.__version__}, {len(on_gpu)} tests")
     for b in registry.BACKENDS.values():
         reason = missing(b.name)
         if reason is not None:
@@ -133,7 +136,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             continue
         how = "native"
         if b.name == "cuda":
-            how = "simulated: nvcc's PTX for compute_80 on the CPU; never run on a GPU here"
+            how = "simulated: nvcc's PTX for compute_80 on the CPU, no GPU"
         if b.name == "cpu":
             how = f"native {force_isa('auto')}"
             if _isas:

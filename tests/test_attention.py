@@ -137,6 +137,12 @@ def test_visible_nan_and_inf_reach_their_rows(backend: Backend) -> None:
     same(y[:6], clean[:6], "rows before the NaN key")
 
 
+def test_a_mask_on_another_device(backend: Backend) -> None:
+    q = torch.zeros(2, 3, 1, 4)
+    with pytest.raises(ValueError, match=r"attention: mask must be on cpu like q, got a tensor on meta; move it with"):
+        attention(q, q, q, mask=torch.ones(2, 3, device="meta"))
+
+
 def test_errors(backend: Backend) -> None:
     q = torch.zeros(6, 4, 8)
     cu = offsets((6,))

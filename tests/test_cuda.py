@@ -49,8 +49,10 @@ def test_same_bits_as_the_cpu(case: Case, dtype: torch.dtype) -> None:
         with registry.use("cpu"):
             want = case.call(rows, shared)
         for how in SCHEDULES:
+            before = len(simulated.launched)
             with simulated.simulated(**how):
                 all_same(case.call(rows, shared), want, f"{case}, cuda {how} against cpu")
+            assert len(simulated.launched) > before, "no kernel ran: the cpu backend was compared with itself"
 
 
 @pytest.mark.exhaustive

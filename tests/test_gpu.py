@@ -10,12 +10,14 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 import cases
+import conftest
 import models
 import rerank_kernels as rk
 from cases import DTYPES, Case
@@ -39,6 +41,7 @@ def missing() -> str | None:
 def _gpu() -> None:
     if reason := missing():
         pytest.skip(reason)
+    conftest.on_gpu.append(torch.cuda.get_device_name())
 
 
 def on(device: str, case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -56,6 +59,27 @@ def of_cpu(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 def test_same_bits_as_the_cpu(family: str, dtype: torch.dtype) -> None:
     for case in cases.of(family):
         all_same(on("cuda", case, dtype), of_cpu(case, dtype), f"{case}, a GPU against the CPU")
+
+
+def test_few_rows(dtype: torch.dtype) -> None:
+    """Other launch shapes, and sparse_ffn's sparse way: the cases above have rows enough for the dense one."""
+    for case in cases.CASES:
+        if not case.lengths:
+            rows, shared = {n: t[:3] for n, t in case.make_rows(dtype).items()}, case.make_shared(dtype)
+            with registry.use("cpu"):
+                want = case.call(rows, shared)
+            got = case.call({n: t.cuda() for n, t in rows.items()}, {n: t.cuda() for n, t in shared.items()})
+            all_same(tuple(t.cpu() for t in got), want, f"{case}, 3 rows, a GPU against the CPU")
+
+
+def test_two_threads_with_rows_of_different_length() -> None:
+    """They ask for different amounts of shared memory for the same kernel."""
+    wide, wider = (cases.numbers(f"{d}", (5, d), torch.float32) for d in (14000, 24000))
+    with registry.use("cpu"):
+        want = [rk.softmax(x) for x in (wide, wider)]
+    with ThreadPoolExecutor(2) as pool:
+        for got in pool.map(lambda i: (i % 2, rk.softmax((wide, wider)[i % 2].cuda()).cpu()), range(200)):
+            same(got[1], want[got[0]], "softmax, two threads")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -126,6 +150,20 @@ def test_a_patched_model(family: str) -> None:
         same(model(**{n: t.cuda() for n, t in batch.items()}).logits.cpu(), want, "logits on a GPU against the CPU")
 
 
+def test_embeddings_and_their_scores() -> None:
+    """What PyTorch itself computes between our ops on a GPU: single sums, products, roots and quotients."""
+    folder = models.minilm()
+    texts = ["a b c", "a longer text than that", "x"]
+    pairs = [(texts[0], texts[1]), (texts[2], texts[1])]
+    with registry.use("cpu"):
+        reranker = rk.Reranker(folder)
+        want = torch.from_numpy(reranker.encode(texts)), torch.from_numpy(reranker.score(pairs).logit)
+    reranker = rk.Reranker(folder, device="cuda")
+    same(torch.from_numpy(reranker.encode(texts)), want[0], "embeddings")
+    same(torch.from_numpy(reranker.score(pairs).logit), want[1], "scores")
+
+
+@pytest.mark.exhaustive
 def test_compute_sanitizer() -> None:
     tool = shutil.which("compute-sanitizer")
     if tool is None:

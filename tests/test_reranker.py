@@ -402,3 +402,10 @@ def test_a_sentence_transformers_wrapper_is_told_what_to_pass(folder, cross):
         ):
             rk.Reranker(*given)
     assert same(rk.Reranker(wrapper.model, wrapper.tokenizer).score(PAIRS[:4]), cross.score(PAIRS[:4]))
+
+
+def test_a_device_is_where_the_model_goes(folder, cross) -> None:
+    there = rk.Reranker(folder, device="cpu")
+    assert same(there.score(PAIRS[:4]), cross.score(PAIRS[:4]))
+    with pytest.raises(RuntimeError, match="nonsense"):
+        rk.Reranker(folder, device="nonsense")

@@ -65,8 +65,9 @@ struct Work {
     }
 };
 
-// One warp finds out which sequence, and which of its tiles of rows, this block has: 32 sequences a step. Offsets are clamped,
-// so that wrong ones lead to wrong rows but never outside the arrays.
+// One warp finds out which sequence, and which of its tiles of rows, this block has: 32 sequences a step, so that with very
+// many sequences a block waits for B / 32 reads first. Offsets are clamped: wrong ones lead to wrong rows, never outside the
+// arrays.
 template <class T>
 __device__ __forceinline__ void find_work(const AttentionArgs& a, const int32_t* cu_seqlens, int64_t B, int64_t total, int rows,
                                           Work<T>& work) {

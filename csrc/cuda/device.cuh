@@ -11,8 +11,6 @@
 
 namespace rk {
 
-// Shared memory of one block: what every architecture from sm_80 to sm_120 grants.
-constexpr int MAX_SHARED = 99 * 1024;
 constexpr unsigned WARP = 0xffffffffu;
 
 // ---- storage dtypes: widened exactly, rounded once ---------------------------------------------------------------------

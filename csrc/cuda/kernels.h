@@ -8,6 +8,9 @@ namespace rk {
 
 using Stream = void*;  // a cudaStream_t; the torch side needs no CUDA header for it
 
+// Shared memory of one block: what every architecture from sm_80 to sm_120 grants.
+constexpr int MAX_SHARED = 99 * 1024;
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A launcher that can serve a call in several ways (tile sizes, one or two kernels) has one of these. Every way serves every

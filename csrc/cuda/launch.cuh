@@ -29,9 +29,9 @@ inline unsigned checked_blocks(const char* op, int64_t blocks) {
 template <class... P, class... A>
 void launch(const char* op, void (*kernel)(P...), dim3 grid, int threads, size_t shared, Stream stream, A&&... args) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-    if (shared > 48 * 1024)  // more than the default must be asked for; the call is cheap and idempotent
+    if (shared > 48 * 1024)  // more than the default must be asked for; always the same, since another thread may do it too
         check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        int(shared)),
+                                        MAX_SHARED),
                    op, "asking for shared memory");
     kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(std::forward<A>(args)...);
     check_cuda(cudaGetLastError(), op, "starting a kernel");

@@ -23,7 +23,9 @@ class Call {
         TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream_));
     }
     Stream stream() const { return stream_; }
-    Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) const { return rk::empty(like_, shape, dtype); }
+    Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) const {
+        return torch::stable::new_empty(like_, shape, dtype);
+    }
     const void* read(const Tensor& t) const { return t.const_data_ptr(); }
     void* write(const Tensor& t) const { return t.mutable_data_ptr(); }
 

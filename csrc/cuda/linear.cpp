@@ -37,7 +37,7 @@ static Tensor linear_cuda(const Tensor& x, const Tensor& weight, int64_t N, cons
 
 static Tensor activation_cuda(const Tensor& x, int64_t kind, ScalarType out_dtype) {
     const Call call(x);
-    Tensor y = torch::stable::new_empty(x, x.sizes(), out_dtype);
+    Tensor y = call.empty(x.sizes(), out_dtype);
     activation(int(kind), call.read(x), dtype_of(x, "activation", "x"), call.write(y),
                dtype_of(out_dtype, "activation", "out_dtype"), x.numel(), call.stream());
     return y;

@@ -25,7 +25,12 @@ def missing_cuda() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"
     reason = missing() or _load("_cuda", "the CUDA library", "_no_cuda.txt")
-    return reason or (None if torch.cuda.is_available() else "no GPU: torch.cuda.is_available() is False")
+    if reason is not None:
+        return reason
+    if not torch.cuda.is_available():
+        return "no GPU: torch.cuda.is_available() is False"
+    best = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    return None if best >= (8, 0) else f"the kernels need compute capability 8.0, this GPU has {best[0]}.{best[1]}"
 
 
 def _load(stem: str, what: str, reason: str) -> str | None:

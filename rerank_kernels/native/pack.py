@@ -120,6 +120,8 @@ def _cached(kind: str, weight: Tensor, make: Callable[[Tensor], Tensor]) -> Tens
     source = weight.detach()
     view = _sample(source)
     kept = _Kept(source, weight._version, view, view.clone(), make(source))
+    if weight.device.type == "cuda":  # other streams will read it, so it must be there; inside a graph capture this raises,
+        torch.cuda.current_stream(weight.device).synchronize()  # as it must: call once before capturing
     table[weight] = kept
     return kept.packed
 

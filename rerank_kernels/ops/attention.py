@@ -60,7 +60,7 @@ def attention(
         check.fail("attention", "window", "(left, right) with -1 for no limit", window)
     total = q.shape[:-2].numel()
     left, right = min(left, total), 0 if causal else min(right, total)  # sys.maxsize is a natural "no limit"
-    scale = torch.tensor(1.0 / math.sqrt(d) if scale is None else scale, dtype=torch.float32).item()
+    scale = torch.tensor(1.0 / math.sqrt(d) if scale is None else scale, dtype=torch.float32, device="cpu").item()
     if not math.isfinite(scale) or scale == 0.0:
         check.fail("attention", "scale", "finite and not 0 as a float32", scale)
 
@@ -75,6 +75,7 @@ def attention(
         return serve(_rows(q.flatten(0, 1)), _rows(k.flatten(0, 1)), _rows(v.flatten(0, 1)), cu, left, right, scale).view(
             q.shape
         )
+    check.on_device("attention", "mask", mask, "q", q.device)
     index, cu = check.mask_to_cu_seqlens("attention", mask, batch, length)
     packed = serve(*(z.flatten(0, 1).index_select(0, index) for z in (q, k, v)), cu, left, right, scale)
     out = q.new_zeros(batch * length, h, d)

@@ -33,8 +33,8 @@ def floating(op: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} must be a dense tensor, got layout {t.layout}; use .to_dense()")
         if device is None:
             device, first = t.device, name
-        elif t.device != device:
-            fail(op, name, f"on {device} like {first}", f"a tensor on {t.device}", f"move it with .to({str(device)!r})")
+        else:
+            on_device(op, name, t, first, device)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values()):
         # A silent detach would train nothing and say nothing: only plain weights may ask for gradients.
         needs = [n for n, t in tensors.items() if t is not None and t.requires_grad and not isinstance(t, torch.nn.Parameter)]
@@ -64,6 +64,11 @@ def cu_seqlens(op: str, cu: Tensor, total: int, device: torch.device) -> Tensor:
     if cu.device.type == "cpu" and (int(cu[0]) != 0 or int(cu[-1]) != total or bool((cu[1:] < cu[:-1]).any())):
         fail(op, "cu_seqlens", f"ascending from 0 to {total}, the number of tokens", cu.tolist()[:8])
     return cu.to(device=device, dtype=torch.int32).contiguous()  # kernels read it as an array
+
+
+def on_device(op: str, name: str, t: object, like: str, device: torch.device) -> None:
+    if isinstance(t, Tensor) and t.device != device:
+        fail(op, name, f"on {device} like {like}", f"a tensor on {t.device}", f"move it with .to({str(device)!r})")
 
 
 def mask_to_cu_seqlens(op: str, mask: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:

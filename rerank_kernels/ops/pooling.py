@@ -57,6 +57,7 @@ def pool(
         if mask is None:
             cu = torch.arange(b + 1, dtype=torch.int32, device=x.device) * t
         else:
+            check.on_device("pool", "mask", mask, "x", x.device)
             index, cu = check.mask_to_cu_seqlens("pool", mask, b, t)
             rows = rows.index_select(0, index)
     return backend.select("pool", x.device)(rows.contiguous(), cu, mode, out_dtype)

@@ -16,8 +16,8 @@ class Call {
     ~Call() { ptxsim_end(); }
     Call(const Call&) = delete;
     Stream stream() const { return nullptr; }
-    Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) const {
-        Tensor t = rk::empty(like_, shape, dtype);
+    Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) const {
+        Tensor t = torch::stable::new_empty(like_, shape, dtype);
         if (t.numel() > 0) std::memset(t.mutable_data_ptr(), ptxsim_poison, size_t(t.numel()) * t.element_size());
         return t;
     }

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -38,7 +39,11 @@ HERE = Path(__file__).parent
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = Path(os.environ.get("RERANK_KERNELS_CACHE", ROOT / "build" / "ptxsim"))
 FAMILIES = ("norm", "softmax", "linear", "attention", "pooling", "sparse_ffn")
-OPS = ("layer_norm", "softmax", "row_sum", "linear", "activation", "attention", "pool", "score_head", "sparse_ffn")
+# every op but those that are the CPU's own or take no tensor: one without a CUDA kernel fails, it is not the CPU's in disguise
+NOT_ON_A_GPU = {"pack_weight", "transpose_weight", "force_isa", "launchers", "force_launch"}
+OPS = tuple(
+    name for name in re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc" / "schema.cpp").read_text()) if name not in NOT_ON_A_GPU
+)
 NAMESPACE = "rerank_kernels_simulated"
 
 
@@ -235,7 +240,9 @@ def library() -> Path:
     ]
     flags += ['-DRK_SIMULATED_CALL="call.h"', *(f"-I{p}" for p in include)]
 
-    key = hashlib.sha256("\0".join([torch.__version__, kit.release, *flags]).encode())
+    # Bsymbolic: our stand-in, not the libcudart that a CUDA build of torch has loaded for all
+    link = ["-shared", "-Wl,-Bsymbolic"]
+    key = hashlib.sha256("\0".join([torch.__version__, kit.release, *flags, *link]).encode())
     for p in sorted([*(ROOT / "csrc").rglob("*.[ch]*"), *HERE.glob("c*.[ch]*")]):
         key.update(p.name.encode() + p.read_bytes())
     made = BUILD / f"simulated-{key.hexdigest()[:20]}.so"
@@ -253,7 +260,7 @@ def library() -> Path:
             objects = [job.result() for job in [*hosts, *devices]]
             lib = Path(torch.__file__).parent / "lib"
             new = Path(scratch) / made.name
-            run("c++", "-shared", *objects, "-o", new, f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}")
+            run("c++", *link, *objects, "-o", new, f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}")
             os.replace(new, made)
     torch.ops.load_library(str(made))
     ctypes.CDLL(str(made)).ptxsim_connect(_callback)
