@@ -61,11 +61,18 @@ def _cuda_missing() -> str | None:
     return native.missing_cuda()
 
 
+def _triton_missing() -> str | None:
+    from rerank_kernels import triton
+
+    return triton.missing()
+
+
 BACKENDS = {
     b.name: b
     for b in (
         Backend("cpu", "rerank_kernels.native", ("cpu",), PROMISES, _native_missing),
         Backend("cuda", "rerank_kernels.native", ("cuda",), PROMISES, _cuda_missing),
+        Backend("triton", "rerank_kernels.triton", ("cuda",), PROMISES, _triton_missing),
         Backend("pytorch", "rerank_kernels.pytorch", ("cpu",), PROMISES[:3], lambda: None),
     )
 }

@@ -1,8 +1,8 @@
 """Fixtures: every op test runs on every registered backend and dtype, and the run ends by saying which backends those were.
 
-The cuda backend runs in the simulator (tests/ptxsim): its own launchers and kernels, on CPU tensors; `-m gpu` runs it on a GPU
-(test_gpu.py). RERANK_KERNELS_REQUIRE=cpu,cuda makes a missing backend a failure instead of a skip, for machines such as CI's
-where it is known to be there.
+The cuda and triton backends run in the simulator (tests/ptxsim): their own launchers and kernels, on CPU tensors; `-m gpu` runs
+cuda on a GPU (test_gpu.py). RERANK_KERNELS_REQUIRE=cpu,cuda makes a missing backend a failure instead of a skip, for machines
+such as CI's where it is known to be there.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 
 from cases import DTYPES
 from invariants import force_isa
+from ptxsim import served
 from rerank_kernels import backend as registry
 
 ISAS = ("avx512", "avx2", "scalar")
@@ -51,7 +52,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", metafunc.module.CASES, ids=str)
     if "backend" in metafunc.fixturenames:
         marks = [m.args[0] for m in metafunc.definition.iter_markers("promise")]
-        names = [b.name for b in registry.BACKENDS.values() if set(marks) <= set(b.promises)]
+        slow = {"triton": pytest.mark.exhaustive}  # its compiler; test_triton.py has the short form
+        names = [
+            pytest.param(b.name, marks=slow.get(b.name, ())) for b in registry.BACKENDS.values() if set(marks) <= set(b.promises)
+        ]
         metafunc.parametrize("backend", names, indirect=True)
 
 
@@ -60,11 +64,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[registry.Backend]:
     """Every op inside the test is served by this backend."""
     require(request.param)
     _ran[request.param] += 1
-    if request.param == "cuda":
-        from ptxsim.simulated import simulated
-
-        with simulated():
-            yield registry.BACKENDS["cuda"]
+    if request.param in served.SIMULATED:
+        with served.simulator(request.param)():
+            yield registry.BACKENDS[request.param]
         return
     with registry.use(request.param):
         yield registry.BACKENDS[request.param]
@@ -107,12 +109,10 @@ def ran(name: str) -> None:
 
 
 def missing(name: str) -> str | None:
-    """Why the tests cannot run a backend here: a GPU is not needed for cuda, but nvcc is."""
-    if name != "cuda":
+    """Why the tests cannot run a backend here: a GPU is not needed for cuda and triton, but nvcc or Triton is."""
+    if name not in served.SIMULATED:
         return registry.missing(name)
-    from ptxsim import simulated
-
-    return registry.missing("cpu") or simulated.missing()
+    return registry.missing("cpu") or served.missing(name)
 
 
 def required() -> set[str]:
@@ -135,8 +135,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.line(f"{b.name}: did not run: {reason}")
             continue
         how = "native"
-        if b.name == "cuda":
-            how = "simulated: nvcc's PTX for compute_80 on the CPU, no GPU"
+        if b.name in served.SIMULATED:
+            how = f"simulated: {served.SIMULATED[b.name][1]} on the CPU, no GPU"
         if b.name == "cpu":
             how = f"native {force_isa('auto')}"
             if _isas:

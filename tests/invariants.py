@@ -8,12 +8,14 @@ these very functions on deliberately wrong kernels and expects them to fail.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
 from torch import Tensor
 
 from cases import Case, Tensors, numbers
+from ptxsim import served
 from rerank_kernels import backend as registry
 from rerank_kernels.ops.linear import linear
 
@@ -195,10 +197,8 @@ def thread_invariant(case: Case, dtype: torch.dtype) -> None:
         all_same(with_threads(threads, lambda: case.call(rows, shared)), want, f"{case} with {threads} threads against 1")
 
 
-def schedule_invariant(case: Case, dtype: torch.dtype) -> None:
+def schedule_invariant(case: Case, dtype: torch.dtype, simulated: Callable[..., AbstractContextManager[None]]) -> None:
     """A GPU's side of thread-invariant: blocks and warps in any order. In the simulator, with the search for races on."""
-    from ptxsim.simulated import simulated
-
     shared = case.make_shared(dtype)
     rows = case.make_rows(dtype) if case.lengths else case.make_rows(dtype, 70)
     want = case.call(rows, shared)
@@ -288,7 +288,10 @@ class Promises:
 
     @pytest.mark.promise("thread-invariant")
     def test_thread_invariant(self, backend: registry.Backend, case: Case, dtype: torch.dtype) -> None:
-        (schedule_invariant if backend.name == "cuda" else thread_invariant)(case, dtype)
+        if backend.name in served.SIMULATED:
+            schedule_invariant(case, dtype, served.simulator(backend.name))
+        else:
+            thread_invariant(case, dtype)
 
     def test_portable(self, isa: str, case: Case, dtype: torch.dtype) -> None:
         """avx512 = avx2 = scalar: three kernels from one source, bit for bit."""

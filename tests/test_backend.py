@@ -104,7 +104,8 @@ def test_cuda_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_device() -> None:
     with pytest.raises(
         BackendError,
-        match=r"no backend serves meta tensors; cpu serves cpu only; cuda serves cuda only; pytorch serves cpu only",
+        match="no backend serves meta tensors; cpu serves cpu only; cuda serves cuda only; "
+        "triton serves cuda only; pytorch serves cpu only",
     ):
         linear(torch.zeros(1, 1, device="meta"), torch.zeros(1, 1, device="meta"))
     with (

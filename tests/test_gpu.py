@@ -55,10 +55,13 @@ def of_cpu(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         return on("cpu", case, dtype)
 
 
+@pytest.mark.parametrize("served_by", ["cuda", "triton"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_same_bits_as_the_cpu(family: str, dtype: torch.dtype) -> None:
+def test_same_bits_as_the_cpu(served_by: str, family: str, dtype: torch.dtype) -> None:
     for case in cases.of(family):
-        all_same(on("cuda", case, dtype), of_cpu(case, dtype), f"{case}, a GPU against the CPU")
+        want = of_cpu(case, dtype)
+        with registry.use(served_by):
+            all_same(on("cuda", case, dtype), want, f"{case}, {served_by} on a GPU against the CPU")
 
 
 def test_few_rows(dtype: torch.dtype) -> None:

@@ -32,6 +32,7 @@ def kit() -> toolkit.Toolkit:
     return found
 
 
+@pytest.mark.exhaustive  # as `make cuda-check` does it, for every architecture
 @pytest.mark.parametrize("arch", [OLD, NEW])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
 def test_every_kernel_keeps_the_rules(source: Path, arch: str) -> None:

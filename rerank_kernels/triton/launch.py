@@ -1,0 +1,33 @@
+"""The one place where a kernel is started, and the options that its bits depend on.
+
+tests/ptxsim puts a simulator in the place of `run`; it compiles with the very same options.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# Without enable_fp_fusion=False a product and a sum become an fma, where LLVM or ptxas likes. Functions of libdevice are not
+# used; should one come in, it keeps subnormals.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
+
+
+def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """kernel<<<grid>>>(*arguments) on the device of its first tensor; nothing if the grid is empty.
+
+    constants: the kernel's tl.constexpr arguments, and num_warps or num_stages, which are no part of any expression.
+    """
+    if 0 not in grid:
+        run(kernel, grid, arguments, {**constants, **OPTIONS})
+
+
+def run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    first = next(a for a in arguments if isinstance(a, torch.Tensor))
+    with torch.cuda.device(first.device):
+        kernel[grid](*arguments, **constants)
+
+
+def blocks(n: int, size: int) -> int:
+    return -(-n // size)

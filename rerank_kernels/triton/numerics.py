@@ -1,0 +1,194 @@
+"""csrc/numerics.h in Triton, line by line: the element functions and the end of every row_sum (NUMERICS.md, "Primitives").
+
++ - * and tl.fma, tl.div_rn and tl.sqrt_rn only: each is one rounding, in the order written, under launch.OPTIONS. tl.exp, `/`
+on floats and tl.math's functions become approximate instructions. Reductions of Triton add in an order of their own; here a
+sum over lanes is folded by hand. Maxima are exact in any order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+def _hex(digits: str) -> tl.constexpr:
+    return tl.constexpr(float.fromhex(digits))
+
+
+LANES = tl.constexpr(32)  # row_sum: lane l adds x[l], x[l + 32], ...
+CHUNK = tl.constexpr(512)  # dot: one fma chain inside a chunk of K, the chunks' sums added in ascending order
+KEY_TILE = tl.constexpr(64)  # attention's sum over keys: the same, in chunks of 64 keys
+
+MINUS_INFINITY = tl.constexpr(float("-inf"))
+ROUND_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23
+ROUND_MAGIC_BITS = tl.constexpr(0x4B400000)
+
+# exp
+LOG2_E = _hex("0x1.715476p+0")
+LOG_2_HIGH = _hex("-0x1.62e400p-1")
+LOG_2_LOW = _hex("-0x1.7f7d1cp-20")
+E6 = _hex("0x1.6d7a58p-10")
+E5 = _hex("0x1.123996p-7")
+E4 = _hex("0x1.5554c0p-5")
+E3 = _hex("0x1.555492p-3")
+
+# tanh
+T4 = _hex("-0x1.76922ap-8")
+T3 = _hex("0x1.52509ep-6")
+T2 = _hex("-0x1.b84344p-5")
+T1 = _hex("0x1.110760p-3")
+T0 = _hex("-0x1.555534p-2")
+
+# the normal distribution
+P10 = _hex("-0x1.54bb04p-5")
+P9 = _hex("0x1.b4dc28p-3")
+P8 = _hex("-0x1.9891f2p-2")
+P7 = _hex("0x1.6e0a1ep-2")
+P6 = _hex("-0x1.b31ae6p-3")
+P5 = _hex("0x1.7e0782p-4")
+P4 = _hex("0x1.36bfeep-5")
+P3 = _hex("0x1.6aef72p-5")
+P2 = _hex("-0x1.88b432p-4")
+P1 = _hex("-0x1.310816p-2")
+
+# gelu_tanh
+G1 = _hex("0x1.2444f2p-4")
+G0 = _hex("0x1.988454p+0")
+
+
+@triton.jit
+def fmadd(a, b, c):
+    return tl.fma(a, b, c)
+
+
+@triton.jit
+def scale_by_exp2(p, t):
+    n = t.to(tl.int32, bitcast=True) - ROUND_MAGIC_BITS
+    first = n >> 1
+    s1 = ((first + 127) << 23).to(tl.float32, bitcast=True)
+    s2 = ((n - first + 127) << 23).to(tl.float32, bitcast=True)
+    return p * s1 * s2
+
+
+@triton.jit
+def exp_within(x):
+    t = fmadd(x, LOG2_E, ROUND_MAGIC)
+    n = t - ROUND_MAGIC
+    r = fmadd(n, LOG_2_HIGH, x)
+    r = fmadd(n, LOG_2_LOW, r)
+    q = fmadd(r, E6, E5)
+    q = fmadd(q, r, E4)
+    q = fmadd(q, r, E3)
+    q = fmadd(q, r, 0.5)
+    p = fmadd(q, r, 1.0)
+    p = fmadd(p, r, 1.0)
+    return scale_by_exp2(p, t)
+
+
+@triton.jit
+def exp_of_negative(x):
+    return exp_within(tl.where(x < -104.0, -104.0, x))
+
+
+@triton.jit
+def exp_of(x):
+    return exp_of_negative(tl.where(x > 89.0, 89.0, x))
+
+
+@triton.jit
+def sigmoid_of(x):
+    e = exp_of_negative(0.0 - tl.abs(x))
+    return tl.div_rn(tl.where(x < 0.0, e, 1.0), 1.0 + e)
+
+
+@triton.jit
+def tanh_of(x):
+    z = x * x
+    q = fmadd(z, T4, T3)
+    q = fmadd(q, z, T2)
+    q = fmadd(q, z, T1)
+    q = fmadd(q, z, T0)
+    small = fmadd(q * z, x, x)
+    a = tl.abs(x)
+    above = exp_of(a + a) + 1.0
+    big = 1.0 - tl.div_rn(tl.full(x.shape, 2.0, tl.float32), above)
+    return tl.where(a < 0.625, small, tl.where(x < 0.0, 0.0 - big, big))
+
+
+@triton.jit
+def normcdf_of(x):
+    y = tl.abs(x)
+    y = tl.where(y > 16.0, 16.0, y)
+    s = y * y
+    lost = fmadd(y, y, 0.0 - s)
+    u = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), fmadd(y, 0.5, 1.0))
+    v = 1.0 - u
+    g = fmadd(v, P10, P9)
+    g = fmadd(g, v, P8)
+    g = fmadd(g, v, P7)
+    g = fmadd(g, v, P6)
+    g = fmadd(g, v, P5)
+    g = fmadd(g, v, P4)
+    g = fmadd(g, v, P3)
+    g = fmadd(g, v, P2)
+    g = fmadd(g, v, P1)
+    g = fmadd(g, v, 0.5)
+    g = g * u
+    g = fmadd(g * -0.5, lost, g)
+    tail = exp_within(s * -0.5) * g
+    return tl.where(x < 0.0, tail, 1.0 - tail)
+
+
+@triton.jit
+def gelu_of(x):
+    return x * normcdf_of(x)
+
+
+@triton.jit
+def gelu_tanh_of(x):
+    return x * sigmoid_of(x * fmadd(x * x, G1, G0))
+
+
+@triton.jit
+def silu_of(x):
+    return x * sigmoid_of(x)
+
+
+@triton.jit
+def relu_of(x):
+    return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def activate(x, KIND: tl.constexpr):
+    if KIND == "gelu":
+        return gelu_of(x)
+    elif KIND == "gelu_tanh":
+        return gelu_tanh_of(x)
+    elif KIND == "tanh":
+        return tanh_of(x)
+    elif KIND == "relu":
+        return relu_of(x)
+    elif KIND == "silu":
+        return silu_of(x)
+    elif KIND == "sigmoid":
+        return sigmoid_of(x)
+    else:
+        return x
+
+
+@triton.jit
+def _half_fold(x, ROWS: tl.constexpr, HALF: tl.constexpr):
+    """[ROWS, 2 HALF] -> [ROWS, HALF]: lane l takes lane l + HALF."""
+    low, high = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
+    return low + high
+
+
+@triton.jit
+def fold_lanes(x, ROWS: tl.constexpr):
+    """[ROWS, 32] -> [ROWS, 1]: folds by 16, 8, 4, 2, 1."""
+    x = _half_fold(x, ROWS, 16)
+    x = _half_fold(x, ROWS, 8)
+    x = _half_fold(x, ROWS, 4)
+    x = _half_fold(x, ROWS, 2)
+    return _half_fold(x, ROWS, 1)

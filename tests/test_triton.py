@@ -1,0 +1,323 @@
+"""The triton backend against the cpu backend, bit for bit: Triton's own PTX for sm_80 and sm_90 in the simulator (ptxsim/).
+
+All cases in several orders of blocks and threads with race and bounds checks on, every tile, real shapes, a whole model; what
+the PTX may not hold; and mutants. The promises are tested where every backend's are, in test_<family>.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cases
+import invariants
+import models
+import rerank_kernels as rk
+from cases import Case, numbers, offsets
+from conftest import ran
+from invariants import all_same, same
+from ptxsim import simulated_triton as simulated
+from ptxsim.open_bits import open_bits
+from ptxsim.simulated_triton import Edit, simulated_triton
+from rerank_kernels import backend as registry
+
+CASES = cases.CASES
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _triton() -> None:
+    ran("triton")
+
+
+def of_cpu(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    with registry.use("cpu"):
+        return case.call(case.make_rows(dtype), case.make_shared(dtype))
+
+
+# Triton compiles a kernel anew for every mix of dtypes and every architecture: minutes in all. `make test` takes float32.
+in_dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(d, marks=pytest.mark.exhaustive) for d in (torch.float16, torch.bfloat16))]
+)
+WAYS = (
+    dict(arch=80, sched=1, race=True, lazy_async=True),
+    dict(arch=90, sched=2, seed=7, race=True),
+)
+
+
+def test_same_bits_as_the_cpu(case: Case) -> None:
+    """Blocks and threads backwards, copies at the last moment."""
+    agree(case, torch.float32, WAYS[:1])
+
+
+@pytest.mark.exhaustive
+def test_same_bits_in_every_dtype_and_on_both_architectures(case: Case, dtype: torch.dtype) -> None:
+    agree(case, dtype, WAYS)
+
+
+def agree(case: Case, dtype: torch.dtype, ways: tuple[dict[str, Any], ...]) -> None:
+    rows, shared, want = case.make_rows(dtype), case.make_shared(dtype), of_cpu(case, dtype)
+    for how in ways:
+        with simulated_triton(**how):
+            all_same(case.call(rows, shared), want, f"{case}, triton {how} against cpu")
+
+
+def both(call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    with registry.use("cpu"):
+        want = call()
+    with simulated_triton():
+        return call(), want
+
+
+# ---- shapes, mixes, addresses
+
+
+def tiles() -> list[int]:
+    from rerank_kernels.triton import linear
+
+    return list(range(len(linear.TILES)))
+
+
+@in_dtypes
+def test_every_tile_gives_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rerank_kernels.triton import linear
+
+    for case in CASES:
+        if case.op in ("linear", "score_head"):
+            rows, shared, want = case.make_rows(dtype), case.make_shared(dtype), of_cpu(case, dtype)
+            for tile in tiles():
+                monkeypatch.setattr(linear, "force", tile)
+                with simulated_triton(race=True, lazy_async=True):
+                    all_same(case.call(rows, shared), want, f"{case}, tile {tile}")
+
+
+@pytest.mark.parametrize("m", [1, pytest.param(5, marks=pytest.mark.exhaustive), 40])
+@pytest.mark.parametrize(("k", "n"), [(768, 768), (768, 3072), (3072, 768), (1024, 1)])
+def test_real_linear(m: int, k: int, n: int) -> None:
+    x, w, b = numbers("x", (m, k), torch.float32), numbers("w", (n, k), torch.float32), numbers("b", (n,), torch.float32)
+    same(*both(lambda: rk.linear(x, w, b, activation="gelu")), f"{m}x{k}x{n}")
+
+
+@pytest.mark.parametrize("lengths", [(128,), (33, 1, 77), (200, 5), (1,) * 70])
+def test_real_attention(lengths: tuple[int, ...]) -> None:
+    q, k, v = (numbers(n, (sum(lengths), 12, 64), torch.float32) for n in "qkv")
+    same(*both(lambda: rk.attention(q, k, v, cu_seqlens=offsets(lengths))), f"12 heads of 64, lengths {lengths}")
+
+
+@in_dtypes
+def test_element_functions_over_all_exponents(dtype: torch.dtype) -> None:
+    """Subnormals, infinities and NaN included: every 65,521st float32, and every half."""
+    if dtype == torch.float32:
+        x = torch.arange(-(2**31), 2**31, 65521).to(torch.int32).view(torch.float32)
+    else:
+        x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    for kind in cases.ACTIVATIONS:
+        for arch in (80, 90):
+            with registry.use("cpu"):
+                want = rk.activation(x, kind)
+            with simulated_triton(arch=arch):
+                same(rk.activation(x, kind), want, f"{kind}, sm_{arch}")
+    fall = torch.stack([x, torch.full_like(x, 3.0), -x], 1)
+    same(*both(lambda: rk.softmax(fall)), "exp inside softmax")
+
+
+@in_dtypes
+@pytest.mark.parametrize("rows", [1, 7])
+def test_few_rows_skip(rows: int, dtype: torch.dtype) -> None:
+    for case in cases.of("sparse_ffn"):
+        x, w = case.make_rows(dtype, rows), case.make_shared(dtype)
+        before = len(simulated.used)
+        same(*both(lambda case=case, x=x, w=w: case.call(x, w)[0]), f"{case}, {rows} rows")
+        assert "active_kernel" in {program.kernel.name for program in simulated.used[before:]}
+
+
+@in_dtypes
+def test_attention_of_a_fused_projection(dtype: torch.dtype) -> None:
+    """q, k, v as slices of one tensor, more than 512 features, windows."""
+    q, k, v = numbers("qkv", (50, 3, 2, 530), dtype).unbind(1)
+    for options in ({}, {"window": (9, 2)}):
+        same(*both(lambda o=options: rk.attention(q, k, v, cu_seqlens=offsets((40, 10)), **o)), f"fused, {options}")
+
+
+@pytest.mark.exhaustive
+def test_mixed_dtypes() -> None:
+    for a in cases.DTYPES:
+        for b in cases.DTYPES:
+            x, w, r = numbers("x", (5, 70), a), numbers("w", (9, 70), b), numbers("r", (5, 9), b)
+            same(*both(lambda x=x, w=w, r=r, b=b: rk.linear(x, w, w[:, 0], residual=r, out_dtype=b)), f"linear {a} {b}")
+            g, s = numbers("g", (70,), b), numbers("s", (5, 70), b)
+            same(*both(lambda x=x, g=g, s=s: rk.layer_norm(x, g, g, residual=s)), f"layer_norm {a} {b}")
+
+
+@in_dtypes
+def test_weights_at_an_odd_address(dtype: torch.dtype) -> None:
+    x, flat = numbers("x", (6, 64), dtype), numbers("w", (1 + 48 * 64,), dtype)
+    same(*both(lambda: rk.linear(x, flat[1:].view(48, 64))), "weight one element off")
+
+
+# ---- what is compiled
+
+
+def test_rows_are_not_compiled_in() -> None:
+    """A number of rows is neither a constant nor a reason to compile again."""
+    with simulated_triton():
+        for call in (
+            lambda m: rk.softmax(torch.zeros(m, 24)),
+            lambda m: rk.layer_norm(torch.zeros(m, 24), torch.ones(24)),
+            lambda m: rk.linear(torch.zeros(m, 24), torch.zeros(32, 24)),
+        ):
+            call(17)
+            before = len(simulated.programs())
+            for m in (5, 16, 32, 37):
+                call(m)
+            assert len(simulated.programs()) == before
+        rk.softmax(torch.zeros(1, 24))
+        assert len(simulated.programs()) == before
+
+
+@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.exhaustive)])
+def test_no_instruction_leaves_a_bit_open(arch: int) -> None:
+    with simulated_triton(arch=arch):
+        for case in CASES:
+            widest = max(n for s in (*case.shared.values(), *case.rows.values()) for n in s)
+            if widest <= (32 if case.op == "attention" else 600) and case.total < 200:
+                for dtype in cases.DTYPES:
+                    case.call(case.make_rows(dtype), case.make_shared(dtype))
+                    if not case.lengths:
+                        case.call(case.make_rows(dtype, 1), case.make_shared(dtype))
+    seen = set()
+    for key, program in simulated.programs().items():
+        if key[1] == arch and not key[0].__module__.startswith("mutant"):
+            seen.add(program.kernel.name)
+            assert open_bits(program.ptx, program.kernel.name) == {}, f"{program.kernel.name} for sm_{arch}"
+            assert ".ftz" not in program.ptx
+    kernels = {
+        m for p in (ROOT / "rerank_kernels" / "triton").glob("*.py") for m in re.findall(r"def (\w+_kernel)\(", p.read_text())
+    }
+    assert seen == kernels
+
+
+def test_constants_are_those_of_numerics_h() -> None:
+    number = re.compile(r"-?0x[01]\.[0-9a-f]+p[+-]\d+")
+    h, py = ((ROOT / p).read_text() for p in ("csrc/numerics.h", "rerank_kernels/triton/numerics.py"))
+    ours = {float.fromhex(n) for n in number.findall(py)}
+    assert {float.fromhex(n) for n in number.findall(h)} - {0.5} == ours
+
+
+def test_the_kernels_did_run() -> None:
+    """That the comparisons above are not one of the cpu with itself."""
+    before = len(simulated.used)
+    with simulated_triton():
+        rk.softmax(torch.zeros(3, 5))
+    assert [program.kernel.name for program in simulated.used[before:]] == ["softmax_kernel"]
+
+
+# ---- end to end
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_a_whole_model(family: str) -> None:
+    model = models.tiny(family)
+    batch = models.padded(models.rows((70, 3, 11, 17)), model.config.pad_token_id)
+    rk.patch(model)
+    with torch.inference_mode():
+        got, want = both(lambda: model(**batch).logits)
+    same(got, want, "logits, triton against cpu")
+    assert len(set(want.flatten().tolist())) == 4
+
+
+# ---- mutants: what would break a promise, and what sees it
+
+
+def bits(case: Case, dtype: torch.dtype) -> None:
+    all_same(case.call(case.make_rows(dtype), case.make_shared(dtype)), of_cpu(case, dtype), f"{case}, triton against cpu")
+
+
+def no_open_bits(case: Case, dtype: torch.dtype) -> None:
+    """On the text: the simulator's own division is exact, whatever the PTX asks for."""
+    before = len(simulated.used)
+    case.call(case.make_rows(dtype), case.make_shared(dtype))
+    for program in simulated.used[before:]:
+        assert open_bits(program.ptx, program.kernel.name) == {}, f"{program.kernel.name}: values differ from GPU to GPU"
+
+
+CAUSAL = "attention-D64-H4of2-T70-causal=True"
+MUTANTS: dict[str, tuple[Edit, str, Callable[[Case, torch.dtype], None]]] = {
+    "TF32 allowed": (
+        Edit("linear.py", 'input_precision="ieee"', 'input_precision="tf32"'),
+        "linear-513x17-gelu",
+        bits,
+    ),
+    "Triton's own precision": (
+        Edit("linear.py", ', input_precision="ieee"', ""),
+        "linear-768x96-gelu-residual",
+        bits,
+    ),
+    "products and sums may fuse": (
+        Edit("launch.py", '"enable_fp_fusion": False', '"enable_fp_fusion": True'),
+        "attention-D8-H2of2-T70",
+        bits,
+    ),
+    "Triton's exp": (
+        Edit("softmax.py", "exp_of_negative(v - top)", "tl.exp(v - top)"),
+        "softmax-100",
+        bits,
+    ),
+    "Triton's division": (
+        Edit("softmax.py", "tl.div_rn(e, tl.broadcast_to(total, (ROWS, LANES)))", "(e / total)"),
+        "softmax-100",
+        no_open_bits,
+    ),
+    "neighbours fold first": (
+        Edit("numerics.py", "(ROWS, 2, HALF)), (0, 2, 1)", "(ROWS, HALF, 2)), (0, 1, 2)"),
+        "layer_norm-768",
+        bits,
+    ),
+    "no chunks": (
+        Edit("linear.py", "CHUNK):", "CHUNK * 4):"),
+        "linear-1536x24-float32",
+        bits,
+    ),
+    "K compiled in": (
+        Edit("linear.py", "K: tl.int32", "K"),
+        "linear-1x1",
+        bits,
+    ),
+    "K is split by M": (
+        Edit("linear.py", "range(0, K, CHUNK)", "range(0, K, CHUNK if BM > 1 else CHUNK // 2)"),
+        "linear-768x96-gelu-residual",
+        invariants.batch_invariant,
+    ),
+    "a hidden key is multiplied by zero": (
+        Edit("attention.py", "axis=1), axis=0) != 0:", "axis=1), axis=0) > 1:"),
+        CAUSAL,
+        invariants.hidden_keys,
+    ),
+    "a mask off by one": (
+        Edit("attention.py", "(j - i <= right)", "(j - i < right + 2)"),
+        CAUSAL,
+        bits,
+    ),
+    "a column beyond the last": (
+        Edit("linear.py", "there = (m < M) & (n < N)", "there = (m < M) & (n <= N)"),
+        "linear-513x17-gelu",
+        bits,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name: str) -> None:
+    edit, case, check = MUTANTS[name]
+    with simulated_triton(race=True):
+        check(cases.get(case), torch.float32)
+    with (
+        simulated_triton(race=True, edit=edit),
+        pytest.raises((AssertionError, RuntimeError), match=r"values differ|outside|bounds"),
+    ):
+        check(cases.get(case), torch.float32)
