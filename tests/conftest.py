@@ -54,7 +54,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         marks = [m.args[0] for m in metafunc.definition.iter_markers("promise")]
         slow = {"triton": pytest.mark.exhaustive}  # its compiler; test_triton.py has the short form
         names = [
-            pytest.param(b.name, marks=slow.get(b.name, ())) for b in registry.BACKENDS.values() if set(marks) <= set(b.promises)
+            pytest.param(b.name, marks=slow.get(b.name, ()))
+            for b in registry.BACKENDS.values()
+            if set(marks) <= set(b.promises)
         ]
         metafunc.parametrize("backend", names, indirect=True)
 
