@@ -1,6 +1,7 @@
 """tests/witness.py on the kernels that there are, and on kernels with one deliberate fault each, which it must find.
 
-Two architectures, the oldest and the newest; `make cuda-check` takes all of them and compares docs/GPU.md.
+Two architectures, the oldest and the newest. `make cuda-check` runs this, after tests/witness.py has looked at all of them and at
+docs/GPU.md: ptxas takes minutes, so it is no part of `make test`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import witness
 from conftest import required
 
 SOURCES = sorted(witness.CUDA.glob("*.cu"))
+pytestmark = pytest.mark.exhaustive
 OLD, NEW = witness.ARCHITECTURES[0], witness.ARCHITECTURES[-1]
 
 
@@ -32,7 +34,6 @@ def kit() -> toolkit.Toolkit:
     return found
 
 
-@pytest.mark.exhaustive  # as `make cuda-check` does it, for every architecture
 @pytest.mark.parametrize("arch", [OLD, NEW])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
 def test_every_kernel_keeps_the_rules(source: Path, arch: str) -> None:
