@@ -1,7 +1,7 @@
 """tests/witness.py on the kernels that there are, and on kernels with one deliberate fault each, which it must find.
 
-Two architectures, the oldest and the newest. `make cuda-check` runs this, after tests/witness.py has looked at all of them and at
-docs/GPU.md: ptxas takes minutes, so it is no part of `make test`.
+Two architectures, the oldest and the newest. `make cuda-check` runs this, after tests/witness.py has looked at all of them and
+at docs/GPU.md: ptxas takes minutes, so it is no part of `make test`.
 """
 
 from __future__ import annotations
