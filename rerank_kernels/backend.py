@@ -32,6 +32,10 @@ OPS = {
     "score_head": "pooling",
     "sparse_ffn": "sparse_ffn",
 }
+# What tensor cores change: in mode "tensor" these ops are served by the family's function <op>_tensor; all others are the same
+# in both modes.
+TENSOR_OPS = ("linear", "bmm", "attention", "sparse_ffn")
+MODES = ("portable", "tensor")
 PROMISES = ("repeatable", "batch-invariant", "padding-invariant", "thread-invariant", "portable")
 ENVIRONMENT = "RERANK_KERNELS_BACKEND"
 
@@ -47,6 +51,7 @@ class Backend:
     devices: tuple[str, ...]
     promises: tuple[str, ...]
     missing: Callable[[], str | None]  # why it cannot run here, None if it can
+    tensor: tuple[str, ...] = ()  # the promises of mode "tensor", on one GPU architecture; none: it has no such mode
 
 
 def _native_missing() -> str | None:
@@ -71,8 +76,8 @@ BACKENDS = {
     b.name: b
     for b in (
         Backend("cpu", "rerank_kernels.native", ("cpu",), PROMISES, _native_missing),
-        Backend("cuda", "rerank_kernels.native", ("cuda",), PROMISES, _cuda_missing),
-        Backend("triton", "rerank_kernels.triton", ("cuda",), PROMISES, _triton_missing),
+        Backend("cuda", "rerank_kernels.native", ("cuda",), PROMISES, _cuda_missing, PROMISES[:4]),
+        Backend("triton", "rerank_kernels.triton", ("cuda",), PROMISES, _triton_missing, PROMISES[:4]),
         Backend("pytorch", "rerank_kernels.pytorch", ("cpu",), PROMISES[:3], lambda: None),
     )
 }
@@ -108,9 +113,18 @@ def active(device: torch.device | str = "cpu") -> Backend:
     raise BackendError(f"no backend serves {kind} tensors; {_who(kind)}; move the tensors with .to('cpu')")
 
 
-def select(op: str, device: torch.device) -> Callable[..., Any]:
-    """The function that computes `op` on `device`."""
-    return _load(active(device).name, op)
+def select(op: str, device: torch.device, mode: str = "portable") -> Callable[..., Any]:
+    """The function that computes `op` on `device`; in mode "tensor", for an op of TENSOR_OPS, the one named <op>_tensor."""
+    chosen = active(device)
+    if mode == "portable":
+        return _load(chosen.name, op)
+    if not chosen.tensor:
+        having = " or ".join(b.name for b in BACKENDS.values() if b.tensor)
+        raise BackendError(
+            f"{op}: mode 'tensor' needs a GPU's tensor cores, and backend {chosen.name!r} serves {torch.device(device).type} "
+            f"tensors without; move them to a GPU for backend {having}, or take mode='portable'"
+        )
+    return _load(chosen.name, f"{op}_tensor")
 
 
 @functools.cache
@@ -121,7 +135,7 @@ def missing(name: str) -> str | None:
 
 @functools.cache
 def _load(name: str, op: str) -> Callable[..., Any]:
-    module = importlib.import_module(f"{BACKENDS[name].package}.{OPS[op]}")
+    module = importlib.import_module(f"{BACKENDS[name].package}.{OPS[op.removesuffix('_tensor')]}")
     function = getattr(module, op, None)
     if function is None:
         raise BackendError(f"{op}: backend {name!r} has no such op")

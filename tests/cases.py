@@ -13,7 +13,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,15 +130,25 @@ def steps(n: int) -> float:
     return 4.0 + 2.0 * math.sqrt(n)
 
 
+def tensor_steps(k: int) -> float:
+    """The same for mode "tensor": an mma adds 16 products and the sum so far; a chip may cut what it aligns instead of rounding
+    it, which errs to one side, so errors add up with the number of mmas and not with its root (NUMERICS.md, "Mode tensor")."""
+    return 2.0 * (4.0 + 2.0 * math.ceil(k / 16))
+
+
+def in_tensor_mode(case: Case) -> Case:
+    return replace(case, label=f"{case.label}-tensor", options={**case.options, "mode": "tensor"})
+
+
 def exact(x: Tensor) -> Near:
     return Near(x, torch.zeros_like(x))
 
 
-def near_linear(x: Near, weight: Tensor, bias: Tensor | None) -> Near:
+def near_linear(x: Near, weight: Tensor, bias: Tensor | None, count: Callable[[int], float] = steps) -> Near:
     magnitude = x.value.abs() @ weight.abs().t()
     if bias is not None:
         magnitude = magnitude + bias.abs()
-    slack = x.slack @ weight.abs().t() + steps(weight.shape[1]) * U * magnitude
+    slack = x.slack @ weight.abs().t() + count(weight.shape[1]) * U * magnitude
     return Near(TRUTHS["linear"](x.value, weight, bias), slack)
 
 
@@ -186,8 +196,13 @@ def _near_sum(case: Case, a: Tensors) -> tuple[Near, ...]:
     return (Near(truth(a["x"], -1), steps(case.rows["x"][0] // 32 + 5) * U * truth(a["x"].abs(), -1)),)
 
 
+def _counted(case: Case) -> Callable[[int], float]:
+    return tensor_steps if case.options.get("mode") == "tensor" else steps
+
+
 def _near_linear(case: Case, a: Tensors) -> tuple[Near, ...]:
-    y = near_activation(near_linear(exact(a["x"]), a["weight"], a.get("bias")), case.options.get("activation"))
+    product = near_linear(exact(a["x"]), a["weight"], a.get("bias"), _counted(case))
+    y = near_activation(product, case.options.get("activation"))
     return (near_add(y, a["residual"]) if "residual" in a else y,)
 
 
@@ -199,14 +214,16 @@ def _near_attention(case: Case, a: Tensors) -> tuple[Near, ...]:
     weighted = TRUTHS["attention"](q, k, v.abs(), cu_seqlens=cu, **options)
     group = q.shape[1] // k.shape[1]
     scale = case.options.get("scale", 1.0 / math.sqrt(q.shape[2]))
-    slack = torch.zeros_like(value)
+    count, slack = _counted(case), torch.zeros_like(value)
+    # mode tensor rounds the weights of the values to half precision; bfloat16's is the coarser one
+    rounded = 1.01 * 2.0**-8 if case.options.get("mode") == "tensor" else 0.0
     for lo, hi in itertools.pairwise(cu.tolist()):
         if lo < hi:
             keys = k[lo:hi].repeat_interleave(group, 1).abs()
             largest = torch.einsum("ihd,jhd->ihj", q[lo:hi].abs(), keys).amax(-1, keepdim=True) * abs(scale)
             # a score's error is a relative error of its weight, once above and once below the fraction bar
-            slack[lo:hi] = 2.0 * (steps(q.shape[2]) + 2.0) * U * largest * weighted[lo:hi]
-            slack[lo:hi] += 2.0 * (steps(hi - lo) + 4.0) * U * weighted[lo:hi]
+            slack[lo:hi] = 2.0 * (count(q.shape[2]) + 2.0) * U * largest * weighted[lo:hi]
+            slack[lo:hi] += (2.0 * (count(hi - lo) + 4.0) * U + rounded) * weighted[lo:hi]
     return (Near(value, slack + 2.0 * TINY),)
 
 
@@ -232,9 +249,10 @@ def _near_score_head(case: Case, a: Tensors) -> tuple[Near, ...]:
 
 
 def _near_sparse_ffn(case: Case, a: Tensors) -> tuple[Near, ...]:
-    up = near_linear(exact(a["x"]), a["up_weight"], a.get("up_bias"))
-    if "gate_weight" in a:
-        gate = near_activation(near_linear(exact(a["x"]), a["gate_weight"], a.get("gate_bias")), "relu")
+    gated, count = "gate_weight" in a, _counted(case)  # mode tensor: only what decides which neurons are active
+    up = near_linear(exact(a["x"]), a["up_weight"], a.get("up_bias"), steps if gated else count)
+    if gated:
+        gate = near_activation(near_linear(exact(a["x"]), a["gate_weight"], a.get("gate_bias"), count), "relu")
         slack = gate.slack * (up.value.abs() + up.slack) + gate.value * up.slack + U * (gate.value * up.value).abs()
         hidden = Near(gate.value * up.value, slack)
     else:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rerank_kernels import backend
 from rerank_kernels.ops import check
+from rerank_kernels.ops import mode as numeric
 
 
 def attention(
@@ -27,6 +28,7 @@ def attention(
     causal: bool = False,
     window: tuple[int, int] | None = None,
     scale: float | None = None,
+    mode: str | None = None,
 ) -> Tensor:
     """Self-attention over packed or padded sequences, in q.dtype, float32 inside.
 
@@ -35,6 +37,8 @@ def attention(
     causal: token i sees tokens j <= i. window (left, right): token i sees i - left <= j <= i + right, -1 for no limit;
     places are counted over the sequence's own tokens. H must be a multiple of H_kv; head h reads h // (H / H_kv).
     scale: factor on q · k, 1 / sqrt(D) if not given. Padded places of the result are 0.
+
+    mode: "portable" (default) or, for float16 and bfloat16 on a GPU with D <= 256, "tensor": products on tensor cores.
 
     Order: exact maximum, then `dot` over keys in chunks of 64 from the sequence's own first token (NUMERICS.md,
     "attention"). A key that is masked for a row is skipped, never multiplied.
@@ -64,7 +68,8 @@ def attention(
     if not math.isfinite(scale) or scale == 0.0:
         check.fail("attention", "scale", "finite and not 0 as a float32", scale)
 
-    serve = backend.select("attention", q.device)
+    mode = numeric.resolve("attention", mode, q=q, k=k, v=v)
+    serve = backend.select("attention", q.device, mode)
     if cu_seqlens is not None:
         cu = check.cu_seqlens("attention", cu_seqlens, q.shape[0], q.device)
         return serve(_rows(q), _rows(k), _rows(v), cu, left, right, scale)

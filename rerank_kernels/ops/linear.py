@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rerank_kernels import backend
 from rerank_kernels.ops import check
+from rerank_kernels.ops import mode as numeric
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "tanh", "relu", "silu", "sigmoid")
 
@@ -25,6 +26,7 @@ def linear(
     activation: str | None = None,
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    mode: str | None = None,
 ) -> Tensor:
     """y = act(x · weightᵀ + bias) + residual, rounded once.
 
@@ -32,8 +34,11 @@ def linear(
     activation: None, "gelu" (erf), "gelu_tanh", "tanh", "relu", "silu" or "sigmoid".
     out_dtype: dtype of the result, x.dtype if not given. Returns [..., N].
 
-    The sum over K is cut in chunks of 512, k ascending, one fma a step (NUMERICS.md, "dot"). M = 1 and N = 1 take the same
-    expression as every other size. Raises ValueError for shapes, TypeError for dtypes, BackendError if no backend serves.
+    mode: "portable" (default): the sum over K is cut in chunks of 512, k ascending, one fma a step (NUMERICS.md, "dot");
+    "tensor", for float16 or bfloat16 x and weight on a GPU: tensor cores, float32 accumulation, k ascending 16 at a time.
+
+    M = 1 and N = 1 take the same expression as every other size. Raises ValueError for shapes, TypeError for dtypes,
+    BackendError if no backend serves.
     """
     check.floating("linear", x=x, weight=weight, bias=bias, residual=residual)
     if x.dim() < 1:
@@ -51,7 +56,8 @@ def linear(
     if residual is not None:
         check.shape("linear", "residual", residual, *x.shape[:-1], n)
         residual = residual.reshape(-1, n).contiguous()
-    y = backend.select("linear", x.device)(rows, weight, bias, activation, residual, out_dtype)
+    mode = numeric.resolve("linear", mode, x=x, weight=weight)
+    y = backend.select("linear", x.device, mode)(rows, weight, bias, activation, residual, out_dtype)
     return y.view(*x.shape[:-1], n)
 
 

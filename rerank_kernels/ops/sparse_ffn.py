@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rerank_kernels import backend
 from rerank_kernels.ops import check
+from rerank_kernels.ops import mode as numeric
 from rerank_kernels.ops.linear import linear_truth
 
 
@@ -24,6 +25,7 @@ def sparse_ffn(
     up_bias: Tensor | None = None,
     gate_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    mode: str | None = None,
 ) -> Tensor:
     """Feed-forward layer with ReLU (no gate_weight) or ReGLU (with), sparse where the relu is zero.
 
@@ -49,7 +51,9 @@ def sparse_ffn(
         if t is not None:
             check.shape("sparse_ffn", name, t, n)
     rows = x.reshape(-1, k).contiguous()
-    serve = backend.select("sparse_ffn", x.device)
+    first = {"gate_weight": gate_weight} if gate_weight is not None else {"up_weight": up_weight}
+    mode = numeric.resolve("sparse_ffn", mode, x=x, **first)
+    serve = backend.select("sparse_ffn", x.device, mode)
     y = serve(rows, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
     return y.view(*x.shape[:-1], down_weight.shape[0])
 

@@ -1,0 +1,33 @@
+"""What the tests of mode "tensor" share: the cases, the backends that have the mode, and the ways a tensor core may add.
+
+PTX does not say in which order, and with how many digits, an mma adds its 16 products. The simulator has four models; whatever
+is promised must hold under each of them, and the four must differ, or they prove nothing.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+import cases
+from ptxsim import served
+from rerank_kernels import backend as registry
+
+MODELS = {0: "fma in order", 1: "exact sum, rounded once", 2: "aligned and cut off", 3: "fma in reverse order"}
+HALVES = (torch.float16, torch.bfloat16)
+BACKENDS = tuple(b.name for b in registry.BACKENDS.values() if b.tensor)
+WIDEST_HEAD = 256
+
+
+def of(op: str) -> list[cases.Case]:
+    return [cases.in_tensor_mode(case) for case in cases.CASES if case.op == op]
+
+
+CASES = [case for op in registry.TENSOR_OPS for case in of(op)]
+
+
+def simulated(backend: str, model: int = 0, **how: Any) -> AbstractContextManager[None]:
+    """Ops on CPU tensors are served by the backend's kernels; copies land at the last moment."""
+    return served.simulator(backend)(mma=model, **{"lazy_async": True, **how})

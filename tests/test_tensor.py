@@ -1,0 +1,62 @@
+"""Mode "tensor" in the simulator: right against float64, and every promise bit for bit, whatever a tensor core's way of adding.
+
+A mirror of invariants.Promises for the ops that tensor cores change; the mutants are in test_tensor_mutants.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import invariants
+import tensor
+from cases import Case
+from conftest import ran
+from tensor import MODELS, simulated
+
+CASES = tensor.CASES
+
+
+# Triton compiles a kernel anew for every dtype: `make test` takes float16 there
+@pytest.fixture(
+    params=[
+        pytest.param((b, d), id=f"{b}-{str(d)[6:]}", marks=[pytest.mark.exhaustive] * (b == "triton" and d == torch.bfloat16))
+        for b in tensor.BACKENDS
+        for d in tensor.HALVES
+    ]
+)
+def served(request: pytest.FixtureRequest) -> Iterator[tuple[str, torch.dtype]]:
+    ran(request.param[0])
+    yield request.param
+
+
+Served = tuple[str, torch.dtype]
+
+
+class TestTensor:
+    def test_right(self, served: Served, case: Case) -> None:
+        """Within the bound of NUMERICS.md of float64 on the rounded inputs, under every model."""
+        for model in MODELS:
+            with simulated(served[0], model, race=True):
+                invariants.right(case, served[1])
+
+    def test_repeatable(self, served: Served, case: Case) -> None:
+        with simulated(served[0]):
+            invariants.repeatable(case, served[1])
+
+    def test_batch_invariant(self, served: Served, case: Case) -> None:
+        for model in MODELS:
+            with simulated(served[0], model):
+                invariants.batch_invariant(case, served[1])
+
+    def test_padding_invariant(self, served: Served, case: Case) -> None:
+        """Padded places hold NaN."""
+        for model in MODELS:
+            with simulated(served[0], model):
+                invariants.padding_invariant(case, served[1])
+
+    def test_thread_invariant(self, served: Served, case: Case) -> None:
+        with simulated(served[0], 2):
+            invariants.schedule_invariant(case, served[1], lambda **how: simulated(served[0], 2, **how))
