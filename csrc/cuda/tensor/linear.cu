@@ -67,16 +67,17 @@ struct Operand {
         there = rows > r ? (rows - r + DOWN - 1) / DOWN : 0;
     }
 
-    // Starts the copies of the next stage and steps on; `left`: how many of its k's exist, from this thread's place on.
-    __device__ __forceinline__ void copy(unsigned slot, int left) {
-        const int valid = left < 0 ? 0 : left < 8 ? left : 8;
-        if (wide) {
+    // Starts the copies of the next stage and steps on; `left`: how many of its k's exist, from this thread's place on;
+    // `whole`: for every thread all of them. Rows that do not exist stay what they were: no sum that is wanted sees them.
+    __device__ __forceinline__ void copy(unsigned slot, int left, bool whole) {
+        if (wide && whole) {
 #pragma unroll
-            for (int i = 0; i < PIECES; ++i) copy_halves(to + slot + i * DOWN * T::ROW, from + i * down, i < there ? valid : 0);
-        } else {
-#pragma unroll 1
             for (int i = 0; i < PIECES; ++i)
-                copy_halves_one_by_one(to + slot + i * DOWN * T::ROW, from + i * down, i < there ? valid : 0);
+                if (i < there) copy_piece(to + slot + i * DOWN * T::ROW, from + i * down);
+        } else {
+            const int valid = left < 0 ? 0 : left < 8 ? left : 8;
+#pragma unroll 1
+            for (int i = 0; i < there; ++i) copy_halves_one_by_one(to + slot + i * DOWN * T::ROW, from + i * down, valid);
         }
         from += T::ROW;
     }
@@ -133,9 +134,9 @@ __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tensor_tile(
     const int K = int(g.K), stages = (K + T::BK - 1) / T::BK, steps = (K + STEP - 1) / STEP;
     const auto copy = [&](int stage, unsigned slot) {
         if (stage < stages) {
-            const int left = K - stage * T::BK - X::place() * 8;
-            x.copy(slot, left);
-            w.copy(slot, left);
+            const int left = K - stage * T::BK;
+            x.copy(slot, left - X::place() * 8, left >= T::BK);
+            w.copy(slot, left - W::place() * 8, left >= T::BK);
         }
         commit_copies();  // perhaps an empty group: the count of groups is the clock
     };
