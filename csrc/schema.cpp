@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY(RK_LIBRARY, m) {
     // linear
     m.def("pack_weight(Tensor weight) -> Tensor");
     m.def("linear(Tensor x, Tensor packed, int N, Tensor? bias, int activation, Tensor? residual, ScalarType out_dtype) -> Tensor");
+    m.def("bmm(Tensor a, Tensor b, ScalarType out_dtype) -> Tensor");
     m.def("activation(Tensor x, int kind, ScalarType out_dtype) -> Tensor");
     // attention
     m.def("attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int left, int right, float scale) -> Tensor");

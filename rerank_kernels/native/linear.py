@@ -1,4 +1,4 @@
-"""linear and activation, compiled; weights are packed once."""
+"""linear, bmm and activation, compiled; weights are packed once."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ def linear(
     bias = None if bias is None else bias.contiguous()
     n = weight.shape[0]
     return torch.ops.rerank_kernels.linear(x, packed(weight), n, bias, CODES[activation], residual, out_dtype)
+
+
+def bmm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return torch.ops.rerank_kernels.bmm(a, b, out_dtype)
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
