@@ -26,6 +26,10 @@ def linear_tensor(
     return torch.ops.rerank_kernels.linear_tensor(x, contiguous(weight), bias, CODES[activation], residual, out_dtype)
 
 
+def bmm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return torch.ops.rerank_kernels.bmm(a, b, out_dtype)
+
+
 def bmm_tensor(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     return torch.ops.rerank_kernels.bmm_tensor(a, b, out_dtype)
 
