@@ -191,7 +191,9 @@ def test_tensor_linear_at_odd_addresses_between_nans(k: int, n: int, way: int) -
             same(rk.linear(one[0], one[1], one[2], activation="silu", residual=one[3], mode="tensor"), want, f"argument {i}")
 
 
-@pytest.mark.parametrize(("batch", "m", "k", "n"), [(3, 5, 40, 7), (2, 40, 600, 33), (5, 1, 64, 64), (0, 4, 8, 8), (2, 0, 8, 8)])
+@pytest.mark.parametrize(
+    ("batch", "m", "k", "n"), [(3, 5, 40, 7), (2, 40, 600, 33), (5, 1, 64, 64), (0, 4, 8, 8), (2, 0, 8, 8)]
+)
 def test_bmm_is_linear_entry_by_entry(batch: int, m: int, k: int, n: int) -> None:
     """In both modes, with every way forced."""
     for kernel, half in (("linear", torch.float32), ("linear", torch.float16), ("linear_tensor", torch.bfloat16)):

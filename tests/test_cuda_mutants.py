@@ -87,6 +87,16 @@ MUTANTS = [
         invariants.batch_invariant,
     ),
     Mutant(
+        "products in TF32",
+        Edit(
+            "gemm.cuh",
+            "sum[i][j] = fmadd(a[i].v[e], b.v[e], sum[i][j]);",
+            "sum[i][j] = fmadd(__uint_as_float(__float_as_uint(a[i].v[e]) & 0xffffe000u), b.v[e], sum[i][j]);",
+        ),
+        "linear-768x96-gelu-residual",
+        DIFFER,
+    ),
+    Mutant(
         "chunk sums added by atomics: the order of the blocks is in the bits",
         Edit(
             "linear.cu",

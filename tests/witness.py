@@ -128,9 +128,9 @@ class Code:
         return found
 
     def hot(self) -> tuple[int, int]:
-        """Of the loop that is densest in FFMA, or in HMMA, which is where a kernel that computes spends its time: these, and all
-        its instructions, both without the loops inside it; (0, 0) without such a loop. One that divides is an epilogue's, if
-        there is another.
+        """Of the loop that is densest in FFMA, or in HMMA, which is where a kernel that computes spends its time: these, and
+        all its instructions, both without the loops inside it; (0, 0) without such a loop. One that divides is an epilogue's,
+        if there is another.
         """
         what, least = ("HMMA", 4) if self.count("HMMA") else ("FFMA", 8)
         found = []

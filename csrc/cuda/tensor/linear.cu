@@ -12,6 +12,8 @@
 // Ways: tiles from 128 x 256 outputs, for many rows, to 16 x 32, where the weights stream through. The tile is in no output's
 // expression, so the cheapest may be chosen by shape.
 
+#include <algorithm>
+
 #include "../epilogue.cuh"
 #include "../launch.cuh"
 #include "mma.cuh"
@@ -225,14 +227,14 @@ using Tensor64x64 = TensorTile<64, 64, 64, 32, 32, 3, 3>;
 using Tensor32x32 = TensorTile<32, 32, 64, 16, 16, 6, 4>;
 using Tensor16x32 = TensorTile<16, 32, 64, 16, 8, 8, 4>;
 
-// Of a tile: its size, and cycles for 16 k's when a multiprocessor is full, and when a block is alone on it. Estimates; only
-// ratios matter, and only for speed.
+// Of a tile: its size; cycles for 16 k's when a multiprocessor is full, and when a block is alone on it; cycles to begin and
+// end a block. Estimates; only ratios matter, and only for speed.
 struct TensorCost {
     int64_t rows, columns;
-    double full, alone;
+    double full, alone, ends;
 };
-constexpr TensorCost TENSOR_COSTS[] = {{128, 256, 560, 600}, {128, 128, 290, 330}, {128, 64, 160, 190},
-                                       {64, 64, 90, 120},    {32, 32, 30, 70},     {16, 32, 20, 45}};
+constexpr TensorCost TENSOR_COSTS[] = {{128, 256, 560, 600, 4500}, {128, 128, 290, 330, 2500}, {128, 64, 160, 190, 1500},
+                                       {64, 64, 90, 120, 1000},    {32, 32, 30, 70, 600},      {16, 32, 20, 45, 500}};
 constexpr int TENSOR_TILES = 6;
 
 static Choice linear_tensor_choice("linear_tensor", TENSOR_TILES);
@@ -245,7 +247,8 @@ static int linear_tensor_way(const LinearArgs& g, int64_t batches) {
     for (int way = 0; way < TENSOR_TILES; ++way) {
         const TensorCost& c = TENSOR_COSTS[way];
         const int64_t blocks = batches * ceil_div(g.M, c.rows) * ceil_div(g.N, c.columns);
-        const double rounds = double(ceil_div(blocks, processors)) * c.full, time = rounds > c.alone ? rounds : c.alone;
+        const double rounds = double(ceil_div(blocks, processors)), steps = double(ceil_div(g.K, STEP));
+        const double time = steps * std::max(rounds * c.full, c.alone) + rounds * c.ends;
         if (way == 0 || time < least) least = time, best = way;
     }
     return best;
