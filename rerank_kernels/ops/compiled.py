@@ -2,8 +2,8 @@
 
 What stands in an op (checks, the weights' layouts, the mode of the model around) is no graph, and arithmetic that a compiler
 fused would have other bits. So while torch.compile traces, a call of rk.linear becomes one of
-torch.ops.rerank_kernels_compiled.linear, whose kernel is the public function itself, run as it is when the graph runs. Outside of
-a compiler nothing of this is taken.
+torch.ops.rerank_kernels_compiled.linear, whose kernel is the public function itself, run as it is when the graph runs. Outside
+of a compiler nothing of this is taken.
 
 A result has no gradient, as in eager; an input that asks for one is the same error.
 """
