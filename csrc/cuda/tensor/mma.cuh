@@ -1,13 +1,14 @@
-// mma.cuh: what the kernels of mode "tensor" share: the one matrix instruction, its operands' way out of shared memory, and rows
-// that lie there so that no bank is met twice.
+// mma.cuh: what the kernels of mode "tensor" share: the one matrix instruction, its operands' way out of shared memory, and
+// rows that lie there so that no bank is met twice.
 //
-// Order: dot_tensor (NUMERICS.md, "Mode tensor"): one accumulator an output, an mma for every 16 k, ascending. Every kernel takes
-// this one instruction, mma.sync.m16n8k16 with float32 sums, on every architecture: another would add in another order.
+// Order: dot_tensor (NUMERICS.md, "Mode tensor"): one accumulator an output, an mma for every 16 k, ascending. Every kernel
+// takes this one instruction, mma.sync.m16n8k16 with float32 sums, on every architecture: another would add in another order.
 //
-// Fragments, with g = lane / 4, t = lane % 4 (PTX ISA, "Matrix Fragments for mma.m16n8k16"), halves in pairs of neighbours in k:
-//   a [16 m][16 k]   a[0]: m = g, k = 2t      a[1]: m = g + 8, k = 2t      a[2]: m = g, k = 2t + 8      a[3]: m = g + 8, k = 2t + 8
-//   b [8 n][16 k]    b[0]: n = g, k = 2t      b[1]: n = g, k = 2t + 8
-//   sum [16 m][8 n]  sum[0], sum[1]: m = g, n = 2t, 2t + 1      sum[2], sum[3]: m = g + 8, the same n
+// Fragments, with g = lane / 4, t = lane % 4 (PTX ISA, "Matrix Fragments for mma.m16n8k16"), halves in pairs of neighbours in
+// k:
+//   a [16 m][16 k]   a[0]: m = g, k = 2t      a[1]: m = g + 8, k = 2t      a[2]: m = g, k = 2t + 8      a[3]: m = g + 8, k = 2t
+//   + 8 b [8 n][16 k]    b[0]: n = g, k = 2t      b[1]: n = g, k = 2t + 8 sum [16 m][8 n]  sum[0], sum[1]: m = g, n = 2t, 2t +
+//   1      sum[2], sum[3]: m = g + 8, the same n
 #pragma once
 
 #include "../device.cuh"
@@ -46,7 +47,8 @@ __device__ __forceinline__ unsigned swizzled(unsigned row, unsigned piece) {
     return row * ROW + ((piece ^ (ROW == 64 ? row / 2 % 4 : row % 8)) * 16);
 }
 
-// ---- ldmatrix: 8 x 8 halves a matrix; lane 8 i + r gives the address of row r of matrix i ------------------------------------
+// ---- ldmatrix: 8 x 8 halves a matrix; lane 8 i + r gives the address of row r of matrix i
+// ------------------------------------
 
 __device__ __forceinline__ void load_matrices(unsigned (&m)[4], unsigned from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -74,18 +76,20 @@ __device__ __forceinline__ int piece_of_b() { return int(threadIdx.x) / 8 % 2; }
 
 // ---- into shared memory -----------------------------------------------------------------------------------------------------
 
-// A piece, of which `valid` halves (0 to 8) exist; the rest is zero. `wide`: `from` is a multiple of 16 bytes, and cp.async
-// takes it; else halves one by one, which are there after the next barrier, too.
-__device__ __forceinline__ void copy_halves(unsigned to, const void* from, int valid, bool wide) {
-    if (wide) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid * 2) : "memory");
-        return;
-    }
-#pragma unroll 1
-    for (int e = 0; e < 8; ++e) {
-        const uint16_t half = e < valid ? static_cast<const uint16_t*>(from)[e] : uint16_t(0);
-        asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + e * 2), "h"(half) : "memory");
-    }
+// A piece, of which `valid` halves (0 to 8) exist; the rest is zero. By cp.async, where `from` is a multiple of 16 bytes; what
+// does not exist is not read.
+__device__ __forceinline__ void copy_halves(unsigned to, const void* from, int valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid * 2) : "memory");
+}
+// The same from anywhere, half by half through registers: it is there after the next barrier, too.
+__device__ __forceinline__ void copy_halves_one_by_one(unsigned to, const void* from, int valid) {
+    unsigned pairs[4] = {};
+#pragma unroll
+    for (int e = 0; e < 8; ++e)
+        if (e < valid) pairs[e / 2] |= unsigned(static_cast<const uint16_t*>(from)[e]) << (e % 2 * 16);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]),
+                 "r"(pairs[3])
+                 : "memory");
 }
 
 }  // namespace rk
