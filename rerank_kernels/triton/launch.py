@@ -5,6 +5,7 @@ tests/ptxsim puts a simulator in the place of `run`; it compiles with the very s
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -27,6 +28,17 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constant
     first = next(a for a in arguments if isinstance(a, torch.Tensor))
     with torch.cuda.device(first.device):
         kernel[grid](*arguments, **constants)
+
+
+def architecture(tensor: torch.Tensor) -> int:
+    """The compute capability of the tensor's GPU, 90 for an H100. Mode tensor picks its tiles by it, and by nothing else of the GPU."""
+    return _architecture(tensor.get_device())
+
+
+@functools.cache
+def _architecture(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def blocks(n: int, size: int) -> int:
