@@ -180,7 +180,7 @@ def compiled(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any])
 
 
 def _no_ptxas(*arguments: Any) -> tuple[str, str] | None:
-    """Triton asks this hook for a part of its cache's key, and then hands it the stages to change: the last one makes nothing."""
+    """Triton asks this hook for a part of its cache's key, then hands it the stages to change: the last one makes nothing."""
     if not arguments:
         return "PTX only", "PTX only"
     arguments[1]["cubin"] = lambda ptx, metadata: b""
