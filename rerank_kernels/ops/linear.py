@@ -8,6 +8,7 @@ bmm: a [B, M, K], b [B, K, N] -> y [B, M, N]; y[i, m, n] is one expression of ro
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,21 @@ from torch import Tensor
 from rerank_kernels import backend
 from rerank_kernels.ops import check
 from rerank_kernels.ops import mode as numeric
+from rerank_kernels.ops.compiled import opaque
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "tanh", "relu", "silu", "sigmoid")
 
 
+def _linear_result(x: Tensor, weight: Tensor, *_: Any, out_dtype: torch.dtype | None = None, **__: Any) -> Tensor:
+    check.shape("linear", "weight", weight, "N", "K")
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=out_dtype or x.dtype)
+
+
+@opaque(
+    "(Tensor x, Tensor weight, Tensor? bias=None, *, str? activation=None, Tensor? residual=None, ScalarType? out_dtype=None, "
+    "str? mode=None) -> Tensor",
+    _linear_result,
+)
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -62,6 +74,13 @@ def linear(
     return y.view(*x.shape[:-1], n)
 
 
+def _bmm_result(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, mode: str | None = None) -> Tensor:
+    check.shape("bmm", "a", a, "B", "M", "K")
+    check.shape("bmm", "b", b, "B", "K", "N")
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2], dtype=out_dtype or a.dtype)
+
+
+@opaque("(Tensor a, Tensor b, *, ScalarType? out_dtype=None, str? mode=None) -> Tensor", _bmm_result)
 def bmm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, mode: str | None = None) -> Tensor:
     """y[i] = a[i] · b[i] for every entry i of a batch, rounded once.
 
@@ -80,6 +99,7 @@ def bmm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, mode: str
     return backend.select("bmm", a.device, mode)(a.contiguous(), b.transpose(1, 2).contiguous(), out_dtype)
 
 
+@opaque("(Tensor x, str kind) -> Tensor", lambda x, kind: x.new_empty(x.shape))
 def activation(x: Tensor, kind: str) -> Tensor:
     """act(x), element by element; x of any shape, result of the same shape and dtype.
 
