@@ -326,6 +326,6 @@ def attention_tensor(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: 
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         sequences, total, heads, heads // k.shape[1], left, right, scale,
         LEFT=left >= 0, RIGHT=right >= 0, D=d, LOW=low, HIGH=high,
-        ROWS=tile.rows, SEQUENCES=SEQUENCES, num_warps=tile.warps, num_stages=tile.stages, **launch.FEWER_REGISTERS,
+        ROWS=tile.rows, SEQUENCES=SEQUENCES, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y

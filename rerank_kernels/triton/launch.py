@@ -9,12 +9,15 @@ import functools
 from typing import Any
 
 import torch
+from triton.backends.nvidia.compiler import CUDAOptions
 
 # Without enable_fp_fusion=False a product and a sum become an fma, where LLVM or ptxas likes. Functions of libdevice are not
 # used; should one come in, it keeps subnormals.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
-# LLVM orders instructions for few live registers; without it the element functions of a large tile spill. No bit depends on it.
-FEWER_REGISTERS: dict[str, Any] = {"sched4reg": True}
+# LLVM orders instructions for few live registers, where Triton knows how: without it the element functions of a large tile, and
+# some other kernels, spill. No bit depends on it.
+if "sched4reg" in CUDAOptions.__dataclass_fields__:
+    OPTIONS["sched4reg"] = True
 
 
 def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

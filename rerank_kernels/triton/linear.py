@@ -214,7 +214,7 @@ def _start_tensor(
     start(
         linear_tensor_kernel, (blocks(m, tile.rows) * blocks(n, tile.columns), batch), a, b, bias, residual, y, m, n, k,
         ACTIVATION=activation, WHOLE=k % STEP == 0, BM=tile.rows, BN=tile.columns, STEP=STEP, GROUP=GROUP,
-        num_warps=tile.warps, num_stages=tile.stages, **launch.FEWER_REGISTERS,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
