@@ -34,6 +34,7 @@ REQUIRE = "RERANK_KERNELS_REQUIRE"
 _ran: Counter[str] = Counter()
 _isas: Counter[str] = Counter()
 on_gpu: list[str] = []  # the GPU's name, once a test that ran on it (test_gpu.py)
+facts: list[str] = []  # about that GPU, which no test holds it to (test_gpu_tensor.py)
 _threads: list[int] = []  # PyTorch's, one entry a process of a run in several
 
 
@@ -130,7 +131,7 @@ def required() -> set[str]:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workerinput"):  # one of several processes: tells the first one, which ends the run
-        counted = {"ran": dict(_ran), "isas": dict(_isas), "on_gpu": on_gpu, "threads": torch.get_num_threads()}
+        counted = {"ran": dict(_ran), "isas": dict(_isas), "on_gpu": on_gpu, "facts": facts, "threads": torch.get_num_threads()}
         session.config.workeroutput["rerank_kernels"] = counted  # type: ignore[attr-defined]
         return
     if (lost := sorted(n for n in required() if n not in registry.BACKENDS or missing(n))) and session.exitstatus == 0:
@@ -145,6 +146,7 @@ def pytest_testnodedown(node: Any) -> None:
         _ran.update(counted["ran"])
         _isas.update(counted["isas"])
         on_gpu.extend(counted["on_gpu"])
+        facts.extend(counted["facts"])
         _threads.append(counted["threads"])
 
 
@@ -153,6 +155,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     threads = f"{len(_threads)} processes of {_threads[0]}" if _threads else str(torch.get_num_threads())
     if on_gpu:
         terminalreporter.line(f"cuda: native on {on_gpu[0]}, torch {torch.__version__}, {len(on_gpu)} tests")
+    for fact in facts:
+        terminalreporter.line(fact)
     for b in registry.BACKENDS.values():
         reason = missing(b.name)
         if reason is not None:
