@@ -114,6 +114,14 @@ def _parser() -> argparse.ArgumentParser:
             "--max-length", type=_positive, metavar="N", help="tokens a text is cut to (default: what the model takes)"
         )
         sub.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="type of the weights (default: as stored)")
+        sub.add_argument("--device", metavar="D", help="where the model goes, cuda for instance (default: cpu)")
+        sub.add_argument(
+            "--mode",
+            choices=("portable", "tensor"),
+            default="portable",
+            help="portable: the same bits on every CPU and GPU (default); tensor: a GPU's tensor cores, the same bits on one "
+            "GPU architecture, for fp16 and bf16",
+        )
 
     score = command("score", _score, "Score the pairs of a JSON Lines file.")
     model_options(score)
@@ -258,6 +266,8 @@ def _verify(args: argparse.Namespace) -> int:
         _quiet()
         try:
             loaded = load(args.model, _dtype(args.dtype))
+            if (device := _device(args.device)) is not None:
+                loaded.model.to(device)
             with _progress("verifying", 1.0) as advance:
                 report = verify(
                     loaded.model,
@@ -268,6 +278,7 @@ def _verify(args: argparse.Namespace) -> int:
                     limit=args.limit,
                     pooling=loaded.pooling,
                     source=None if args.no_process else args.model,
+                    mode=args.mode,
                     progress=advance,
                 )
         except (ValueError, PatchError) as error:
@@ -301,7 +312,7 @@ def _info(args: argparse.Namespace) -> int:
     for name in ("op", *BACKENDS):
         table.add_column(name)
     reasons: dict[str, str] = {}
-    for op, row in rows.items():
+    for op, row in rows.rows():
         for name, reason in row.items():
             if reason != "yes":
                 reasons.setdefault(name, reason)
@@ -324,7 +335,8 @@ def _reranker(args: argparse.Namespace) -> Any:
 
     _quiet()
     try:
-        return Reranker(args.model, max_length=args.max_length, dtype=_dtype(args.dtype))
+        device = _device(args.device)
+        return Reranker(args.model, max_length=args.max_length, dtype=_dtype(args.dtype), device=device, mode=args.mode)
     except (ValueError, PatchError) as error:
         _fail_with(error)
 
@@ -333,6 +345,20 @@ def _dtype(name: str | None) -> Any:
     import torch
 
     return {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+def _device(name: str | None) -> Any:
+    """A device that this machine has, None as it is."""
+    import torch
+
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's own for a name, a missing driver, a CPU-only build
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def _fail_with(error: Exception) -> NoReturn:
