@@ -22,6 +22,7 @@ STABLE_TORCH_LIBRARY(RK_LIBRARY, m) {
     m.def("activation(Tensor x, int kind, ScalarType out_dtype) -> Tensor");
     // attention
     m.def("attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int left, int right, float scale) -> Tensor");
+    m.def("attention_tensor(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int left, int right, float scale) -> Tensor");
     // pooling
     m.def("pool(Tensor x, Tensor cu_seqlens, bool mean, ScalarType out_dtype) -> Tensor");
     m.def("score_head(Tensor pooled, Tensor? dense_packed, int P, Tensor? dense_bias, int activation, Tensor out_packed, int L, Tensor? out_bias) -> (Tensor, Tensor, Tensor)");

@@ -43,6 +43,8 @@ void activation(int kind, const void* x, Dtype from, void* y, Dtype to, int64_t 
 
 // ---- attention: cu_seqlens int32 [B + 1] on the device; its values are not known here
 void attention(const AttentionArgs& args, const int32_t* cu_seqlens, int64_t B, int64_t total, Stream stream);
+// mode "tensor": float16 or bfloat16, D <= 256
+void attention_tensor(const AttentionArgs& args, const int32_t* cu_seqlens, int64_t B, int64_t total, Stream stream);
 
 // ---- pooling
 void pool(const void* x, Dtype from, const int32_t* cu_seqlens, int64_t B, int64_t total, int64_t D, bool mean, void* y,

@@ -69,6 +69,8 @@ def attention(
         check.fail("attention", "scale", "finite and not 0 as a float32", scale)
 
     mode = numeric.resolve("attention", mode, q=q, k=k, v=v)
+    if mode == "tensor" and d > 256:
+        raise ValueError(f"attention: D must be at most 256 in mode 'tensor', got {d}; take mode='portable'")
     serve = backend.select("attention", q.device, mode)
     if cu_seqlens is not None:
         cu = check.cu_seqlens("attention", cu_seqlens, q.shape[0], q.device)
