@@ -424,7 +424,8 @@ def jobs() -> dict[str, Job]:
         for k, n in ((768, 768), (768, 3072), (3072, 768), (1024, 1024), (1024, 4096), (4096, 1024)):
             for dtype in ("fp16", "fp32", "bf16"):
                 quick = (k, n) == (768, 3072) and (dtype == "fp16" or (m == 4096 and dtype == "fp32"))
-                if dtype == "fp16" or (dtype == "fp32" and m != 1024) or (k, n) == (1024, 4096):
+                some = m in (16384, 128, 1)
+                if dtype == "fp16" or (dtype == "fp32" and (some or k in (768, 3072))) or ((k, n) == (1024, 4096) and some):
                     add("linear", f"linear {m}x{k}x{n} {dtype}", linear, m, k, n, dtype, None, quick=quick)
     for dtype in ("fp16", "fp32"):
         add("linear", f"linear+gelu 16384x768x3072 {dtype}", linear, 16384, 768, 3072, dtype, "gelu", quick=dtype == "fp16")

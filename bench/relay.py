@@ -31,7 +31,6 @@ from rerank_kernels import backend
 STEP = 150.0  # seconds without a step after which the worker counts as stuck
 MOST_WORKERS = 12
 RUN = pathlib.Path(__file__).parent / "run.py"
-PAIRS = "theirs"
 
 
 class Journal:
@@ -176,6 +175,9 @@ def main(args: argparse.Namespace, argv: Sequence[str], console: Console) -> int
     if args.worker is not None or args.share:
         with torch.no_grad():
             return work(args, table)
+    if not table:
+        console.print(f"--only {' '.join(args.only)} names no case; there are:\n  " + "\n  ".join(every), markup=False)
+        return 2
     if args.list:
         print("\n".join(table))
         return 0
@@ -323,7 +325,7 @@ def line_of(name: str, result: Mapping[str, Any]) -> str:
 
 
 def row(name: str, cells: Sequence[str]) -> str:
-    return f"{name:33s}" + "".join(f" {x:>6s}" for x in cells)
+    return f"{name:31s}" + "".join(f" {x:>6s}" for x in cells)
 
 
 def _columns(contestants: Mapping[str, Any]) -> tuple[str, ...]:
