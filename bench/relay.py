@@ -219,9 +219,7 @@ def _compile_first(args: argparse.Namespace, argv: Sequence[str], table: Mapping
     while any(p.poll() is None for p in processes) and time.time() < started + limit:
         time.sleep(0.2)
     for process in processes:
-        if process.poll() is None:
-            process.terminate()
-    for process in processes:
+        process.kill()
         process.wait()
     print(f"{count} processes compiled ahead: {time.time() - started:.0f} s", flush=True)
 

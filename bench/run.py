@@ -379,6 +379,11 @@ def _status(console: Console, words: str) -> Iterator[None]:
         yield
 
 
+def console() -> Console:
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=150)  # a file or a pipe has no width of its own
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Times beside stock PyTorch's; a correctness gate comes first.")
     parser.add_argument("--quick", action="store_true", help="short turns, and whole models cut to two layers")
@@ -391,6 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: other cases, backends cuda and triton (bench/device.py)"
     )
+    parser.add_argument("--against", metavar="REV", help="time another revision beside this one (bench/against.py)")
     parser.add_argument("--budget", metavar="S", type=float, help="with --device cuda: seconds (default: 240, 60 with --quick)")
     parser.add_argument("--no-compile", action="store_true", help="with --device cuda: leave torch.compile out")
     for hidden, kind in (("--worker", pathlib.Path), ("--share", str), ("--until", float)):
@@ -400,11 +406,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--threads must be at least 1, got {args.threads}")
     if args.json is not None and not args.json.resolve().parent.is_dir():
         parser.error(f"--json: there is no directory {args.json.resolve().parent}")
+    if args.against is not None:
+        import against
+
+        records, code = against.main(args, console())
+        if args.json is not None:
+            write_json(args.json, {"machine": machine(args.device), "against": args.against, "results": records})
+        return code
     if args.device == "cuda" or args.worker is not None:
         import relay
 
         args.budget = args.budget or (60.0 if args.quick else 240.0)
-        return relay.main(args, sys.argv[1:] if argv is None else argv, Console())
+        return relay.main(args, sys.argv[1:] if argv is None else argv, console())
     every = contests(args.quick)
     table = {n: b for n, b in every.items() if not args.only or any(o in n for o in args.only)}
     if not table:
@@ -413,27 +426,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(table))
         return 0
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)  # a file or a pipe has no width of its own
     torch.set_num_threads(args.threads)
+    out = console()
     facts = machine()
     if facts["load"] > 0.5 * facts["cores"]:
-        console.print(f"[yellow]The machine is busy (load {facts['load']} on {facts['cores']} cores): times mean little.[/]")
+        out.print(f"[yellow]The machine is busy (load {facts['load']} on {facts['cores']} cores): times mean little.[/]")
     with torch.no_grad():
         budget, at_least = (0.2, 3) if args.quick else (3.0, 5)
-        results = run(table, budget=budget, at_least=at_least, console=console)
+        results = run(table, budget=budget, at_least=at_least, console=out)
     if results is None:
         return 1
     facts["peak memory MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    show(console, facts, results)
+    show(out, facts, results)
     short = [r for r in results if r["verdict"] == "FALLS SHORT"]
     barred = sum(r["bar"] is not None for r in results)
     if barred:
-        console.print(f"bars: {barred - len(short)} of {barred} reached" + (f", {len(short)} FALL SHORT" if short else ""))
+        out.print(f"bars: {barred - len(short)} of {barred} reached" + (f", {len(short)} FALL SHORT" if short else ""))
     if args.json is not None:
         write_json(args.json, {"machine": facts, "quick": args.quick, "results": results})
-        console.print(f"written: {args.json}", markup=False)
+        out.print(f"written: {args.json}", markup=False)
     return 1 if args.strict and short else 0
 
 
