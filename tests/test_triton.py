@@ -259,6 +259,28 @@ def test_tensor_tiles_fit() -> None:
         assert taken == set(linear.tensor_tiles(arch))
 
 
+def test_a_gpu_that_nobody_looked_at_has_no_mode_tensor() -> None:
+    with (
+        simulated_triton(arch=100, starts=False),
+        pytest.raises(registry.BackendError, match=r"no mode 'tensor' for compute capability 10\.0.*backend 'cuda'"),
+    ):
+        rk.linear(torch.zeros(2, 16).half(), torch.zeros(2, 16).half(), mode="tensor")
+
+
+@pytest.mark.parametrize("m", [1, 33])
+def test_bmm_is_linear_of_each_pair(m: int) -> None:
+    from rerank_kernels.triton import linear
+
+    with simulated_triton(race=True):
+        for dtype, product, alone in (
+            (torch.float32, linear.bmm, linear.linear),
+            (torch.float16, linear.bmm_tensor, linear.linear_tensor),
+        ):
+            a, b = numbers("a", (3, m, 40), dtype), numbers("b", (3, 24, 40), dtype)
+            want = torch.stack([alone(x, y, None, None, None, torch.float32) for x, y in zip(a, b, strict=True)])
+            same(product(a, b, torch.float32), want, f"bmm of {m} rows, {dtype}")
+
+
 def test_who_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Triton compiles for other GPUs nobody has looked at; old ones lack the instructions."""
     from rerank_kernels import triton
