@@ -177,8 +177,8 @@ def forced(monkeypatch: pytest.MonkeyPatch, case: Case, way: int) -> None:
     monkeypatch.setattr(attention if case.op == "attention" else linear, "force", way)
 
 
-# a tile of its own for every way, compiled anew for each: `make test` takes a part of them
-OF_EACH_KIND = ("linear-768x96-gelu-residual", "linear-513x17-gelu", "attention-D32-H4of1-T70-window=(7,3)")
+# Triton compiles anew for every tile, dtype, window and address: `make test` takes these cases in float16
+OF_EACH_KIND = ("linear-768x96-gelu-residual", "attention-D32-H4of1-T70-window=(7,3)")
 in_halves = pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.exhaustive)])
 tensor_cases = pytest.mark.parametrize(
     "tensor_case",
@@ -188,6 +188,17 @@ tensor_cases = pytest.mark.parametrize(
     ],
     ids=str,
 )
+
+
+@pytest.mark.parametrize("label", OF_EACH_KIND)
+def test_the_promises_in_short(label: str) -> None:
+    """test_tensor.py has them in full."""
+    case = cases.in_tensor_mode(cases.get(label))
+    with tensor.simulated("triton", 2, race=True):
+        invariants.right(case, torch.float16)
+    with tensor.simulated("triton", 2):
+        invariants.batch_invariant(case, torch.float16)
+        invariants.padding_invariant(case, torch.float16)
 
 
 @in_halves
@@ -236,7 +247,7 @@ def one_kind(case: Case, dtype: torch.dtype, arch: int) -> None:
     assert found and all(re.fullmatch(want, f) for f in found), f"{case} for sm_{arch}: values differ by tile: {found}"
 
 
-@pytest.mark.parametrize("arch", [80, 90, 120])
+@pytest.mark.parametrize("arch", [90, *(pytest.param(a, marks=pytest.mark.exhaustive) for a in (80, 120))])
 @in_halves
 @tensor_cases
 def test_all_tiles_have_one_matrix_instruction(
@@ -470,7 +481,7 @@ def test_mutant_is_caught(name: str) -> None:
 
 
 # Whatever a tensor core's way of adding is, these are seen; the first is not seen by any number, but in the text.
-FALL = "attention-D16-H1of1-T1030"
+WINDOW = "attention-D32-H4of1-T70-window=(7,3)"
 TENSOR_MUTANTS: dict[str, tuple[Edit, str, Callable[[Case, torch.dtype], None]]] = {
     "few rows leave wgmma for mma.sync": (
         Edit("linear.py", "TensorTile(64, 32, 4, 6)", "TensorTile(16, 32, 4, 6)"),
@@ -494,17 +505,17 @@ TENSOR_MUTANTS: dict[str, tuple[Edit, str, Callable[[Case, torch.dtype], None]]]
             "for at in tl.range(whole, whole_end, KEY_TILE):\n"
             "        key = tl.where(B == 1, whole_end - KEY_TILE - at + whole, at)",
         ),
-        FALL,
+        "attention-D16-H2of1-T600-causal=True",
         invariants.batch_invariant,
     ),
     "values beyond the sequence are read": (
         Edit("attention.py", "value = tl.load(at, mask=(j < length)[:, None], other=0.0)", "value = tl.load(at)"),
-        FALL,
+        WINDOW,
         invariants.batch_invariant,
     ),
     "a mask off by one": (
         Edit("attention.py", "seen = (j < length)[None, :]", "seen = (j <= length)[None, :]"),
-        FALL,
+        WINDOW,
         invariants.right,
     ),
 }
