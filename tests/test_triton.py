@@ -177,8 +177,8 @@ def forced(monkeypatch: pytest.MonkeyPatch, case: Case, way: int) -> None:
     monkeypatch.setattr(attention if case.op == "attention" else linear, "force", way)
 
 
-# a tile of its own for every way, compiled anew for each: `make test` takes a part of them
-OF_EACH_KIND = ("linear-768x96-gelu-residual", "linear-513x17-gelu", "attention-D32-H4of1-T70-window=(7,3)")
+# Triton compiles anew for every tile, dtype, window and address: `make test` takes these cases in float16
+OF_EACH_KIND = ("linear-768x96-gelu-residual", "attention-D32-H4of1-T70-window=(7,3)")
 in_halves = pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.exhaustive)])
 tensor_cases = pytest.mark.parametrize(
     "tensor_case",
@@ -188,6 +188,17 @@ tensor_cases = pytest.mark.parametrize(
     ],
     ids=str,
 )
+
+
+@pytest.mark.parametrize("label", OF_EACH_KIND)
+def test_the_promises_in_short(label: str) -> None:
+    """test_tensor.py has them in full."""
+    case = cases.in_tensor_mode(cases.get(label))
+    with tensor.simulated("triton", 2, race=True):
+        invariants.right(case, torch.float16)
+    with tensor.simulated("triton", 2):
+        invariants.batch_invariant(case, torch.float16)
+        invariants.padding_invariant(case, torch.float16)
 
 
 @in_halves
@@ -236,7 +247,7 @@ def one_kind(case: Case, dtype: torch.dtype, arch: int) -> None:
     assert found and all(re.fullmatch(want, f) for f in found), f"{case} for sm_{arch}: values differ by tile: {found}"
 
 
-@pytest.mark.parametrize("arch", [80, 90, 120])
+@pytest.mark.parametrize("arch", [90, *(pytest.param(a, marks=pytest.mark.exhaustive) for a in (80, 120))])
 @in_halves
 @tensor_cases
 def test_all_tiles_have_one_matrix_instruction(
@@ -257,6 +268,28 @@ def test_tensor_tiles_fit() -> None:
             assert all(t.rows % 64 == 0 and t.warps in (4, 8) and t.rows // 64 >= t.warps // 4 for t in every)
         taken = {linear.choose_tensor(1, m, n, arch) for m in (1, 40, 300, 4096) for n in (96, 768, 3072, 8192)}
         assert taken == set(linear.tensor_tiles(arch))
+
+
+def test_a_gpu_that_nobody_looked_at_has_no_mode_tensor() -> None:
+    with (
+        simulated_triton(arch=100, starts=False),
+        pytest.raises(registry.BackendError, match=r"no mode 'tensor' for compute capability 10\.0.*backend 'cuda'"),
+    ):
+        rk.linear(torch.zeros(2, 16).half(), torch.zeros(2, 16).half(), mode="tensor")
+
+
+@pytest.mark.parametrize("m", [1, 33])
+def test_bmm_is_linear_of_each_pair(m: int) -> None:
+    from rerank_kernels.triton import linear
+
+    with simulated_triton(race=True):
+        for dtype, product, alone in (
+            (torch.float32, linear.bmm, linear.linear),
+            (torch.float16, linear.bmm_tensor, linear.linear_tensor),
+        ):
+            a, b = numbers("a", (3, m, 40), dtype), numbers("b", (3, 24, 40), dtype)
+            want = torch.stack([alone(x, y, None, None, None, torch.float32) for x, y in zip(a, b, strict=True)])
+            same(product(a, b, torch.float32), want, f"bmm of {m} rows, {dtype}")
 
 
 def test_who_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,7 +481,7 @@ def test_mutant_is_caught(name: str) -> None:
 
 
 # Whatever a tensor core's way of adding is, these are seen; the first is not seen by any number, but in the text.
-FALL = "attention-D16-H1of1-T1030"
+WINDOW = "attention-D32-H4of1-T70-window=(7,3)"
 TENSOR_MUTANTS: dict[str, tuple[Edit, str, Callable[[Case, torch.dtype], None]]] = {
     "few rows leave wgmma for mma.sync": (
         Edit("linear.py", "TensorTile(64, 32, 4, 6)", "TensorTile(16, 32, 4, 6)"),
@@ -472,17 +505,17 @@ TENSOR_MUTANTS: dict[str, tuple[Edit, str, Callable[[Case, torch.dtype], None]]]
             "for at in tl.range(whole, whole_end, KEY_TILE):\n"
             "        key = tl.where(B == 1, whole_end - KEY_TILE - at + whole, at)",
         ),
-        FALL,
+        "attention-D16-H2of1-T600-causal=True",
         invariants.batch_invariant,
     ),
     "values beyond the sequence are read": (
         Edit("attention.py", "value = tl.load(at, mask=(j < length)[:, None], other=0.0)", "value = tl.load(at)"),
-        FALL,
+        WINDOW,
         invariants.batch_invariant,
     ),
     "a mask off by one": (
         Edit("attention.py", "seen = (j < length)[None, :]", "seen = (j <= length)[None, :]"),
-        FALL,
+        WINDOW,
         invariants.right,
     ),
 }
