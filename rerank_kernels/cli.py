@@ -182,7 +182,24 @@ def _parser() -> argparse.ArgumentParser:
         "--no-process", action="store_true", help="leave out the check in a fresh process, which loads the model again"
     )
 
-    command("info", _info, "Say what is installed, what can run here, and why the rest cannot.")
+    info = command("info", _info, "Say what is installed, what can run here, and why the rest cannot.")
+    info.add_argument(
+        "--plan", action="store_true", help="instead: what mode tensor does on a GPU: matrix instructions and tiles, as a table"
+    )
+    info.add_argument(
+        "--arch",
+        type=_positive,
+        action="append",
+        metavar="N",
+        help="of --plan: architecture 80, 86, 89, 90, 100 or 120 (default: this machine's GPU, else 80 and 90)",
+    )
+    info.add_argument(
+        "--model", action="append", metavar="SHAPE", help="of --plan: shape:NAME (default: bge-reranker-base and -large)"
+    )
+    info.add_argument(
+        "--linear", type=_positive, nargs=2, action="append", metavar=("N", "K"), help="of --plan: a weight [N, K] of your own"
+    )
+    info.add_argument("--head", type=_positive, action="append", metavar="D", help="of --plan: a head of D features")
     return parser
 
 
@@ -294,7 +311,50 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _plan(args: argparse.Namespace) -> int:
+    import torch
+    from rich.table import Table
+
+    from rerank_kernels.plan import has_triton, plan
+    from rerank_kernels.verify.models import SHAPE, SHAPES
+
+    architectures = args.arch
+    if architectures is None:
+        here = {10 * major + minor for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))}
+        architectures = sorted(here) or [80, 90]
+    linears, heads = [tuple(nk) for nk in args.linear or ()], list(args.head or ())
+    models = args.model or ([] if linears or heads else ["shape:bge-reranker-base", "shape:bge-reranker-large"])
+    for name in models:
+        shape = SHAPES.get(name.removeprefix(SHAPE))
+        if shape is None:
+            raise InputError(f"--model {name}: no such shape; there are {', '.join(SHAPE + n for n in SHAPES)}")
+        hidden, inner = shape["hidden"], shape["inner"]
+        linears += [(hidden, hidden), (inner, hidden), (hidden, inner)]
+        heads.append(hidden // shape["heads"])
+    table = Table(title="mode tensor, fp16 and bf16, float32 sums", title_justify="left")
+    for name in ("op", "features", "GPU", "backend", "instruction", "in a sum", "tiles, rows x columns: threads, shared KB"):
+        table.add_column(name, no_wrap=not name.startswith("tiles"))
+    try:
+        for arch in architectures:
+            for row in plan(arch, list(dict.fromkeys(linears)), list(dict.fromkeys(heads))):
+                shown = ((t, f", {t.shared / 1024:.1f}" if t.shared else "") for t in row.tiles)
+                tiles = [f"{t.rows}x{t.columns}: {t.threads}{kilobytes}" for t, kilobytes in shown]
+                table.add_row(
+                    row.op, row.features, f"sm_{row.arch}", row.backend, row.instruction, str(row.count), "; ".join(tiles)
+                )
+    except ValueError as error:
+        _fail_with(error)
+    with _naming(STDOUT):
+        console = _console()
+        console.print(table)
+        if not has_triton():
+            console.print("triton: Triton is not installed (pip install triton); its rows are left out", markup=False)
+    return 0
+
+
 def _info(args: argparse.Namespace) -> int:
+    if args.plan:
+        return _plan(args)
     from rich.table import Table
 
     from rerank_kernels.backend import BACKENDS, backends

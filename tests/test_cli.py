@@ -468,6 +468,32 @@ def test_info(capsys) -> None:
         assert word in out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
+def test_mode_and_device(capsys, folder, pairs) -> None:
+    said = bad(capsys, "score", folder, pairs, "--mode", "tensor")
+    assert said.startswith("patch: mode 'tensor' needs weights in float16 or bfloat16") and "is torch.float32" in said
+    said = bad(capsys, "rank", folder, "--query", "q", pairs, "--mode", "tensor", "--dtype", "fp16")
+    assert "needs a GPU's tensor cores, and none can be used here; cuda: " in said and "; triton: " in said
+    assert bad(capsys, "verify", folder, "--mode", "tensor", "--dtype", "bf16").startswith("patch: mode 'tensor' needs a GPU's")
+    assert bad(capsys, "score", folder, pairs, "--device", "cuda").startswith("--device cuda: ")
+    assert bad(capsys, "score", folder, pairs, "--device", "no such").startswith("--device no such: ")
+    assert run(capsys, "score", folder, pairs, "--device", "cpu", "--mode", "portable")[0] == 0
+
+
+def test_info_plan(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = run(capsys, "info", "--plan", "--arch", 80, "--arch", 90, "--model", "shape:bge-reranker-base", "--head", 96)
+    assert code == 0 and "sm_80" in out and "sm_90" in out and "mma.sync m16n8k16" in out
+    assert "N 3072, K 768" in out and "head 64" in out and "head 96" in out and "1024" not in out
+    code, out, _ = run(capsys, "info", "--plan", "--arch", 86, "--linear", 5, 40)
+    assert code == 0 and "N 5, K 40" in out and "head" not in out
+    if not torch.cuda.is_available():
+        out = run(capsys, "info", "--plan")[1]
+        assert "N 4096, K 1024" in out and "sm_80" in out and "sm_90" in out and "sm_86" not in out
+    assert bad(capsys, "info", "--plan", "--arch", 75).startswith("plan: arch must be one of 80, 86, ")
+    assert bad(capsys, "info", "--plan", "--model", "shape:huge").startswith("--model shape:huge: no such shape; ")
+
+
 def test_info_without_the_library_says_why(capsys, monkeypatch) -> None:
     reason = "the C++ library was not built"
     monkeypatch.setattr(rk.backend, "missing", lambda name: reason if name == "cpu" else None)
