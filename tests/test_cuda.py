@@ -134,15 +134,16 @@ def test_every_way_of_a_launcher_gives_the_same_bits(kernel: str, dtype: torch.d
 @pytest.mark.parametrize("half", tensor.HALVES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("kernel", sorted(set(ALL_LAUNCHERS) - set(LAUNCHERS)))
 def test_every_way_of_a_tensor_launcher_gives_the_same_bits(kernel: str, half: torch.dtype) -> None:
-    """However a tensor core adds: the ways issue the same matrix instructions for an output."""
+    """The ways issue the same matrix instructions for an output: shown with tensor cores that cut off what they add, and with
+    such as add backwards."""
     for case in tensor.CASES:
         if f"{MADE_OF_TENSOR.get(case.op, case.op)}_tensor" == kernel:
             rows, shared = case.make_rows(half), case.make_shared(half)
-            for model in tensor.MODELS:
+            for model, how in ((2, dict(race=True, sched=2)), (3, dict(sched=1))):
                 with tensor.simulated("cuda", model):
                     want = case.call(rows, shared)
                 for way in range(simulated.launchers()[kernel]):
-                    with tensor.simulated("cuda", model, race=model == 2, sched=model % 3), simulated.forced(kernel, way):
+                    with tensor.simulated("cuda", model, **how), simulated.forced(kernel, way):
                         all_same(case.call(rows, shared), want, f"{case}, {kernel} way {way}, tensor cores: {model}")
 
 
@@ -205,6 +206,24 @@ def test_bmm_is_linear_entry_by_entry(batch: int, m: int, k: int, n: int) -> Non
                 assert got.shape == (batch, m, n)
                 for i in range(batch):
                     same(got[i], single(a[i], b[i], None, None, None, torch.float32), f"{kernel} way {way}, entry {i}")
+
+
+@pytest.mark.parametrize("half", tensor.HALVES, ids=lambda d: str(d)[6:])
+def test_tensor_sparse_ffn_of_few_rows_and_of_many(half: torch.dtype) -> None:
+    """Few rows skip what is inactive, many do not. Terms that cancel leave nothing in the first product but what was lost in
+    rounding: another order of its sum is not another last bit but other neurons.
+    """
+    u, v, turned = numbers("u", (20, 100), half), numbers("v", (70, 100), half), torch.arange(100) * 37 % 100
+    x, w = torch.cat([u, u[:, turned]], 1), torch.cat([v, -v[:, turned]], 1)
+    other, down = numbers("o", w.shape, half), numbers("d", (9, 70), half, 2.0**10)
+    for gate in (None, w):
+        up = w if gate is None else other
+        with tensor.simulated("cuda", 2):
+            many = rk.sparse_ffn(x, up, down, gate_weight=gate, mode="tensor")
+            assert many.count_nonzero() > many.numel() / 2
+            for start, stop in ((0, 1), (1, 3), (13, 20)):
+                few = rk.sparse_ffn(x[start:stop], up, down, gate_weight=gate, mode="tensor")
+                same(few, many[start:stop], f"rows {start}:{stop}, {'no gate' if gate is None else 'gate'}")
 
 
 # ---- end to end

@@ -20,6 +20,7 @@ import cases
 import conftest
 import invariants
 import tensor
+import test_cuda
 from cases import Case
 from conftest import ran
 from invariants import all_same
@@ -121,7 +122,7 @@ MUTANTS = [
             "        }\n"
             "        if (last) break;",
         ),
-        "linear-768x96-gelu-residual",
+        "linear-1536x24-float32",
         invariants.batch_invariant,
         DIFFER,
     ),
@@ -139,7 +140,7 @@ MUTANTS = [
             '                            : "+f"(sum[i][j][0]), "+f"(sum[i][j][1]), "+f"(sum[i][j][2]), "+f"(sum[i][j][3])\n'
             '                            : "r"(a[i][2 * h]), "r"(a[i][2 * h + 1]), "r"(b[j][h]));',
         ),
-        "linear-768x96-gelu-residual",
+        "linear-1536x24-float32",
         every_way,
         DIFFER,
         model=3,
@@ -161,7 +162,7 @@ MUTANTS = [
         Edit("tensor/mma.cuh", "if (e < valid) pairs[e / 2] |=", "pairs[e / 2] |="),
         "linear-513x17-gelu",
         invariants.right,
-        "beyond the bound|out of bounds|outside",
+        "beyond the bound|out-of-bounds",
     ),
     Mutant(
         "the last k are left out where they do not fill an instruction",
@@ -207,9 +208,7 @@ def test_mutant_is_caught(mutant: Mutant) -> None:
 
 def test_sparse_ffn_of_many_rows_in_portable_products_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows and many take two ways; here only one of them has tensor cores."""
-    case = cases.in_tensor_mode(cases.get("sparse_ffn-33x513x17-bias"))
-    with tensor.simulated("cuda", 2):
-        invariants.batch_invariant(case, HALF)
-        monkeypatch.setattr(sparse_ffn, "linear_tensor", sparse_ffn.linear)
-        with pytest.raises(AssertionError, match=DIFFER):
-            invariants.batch_invariant(case, HALF)
+    test_cuda.test_tensor_sparse_ffn_of_few_rows_and_of_many(HALF)
+    monkeypatch.setattr(sparse_ffn, "linear_tensor", sparse_ffn.linear)
+    with pytest.raises(AssertionError, match=DIFFER):
+        test_cuda.test_tensor_sparse_ffn_of_few_rows_and_of_many(HALF)

@@ -128,18 +128,19 @@ class Code:
         return found
 
     def hot(self) -> tuple[int, int]:
-        """Of the loop that is densest in FFMA, or in HMMA, which is where a kernel that computes spends its time: these, and
-        all its instructions, both without the loops inside it; (0, 0) without such a loop. One that divides is an epilogue's,
-        if there is another.
+        """Of the loop that is densest in FFMA, which is where a kernel that computes spends its time: these, and all its
+        instructions, both without the loops inside it; (0, 0) without such a loop. One that divides is an epilogue's, if there
+        is another. With tensor cores, of the loop with most HMMA: its instructions are also those for rows at odd addresses.
         """
-        what, least = ("HMMA", 4) if self.count("HMMA") else ("FFMA", 8)
+        matrix = self.count("HMMA") > 0
+        what, least = ("HMMA", 4) if matrix else ("FFMA", 8)
         found = []
         for a, b in self.loops:
             inside = {i for c, d in self.loops if (c, d) != (a, b) and a <= c and d <= b for i in range(c, d + 1)}
             own = [self.ops[i] for i in range(a, b + 1) if i not in inside]
             fma = sum(op.startswith(what) for op in own)
             if fma >= least:
-                found.append((not any(op.startswith("MUFU") for op in own), fma / len(own), fma, len(own)))
+                found.append((not any(op.startswith("MUFU") for op in own), fma if matrix else fma / len(own), fma, len(own)))
         return max(found, default=(False, 0.0, 0, 0))[2:]
 
 
