@@ -75,11 +75,14 @@ __device__ __forceinline__ void fetch_tile(unsigned to, const T* from, int64_t s
     const int piece = threadIdx.x % ACROSS, valid = min(max(D - piece * 8, 0), 8);
     const int rows = min(KEY_TILE, (live + STEP - 1) / STEP * STEP);  // nobody reads further
     if (PIECES < ACROSS && piece >= PIECES) return;
-    for (int r = threadIdx.x / ACROSS; r < rows; r += blockDim.x / ACROSS) {
-        const int some = r < live ? valid : 0;
-        const T* at = from + (some ? r * stride + piece * 8 : 0);
-        copy_halves(to + place<Head<WIDTH>::ROW>(r, piece), at, some, wide);
-    }
+    const auto each_row = [&](auto copy) {
+        for (int r = threadIdx.x / ACROSS; r < rows; r += blockDim.x / ACROSS) {
+            const int some = r < live ? valid : 0;
+            copy(to + place<Head<WIDTH>::ROW>(r, piece), from + (some ? r * stride + piece * 8 : 0), some);
+        }
+    };
+    if (wide) each_row([](unsigned at, const T* halves, int some) { copy_halves(at, halves, some); });
+    else each_row([](unsigned at, const T* halves, int some) { copy_halves_one_by_one(at, halves, some); });
 }
 
 // Two neighbours, of which `valid` exist.
