@@ -33,7 +33,7 @@ def compiled() -> None:
         return
     simulated.library()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda m: simulated.module(cases.OPS[cases.get(m.case).op], "80", m.edit), MUTANTS))
+        list(pool.map(lambda m: simulated.ptx(cases.OPS[cases.get(m.case).op], "80", m.edit), MUTANTS))
 
 
 @pytest.fixture(autouse=True)

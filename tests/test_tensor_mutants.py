@@ -39,7 +39,7 @@ def compiled() -> None:
         return
     simulated.library()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda m: simulated.module("tensor/linear", "80", m.edit), MUTANTS))
+        list(pool.map(lambda m: simulated.ptx("tensor/linear", "80", m.edit), MUTANTS))
 
 
 @pytest.fixture(autouse=True)
