@@ -292,11 +292,21 @@ def _cell(contestant: Mapping[str, Any] | None) -> str:
     return "WRONG" if "wrong" in contestant else "error" if "error" in contestant else report.digits(contestant["ms"])
 
 
-def _reach(result: Mapping[str, Any], best: Mapping[str, Any]) -> str:
-    """TFLOP/s (T) where a call has a hundred operations or more for every byte, else GB/s (G)."""
+def reach(result: Mapping[str, Any]) -> str:
+    """Our best: TFLOP/s (T) where a call has a hundred operations or more for every byte, else GB/s (G)."""
+    c = result["contestants"]
+    if (name := _best(c, [n for n in c if c[n]["ours"]])) is None:
+        return "-"
     if result["flops"] >= 100 * result["bytes"]:
-        return f"{result['flops'] / best['ms'] * 1e-9:.1f}T"
-    return f"{result['bytes'] / best['ms'] * 1e-6:.0f}G"
+        return f"{result['flops'] / c[name]['ms'] * 1e-9:.1f}T"
+    return f"{result['bytes'] / c[name]['ms'] * 1e-6:.0f}G"
+
+
+def best_ratio(contestants: Mapping[str, Mapping[str, Any]], mode: str) -> tuple[str, str, float] | None:
+    """Our best in this mode, the best of theirs, and theirs / ours."""
+    ours = _best(contestants, [n for n in contestants if contestants[n]["ours"] and n.endswith(mode)])
+    theirs = _best(contestants, [n for n in contestants if not contestants[n]["ours"]])
+    return None if ours is None or theirs is None else (ours, theirs, ratios(contestants)[ours][theirs])
 
 
 def _best(contestants: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str | None:
@@ -312,13 +322,10 @@ def line_of(name: str, result: Mapping[str, Any]) -> str:
     cells = [_cell(c.get(n)) for n in _columns(c)]
     cells.append(next((_cell(c[n]) for n in FIRST if n in c), "-"))
     cells.append(f"{_cell(c[other])}{LETTERS[other]}" if other else "-")
-    best_of_theirs = _best(c, theirs)
     for mode in ("portable", "tensor"):
-        ours = _best(c, [n for n in c if c[n]["ours"] and n.endswith(mode)])
-        ratio = ratios(c)[ours][best_of_theirs] if ours and best_of_theirs else None
-        cells.append("-" if ratio is None else f"{ratio:.2f}")
-    best = _best(c, [n for n in c if c[n]["ours"]])
-    cells.append(_reach(result, c[best]) if best else "-")
+        found = best_ratio(c, mode)
+        cells.append("-" if found is None else f"{found[2]:.2f}")
+    cells.append(reach(result))
     return row(name, cells)
 
 
