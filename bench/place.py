@@ -14,8 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import relay
-from report import ROOT, digits, kept
+from results import ROOT, best_ratio, digits, kept, reach
 
 PAGES = ("README.md", "docs/GPU.md", "docs/SPEED.md")
 Content = Mapping[str, Any]
@@ -45,14 +44,14 @@ def gpu(content: Content, models: bool) -> str:
         cells = [r["case"]]
         theirs = ""
         for mode in ("portable", "tensor"):
-            found = relay.best_ratio(r["contestants"], mode)
+            found = best_ratio(r["contestants"], mode)
             if found is None:
                 cells += ["-", "-"]
                 continue
             ours, rival, ratio = found
             theirs = f"{digits(r['contestants'][rival]['ms'])} ms, {rival}"
             cells += [f"{digits(r['contestants'][ours]['ms'])} ms, {ours.partition(' ')[0]}", f"{ratio:.2f}"]
-        rows.append((cells[0], theirs or "-", *cells[1:], relay.reach(r)))
+        rows.append((cells[0], theirs or "-", *cells[1:], reach(r)))
     heads = ("", "theirs, the best", "portable", "theirs / portable", "tensor", "theirs / tensor", "ours reaches")
     return markdown(heads, rows)
 

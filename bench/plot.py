@@ -19,8 +19,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
-import relay
-from report import ROOT, kept
+from results import ROOT, best_ratio, kept
 
 # text stays text, ids and dates stay the same: a figure of the same data is the same file
 matplotlib.rcParams |= {
@@ -64,7 +63,7 @@ def gpu_prices(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     for r in content["results"]:
         if r["group"] != "model":
             for mode in ("portable", "tensor"):
-                if found := relay.best_ratio(r["contestants"], mode):
+                if found := best_ratio(r["contestants"], mode):
                     prices.setdefault(r["case"], {})[mode] = found[2]
     return prices
 

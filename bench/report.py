@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from results import ROOT
 
 import rerank_kernels as rk
 from rerank_kernels import backend
 
-ROOT = pathlib.Path(__file__).parent.parent
 SMI = "name driver_version clocks.sm clocks.mem clocks.max.sm power.draw power.limit temperature.gpu"
 
 
@@ -94,25 +94,6 @@ def _said(command: Sequence[str], pattern: str) -> str | None:
     done = subprocess.run(command, capture_output=True, text=True)
     match = re.search(pattern, done.stdout) if done.returncode == 0 else None
     return match.group(1) if match else None
-
-
-def kept(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """ "cpu", "cuda", "scaling-cpu", "scaling-cuda" -> the newest whole run in `folder`; quick runs and --against are none."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime):
-        content = json.loads(path.read_text())
-        if content.get("quick") or "against" in content:
-            continue
-        device = content.get("device", "cpu")
-        if "scaling" in content:
-            found[f"scaling-{device}"] = content
-        elif "results" in content:
-            found[device] = content
-    return found
-
-
-def digits(ms: float) -> str:
-    return f"{ms:.{0 if ms >= 1000 else 1 if ms >= 100 else 2 if ms >= 1 else 3}f}"
 
 
 def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:

@@ -36,7 +36,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 
 import shapes
-from report import digits, machine, write_json
+from report import machine, write_json
+from results import digits
 
 import cases
 import invariants
