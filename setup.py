@@ -236,7 +236,7 @@ def extensions() -> tuple[list, dict]:
         host = [f"-Xcompiler={flag}" for flag in ("-fPIC", "-fvisibility=hidden", *NUMERIC_FLAGS)]
         cuda = CUDAExtension(
             CUDA,
-            sorted(str(p.relative_to(ROOT)) for kind in ("*.cpp", "*.cu") for p in (ROOT / "csrc" / "cuda").glob(kind)),
+            sorted(str(p.relative_to(ROOT)) for kind in ("*.cpp", "*.cu") for p in (ROOT / "csrc" / "cuda").rglob(kind)),
             extra_compile_args={"cxx": [*FLAGS, stable, "-DUSE_CUDA"], "nvcc": [*with_cuda.flags, *with_cuda.gencode, *host]},
             depends=[*headers, *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cuh"))],
             py_limited_api=True,

@@ -71,10 +71,10 @@ RK_FN float scale_by_exp2(float p, float t) {
 // exp(x), error below 1 ulp, results below 2^-126 included. exp(0) = 1; 0 below -104; inf above 88.72284; NaN stays NaN.
 // x = n log 2 + r, |r| <= log(2) / 2; exp(r) = 1 + r + r^2 q(r). Coefficients from csrc/fit.py.
 //
-// exp_within: for -170 <= x < 89, where nothing needs clamping.
+// exp_fraction: exp(x) / 2^n, near 1; t = n + ROUND_MAGIC.
 template <class F>
-RK_FN F exp_within(F x) {
-    const F t = fmadd(x, F(0x1.715476p+0f), F(ROUND_MAGIC));
+RK_FN F exp_fraction(F x, F& t) {
+    t = fmadd(x, F(0x1.715476p+0f), F(ROUND_MAGIC));
     const F n = t - F(ROUND_MAGIC);
     F r = fmadd(n, F(-0x1.62e400p-1f), x);  // log 2 in two parts; n times the first is exact
     r = fmadd(n, F(-0x1.7f7d1cp-20f), r);
@@ -82,8 +82,15 @@ RK_FN F exp_within(F x) {
     q = fmadd(q, r, F(0x1.5554c0p-5f));
     q = fmadd(q, r, F(0x1.555492p-3f));
     q = fmadd(q, r, F(0.5f));
-    F p = fmadd(q, r, F(1.0f));
-    p = fmadd(p, r, F(1.0f));
+    const F p = fmadd(q, r, F(1.0f));
+    return fmadd(p, r, F(1.0f));
+}
+
+// exp_within: for -170 <= x < 89, where nothing needs clamping.
+template <class F>
+RK_FN F exp_within(F x) {
+    F t;
+    const F p = exp_fraction(x, t);
     return scale_by_exp2(p, t);
 }
 

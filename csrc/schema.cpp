@@ -16,15 +16,20 @@ STABLE_TORCH_LIBRARY(RK_LIBRARY, m) {
     // linear
     m.def("pack_weight(Tensor weight) -> Tensor");
     m.def("linear(Tensor x, Tensor packed, int N, Tensor? bias, int activation, Tensor? residual, ScalarType out_dtype) -> Tensor");
+    m.def("linear_tensor(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor? residual, ScalarType out_dtype) -> Tensor");
+    m.def("bmm(Tensor a, Tensor b, ScalarType out_dtype) -> Tensor");
+    m.def("bmm_tensor(Tensor a, Tensor b, ScalarType out_dtype) -> Tensor");
     m.def("activation(Tensor x, int kind, ScalarType out_dtype) -> Tensor");
     // attention
     m.def("attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int left, int right, float scale) -> Tensor");
+    m.def("attention_tensor(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int left, int right, float scale) -> Tensor");
     // pooling
     m.def("pool(Tensor x, Tensor cu_seqlens, bool mean, ScalarType out_dtype) -> Tensor");
     m.def("score_head(Tensor pooled, Tensor? dense_packed, int P, Tensor? dense_bias, int activation, Tensor out_packed, int L, Tensor? out_bias) -> (Tensor, Tensor, Tensor)");
     // sparse_ffn
     m.def("transpose_weight(Tensor weight) -> Tensor");
     m.def("sparse_ffn(Tensor x, Tensor first_weight, Tensor? first_bias, Tensor first_packed, Tensor? slack, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias) -> Tensor");
+    m.def("sparse_ffn_tensor(Tensor x, Tensor first_weight, Tensor? first_bias, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias) -> Tensor");
     // which instruction set the cpu kernels use: "auto", "avx512", "avx2", "scalar"; "" only asks. For tests and info.
     m.def("force_isa(str name) -> str");
     // the CUDA launchers that have several ways to serve a call, "linear 7, attention 2"; force_launch: which of them one takes,

@@ -5,7 +5,7 @@ from rerank_kernels.binding import PatchError
 from rerank_kernels.hf import Report, patch, unpatch
 from rerank_kernels.native.pack import forget
 from rerank_kernels.ops.attention import attention
-from rerank_kernels.ops.linear import activation, linear
+from rerank_kernels.ops.linear import activation, bmm, linear
 from rerank_kernels.ops.norm import layer_norm
 from rerank_kernels.ops.pooling import HeadOutput, pool, score_head, sigmoid
 from rerank_kernels.ops.softmax import mean, softmax, sum  # noqa: A004  torch's name
@@ -27,6 +27,7 @@ __all__ = [
     "activation",
     "attention",
     "backends",
+    "bmm",
     "forget",
     "layer_norm",
     "linear",

@@ -1,8 +1,9 @@
 """The one registry: which backends there are, why the others are not, and who serves an op on a device.
 
-The choice depends on the op, the device and the user's word, never on a shape: default by device (cpu: "cpu", else
-"pytorch"; cuda: "cuda"), changed by `with use("pytorch")` or RERANK_KERNELS_BACKEND. Asked for and missing is an error;
-nothing falls back quietly. A new backend is one folder with the six family names and one entry in BACKENDS.
+The choice depends on the op, the device, the mode and the user's word, never on a shape: default by device (cpu: "cpu", else
+"pytorch"; cuda: "cuda", else "triton"), changed by RERANK_KERNELS_BACKEND, by `with use("pytorch")`, and for one model by
+patch(model, backend="triton"); the narrower word wins. Asked for and missing is an error; nothing falls back quietly.
+A new backend is one folder with the six family names and one entry in BACKENDS.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ OPS = {
     "sum": "softmax",
     "mean": "softmax",
     "linear": "linear",
+    "bmm": "linear",
     "activation": "linear",
     "attention": "attention",
     "pool": "pooling",
@@ -82,14 +84,18 @@ BACKENDS = {
     )
 }
 
-_asked: ContextVar[str | None] = ContextVar("rerank_kernels_backend", default=None)
+_asked: ContextVar[tuple[str, str] | None] = ContextVar("rerank_kernels_backend", default=None)  # (backend, who asked)
 
 
 @contextlib.contextmanager
-def use(name: str) -> Iterator[None]:
-    """Serve every op inside the block from backend `name`; re-entrant, restored on any exit, per thread and task."""
-    _get(name, f"use({name!r})")
-    token = _asked.set(name)
+def use(name: str, *, asked_by: str | None = None) -> Iterator[None]:
+    """Serve every op inside the block from backend `name`; re-entrant, restored on any exit, per thread and task.
+
+    asked_by: what errors call whoever asked, "use('cpu')" if not given.
+    """
+    asked_by = asked_by or f"use({name!r})"
+    get(name, asked_by)
+    token = _asked.set((name, asked_by))
     try:
         yield
     finally:
@@ -99,11 +105,12 @@ def use(name: str) -> Iterator[None]:
 def active(device: torch.device | str = "cpu") -> Backend:
     """The backend that serves `device` now."""
     kind = torch.device(device).type
-    name, asked_by = _asked.get(), "use(...)"
-    if name is None:
-        name, asked_by = os.environ.get(ENVIRONMENT) or None, ENVIRONMENT
-    if name is not None:
-        chosen = _get(name, asked_by)
+    asked = _asked.get()
+    if asked is None and (name := os.environ.get(ENVIRONMENT)):
+        asked = name, ENVIRONMENT
+    if asked is not None:
+        name, asked_by = asked
+        chosen = get(name, asked_by)
         if kind not in chosen.devices:
             raise BackendError(f"backend {name!r} (asked for by {asked_by}) does not serve {kind} tensors; {_who(kind)}")
         return chosen
@@ -142,7 +149,8 @@ def _load(name: str, op: str) -> Callable[..., Any]:
     return function
 
 
-def _get(name: str, asked_by: str) -> Backend:
+def get(name: str, asked_by: str) -> Backend:
+    """Backend `name`, or an error that says who asked for it, why it is not there, and what is."""
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r} (asked for by {asked_by}); there are {', '.join(BACKENDS)}")
     if reason := missing(name):
@@ -162,34 +170,60 @@ def _who(kind: str) -> str:
 
 
 class BackendTable(dict[str, dict[str, str]]):
-    """op -> backend -> "yes" or the reason of the gap; prints as a table."""
+    """op -> backend -> "yes" or the reason of the gap; prints as a table.
+
+    .tensor: the same for the ops that compute otherwise in mode "tensor".
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensor: dict[str, dict[str, str]] = {}
+
+    def rows(self) -> Iterator[tuple[str, dict[str, str]]]:
+        """Rows to show: each op, and below it the one of mode "tensor" where that is another."""
+        for op, row in self.items():
+            yield op, row
+            if op in self.tensor:
+                yield f"{op}, mode tensor", self.tensor[op]
+
+    def promises(self) -> Iterator[str]:
+        """A line for each backend: what it serves and promises in which mode, or why it is not there."""
+        for b in BACKENDS.values():
+            in_tensor = f"; in mode tensor {', '.join(b.tensor)}, on one GPU architecture" if b.tensor else ""
+            there = f"serves {', '.join(b.devices)}; promises {', '.join(b.promises)}{in_tensor}"
+            yield f"{b.name}: {missing(b.name) or there}"
 
     def __str__(self) -> str:
-        wide = max(len(op) for op in self) + 2
+        rows = dict(self.rows())
+        wide = max(len(op) for op in rows) + 2
         lines = ["op".ljust(wide) + "".join(name.ljust(10) for name in BACKENDS)]
-        lines += [
-            op.ljust(wide) + "".join(("yes" if v == "yes" else "-").ljust(10) for v in row.values()) for op, row in self.items()
-        ]
-        for b in BACKENDS.values():
-            lines.append(
-                f"{b.name}: {missing(b.name) or 'serves ' + ', '.join(b.devices) + '; promises ' + ', '.join(b.promises)}"
-            )
-        return "\n".join(lines)
+        for op, row in rows.items():
+            lines.append(op.ljust(wide) + "".join(("yes" if v == "yes" else "-").ljust(10) for v in row.values()))
+        return "\n".join([*lines, *self.promises()])
 
     __repr__ = __str__
 
 
 def backends() -> BackendTable:
-    """Which backend has which op here, and why not where it has not."""
+    """Which backend has which op here in which mode, and why not where it has not."""
     table = BackendTable()
     for op in OPS:
-        table[op] = {}
-        for name in BACKENDS:
-            reason = missing(name)
-            if reason is None:
-                try:
-                    _load(name, op)
-                except BackendError as error:
-                    reason = str(error)
-            table[op][name] = reason or "yes"
+        table[op] = {name: _gap(name, op) or "yes" for name in BACKENDS}
+        if op in TENSOR_OPS:
+            table.tensor[op] = {name: no_tensor_cores(name) or _gap(name, f"{op}_tensor") or "yes" for name in BACKENDS}
     return table
+
+
+def no_tensor_cores(name: str) -> str | None:
+    """Why backend `name` cannot serve mode "tensor" here, None if it can."""
+    return missing(name) if BACKENDS[name].tensor else "has no mode tensor"
+
+
+def _gap(name: str, function: str) -> str | None:
+    if reason := missing(name):
+        return reason
+    try:
+        _load(name, function)
+    except BackendError as error:
+        return str(error)
+    return None

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rerank_kernels import backend as registry
+from rerank_kernels.ops.mode import of_the_model
+
+NOT_COMPILED = (
+    "a patched model runs as it is, for fused arithmetic has other bits: torch.compile works around it without fullgraph=True; "
+    "the ops alone (rk.linear, ...) compile with fullgraph=True"
+)
 
 
 class PatchError(RuntimeError):
@@ -15,6 +25,8 @@ class PatchError(RuntimeError):
 
 class Forward:
     """The `forward` of one module, found in FORWARDS by its class; counts its calls.
+
+    It computes in `mode`, served by `backend` where one was chosen, whatever the program around it has set.
 
     Not a types.MethodType: that pickles as getattr(module, name), and comes back as the class's own forward, unpatched, without
     a word. This one copies and pickles with its module, and a copy's forward reads the copy's weights.
@@ -25,15 +37,29 @@ class Forward:
         if _serve is _serve_eagerly:
             # torch.compile must call it, not look inside: fused arithmetic has other bits. Here and not at import, for the
             # compiler takes seconds to import; in __new__, for pickle and deepcopy pass here too.
-            _serve = torch.compiler.disable(_serve_eagerly)
+            _serve = torch.compiler.disable(_serve_eagerly, reason=NOT_COMPILED)
         return super().__new__(cls)
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, mode: str = "portable", backend: str | None = None) -> None:
         self.module = module
+        self.mode = mode
+        self.backend = backend
         self.calls = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _serve(self, args, kwargs)
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Ops inside the block are this forward's: counted, in its mode, on its backend, without gradients."""
+        self.calls += 1
+        with contextlib.ExitStack() as stack:
+            if self.backend is not None:
+                asked_by = f"patch(model, backend={self.backend!r})"
+                stack.enter_context(registry.use(self.backend, asked_by=asked_by))
+            stack.enter_context(of_the_model(self.mode))
+            stack.enter_context(torch.no_grad())
+            yield
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -42,7 +68,6 @@ class Forward:
 
 
 def _serve_eagerly(self: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    self.calls += 1
     if torch.is_grad_enabled():
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor) and value.requires_grad:
@@ -52,7 +77,7 @@ def _serve_eagerly(self: Forward, args: tuple[Any, ...], kwargs: dict[str, Any])
                 )
     from rerank_kernels.hf import FORWARDS  # the table imports this file
 
-    with torch.no_grad():
+    with self.serving():
         return FORWARDS[name_of(self.module)](self.module, *args, **kwargs)
 
 

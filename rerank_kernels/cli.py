@@ -114,6 +114,14 @@ def _parser() -> argparse.ArgumentParser:
             "--max-length", type=_positive, metavar="N", help="tokens a text is cut to (default: what the model takes)"
         )
         sub.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="type of the weights (default: as stored)")
+        sub.add_argument("--device", metavar="D", help="where the model goes, cuda for instance (default: cpu)")
+        sub.add_argument(
+            "--mode",
+            choices=("portable", "tensor"),
+            default="portable",
+            help="portable: the same bits on every CPU and GPU (default); tensor: a GPU's tensor cores, the same bits on one "
+            "GPU architecture, for fp16 and bf16",
+        )
 
     score = command("score", _score, "Score the pairs of a JSON Lines file.")
     model_options(score)
@@ -174,7 +182,24 @@ def _parser() -> argparse.ArgumentParser:
         "--no-process", action="store_true", help="leave out the check in a fresh process, which loads the model again"
     )
 
-    command("info", _info, "Say what is installed, what can run here, and why the rest cannot.")
+    info = command("info", _info, "Say what is installed, what can run here, and why the rest cannot.")
+    info.add_argument(
+        "--plan", action="store_true", help="instead: what mode tensor does on a GPU: matrix instructions and tiles, as a table"
+    )
+    info.add_argument(
+        "--arch",
+        type=_positive,
+        action="append",
+        metavar="N",
+        help="of --plan: architecture 80, 86, 89, 90, 100 or 120 (default: this machine's GPU, else 80 and 90)",
+    )
+    info.add_argument(
+        "--model", action="append", metavar="SHAPE", help="of --plan: shape:NAME (default: bge-reranker-base and -large)"
+    )
+    info.add_argument(
+        "--linear", type=_positive, nargs=2, action="append", metavar=("N", "K"), help="of --plan: a weight [N, K] of your own"
+    )
+    info.add_argument("--head", type=_positive, action="append", metavar="D", help="of --plan: a head of D features")
     return parser
 
 
@@ -258,6 +283,8 @@ def _verify(args: argparse.Namespace) -> int:
         _quiet()
         try:
             loaded = load(args.model, _dtype(args.dtype))
+            if (device := _device(args.device)) is not None:
+                loaded.model.to(device)
             with _progress("verifying", 1.0) as advance:
                 report = verify(
                     loaded.model,
@@ -268,6 +295,7 @@ def _verify(args: argparse.Namespace) -> int:
                     limit=args.limit,
                     pooling=loaded.pooling,
                     source=None if args.no_process else args.model,
+                    mode=args.mode,
                     progress=advance,
                 )
         except (ValueError, PatchError) as error:
@@ -283,7 +311,50 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _plan(args: argparse.Namespace) -> int:
+    import torch
+    from rich.table import Table
+
+    from rerank_kernels.plan import has_triton, plan
+    from rerank_kernels.verify.models import SHAPE, SHAPES
+
+    architectures = args.arch
+    if architectures is None:
+        here = {10 * major + minor for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))}
+        architectures = sorted(here) or [80, 90]
+    linears, heads = [tuple(nk) for nk in args.linear or ()], list(args.head or ())
+    models = args.model or ([] if linears or heads else ["shape:bge-reranker-base", "shape:bge-reranker-large"])
+    for name in models:
+        shape = SHAPES.get(name.removeprefix(SHAPE))
+        if shape is None:
+            raise InputError(f"--model {name}: no such shape; there are {', '.join(SHAPE + n for n in SHAPES)}")
+        hidden, inner = shape["hidden"], shape["inner"]
+        linears += [(hidden, hidden), (inner, hidden), (hidden, inner)]
+        heads.append(hidden // shape["heads"])
+    table = Table(title="mode tensor, fp16 and bf16, float32 sums", title_justify="left")
+    for name in ("op", "features", "GPU", "backend", "instruction", "in a sum", "tiles, rows x columns: threads, shared KB"):
+        table.add_column(name, no_wrap=not name.startswith("tiles"))
+    try:
+        for arch in architectures:
+            for row in plan(arch, list(dict.fromkeys(linears)), list(dict.fromkeys(heads))):
+                shown = ((t, f", {t.shared / 1024:.1f}" if t.shared else "") for t in row.tiles)
+                tiles = [f"{t.rows}x{t.columns}: {t.threads}{kilobytes}" for t, kilobytes in shown]
+                table.add_row(
+                    row.op, row.features, f"sm_{row.arch}", row.backend, row.instruction, str(row.count), "; ".join(tiles)
+                )
+    except ValueError as error:
+        _fail_with(error)
+    with _naming(STDOUT):
+        console = _console()
+        console.print(table)
+        if not has_triton():
+            console.print("triton: Triton is not installed (pip install triton); its rows are left out", markup=False)
+    return 0
+
+
 def _info(args: argparse.Namespace) -> int:
+    if args.plan:
+        return _plan(args)
     from rich.table import Table
 
     from rerank_kernels.backend import BACKENDS, backends
@@ -301,7 +372,7 @@ def _info(args: argparse.Namespace) -> int:
     for name in ("op", *BACKENDS):
         table.add_column(name)
     reasons: dict[str, str] = {}
-    for op, row in rows.items():
+    for op, row in rows.rows():
         for name, reason in row.items():
             if reason != "yes":
                 reasons.setdefault(name, reason)
@@ -324,7 +395,8 @@ def _reranker(args: argparse.Namespace) -> Any:
 
     _quiet()
     try:
-        return Reranker(args.model, max_length=args.max_length, dtype=_dtype(args.dtype))
+        device = _device(args.device)
+        return Reranker(args.model, max_length=args.max_length, dtype=_dtype(args.dtype), device=device, mode=args.mode)
     except (ValueError, PatchError) as error:
         _fail_with(error)
 
@@ -333,6 +405,20 @@ def _dtype(name: str | None) -> Any:
     import torch
 
     return {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+def _device(name: str | None) -> Any:
+    """A device that this machine has, None as it is."""
+    import torch
+
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's own for a name, a missing driver, a CPU-only build
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def _fail_with(error: Exception) -> NoReturn:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -124,8 +125,7 @@ def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
 
 def packed_logits(model: nn.Module, ids: Tensor, cu_seqlens: Tensor, token_types: Tensor | None = None) -> HeadOutput:
     """Logits and scores, float32 [B, L], of a patched *ForSequenceClassification; ids and token_types [total], no padding."""
-    _entered(model, classifier_forward)
-    with torch.no_grad():
+    with _entered(model, classifier_forward):
         x = _encode_packed(_enter_encoder(model), ids, cu_seqlens, token_types)
         return _score(model, x, cu_seqlens)
 
@@ -140,8 +140,7 @@ def packed_embeddings(
     normalise: bool = True,
 ) -> Tensor:
     """Embeddings, float32 [B, D], of a patched encoder: the mean over tokens, or the first, then x / max(|x|, 1e-12)."""
-    _entered(model, encoder_forward)
-    with torch.no_grad():
+    with _entered(model, encoder_forward):
         x = _encode_packed(model, ids, cu_seqlens, token_types)
         y = pool(x, pooling, cu_seqlens=cu_seqlens, out_dtype=torch.float32)
         return y / row_sum(y * y, -1, keepdim=True).sqrt().clamp_min(1e-12) if normalise else y
@@ -153,7 +152,7 @@ def max_tokens(model: Any) -> int:
     return int(encoder.embeddings.position_embeddings.num_embeddings) - _family(encoder).first_position(encoder)
 
 
-def _entered(model: nn.Module, kind: Callable[..., Any]) -> None:
+def _entered(model: nn.Module, kind: Callable[..., Any]) -> AbstractContextManager[None]:
     forward = model.__dict__.get("forward")
     if not isinstance(forward, Forward) or ENCODERS.get(name_of(model)) is not kind:
         kinds = {classifier_forward: "*ForSequenceClassification", encoder_forward: "*Model"}
@@ -163,7 +162,7 @@ def _entered(model: nn.Module, kind: Callable[..., Any]) -> None:
     _ready(model)
     if hooked(model):  # the packed entry does not pass model.__call__, which would run them
         _refuse_hooks(model, model)
-    forward.calls += 1
+    return forward.serving()
 
 
 def _ready(m: Any) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rerank_kernels import backend as registry
 from rerank_kernels.binding import Forward, PatchError, class_of, hooked, name_of
 from rerank_kernels.encoders import ACTIVATIONS, ENCODERS, FAMILIES, PARTS, activation_of
 from rerank_kernels.ops import check
@@ -29,12 +30,12 @@ from rerank_kernels.ops.linear import activation, linear
 from rerank_kernels.ops.norm import layer_norm
 from rerank_kernels.ops.softmax import softmax
 
-MODES = ("portable",)
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass
 class Report:
-    """What patch did: module path -> class name, in three kinds.
+    """What patch did: the numeric mode, the backend if one was chosen, and module path -> class name, in three kinds.
 
     replaced: computed by rerank_kernels, with a forward of its own or inside the forward of a module above it.
     exact: nothing to compute (Dropout in eval, containers) or a plain copy (Embedding): the same bits anyway.
@@ -46,6 +47,7 @@ class Report:
     exact: dict[str, str]
     unknown: dict[str, str]
     forwards: dict[str, Forward] = field(repr=False)
+    backend: str | None = None
 
     def calls(self) -> dict[str, int]:
         """Module path -> calls of its bound forward so far. Zeros after a run: something went around the patch."""
@@ -56,7 +58,8 @@ class Report:
         counts = {kind: Counter(what.split(" ")[0] for what in paths.values()) for kind, paths in kinds.items()}
         names = sorted({name for c in counts.values() for name in c}, key=lambda n: (*(-c[n] for c in counts.values()), n))
         wide = max([len(n) for n in names] + [5]) + 2
-        lines = [f"mode {self.mode}", "class".ljust(wide) + "".join(kind.rjust(10) for kind in kinds)]
+        served_by = f", backend {self.backend}" if self.backend else ""
+        lines = [f"mode {self.mode}{served_by}", "class".ljust(wide) + "".join(kind.rjust(10) for kind in kinds)]
         lines += [name.ljust(wide) + "".join(str(c[name] or "-").rjust(10) for c in counts.values()) for name in names]
         lines += [f"unknown: {path or '(the model)'}: {what}" for path, what in self.unknown.items()]
         calls = [f"{path or '(the model)'} {n}" for path, n in self.calls().items()]
@@ -64,8 +67,8 @@ class Report:
         return "\n".join(lines)
 
 
-def patch(model: nn.Module, mode: str = "portable", strict: bool = True) -> Report:
-    """Bind rerank_kernels forwards to `model`, in place. Patching twice does nothing more.
+def patch(model: nn.Module, mode: str = "portable", strict: bool = True, *, backend: str | None = None) -> Report:
+    """Bind rerank_kernels forwards to `model`, in place. Patching twice does nothing more; in another way it is an error.
 
     Served: BERT, RoBERTa and XLM-RoBERTa (transformers >= 5), the encoders and their *ForSequenceClassification; and the
     leaves of LEAVES (nn.Linear, nn.LayerNorm, activations) in plain containers. What differs from stock: logits are float32
@@ -73,19 +76,28 @@ def patch(model: nn.Module, mode: str = "portable", strict: bool = True) -> Repo
     keeps (a left-padded pair gets the bits it gets alone), forwards of modules inside the encoder do not run, hooks on them are
     an error, and a row without tokens gives the head's value for a zero vector.
 
-    mode: "portable", the only one so far. strict: raise PatchError if any module is unknown, and change nothing; otherwise
-    leave those modules, and the encoder that holds them, as they are, and list them in the report.
-    Raises TypeError if model is not a torch.nn.Module, ValueError for another mode.
+    mode: "portable", the same bits on every CPU and GPU; or "tensor", for float16 and bfloat16 models: products on a GPU's
+    tensor cores, the same bits on one GPU architecture. It needs a GPU here, but the model may be moved there later.
+    strict: raise PatchError if any module is unknown, and change nothing; otherwise leave those modules, and the encoder that
+    holds them, as they are, and list them in the report.
+    backend: the one that serves this model, "triton" for instance, whatever rk.use() and the environment say around it; the
+    device's default, or what they say, if not given.
+    Raises TypeError if model is not a torch.nn.Module, ValueError for another mode, BackendError for a backend that is not
+    here, PatchError for all else that stands in the way.
     """
     if not isinstance(model, nn.Module):
         hint = "; pass its .model, which is one" if isinstance(getattr(model, "model", None), nn.Module) else ""
         raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}{hint}")
-    if mode not in MODES:
-        raise ValueError(f"patch: mode must be 'portable', the only one that exists, got {mode!r}")
+    check.choice("patch", "mode", mode, registry.MODES)
     for cls in type(model).__mro__:
         if cls.__name__ in WRAPPERS:
             raise PatchError(f"patch: model is a {cls.__name__}, a wrapper around the model to patch; {WRAPPERS[cls.__name__]}")
-    report, causes = _plan(model, mode)
+    _as_before(model, mode, backend)
+    if backend is not None:
+        registry.get(backend, f"patch(model, backend={backend!r})")
+    if mode == "tensor":
+        _tensor_cores(model, backend)
+    report, causes = _plan(model, mode, backend)
     if strict and report.unknown:
         families = ", ".join(family.prefix for family in FAMILIES.values())
         leaves = ", ".join(name.rsplit(".", 1)[1] for name in LEAVES)
@@ -107,6 +119,38 @@ def unpatch(model: nn.Module) -> None:
             del module.__dict__["forward"]
 
 
+def _as_before(model: nn.Module, mode: str, backend: str | None) -> None:
+    """Two forwards of one model in two modes would give bits that belong to neither."""
+    for path, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, Forward) and (forward.mode, forward.backend) != (mode, backend):
+            was, asked = (f"mode {m!r}" + (f", backend {b!r}" if b else "") for m, b in
+                          ((forward.mode, forward.backend), (mode, backend)))  # fmt: skip
+            raise PatchError(
+                f"patch: {path or 'the model'} ({class_of(module)}) is patched already, in {was}, and {asked} was asked for; "
+                "call rk.unpatch(model) first"
+            )
+
+
+def _tensor_cores(model: nn.Module, backend: str | None) -> None:
+    """Whether mode "tensor" can ever serve the model: a product's operands in one half precision, and a GPU to move it to."""
+    matrices = {name: p.dtype for name, p in model.named_parameters() if p.dim() > 1 and p.is_floating_point()}
+    first = next(iter(matrices.values()), torch.float16)
+    for name, dtype in matrices.items():
+        if dtype not in HALVES or dtype != first:
+            like = "" if first not in HALVES or dtype == first else f" and {first} elsewhere"
+            raise PatchError(
+                f"patch: mode 'tensor' needs weights in float16 or bfloat16, all in one of them, and {name} is {dtype}{like}; "
+                "call model.half() or model.bfloat16() first, or take mode='portable'"
+            )
+    asked = [backend] if backend is not None else [b.name for b in registry.BACKENDS.values() if b.tensor]
+    gaps = {name: registry.no_tensor_cores(name) for name in asked}
+    if all(gaps.values()):
+        reasons = "; ".join(f"{name}: {why}" for name, why in gaps.items())
+        raise PatchError(f"patch: mode 'tensor' needs a GPU's tensor cores, and none can be used here; {reasons}; "
+                         "take mode='portable'")  # fmt: skip
+
+
 def _why(unknown: dict[str, str], causes: dict[str, str]) -> str:
     """A line a class: first what stands in the way for a reason of its own, then classes in no table; if neither, the rest."""
     alike: dict[str, list[str]] = {}
@@ -116,7 +160,7 @@ def _why(unknown: dict[str, str], causes: dict[str, str]) -> str:
     return "".join(f"\n  {what}{many[what]}{paths[0]}" for what, paths in alike.items())
 
 
-def _plan(model: nn.Module, mode: str) -> tuple[Report, dict[str, str]]:
+def _plan(model: nn.Module, mode: str, backend: str | None) -> tuple[Report, dict[str, str]]:
     """The report, and of its unknown modules those that are the cause, as path -> reason."""
     modules = dict(model.named_modules())
     problems = {path: why for path, m in modules.items() if (why := _problem(m)) is not None}
@@ -126,7 +170,7 @@ def _plan(model: nn.Module, mode: str) -> tuple[Report, dict[str, str]]:
     served = [root for root in roots if not any(_inside(path, root) for path in problems)]
     covered = {path for path in modules for root in served if _inside(path, root)}
 
-    report = Report(mode, {}, {}, {}, {})
+    report = Report(mode, {}, {}, {}, {}, backend)
     for path, m in modules.items():
         name, cls = name_of(m), class_of(m)
         if path in problems:
@@ -136,7 +180,7 @@ def _plan(model: nn.Module, mode: str) -> tuple[Report, dict[str, str]]:
         elif path in covered or name in LEAVES:
             report.replaced[path] = cls
             if path in served or path not in covered:
-                report.forwards[path] = m.__dict__.get("forward") or Forward(m)
+                report.forwards[path] = m.__dict__.get("forward") or Forward(m, mode, backend)
         elif name in ENCODERS:
             report.unknown[path] = f"{cls} (holds the unknown modules)"
         else:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rerank_kernels import encoders, hf
+from rerank_kernels.binding import Forward
 from rerank_kernels.ops import check
 from rerank_kernels.ops.softmax import sum as row_sum
 
@@ -67,6 +68,8 @@ class Reranker:
     max_length: tokens of a pair or text, longest part truncated first; what model and tokenizer allow if not given.
     dtype: torch.float32, float16 or bfloat16 for the weights; as stored if not given. Scores are float32 always.
     device: where the model goes, "cuda" for instance; it stays where it is if not given.
+    mode: "portable" or, for a half-precision model on a GPU, "tensor" (rk.patch says what they promise); if not given, that of
+    a model that is patched already, else "portable". backend: the one that serves this model, as in rk.patch.
     kind: "cross-encoder" or "embedding"; read from the model's architecture if not given. An embedding model pools as its
     sentence-transformers files say (mean or cls), by the mean if there are none.
 
@@ -82,6 +85,8 @@ class Reranker:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         kind: str | None = None,
+        mode: str | None = None,
+        backend: str | None = None,
     ) -> None:
         check.choice("Reranker", "kind", kind, (None, *KINDS))
         check.choice("Reranker", "dtype", dtype, (None, *check.FLOATS))
@@ -111,7 +116,10 @@ class Reranker:
             check.fail("Reranker", "config.num_labels", "1, one score a pair", labels, "use rk.patch(model) for other heads")
         if dtype is not None or device is not None:
             self.model.to(device=device, dtype=dtype)
-        self.report = hf.patch(self.model.eval())
+        before = self.model.__dict__.get("forward")
+        if isinstance(before, Forward):
+            mode, backend = mode or before.mode, backend or before.backend
+        self.report = hf.patch(self.model.eval(), mode or "portable", backend=backend)
         self.tokenizer = tokenizer
         self.max_length = self._length(max_length, limit)
 

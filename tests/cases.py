@@ -206,6 +206,11 @@ def _near_linear(case: Case, a: Tensors) -> tuple[Near, ...]:
     return (near_add(y, a["residual"]) if "residual" in a else y,)
 
 
+def _near_bmm(case: Case, a: Tensors) -> tuple[Near, ...]:
+    k = case.rows["a"][1]
+    return (Near(TRUTHS["bmm"](a["a"], a["b"]), _counted(case)(k) * U * TRUTHS["bmm"](a["a"].abs(), a["b"].abs())),)
+
+
 def _near_attention(case: Case, a: Tensors) -> tuple[Near, ...]:
     options = {k: v for k, v in case.options.items() if k in ("causal", "window", "scale")}
     q, k, v = a["q"], a["k"], a["v"]
@@ -266,6 +271,7 @@ _NEAR: dict[str, Callable[[Case, Tensors], tuple[Near, ...]]] = {
     "sum": _near_sum,
     "mean": _near_sum,
     "linear": _near_linear,
+    "bmm": _near_bmm,
     "activation": lambda case, a: (near_activation(exact(a["x"]), case.options["kind"]),),
     "attention": _near_attention,
     "pool": _near_pool,
@@ -305,6 +311,12 @@ def _linear(
         options["out_dtype"] = out_dtype
     words = [f"{k}x{n}", activation, "" if bias else "no_bias", "residual" if residual else "", str(out_dtype or "")[6:]]
     return Case("linear", "-".join(w for w in words if w), rows, shared, options)
+
+
+def _bmm(m: int, k: int, n: int, out_dtype: torch.dtype | None = None) -> Case:
+    options = {"out_dtype": out_dtype} if out_dtype else {}
+    label = f"{m}x{k}x{n}{'-' + str(out_dtype)[6:] if out_dtype else ''}"
+    return Case("bmm", label, {"a": (m, k), "b": (k, n)}, options=options)
 
 
 def _attention(
@@ -368,6 +380,11 @@ CASES: list[Case] = [
     _linear(1024, 1),
     _linear(1025, 40, "gelu_tanh"),
     _linear(1536, 24, out_dtype=torch.float32),
+    _bmm(1, 1, 1),
+    _bmm(5, 513, 3),
+    _bmm(17, 100, 40),
+    _bmm(33, 64, 70),
+    _bmm(2, 1025, 9, torch.float32),
     *(Case("activation", kind, {"x": (37,)}, options={"kind": kind}) for kind in ACTIVATIONS),
     *(_attention(d) for d in (1, 8, 32, 40, 64, 80, 96, 128, 256)),
     _attention(64, (4, 2), causal=True),

@@ -304,7 +304,7 @@ class Promises:
     @pytest.mark.promise("repeatable")
     def test_more_dimensions(self, backend: registry.Backend, case: Case) -> None:
         """[..., D] is the same rows: leading dimensions and memory layout are no part of the arithmetic."""
-        if case.lengths or case.op == "score_head":
+        if case.lengths or case.op in ("score_head", "bmm"):  # whose shapes are fixed
             return
         rows, shared = case.make_rows(torch.float32, 24), case.make_shared(torch.float32)
         want = case.call(rows, shared)

@@ -197,7 +197,7 @@ def test_the_cuda_library_is_built_with_the_contracts_flags(configure, kit: tool
     outcome = configure(version, CUDA_HOME=str(kit.home), TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX")
     assert not outcome.refused and not outcome.reason
     cuda = outcome.extensions["rerank_kernels._cuda"]
-    there = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").glob("*.c*") if p.suffix in (".cpp", ".cu")}
+    there = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").rglob("*.c*") if p.suffix in (".cpp", ".cu")}
     assert set(cuda.sources) == there
     nvcc, cxx = cuda.extra_compile_args["nvcc"], cuda.extra_compile_args["cxx"]
     assert (

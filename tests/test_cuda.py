@@ -22,7 +22,7 @@ from rerank_kernels import backend as registry
 
 simulated = pytest.importorskip("ptxsim.simulated")
 CASES = cases.CASES
-SOURCES = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
+SOURCES = sorted((Path(__file__).parent.parent / "csrc" / "cuda").rglob("*.cu"))
 
 
 @pytest.fixture(autouse=True)

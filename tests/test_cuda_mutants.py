@@ -90,8 +90,8 @@ MUTANTS = [
         "chunk sums added by atomics: the order of the blocks is in the bits",
         Edit(
             "linear.cu",
-            "            if (plan.four) store_four(to, y);\n            else\n",
-            "            if (c + 3 < columns) for (int e = 0; e < 4; ++e) atomicAdd(to - chunk * g.M * g.N + e, y.v[e]);\n"
+            "            if (plan.four) store_four(to, y[0]);\n            else\n",
+            "            if (c + 3 < columns) for (int e = 0; e < 4; ++e) atomicAdd(to - chunk * g.M * g.N + e, y[0].v[e]);\n"
             "            else\n",
         ),
         "linear-1536x24-float32",
@@ -101,7 +101,7 @@ MUTANTS = [
     ),
     Mutant(
         "two blocks write one place",
-        Edit("linear.cu", "plan.sums + (chunk * g.M + m0 + r) * g.N + n0 + c;", "plan.sums + (m0 + r) * g.N + n0 + c;"),
+        Edit("linear.cu", "(chunk * plan.batches * g.M + first + r) * g.N + n0 + c;", "(first + r) * g.N + n0 + c;"),
         "linear-1536x24-float32",
         "RACE|race",
         force=("linear", 7),

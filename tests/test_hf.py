@@ -522,8 +522,10 @@ def test_looking_for_hooks_takes_less_than_a_millisecond():
 def test_patch_arguments():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         rk.patch("bert")
-    with pytest.raises(ValueError, match="mode must be 'portable', the only one that exists, got 'tensor'"):
-        rk.patch(tiny("bert"), mode="tensor")
+    with pytest.raises(ValueError, match="patch: mode must be one of 'portable', 'tensor', got 'fast'"):
+        rk.patch(tiny("bert"), mode="fast")
+    with pytest.raises(rk.BackendError, match=r"unknown backend 'rocm' \(asked for by patch\(model, backend='rocm'\)\)"):
+        rk.patch(tiny("bert"), backend="rocm")
     holder = type("FlagReranker", (), {"model": tiny("bert")})()
     with pytest.raises(TypeError, match=r"got FlagReranker; pass its \.model"):
         rk.patch(holder)

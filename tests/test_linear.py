@@ -1,4 +1,4 @@
-"""linear and activation: y = act(x · weightᵀ + bias) + residual."""
+"""linear, bmm and activation: y = act(x · weightᵀ + bias) + residual, and y[i] = a[i] · b[i]."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import invariants
 from cases import Case, numbers
 from invariants import same
 from rerank_kernels.backend import Backend
-from rerank_kernels.ops.linear import ACTIVATIONS, activation, linear
+from rerank_kernels.ops.linear import ACTIVATIONS, activation, bmm, linear
 
 CASES = cases.of("linear")
 NAN, INF = float("nan"), float("inf")
@@ -150,6 +150,69 @@ def test_errors(backend: Backend) -> None:
         activation(x, None)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"linear: x asks for gradients and rerank_kernels is forward only"):
         linear(x.requires_grad_() * 2, w)
+
+
+# ---- bmm: the cases' rows are entries of the batch; here are the rows inside an entry
+
+
+@pytest.mark.promise("batch-invariant")
+def test_bmm_rows_are_independent(backend: Backend, dtype: torch.dtype) -> None:
+    """M-invariance: row m of an entry knows neither its entry's other rows nor how many there are."""
+    a, b = numbers("a", (3, 40, 65), dtype), numbers("b", (3, 65, 33), dtype)
+    want = bmm(a, b)
+    for start, stop in ((0, 1), (39, 40), (3, 10), (0, 17), (20, 36), (5, 5)):
+        same(bmm(a[:, start:stop], b), want[:, start:stop], f"rows {start}:{stop} of each entry alone")
+    order = torch.arange(39, -1, -1) * 7 % 40
+    same(bmm(a[:, order], b), want[:, order], "rows in another order")
+    for junk in invariants.HOSTILE:
+        poisoned = a.clone()
+        poisoned[:, 1::2] = junk
+        same(bmm(poisoned, b)[:, ::2], want[:, ::2], f"{junk} in the odd rows")
+
+
+def test_bmm_columns_are_independent(backend: Backend, dtype: torch.dtype) -> None:
+    a, b = numbers("a", (2, 6, 65), dtype), numbers("b", (2, 65, 40), dtype)
+    want = bmm(a, b)
+    for junk in (NAN, INF, 1e4):
+        poisoned = b.clone()
+        poisoned[:, :, 7] = junk
+        got = bmm(a, poisoned)
+        same(got[:, :, :7], want[:, :, :7], f"{junk} in column 7")
+        same(got[:, :, 8:], want[:, :, 8:], f"{junk} in column 7")
+
+
+@pytest.mark.promise("portable")
+def test_bmm_is_linear_entry_by_entry(backend: Backend, dtype: torch.dtype) -> None:
+    """Also with enough rows and columns to be shared out over tasks, and in a mix of dtypes."""
+    a, b = numbers("a", (2, 150, 70), dtype), numbers("b", (2, 70, 130), dtype)
+    same(bmm(a, b), torch.stack([linear(x, w.t()) for x, w in zip(a, b, strict=True)]), "bmm against linear")
+    mixed = torch.stack([linear(x, w.t(), out_dtype=torch.float32) for x, w in zip(a, b.float(), strict=True)])
+    same(bmm(a, b.float(), out_dtype=torch.float32), mixed, "float32 b, float32 out")
+
+
+def test_bmm_any_layout(backend: Backend, dtype: torch.dtype) -> None:
+    a, b = numbers("a", (3, 6, 24), dtype), numbers("b", (3, 24, 10), dtype)
+    want, before = bmm(a, b), (a.clone(), b.clone())
+    same(bmm(a, b.transpose(1, 2).contiguous().transpose(1, 2)), want, "b transposed in memory")
+    same(bmm(a.transpose(0, 2).contiguous().transpose(0, 2), b), want, "a transposed in memory")
+    same(bmm(a, b[:1].expand(3, 24, 10))[0], want[0], "one b for all entries")
+    same(bmm(a[:0], b[:0]), want[:0], "no entries")
+    same(a, before[0], "an argument")
+    same(b, before[1], "an argument")
+
+
+def test_bmm_errors(backend: Backend) -> None:
+    a = torch.zeros(2, 3, 4)
+    with pytest.raises(ValueError, match=r"bmm: a must be \[B, M, K\], got \[3, 4\]"):
+        bmm(a[0], a)
+    with pytest.raises(ValueError, match=r"bmm: b must be \[2, 4, N\], got \[2, 3, 4\]"):
+        bmm(a, a)
+    with pytest.raises(ValueError, match=r"bmm: b must be \[B, K, N\] with K, N > 0, got \[2, 0, 5\]"):
+        bmm(torch.zeros(2, 3, 0), torch.zeros(2, 0, 5))
+    with pytest.raises(TypeError, match=r"bmm: b must be float32, float16 or bfloat16, got torch.int64"):
+        bmm(a, torch.zeros(2, 4, 5, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"bmm: mode must be one of 'portable', 'tensor', got 'fast'"):
+        bmm(a, torch.zeros(2, 4, 5), mode="fast")
 
 
 def test_case_table_covers_the_edges() -> None:

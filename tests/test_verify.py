@@ -137,8 +137,8 @@ def test_too_few_texts() -> None:
 def leaking(true):
     """Attention that lets a row see its neighbours: what a kernel with wrong offsets does."""
 
-    def select(op, device):
-        serve = true(op, device)
+    def select(op, device, mode="portable"):
+        serve = true(op, device, mode)
         if op != "attention":
             return serve
 

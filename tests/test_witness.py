@@ -17,7 +17,7 @@ import toolkit
 import witness
 from conftest import required
 
-SOURCES = sorted(witness.CUDA.glob("*.cu"))
+SOURCES = sorted(witness.CUDA.rglob("*.cu"))
 pytestmark = pytest.mark.exhaustive
 OLD, NEW = witness.ARCHITECTURES[0], witness.ARCHITECTURES[-1]
 

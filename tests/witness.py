@@ -256,7 +256,7 @@ def of_source(source: Path, arch: str) -> list[Kernel]:
 
 
 def every(architectures: tuple[str, ...]) -> list[Kernel]:
-    sources = sorted(CUDA.glob("*.cu"))
+    sources = sorted(CUDA.rglob("*.cu"))
     with ThreadPoolExecutor(2) as pool:
         made = pool.map(lambda job: of_source(*job), [(s, a) for a in architectures for s in sources])
         return [k for kernels in made for k in kernels]

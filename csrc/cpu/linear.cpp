@@ -1,4 +1,5 @@
-// linear.cpp: linear, activation and the packing of weights on the CPU. The arithmetic is gemm.h's; here are tasks and memory.
+// linear.cpp: linear, bmm, activation and the packing of weights on the CPU. The arithmetic is gemm.h's; here are tasks and
+// memory.
 
 #ifndef RK_ISA
 #define RK_FILE "linear.cpp"
@@ -70,6 +71,41 @@ static Tensor linear(const Tensor& x, const Tensor& packed, int64_t N, const std
     return y;
 }
 
+// a [B, M, K], b [B, N, K] -> [B, M, N]: entry by entry what linear computes with b[i] as the weight. A task takes some panels
+// of one entry and lays them out in its own scratch, so that each panel is packed once and memory does not grow with B.
+static Tensor bmm(const Tensor& a, const Tensor& b, ScalarType out_dtype) {
+    const int64_t B = a.size(0), M = a.size(1), K = a.size(2), N = b.size(1);
+    RK_CHECK(b.dim() == 3 && b.size(0) == B && b.size(2) == K && K > 0 && N > 0, "bmm", "b must be [B, N, K] with N, K > 0");
+    RK_CHECK(a.is_contiguous() && b.is_contiguous(), "bmm", "a and b must be contiguous");
+    Tensor y = empty(a, {B, M, N}, out_dtype);
+    const Dtype from = dtype_of(a, "bmm", "a"), with = dtype_of(b, "bmm", "b"), to = dtype_of(out_dtype, "bmm", "out_dtype");
+    const auto *left = static_cast<const char*>(a.const_data_ptr()), *right = static_cast<const char*>(b.const_data_ptr());
+    auto* out = static_cast<char*>(y.mutable_data_ptr());
+    if (M == 0) return y;
+    const int64_t panels = ceil_div(N, PANEL), threads = torch::stable::get_num_threads(), tile = RK_CALL(tile_rows);
+    const int64_t rows = std::min(M, tile * std::max<int64_t>(1, 98304 / (std::min<int64_t>(K, 1024) * tile)));  // as in linear
+    const int64_t shares = std::min(panels, std::max(B > 0 ? ceil_div(4 * threads, B) : 1, ceil_div(panels, 24)));
+    const int64_t panel = K * PANEL * bytes_of(with);
+    for_each_task(B * shares, [&](int64_t task) {
+        const int64_t entry = task / shares, share = task % shares;
+        const int64_t p_begin = panels * share / shares, p_end = panels * (share + 1) / shares;
+        const int64_t own = ceil_div((p_end - p_begin) * panel, int64_t(sizeof(float)));
+        LinearArgs g{left + entry * M * K * bytes_of(from), from, nullptr, with, nullptr, Dtype::F32, nullptr, Dtype::F32,
+                     out + entry * M * N * bytes_of(to),    to,   M,       N,    K,       0};
+        float* memory = scratch(size_t(own + RK_CALL(linear_scratch, g, rows, p_end - p_begin)));
+        char* packed = reinterpret_cast<char*>(memory) - p_begin * panel;  // panels count from the entry's first
+        g.packed = packed;
+        const char* weight = right + entry * N * K * bytes_of(with);
+        for (int64_t p = p_begin; p < p_end; ++p) {
+            const int64_t columns = std::min<int64_t>(PANEL, N - p * PANEL);
+            if (with == Dtype::F32) pack_panel<uint32_t>(weight, K, 1, K, p, columns, packed);
+            else pack_panel<uint16_t>(weight, K, 1, K, p, columns, packed);
+        }
+        for (int64_t m = 0; m < M; m += rows) RK_CALL(linear_block, g, m, std::min(m + rows, M), p_begin, p_end, memory + own);
+    });
+    return y;
+}
+
 static Tensor activation(const Tensor& x, int64_t kind, ScalarType out_dtype) {
     const int64_t n = x.numel();
     Tensor y = torch::stable::new_empty(x, x.sizes(), out_dtype);
@@ -86,6 +122,7 @@ static Tensor activation(const Tensor& x, int64_t kind, ScalarType out_dtype) {
 STABLE_TORCH_LIBRARY_IMPL(rerank_kernels, CPU, m) {
     m.impl("pack_weight", TORCH_BOX(&pack_weight));
     m.impl("linear", TORCH_BOX(&linear));
+    m.impl("bmm", TORCH_BOX(&bmm));
     m.impl("activation", TORCH_BOX(&activation));
 }
 

@@ -4,6 +4,7 @@
 
 namespace rk {
 
+template <auto launcher>
 static Tensor attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, int64_t left,
                              int64_t right, double scale) {
     const Call call(q);
@@ -26,10 +27,13 @@ static Tensor attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, 
                              left,
                              right,
                              float(scale)};
-    attention(args, offsets(call, cu_seqlens, "attention"), B, total, call.stream());
+    launcher(args, offsets(call, cu_seqlens, "attention"), B, total, call.stream());
     return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, RK_KEY, m) { m.impl("attention", TORCH_BOX(&attention_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, RK_KEY, m) {
+    m.impl("attention", TORCH_BOX(&attention_cuda<attention>));
+    m.impl("attention_tensor", TORCH_BOX(&attention_cuda<attention_tensor>));
+}
 
 }  // namespace rk

@@ -16,7 +16,7 @@
 
 #include <algorithm>
 
-#include "device.cuh"
+#include "attention.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 
@@ -40,81 +40,6 @@ struct AttentionPlan {
     bool wide;        // every row of q, k, v starts on 16 bytes
     bool wide_out;    // four outputs can be stored at once
 };
-
-// What a block works on. In shared memory: threads have no registers left for it.
-constexpr int WORK = 128;
-template <class T>
-struct Work {
-    const T *q, *k, *v;  // of the sequence's first token and the group's first head
-    T* out;
-    int64_t q_token, q_head, k_token, v_token, out_token;
-    int64_t left, right;
-    unsigned group;  // query heads to a key head
-    int length;      // of the sequence
-    int token;       // of row 0
-    unsigned head;   // of row 0, within the group
-    int rows;        // that exist; 0: nothing to do
-    float scale;
-
-    __device__ __forceinline__ int token_of(int r) const { return token + int((head + r) / group); }
-    __device__ __forceinline__ unsigned head_of(int r) const { return (head + r) % group; }
-    // the keys that token i sees
-    __device__ __forceinline__ int begin(int i) const { return left >= 0 && i > left ? i - int(left) : 0; }
-    __device__ __forceinline__ int end(int i) const {
-        return right >= 0 && right < length - 1 - i ? i + int(right) + 1 : length;
-    }
-};
-
-// One warp finds out which sequence, and which of its tiles of rows, this block has: 32 sequences a step, so that with very
-// many sequences a block waits for B / 32 reads first. Offsets are clamped: wrong ones lead to wrong rows, never outside the
-// arrays.
-template <class T>
-__device__ __forceinline__ void find_work(const AttentionArgs& a, const int32_t* cu_seqlens, int64_t B, int64_t total, int rows,
-                                          Work<T>& work) {
-    const int lane = threadIdx.x;
-    const int64_t wanted = blockIdx.x, group = a.H / a.H_kv;
-    int64_t before = 0, begin = 0, length = 0, up_to = 0;
-    bool mine = false;
-    for (int64_t b0 = 0; b0 < B; b0 += LANES) {
-        begin = length = 0;
-        if (b0 + lane < B) {
-            begin = min(max(int64_t(cu_seqlens[b0 + lane]), int64_t(0)), total);
-            length = min(max(int64_t(cu_seqlens[b0 + lane + 1]), begin), total) - begin;
-        }
-        const int64_t tiles = (length * group + rows - 1) / rows;
-        up_to = tiles;
-        for (int step = 1; step < LANES; step *= 2) {
-            const int64_t other = __shfl_up_sync(WARP, up_to, step);
-            if (lane >= step) up_to += other;
-        }
-        up_to += before;
-        mine = up_to - tiles <= wanted && wanted < up_to;
-        if (__any_sync(WARP, mine)) break;
-        before = __shfl_sync(WARP, up_to, LANES - 1);
-    }
-    if (lane == 0) work.rows = 0;
-    __syncwarp();
-    if (!mine) return;
-    const int64_t row = (up_to - 1 - wanted) * rows;  // the last tile first: under a causal mask it has the most to do
-    const int64_t kv_head = blockIdx.y;
-    work.q = static_cast<const T*>(a.q) + begin * a.q_token + kv_head * group * a.q_head;
-    work.k = static_cast<const T*>(a.k) + begin * a.k_token + kv_head * a.k_head;
-    work.v = static_cast<const T*>(a.v) + begin * a.v_token + kv_head * a.v_head;
-    work.out = static_cast<T*>(a.out) + (begin * a.H + kv_head * group) * a.D;
-    work.q_token = a.q_token;
-    work.q_head = a.q_head;
-    work.k_token = a.k_token;
-    work.v_token = a.v_token;
-    work.out_token = a.H * a.D;
-    work.left = a.left;
-    work.right = a.right;
-    work.group = unsigned(group);
-    work.length = int(length);
-    work.token = int(row / group);
-    work.head = unsigned(row % group);
-    work.rows = int(min(int64_t(rows), length * group - row));
-    work.scale = a.scale;
-}
 
 // This thread, read afresh: what is computed from it dies at once. Else the compiler computes it all beforehand and keeps it in
 // registers, of which the inner loops leave none.
@@ -229,7 +154,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2)
     const bool resident = plan.resident;
 
     Work<T>& work = *reinterpret_cast<Work<T>*>(shared);
-    if (threadIdx.x < 32) find_work(a, cu_seqlens, B, total, warps * WARP_ROWS, work);
+    if (threadIdx.x < 32) find_work(a, cu_seqlens, B, total, blockIdx.y, warps * WARP_ROWS, work);
     __syncthreads();
     if (work.rows == 0) return;
     const int length = work.length;

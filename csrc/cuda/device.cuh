@@ -78,6 +78,17 @@ __device__ __forceinline__ void store_four(Half* p, Four x) {
     *reinterpret_cast<uint2*>(p) = make_uint2(a | b << 16, c | d << 16);
 }
 
+__device__ __forceinline__ Four load_four_as(Dtype dtype, const void* p, int64_t i) {
+    if (dtype == Dtype::F32) return load_four(static_cast<const float*>(p) + i);
+    if (dtype == Dtype::F16) return load_four(static_cast<const f16*>(p) + i);
+    return load_four(static_cast<const bf16*>(p) + i);
+}
+__device__ __forceinline__ void store_four_as(Dtype dtype, void* p, int64_t i, Four x) {
+    if (dtype == Dtype::F32) store_four(static_cast<float*>(p) + i, x);
+    else if (dtype == Dtype::F16) store_four(static_cast<f16*>(p) + i, x);
+    else store_four(static_cast<bf16*>(p) + i, x);
+}
+
 __host__ __device__ __forceinline__ bool aligned(const void* p, unsigned bytes) {
     return (reinterpret_cast<uint64_t>(p) & (bytes - 1)) == 0;
 }

@@ -19,17 +19,6 @@
 
 namespace rk {
 
-__device__ __forceinline__ Four load_four_as(Dtype dtype, const void* p, int64_t i) {
-    if (dtype == Dtype::F32) return load_four(static_cast<const float*>(p) + i);
-    if (dtype == Dtype::F16) return load_four(static_cast<const f16*>(p) + i);
-    return load_four(static_cast<const bf16*>(p) + i);
-}
-__device__ __forceinline__ void store_four_as(Dtype dtype, void* p, int64_t i, Four x) {
-    if (dtype == Dtype::F32) store_four(static_cast<float*>(p) + i, x);
-    else if (dtype == Dtype::F16) store_four(static_cast<f16*>(p) + i, x);
-    else store_four(static_cast<bf16*>(p) + i, x);
-}
-
 // The shape of a block's work. LM: lanes of a warp along m, of 32; STAGES: stages in shared memory, 2 or more.
 template <int BM_, int BN_, int BK_, int TM_, int TN_, int LM_, int STAGES_, int MIN_BLOCKS_>
 struct Tile {

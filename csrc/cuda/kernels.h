@@ -33,13 +33,18 @@ void layer_norm(const NormArgs& args, int64_t rows, Stream stream);
 void softmax(const void* x, Dtype dtype, void* y, int64_t rows, int64_t D, Stream stream);
 void row_sum(const void* x, Dtype dtype, void* y, int64_t rows, int64_t D, bool mean, Stream stream);
 
-// ---- linear: `workspace` is float32 of linear_workspace(args) elements, 0 if none is needed
-int64_t linear_workspace(const LinearArgs& args);
-void linear(const char* op, const LinearArgs& args, float* workspace, Stream stream);
+// ---- linear, and bmm: `batches` products side by side, x [batches, M, K], packed [batches, N, K], out [batches, M, N].
+// `workspace` is float32 of linear_workspace(args, batches) elements, 0 if none is needed
+int64_t linear_workspace(const LinearArgs& args, int64_t batches);
+void linear(const char* op, const LinearArgs& args, int64_t batches, float* workspace, Stream stream);
+// mode tensor: x and packed are half precision, both of one dtype
+void linear_tensor(const char* op, const LinearArgs& args, int64_t batches, Stream stream);
 void activation(int kind, const void* x, Dtype from, void* y, Dtype to, int64_t n, Stream stream);
 
 // ---- attention: cu_seqlens int32 [B + 1] on the device; its values are not known here
 void attention(const AttentionArgs& args, const int32_t* cu_seqlens, int64_t B, int64_t total, Stream stream);
+// mode "tensor": float16 or bfloat16, D <= 256
+void attention_tensor(const AttentionArgs& args, const int32_t* cu_seqlens, int64_t B, int64_t total, Stream stream);
 
 // ---- pooling
 void pool(const void* x, Dtype from, const int32_t* cu_seqlens, int64_t B, int64_t total, int64_t D, bool mean, void* y,
@@ -67,7 +72,8 @@ struct SparseFfnArgs {
     Dtype y_dtype;
     int64_t M, K, F, D;
 };
-int64_t sparse_ffn_workspace(const SparseFfnArgs& args);  // in float32 elements
-void sparse_ffn(const SparseFfnArgs& args, float* workspace, Stream stream);
+// `tensor`: the first pre-activations are mode tensor's; workspace in float32 elements
+int64_t sparse_ffn_workspace(const SparseFfnArgs& args, bool tensor);
+void sparse_ffn(const SparseFfnArgs& args, bool tensor, float* workspace, Stream stream);
 
 }  // namespace rk

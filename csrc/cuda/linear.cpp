@@ -1,30 +1,48 @@
-// linear.cpp: linear and activation on CUDA tensors.
+// linear.cpp: linear, bmm and activation on CUDA tensors, in both modes.
 
 #include "linear.h"
 
 namespace rk {
 
+// x [.., M, K] and weight [.., N, K] as the kernels take them, with what the epilogue needs.
+static LinearArgs args_of(const Call& call, const char* op, const Tensor& x, const Tensor& weight,
+                          const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& residual,
+                          const Tensor& y) {
+    const int64_t last = x.dim() - 1, M = x.size(last - 1), K = x.size(last), N = y.size(last);
+    RK_CHECK(N > 0 && K > 0, op, "N and K must be > 0");
+    RK_CHECK(weight.dim() == x.dim() && weight.size(last - 1) == N && weight.size(last) == K && weight.is_contiguous(), op,
+             "the weight must be [N, K] and contiguous on a GPU");
+    return {call.read(x),
+            dtype_of(x, op, "x"),
+            call.read(weight),
+            dtype_of(weight, op, "weight"),
+            read(call, bias),
+            dtype_of(bias, op, "bias"),
+            read(call, residual),
+            dtype_of(residual, op, "residual"),
+            call.write(y),
+            dtype_of(y, op, "out_dtype"),
+            M,
+            N,
+            K,
+            int(activation)};
+}
+
+static void run(const Call& call, const char* op, const LinearArgs& args, int64_t batches) {
+    Tensor memory = workspace(call, linear_workspace(args, batches));
+    linear(op, args, batches, static_cast<float*>(call.write(memory)), call.stream());
+}
+
+static void run_tensor(const Call& call, const char* op, const LinearArgs& args, int64_t batches) {
+    RK_CHECK(args.x_dtype != Dtype::F32 && args.x_dtype == args.packed_dtype, op,
+             "mode 'tensor' takes operands in half precision, both of one dtype");
+    linear_tensor(op, args, batches, call.stream());
+}
+
 void run_linear(const Call& call, const char* op, const Tensor& x, const Tensor& weight, int64_t N,
                 const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& residual, const Tensor& y) {
-    RK_CHECK(N > 0 && x.size(1) > 0, op, "N and K must be > 0");
-    RK_CHECK(weight.dim() == 2 && weight.size(0) == N && weight.size(1) == x.size(1) && weight.is_contiguous(), op,
-             "the weight must be [N, K] and contiguous on a GPU");
-    const LinearArgs args{call.read(x),
-                          dtype_of(x, op, "x"),
-                          call.read(weight),
-                          dtype_of(weight, op, "weight"),
-                          read(call, bias),
-                          dtype_of(bias, op, "bias"),
-                          read(call, residual),
-                          dtype_of(residual, op, "residual"),
-                          call.write(y),
-                          dtype_of(y, op, "out_dtype"),
-                          x.size(0),
-                          N,
-                          x.size(1),
-                          int(activation)};
-    Tensor memory = workspace(call, linear_workspace(args));
-    linear(op, args, static_cast<float*>(call.write(memory)), call.stream());
+    RK_CHECK(y.size(1) == N, op, "the output must have N columns");
+    run(call, op, args_of(call, op, x, weight, bias, activation, residual, y), 1);
 }
 
 static Tensor linear_cuda(const Tensor& x, const Tensor& weight, int64_t N, const std::optional<Tensor>& bias,
@@ -33,6 +51,28 @@ static Tensor linear_cuda(const Tensor& x, const Tensor& weight, int64_t N, cons
     Tensor y = call.empty({x.size(0), N}, out_dtype);
     run_linear(call, "linear", x, weight, N, bias, activation, residual, y);
     return y;
+}
+
+static Tensor linear_tensor_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t activation,
+                                 const std::optional<Tensor>& residual, ScalarType out_dtype) {
+    const Call call(x);
+    Tensor y = call.empty({x.size(0), weight.size(0)}, out_dtype);
+    run_tensor(call, "linear", args_of(call, "linear", x, weight, bias, activation, residual, y), 1);
+    return y;
+}
+
+// y[i] = a[i] b[i]^T; a [B, M, K], b [B, N, K]
+static Tensor bmm_in(decltype(&run) mode, const Tensor& a, const Tensor& b, ScalarType out_dtype) {
+    const Call call(a);
+    RK_CHECK(a.dim() == 3 && a.is_contiguous() && b.dim() == 3 && b.size(0) == a.size(0), "bmm",
+             "a must be [B, M, K] and contiguous, b [B, N, K]");
+    Tensor y = call.empty({a.size(0), a.size(1), b.size(1)}, out_dtype);
+    mode(call, "bmm", args_of(call, "bmm", a, b, std::nullopt, 0, std::nullopt, y), a.size(0));
+    return y;
+}
+static Tensor bmm_cuda(const Tensor& a, const Tensor& b, ScalarType out_dtype) { return bmm_in(&run, a, b, out_dtype); }
+static Tensor bmm_tensor_cuda(const Tensor& a, const Tensor& b, ScalarType out_dtype) {
+    return bmm_in(&run_tensor, a, b, out_dtype);
 }
 
 static Tensor activation_cuda(const Tensor& x, int64_t kind, ScalarType out_dtype) {
@@ -45,6 +85,9 @@ static Tensor activation_cuda(const Tensor& x, int64_t kind, ScalarType out_dtyp
 
 STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, RK_KEY, m) {
     m.impl("linear", TORCH_BOX(&linear_cuda));
+    m.impl("linear_tensor", TORCH_BOX(&linear_tensor_cuda));
+    m.impl("bmm", TORCH_BOX(&bmm_cuda));
+    m.impl("bmm_tensor", TORCH_BOX(&bmm_tensor_cuda));
     m.impl("activation", TORCH_BOX(&activation_cuda));
 }
 

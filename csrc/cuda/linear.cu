@@ -1,15 +1,16 @@
 // linear.cu: y[m, n] = act(dot(x[m], w[n]) + bias[n]) + residual[m, n], and activations alone. x [M, K] and w [N, K] as
-// nn.Linear has it, any mix of dtypes, every shape.
+// nn.Linear has it, any mix of dtypes, every shape; of bmm, several such products, whose tiles are blocks of one grid.
 //
-// Order: gemm.cuh's for dot; then bias, activation, residual, each one float32 step, and one rounding at the store.
+// Order: gemm.cuh's for dot, epilogue.cuh's for the rest.
 //
 // Ways: tiles from 128 x 128 outputs a block, for many rows, to 8 x 16, for a query's single row or a head's single column,
 // where weights stream through and latency counts. Each whole, or split: a block per chunk of 512 along K, whose sums go to
-// the workspace [chunks, M, N]; a second kernel adds them in the same ascending order. So no way can reach the bits, and the
-// cheapest may be chosen by shape.
+// the workspace [chunks, batches M, N]; a second kernel adds them in the same ascending order. So no way can reach the bits,
+// and the cheapest may be chosen by shape.
 
 #include <algorithm>
 
+#include "epilogue.cuh"
 #include "gemm.cuh"
 #include "launch.cuh"
 
@@ -20,53 +21,9 @@ struct LinearPlan {
     Rows x, w;
     int64_t row_tiles, column_tiles;
     bool four;    // outputs can be handled four at a time: N and every address in the epilogue allow it
-    float* sums;  // split: [chunks, M, N]
-    int64_t chunks;
+    float* sums;  // split: [chunks, batches M, N]
+    int64_t chunks, batches;
 };
-
-template <class F>
-__device__ __forceinline__ Four each(Four x, F f) {
-    for (int e = 0; e < 4; ++e) x.v[e] = f(x.v[e]);
-    return x;
-}
-// One switch for four elements.
-__device__ __forceinline__ Four activate_four(int kind, Four x) {
-    switch (kind) {
-        case GELU: return each(x, gelu_of<float>);
-        case GELU_TANH: return each(x, gelu_tanh_of<float>);
-        case TANH: return each(x, tanh_of<float>);
-        case RELU: return each(x, relu_of<float>);
-        case SILU: return each(x, silu_of<float>);
-        case SIGMOID: return each(x, sigmoid_of<float>);
-        default: return x;
-    }
-}
-
-// The epilogue of outputs [m, n .. n + 3]; those past N are left alone.
-__device__ __forceinline__ void finish(const LinearArgs& g, bool four, int64_t m, int64_t n, Four y) {
-    const int64_t at = m * g.N + n;
-    const int some = g.N - n < 4 ? int(g.N - n) : 4;
-    if (g.bias) {
-        Four b = {};
-        if (four) b = load_four_as(g.bias_dtype, g.bias, n);
-        else
-            for (int e = 0; e < 4; ++e)
-                if (e < some) b.v[e] = load_as(g.bias_dtype, g.bias, n + e);
-        for (int e = 0; e < 4; ++e) y.v[e] = y.v[e] + b.v[e];
-    }
-    y = activate_four(g.activation, y);
-    if (g.residual) {
-        Four r = {};
-        if (four) r = load_four_as(g.residual_dtype, g.residual, at);
-        else
-            for (int e = 0; e < 4; ++e)
-                if (e < some) r.v[e] = load_as(g.residual_dtype, g.residual, at + e);
-        for (int e = 0; e < 4; ++e) y.v[e] = y.v[e] + r.v[e];
-    }
-    if (four) return store_four_as(g.out_dtype, g.out, at, y);
-    for (int e = 0; e < 4; ++e)
-        if (e < some) store_as(g.out_dtype, g.out, at + e, y.v[e]);
-}
 
 // The tile of sums waits in shared memory for the epilogue, so that neighbours in a row are stored by neighbouring threads and
 // the element functions stand in the code once. 8 more floats a row: a warp's four rows of eight then fill all banks.
@@ -80,15 +37,17 @@ template <class T, bool X_HALF, bool W_HALF>
 __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tile(const LinearArgs g, const LinearPlan plan) {
     extern __shared__ __align__(16) char shared[];
     // Blocks that run together share rows and weights: bands of 8 row tiles, down each band column by column.
-    const int64_t tiles = plan.row_tiles * plan.column_tiles, chunk = blockIdx.x / tiles, tile = blockIdx.x % tiles;
+    const int64_t tiles = plan.row_tiles * plan.column_tiles, tile = blockIdx.x % tiles;
+    const int64_t batch = blockIdx.x / tiles % plan.batches, chunk = blockIdx.x / tiles / plan.batches;
     const int64_t band = tile / (8 * plan.column_tiles) * 8;
     const int64_t height = plan.row_tiles - band < 8 ? plan.row_tiles - band : 8, inside = tile - band * plan.column_tiles;
     const int64_t m0 = (band + inside % height) * T::BM, n0 = inside / height * T::BN;
     const int rows = g.M - m0 < T::BM ? int(g.M - m0) : T::BM, columns = g.N - n0 < T::BN ? int(g.N - n0) : T::BN;
     const int64_t k_begin = chunk * CHUNK, k_end = plan.sums && g.K - k_begin > CHUNK ? k_begin + CHUNK : g.K;
 
-    const char* x = static_cast<const char*>(g.x) + m0 * plan.x.bytes;
-    const char* w = static_cast<const char*>(g.packed) + n0 * plan.w.bytes;
+    const int64_t first = batch * g.M + m0;  // of the output's rows
+    const char* x = static_cast<const char*>(g.x) + first * plan.x.bytes;
+    const char* w = static_cast<const char*>(g.packed) + (batch * g.N + n0) * plan.w.bytes;
     const auto x_row = [&](int r) { return x + (r < rows ? r : rows - 1) * plan.x.bytes; };
     const auto w_row = [&](int r) { return w + (r < columns ? r : columns - 1) * plan.w.bytes; };
     using D = Dot<T, X_HALF, W_HALF>;
@@ -108,33 +67,33 @@ __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tile(const L
     for (int i = int(threadIdx.x) * 4; i < T::BM * T::BN; i += T::THREADS * 4) {
         const int r = i / T::BN, c = i % T::BN;
         if (r >= rows || c >= columns) continue;
-        const Four y = load_four(sums + r * pitch + c);
+        Four y[1] = {load_four(sums + r * pitch + c)};
         if (!plan.sums) {
-            finish(g, plan.four, m0 + r, n0 + c, y);
+            finish(g, plan.four, first + r, n0 + c, y);
         } else {
-            float* to = plan.sums + (chunk * g.M + m0 + r) * g.N + n0 + c;
-            if (plan.four) store_four(to, y);
+            float* to = plan.sums + (chunk * plan.batches * g.M + first + r) * g.N + n0 + c;
+            if (plan.four) store_four(to, y[0]);
             else
                 for (int e = 0; e < 4; ++e)
-                    if (c + e < columns) to[e] = y.v[e];
+                    if (c + e < columns) to[e] = y[0].v[e];
         }
     }
 }
 
 // The end of a split: the chunks' sums, added ascending from +0, four neighbours a thread.
 __global__ void linear_add_chunks(const LinearArgs g, const LinearPlan plan) {
-    const int64_t across = (g.N + 3) / 4, i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= g.M * across) return;
+    const int64_t across = (g.N + 3) / 4, i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, rows = plan.batches * g.M;
+    if (i >= rows * across) return;
     const int64_t m = i / across, n = i % across * 4;
-    Four total = {};
+    Four total[1] = {};
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-        const float* sums = plan.sums + (chunk * g.M + m) * g.N + n;
+        const float* sums = plan.sums + (chunk * rows + m) * g.N + n;
         Four s = {};
         if (plan.four) s = load_four(sums);
         else
             for (int e = 0; e < 4; ++e)
                 if (n + e < g.N) s.v[e] = sums[e];
-        for (int e = 0; e < 4; ++e) total.v[e] = total.v[e] + s.v[e];
+        for (int e = 0; e < 4; ++e) total[0].v[e] = total[0].v[e] + s.v[e];
     }
     finish(g, plan.four, m, n, total);
 }
@@ -159,7 +118,7 @@ constexpr int TILES = 5;
 static Choice linear_choice("linear", 2 * TILES);  // way = 2 * tile + split
 
 // A pure function of the shape: the way with the least estimated time on a chip of 128 multiprocessors, whatever chip it is.
-static int linear_way(const LinearArgs& g) {
+static int linear_way(const LinearArgs& g, int64_t batches) {
     constexpr double processors = 128, launch = 2500, bytes_a_cycle = 1500;
     const int64_t chunks = ceil_div(g.K, CHUNK);
     int best = 0;
@@ -168,31 +127,26 @@ static int linear_way(const LinearArgs& g) {
         const bool split = way % 2;
         if (split && chunks == 1) continue;
         const Cost& c = COSTS[way / 2];
-        const double blocks = double(ceil_div(g.M, c.rows) * ceil_div(g.N, c.columns)) * double(split ? chunks : 1);
+        const double blocks = double(batches * ceil_div(g.M, c.rows) * ceil_div(g.N, c.columns)) * double(split ? chunks : 1);
         const double steps = double(split ? CHUNK : g.K), rounds = double(int64_t((blocks + processors - 1) / processors));
         double time = steps * std::max(rounds * c.full, c.alone);
-        if (split) time += launch + double(g.M * g.N) * double(chunks) * 8 / bytes_a_cycle;
+        if (split) time += launch + double(batches * g.M * g.N) * double(chunks) * 8 / bytes_a_cycle;
         if (way == 0 || time < least) least = time, best = way;
     }
     return best;
 }
 
-int64_t linear_workspace(const LinearArgs& g) {
+int64_t linear_workspace(const LinearArgs& g, int64_t batches) {
     const int64_t chunks = ceil_div(g.K, CHUNK);
-    return linear_choice.take(linear_way(g)) % 2 && chunks > 1 ? chunks * g.M * g.N : 0;
-}
-
-static unsigned grid_of(const char* op, int64_t blocks) {
-    if (blocks > 0x7fffffff)
-        throw std::runtime_error(std::string(op) + ": more blocks than a grid can have; call it on fewer rows");
-    return unsigned(blocks);
+    return linear_choice.take(linear_way(g, batches)) % 2 && chunks > 1 ? chunks * batches * g.M * g.N : 0;
 }
 
 template <class T>
 static void start_tile(const char* op, const LinearArgs& g, LinearPlan plan, Stream stream) {
     plan.row_tiles = ceil_div(g.M, T::BM);
     plan.column_tiles = ceil_div(g.N, T::BN);
-    const dim3 grid(grid_of(op, plan.row_tiles * plan.column_tiles * (plan.sums ? plan.chunks : 1)));
+    const int64_t tiles = plan.batches * plan.row_tiles * plan.column_tiles;
+    const dim3 grid(checked_blocks(op, tiles * (plan.sums ? plan.chunks : 1)));
     auto start = [&](auto x_half, auto w_half) {
         constexpr bool X_HALF = decltype(x_half)::value, W_HALF = decltype(w_half)::value;
         launch(op, linear_tile<T, X_HALF, W_HALF>, grid, T::THREADS, linear_shared<T, X_HALF, W_HALF>, stream, g, plan);
@@ -204,17 +158,16 @@ static void start_tile(const char* op, const LinearArgs& g, LinearPlan plan, Str
     else w_half ? start(Yes(), Yes()) : start(Yes(), No());
 }
 
-void linear(const char* op, const LinearArgs& g, float* workspace, Stream stream) {
-    if (g.M == 0) return;
-    const int way = linear_choice.take(linear_way(g));
-    auto four = [](const void* p, Dtype dtype) { return !p || aligned(p, unsigned(4 * bytes_of(dtype))); };
+void linear(const char* op, const LinearArgs& g, int64_t batches, float* workspace, Stream stream) {
+    if (g.M == 0 || batches == 0) return;
+    const int way = linear_choice.take(linear_way(g, batches));
     LinearPlan plan{};
+    plan.batches = batches;
     plan.x = rows_of(g.x, g.x_dtype, g.K);
     plan.w = rows_of(g.packed, g.packed_dtype, g.K);
     plan.chunks = ceil_div(g.K, CHUNK);
     plan.sums = way % 2 && plan.chunks > 1 ? workspace : nullptr;
-    plan.four = g.N % 4 == 0 && four(g.bias, g.bias_dtype) && four(g.residual, g.residual_dtype) && four(g.out, g.out_dtype) &&
-                aligned(workspace, 16);
+    plan.four = in_groups_of(4, g) && aligned(workspace, 16);
     switch (way / 2) {
         case 0: start_tile<Tile128x128>(op, g, plan, stream); break;
         case 1: start_tile<Tile128x64>(op, g, plan, stream); break;
@@ -223,52 +176,24 @@ void linear(const char* op, const LinearArgs& g, float* workspace, Stream stream
         default: start_tile<Tile8x16>(op, g, plan, stream);
     }
     if (!plan.sums) return;
-    const dim3 grid(grid_of(op, ceil_div(g.M * ceil_div(g.N, 4), 128)));
+    const dim3 grid(checked_blocks(op, ceil_div(batches * g.M * ceil_div(g.N, 4), 128)));
     launch(op, linear_add_chunks, grid, 128, 0, stream, g, plan);
 }
 
 // ---- activation: 8 neighbours a thread, 16 bytes an access where the addresses allow it
-
-__device__ __forceinline__ void load_eight_as(Dtype dtype, const void* p, int64_t i, Four (&v)[2]) {
-    if (dtype == Dtype::F32) {
-        v[0] = load_four_as(dtype, p, i);
-        v[1] = load_four_as(dtype, p, i + 4);
-        return;
-    }
-    const uint4 raw = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p) + i);
-    const unsigned pairs[4] = {raw.x, raw.y, raw.z, raw.w};
-    for (int e = 0; e < 8; ++e) {
-        const uint16_t bits = uint16_t(pairs[e / 2] >> (e % 2 * 16));
-        v[e / 4].v[e % 4] = dtype == Dtype::F16 ? widen(f16{bits}) : widen(bf16{bits});
-    }
-}
-__device__ __forceinline__ void store_eight_as(Dtype dtype, void* p, int64_t i, const Four (&v)[2]) {
-    if (dtype == Dtype::F32) {
-        store_four_as(dtype, p, i, v[0]);
-        store_four_as(dtype, p, i + 4, v[1]);
-        return;
-    }
-    unsigned pairs[4] = {};
-    for (int e = 0; e < 8; ++e) {
-        const float x = v[e / 4].v[e % 4];
-        const unsigned bits = dtype == Dtype::F16 ? narrow<f16>(x).bits : narrow<bf16>(x).bits;
-        pairs[e / 2] |= bits << (e % 2 * 16);
-    }
-    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p) + i) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-}
 
 __global__ void activate_all(int kind, const void* x, Dtype from, void* y, Dtype to, int64_t n, bool wide) {
     const int64_t step = int64_t(gridDim.x) * blockDim.x * 8;
     for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8; i < n; i += step) {
         const bool whole = wide && n - i >= 8;
         Four v[2] = {};
-        if (whole) load_eight_as(from, x, i, v);
+        if (whole) load_group_as(from, x, i, v);
         else
             for (int e = 0; e < 8; ++e)
                 if (i + e < n) v[e / 4].v[e % 4] = load_as(from, x, i + e);
         v[0] = activate_four(kind, v[0]);
         v[1] = activate_four(kind, v[1]);
-        if (whole) store_eight_as(to, y, i, v);
+        if (whole) store_group_as(to, y, i, v);
         else
             for (int e = 0; e < 8; ++e)
                 if (i + e < n) store_as(to, y, i + e, v[e / 4].v[e % 4]);

@@ -4,11 +4,9 @@
 
 namespace rk {
 
-// The packed copy and the slack serve the CPU's screening (csrc/cpu/sparse_ffn.cpp) and are not looked at here.
-static Tensor sparse_ffn_cuda(const Tensor& x, const Tensor& first, const std::optional<Tensor>& first_bias, const Tensor&,
-                              const std::optional<Tensor>&, const std::optional<Tensor>& up,
-                              const std::optional<Tensor>& up_bias, const Tensor& down_rows,
-                              const std::optional<Tensor>& down_bias) {
+static Tensor sparse_ffn_in(bool tensor, const Tensor& x, const Tensor& first, const std::optional<Tensor>& first_bias,
+                            const std::optional<Tensor>& up, const std::optional<Tensor>& up_bias, const Tensor& down_rows,
+                            const std::optional<Tensor>& down_bias) {
     const Call call(x);
     const int64_t M = x.size(0), K = x.size(1), F = down_rows.size(0), D = down_rows.size(1);
     RK_CHECK(K > 0 && F > 0 && D > 0, "sparse_ffn", "K, F and D must be > 0");
@@ -17,6 +15,8 @@ static Tensor sparse_ffn_cuda(const Tensor& x, const Tensor& first, const std::o
     RK_CHECK(!up || (up->is_contiguous() && up->size(0) == F && up->size(1) == K), "sparse_ffn",
              "up_weight must be [F, K] and contiguous");
     RK_CHECK(down_rows.is_contiguous(), "sparse_ffn", "the rows of down must be contiguous");
+    RK_CHECK(!tensor || (dtype_of(x, "sparse_ffn", "x") != Dtype::F32 && x.scalar_type() == first.scalar_type()), "sparse_ffn",
+             "mode 'tensor' takes x and the first weight in half precision, both of one dtype");
     Tensor y = call.empty({M, D}, x.scalar_type());
     const SparseFfnArgs args{call.read(x),
                              dtype_of(x, "sparse_ffn", "x"),
@@ -38,11 +38,27 @@ static Tensor sparse_ffn_cuda(const Tensor& x, const Tensor& first, const std::o
                              K,
                              F,
                              D};
-    Tensor memory = workspace(call, sparse_ffn_workspace(args));
-    sparse_ffn(args, static_cast<float*>(call.write(memory)), call.stream());
+    Tensor memory = workspace(call, sparse_ffn_workspace(args, tensor));
+    sparse_ffn(args, tensor, static_cast<float*>(call.write(memory)), call.stream());
     return y;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, RK_KEY, m) { m.impl("sparse_ffn", TORCH_BOX(&sparse_ffn_cuda)); }
+// The packed copy and the slack serve the CPU's screening (csrc/cpu/sparse_ffn.cpp) and are not looked at here.
+static Tensor sparse_ffn_cuda(const Tensor& x, const Tensor& first, const std::optional<Tensor>& first_bias, const Tensor&,
+                              const std::optional<Tensor>&, const std::optional<Tensor>& up,
+                              const std::optional<Tensor>& up_bias, const Tensor& down_rows,
+                              const std::optional<Tensor>& down_bias) {
+    return sparse_ffn_in(false, x, first, first_bias, up, up_bias, down_rows, down_bias);
+}
+static Tensor sparse_ffn_tensor_cuda(const Tensor& x, const Tensor& first, const std::optional<Tensor>& first_bias,
+                                     const std::optional<Tensor>& up, const std::optional<Tensor>& up_bias,
+                                     const Tensor& down_rows, const std::optional<Tensor>& down_bias) {
+    return sparse_ffn_in(true, x, first, first_bias, up, up_bias, down_rows, down_bias);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, RK_KEY, m) {
+    m.impl("sparse_ffn", TORCH_BOX(&sparse_ffn_cuda));
+    m.impl("sparse_ffn_tensor", TORCH_BOX(&sparse_ffn_tensor_cuda));
+}
 
 }  // namespace rk

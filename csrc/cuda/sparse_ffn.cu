@@ -1,6 +1,6 @@
 // sparse_ffn.cu: a ReLU or ReGLU feed-forward layer for few rows that reads little more than what active neurons need.
 //
-// 1. The pre-activations of `first`, for all neurons: linear.cu.
+// 1. The pre-activations of `first`, for all neurons: linear.cu, or in mode tensor tensor/linear.cu. All else is one in both.
 // 2. Which neurons are active? Their numbers and values side by side, ascending, for each row and each chunk of 512 neurons.
 // 3. ReGLU: dot products over the rows of up, for active neurons only; the chunks of 512 of K go to different blocks.
 // 4. down: per row and chunk of 512 neurons one fma chain a column over the active neurons, ascending.
@@ -166,7 +166,7 @@ static LinearArgs first_args(const SparseFfnArgs& a, float* out) {
 struct Workspace {
     int64_t chunks, k_chunks;
     int64_t count, neuron, value, up, sums, linear, size;
-    explicit Workspace(const SparseFfnArgs& a) : chunks(ceil_div(a.F, CHUNK)), k_chunks(ceil_div(a.K, CHUNK)) {
+    Workspace(const SparseFfnArgs& a, bool tensor) : chunks(ceil_div(a.F, CHUNK)), k_chunks(ceil_div(a.K, CHUNK)) {
         const auto after = [](int64_t begin, int64_t n) { return begin + (n + 3) / 4 * 4; };
         const int64_t neurons = a.M * chunks * CHUNK;
         linear = count = after(0, a.M * a.F);  // `first` itself begins at 0
@@ -174,12 +174,13 @@ struct Workspace {
         value = after(neuron, neurons);
         up = after(value, neurons);
         sums = after(up, a.up ? k_chunks * neurons : 0);
-        const int64_t end = after(sums, a.M * chunks * a.D), linear_end = linear + linear_workspace(first_args(a, nullptr));
+        const int64_t end = after(sums, a.M * chunks * a.D);
+        const int64_t linear_end = linear + (tensor ? 0 : linear_workspace(first_args(a, nullptr), 1));
         size = end > linear_end ? end : linear_end;
     }
 };
 
-int64_t sparse_ffn_workspace(const SparseFfnArgs& a) { return Workspace(a).size; }
+int64_t sparse_ffn_workspace(const SparseFfnArgs& a, bool tensor) { return Workspace(a, tensor).size; }
 
 template <bool X_HALF, bool W_HALF>
 static void launch_up(const SparseFfnArgs& a, const Workspace& w, const Active& active, float* sums, Stream stream) {
@@ -199,10 +200,11 @@ static void launch_axpy(const SparseFfnArgs& a, const Workspace& w, const Active
            static_cast<const T*>(a.down), a.D, w.chunks, active, up, w.k_chunks, a.up_bias, a.up_bias_dtype, sums);
 }
 
-void sparse_ffn(const SparseFfnArgs& a, float* workspace, Stream stream) {
-    const Workspace w(a);
+void sparse_ffn(const SparseFfnArgs& a, bool tensor, float* workspace, Stream stream) {
+    const Workspace w(a, tensor);
     float *const first = workspace, *const sums = workspace + w.sums, *const up = a.up ? workspace + w.up : nullptr;
-    linear("sparse_ffn", first_args(a, first), workspace + w.linear, stream);
+    if (tensor) linear_tensor("sparse_ffn", first_args(a, first), 1, stream);
+    else linear("sparse_ffn", first_args(a, first), 1, workspace + w.linear, stream);
     const Active active{reinterpret_cast<int*>(workspace + w.count), reinterpret_cast<int*>(workspace + w.neuron),
                         workspace + w.value};
     launch("sparse_ffn", active_kernel, checked_blocks("sparse_ffn", a.M * w.chunks), CHUNK, 0, stream, first, a.F, w.chunks,

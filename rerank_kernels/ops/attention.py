@@ -16,8 +16,14 @@ from torch import Tensor
 from rerank_kernels import backend
 from rerank_kernels.ops import check
 from rerank_kernels.ops import mode as numeric
+from rerank_kernels.ops.compiled import opaque
 
 
+@opaque(
+    "(Tensor q, Tensor k, Tensor v, *, Tensor? cu_seqlens=None, Tensor? mask=None, bool causal=False, int[]? window=None, "
+    "float? scale=None, str? mode=None) -> Tensor",
+    lambda q, *_, **__: q.new_empty(q.shape),
+)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -69,6 +75,8 @@ def attention(
         check.fail("attention", "scale", "finite and not 0 as a float32", scale)
 
     mode = numeric.resolve("attention", mode, q=q, k=k, v=v)
+    if mode == "tensor" and d > 256:
+        raise ValueError(f"attention: D must be at most 256 in mode 'tensor', got {d}; take mode='portable'")
     serve = backend.select("attention", q.device, mode)
     if cu_seqlens is not None:
         cu = check.cu_seqlens("attention", cu_seqlens, q.shape[0], q.device)

@@ -1,12 +1,14 @@
-"""linear: y = act(x · weightᵀ + bias) + residual, and the activations alone.
+"""linear: y = act(x · weightᵀ + bias) + residual; bmm: a product of each entry of a batch; and the activations alone.
 
 x [..., K], weight [N, K], bias [N], residual [..., N] -> y [..., N]. Arithmetic in float32 as NUMERICS.md, "linear";
 each y[m, n] is one expression of row x[m] and row weight[n]: no other row, no M, no thread count is in it.
+bmm: a [B, M, K], b [B, K, N] -> y [B, M, N]; y[i, m, n] is one expression of row a[i, m] and column b[i, :, n].
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +16,21 @@ from torch import Tensor
 from rerank_kernels import backend
 from rerank_kernels.ops import check
 from rerank_kernels.ops import mode as numeric
+from rerank_kernels.ops.compiled import opaque
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "tanh", "relu", "silu", "sigmoid")
 
 
+def _linear_result(x: Tensor, weight: Tensor, *_: Any, out_dtype: torch.dtype | None = None, **__: Any) -> Tensor:
+    check.shape("linear", "weight", weight, "N", "K")
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=out_dtype or x.dtype)
+
+
+@opaque(
+    "(Tensor x, Tensor weight, Tensor? bias=None, *, str? activation=None, Tensor? residual=None, ScalarType? out_dtype=None, "
+    "str? mode=None) -> Tensor",
+    _linear_result,
+)
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -61,6 +74,32 @@ def linear(
     return y.view(*x.shape[:-1], n)
 
 
+def _bmm_result(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, mode: str | None = None) -> Tensor:
+    check.shape("bmm", "a", a, "B", "M", "K")
+    check.shape("bmm", "b", b, "B", "K", "N")
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2], dtype=out_dtype or a.dtype)
+
+
+@opaque("(Tensor a, Tensor b, *, ScalarType? out_dtype=None, str? mode=None) -> Tensor", _bmm_result)
+def bmm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, mode: str | None = None) -> Tensor:
+    """y[i] = a[i] · b[i] for every entry i of a batch, rounded once.
+
+    a: [B, M, K], b: [B, K, N]; float32, float16 or bfloat16, in any mix. Returns [B, M, N] in out_dtype (a.dtype).
+    mode: as in linear; "tensor" wants a and b in one half-precision dtype, on a GPU. Each sum over K is linear's, so
+    bmm(a, b)[i] has the bits of linear(a[i], b[i].T). Kernels read b as [B, N, K]: a transposed view of that costs no copy.
+    """
+    check.floating("bmm", a=a, b=b)
+    check.shape("bmm", "a", a, "B", "M", "K")
+    check.shape("bmm", "b", b, a.shape[0], a.shape[2], "N")
+    if a.shape[2] == 0 or b.shape[2] == 0:
+        check.fail("bmm", "b", "[B, K, N] with K, N > 0", check.shape_of(b))
+    out_dtype = out_dtype or a.dtype
+    check.choice("bmm", "out_dtype", out_dtype, check.FLOATS)
+    mode = numeric.resolve("bmm", mode, a=a, b=b)
+    return backend.select("bmm", a.device, mode)(a.contiguous(), b.transpose(1, 2).contiguous(), out_dtype)
+
+
+@opaque("(Tensor x, str kind) -> Tensor", lambda x, kind: x.new_empty(x.shape))
 def activation(x: Tensor, kind: str) -> Tensor:
     """act(x), element by element; x of any shape, result of the same shape and dtype.
 
@@ -95,3 +134,7 @@ def linear_truth(
         y = y + bias.double()
     y = activation_truth(y, activation)
     return y if residual is None else y + residual.double()
+
+
+def bmm_truth(a: Tensor, b: Tensor) -> Tensor:
+    return torch.bmm(a.double(), b.double())

@@ -1,4 +1,4 @@
-"""The numeric mode of a call: an op's `mode` argument, else that of the patched model whose forward is running, else "portable".
+"""The numeric mode of a call: an op's `mode`, else that of the patched model whose forward is running, else "portable".
 
 Per model, thread and task; restored on any exit. There is no global switch: what a model gives must not hang on who set what.
 """

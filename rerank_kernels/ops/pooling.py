@@ -7,13 +7,14 @@ The head computes and returns float32 whatever the body's dtype: two adjacent fl
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rerank_kernels import backend
 from rerank_kernels.ops import check
+from rerank_kernels.ops.compiled import opaque
 from rerank_kernels.ops.linear import ACTIVATIONS, linear_truth
 
 POOL_MODES = ("cls", "mean")
@@ -27,6 +28,26 @@ class HeadOutput(NamedTuple):
     complement: Tensor
 
 
+def _pool_result(
+    x: Tensor,
+    mode: str,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty(sequences, x.shape[-1], dtype=out_dtype or x.dtype)
+
+
+def _score_head_result(pooled: Tensor, out_weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+    shape = pooled.shape[0], out_weight.shape[0]
+    return tuple(pooled.new_empty(shape, dtype=torch.float32) for _ in range(3))
+
+
+@opaque(
+    "(Tensor x, str mode, *, Tensor? cu_seqlens=None, Tensor? mask=None, ScalarType? out_dtype=None) -> Tensor", _pool_result
+)
 def pool(
     x: Tensor,
     mode: str,
@@ -63,12 +84,19 @@ def pool(
     return backend.select("pool", x.device)(rows.contiguous(), cu, mode, out_dtype)
 
 
+@opaque("(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape, dtype=torch.float32))
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x)) in float32, returned in float32 whatever the dtype of x. sigmoid(-x) is 1 - sigmoid(x), unrounded."""
     check.floating("sigmoid", x=x)
     return backend.select("sigmoid", x.device)(x.contiguous())
 
 
+@opaque(
+    "(Tensor pooled, Tensor out_weight, Tensor? out_bias=None, *, Tensor? dense_weight=None, Tensor? dense_bias=None, "
+    'str? activation="tanh") -> (Tensor, Tensor, Tensor)',
+    _score_head_result,
+    HeadOutput,
+)
 def score_head(
     pooled: Tensor,
     out_weight: Tensor,

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from rerank_kernels import backend
 from rerank_kernels.ops import check
+from rerank_kernels.ops.compiled import opaque
 
 
+def _softmax_result(x: Tensor, dim: int = -1) -> Tensor:
+    (dim,) = _dims("softmax", x, dim)
+    return x.new_empty(x.movedim(dim, -1).shape).movedim(-1, dim)
+
+
+def _reduced(op: str) -> Callable[..., Tensor]:
+    def result(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
+        return x.new_empty(_reduced_shape(x, _dims(op, x, dim), keepdim))
+
+    return result
+
+
+def _dims_as_list(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> tuple[Tensor, list[int], bool]:
+    return x, [dim] if isinstance(dim, int) else list(dim), keepdim
+
+
+@opaque("(Tensor x, int dim=-1) -> Tensor", _softmax_result)
 def softmax(x: Tensor, dim: int = -1) -> Tensor:
     """exp(x - max) / sum(exp(x - max)) over `dim`; x of any shape, result of the same shape and dtype.
 
@@ -22,11 +42,13 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     return y.view(last.shape).movedim(-1, dim)
 
 
+@opaque("(Tensor x, int[] dim, bool keepdim=False) -> Tensor", _reduced("sum"), arguments=_dims_as_list)
 def sum(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:  # noqa: A001  torch's name
     """Sum over one dimension or several (flattened in ascending order of dimension); float32 inside, x.dtype out."""
     return _reduce("sum", x, dim, keepdim)
 
 
+@opaque("(Tensor x, int[] dim, bool keepdim=False) -> Tensor", _reduced("mean"), arguments=_dims_as_list)
 def mean(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
     """`sum` divided by the count with IEEE division, rounded once to x.dtype."""
     return _reduce("mean", x, dim, keepdim)
@@ -54,8 +76,11 @@ def _reduce(op: str, x: Tensor, dim: int | tuple[int, ...], keepdim: bool) -> Te
         count *= x.shape[d]
     rows = x.permute(*kept, *dims).reshape(-1, count).contiguous()
     y = backend.select(op, x.device)(rows)
-    shape = [1 if d in dims else x.shape[d] for d in range(x.dim())] if keepdim else [x.shape[d] for d in kept]
-    return y.view(shape)
+    return y.view(_reduced_shape(x, dims, keepdim))
+
+
+def _reduced_shape(x: Tensor, dims: tuple[int, ...], keepdim: bool) -> list[int]:
+    return [1 if d in dims else x.shape[d] for d in range(x.dim()) if keepdim or d not in dims]
 
 
 def softmax_truth(x: Tensor, dim: int = -1) -> Tensor:

@@ -7,15 +7,28 @@ bit, and each token has its own list: the batch changes nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from rerank_kernels import backend
 from rerank_kernels.ops import check
 from rerank_kernels.ops import mode as numeric
+from rerank_kernels.ops.compiled import opaque
 from rerank_kernels.ops.linear import linear_truth
 
 
+def _sparse_ffn_result(x: Tensor, up_weight: Tensor, down_weight: Tensor, **_: Any) -> Tensor:
+    check.shape("sparse_ffn", "down_weight", down_weight, "D", "F")
+    return x.new_empty(*x.shape[:-1], down_weight.shape[0])
+
+
+@opaque(
+    "(Tensor x, Tensor up_weight, Tensor down_weight, *, Tensor? gate_weight=None, Tensor? up_bias=None, "
+    "Tensor? gate_bias=None, Tensor? down_bias=None, str? mode=None) -> Tensor",
+    _sparse_ffn_result,
+)
 def sparse_ffn(
     x: Tensor,
     up_weight: Tensor,

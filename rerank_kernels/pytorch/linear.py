@@ -1,4 +1,4 @@
-"""linear: y = act(x · weightᵀ + bias) + residual for rows [M, K], and the activations alone.
+"""linear: y = act(x · weightᵀ + bias) + residual for rows [M, K]; bmm, entry by entry the same; and the activations alone.
 
 The BLAS behind F.linear picks its kernel, and with it the order of the sum over K, by M, by narrow N and by alignment: a row
 gets other bits at other batch sizes, and with N = 7 even at another place in the same batch. So it is only ever asked for one
@@ -38,6 +38,13 @@ def linear(
     if residual is not None:
         y += residual.float()
     return y.to(out_dtype)
+
+
+def bmm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    y = a.new_empty(a.shape[0], a.shape[1], b.shape[1], dtype=out_dtype)
+    for i in range(a.shape[0]):
+        y[i] = linear(a[i], b[i], None, None, None, out_dtype)
+    return y
 
 
 def activation(x: Tensor, kind: str) -> Tensor:

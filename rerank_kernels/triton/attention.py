@@ -5,20 +5,53 @@ out = dot(e, v) / l over keys, in chunks of 64. j counts from the sequence's own
 
 A block has ROWS queries of one head and goes over the keys twice, 32 at a step, which are the 32 lanes of l: first for the
 maximum, then for l and out; scores are made twice and stored nowhere. cu_seqlens is read on the device only.
+
+Mode tensor ("Mode tensor" there) goes over the keys once, in tiles of 64 from the sequence's first token, ascending, with a
+running maximum m. For a tile: s_j = dot_tensor(q, k_j) * scale, -inf where hidden; m' = max(m, max s_j); p_j = exp(s_j - m');
+l = l * exp(m - m') + sum p_j; acc = acc * exp(m - m'), then the matrix instructions' chain over the 64 keys, of p rounded to
+half precision times v. out = (acc + 0) / l. The sum of the 64 p is Triton's, over the fragments of the matrix instruction: for
+one head size and architecture all tiles have the same, a thread with 16 of a row's p and then two shuffles among four threads
+(with mma.sync and D > 128 the keys of a row lie in several warps, in the one tile that there is).
+
+A tile in which a row sees no key changes nothing for that row: m' = m, exp(0) = 1 exactly, p = 0 exactly. Only the sign of a
+zero in acc could turn, so the end adds +0. Thus which tiles a block visits, that is how many rows it has, is in no
+expression. While nothing was seen m is -inf, and 0 stands in for m' where it would give inf - inf.
+
+Features are taken as LOW + HIGH, powers of two (96 = 64 + 32), both parts one chain; zeros fill what D leaves of them.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rerank_kernels.triton import launch
 from rerank_kernels.triton.launch import blocks, start
-from rerank_kernels.triton.numerics import CHUNK, KEY_TILE, LANES, MINUS_INFINITY, exp_of_negative, fmadd, fold_lanes
+from rerank_kernels.triton.numerics import (
+    CHUNK,
+    KEY_TILE,
+    LANES,
+    MINUS_INFINITY,
+    exp_of_negative,
+    exp_of_nonpositive,
+    fmadd,
+    fold_lanes,
+)
 
 ROWS = 32  # queries of one block
 STEP = 16  # features at a time, of q and k
 WIDEST = 128  # features of v of one block
+SEQUENCES = 256  # offsets looked at together
+force: int | None = None  # for tests: the tile of mode tensor to take
+
+
+class TensorTile(NamedTuple):
+    rows: int
+    warps: int
+    stages: int  # tiles of keys under way
 
 
 @triton.jit(do_not_specialize=["B", "total", "left", "right"])
@@ -134,5 +167,165 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, ri
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         sequences, total, heads, heads // k.shape[1], d, left, right, scale,
         WINDOWED=left >= 0 or right >= 0, ROWS=ROWS, STEP=STEP, FEATURES=features, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+@triton.jit(do_not_specialize=["B", "total", "left", "right"])
+def attention_tensor_kernel(
+    q, k, v, cu_seqlens, y, q_token, q_head, k_token, k_head, v_token, v_head, B, total, H, GROUP, left, right, scale,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    ROWS: tl.constexpr, SEQUENCES: tl.constexpr,
+):  # fmt: skip
+    # as above, the last b whose first tile is not behind ours; offsets ascend, so it is found by counting
+    tile = tl.program_id(0)
+    b = -1
+    for begin in range(0, B, SEQUENCES):
+        one = begin + tl.arange(0, SEQUENCES)
+        starts = tl.load(cu_seqlens + one, mask=one < B, other=0) // ROWS + one <= tile
+        b += tl.sum((starts & (one < B)).to(tl.int32))
+    b = tl.maximum(b, 0)
+    first = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), total)
+    length = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), first), total) - first
+    row = (tile - first // ROWS - b) * ROWS
+    if (row < 0) | (row >= length):
+        return
+    head = tl.program_id(1).to(tl.int64)
+    i = row + tl.arange(0, ROWS)
+    q_first = q + head * q_head + first.to(tl.int64) * q_token
+    k_first = k + (head // GROUP) * k_head + first.to(tl.int64) * k_token
+    v_first = v + (head // GROUP) * v_head + first.to(tl.int64) * v_token
+
+    # tiles of keys: some row sees a key of [begin, end), every row sees all keys of [whole, whole_end)
+    begin, end, whole = 0, length, 0
+    if LEFT:
+        begin = tl.maximum(row - left, 0) // KEY_TILE * KEY_TILE
+        whole = tl.cdiv(tl.maximum(row + ROWS - 1 - left, 0), KEY_TILE) * KEY_TILE
+    if RIGHT:
+        right = tl.minimum(right, length)
+        end = tl.minimum(length, row + ROWS + right)
+        whole_end = tl.minimum(length, row + right + 1) // KEY_TILE * KEY_TILE
+    else:
+        whole_end = length // KEY_TILE * KEY_TILE
+
+    # rows beyond the last are the last once more: nothing of them is stored
+    query = tl.minimum(i, length - 1)
+    q_low = _features(q_first, query, q_token, length, D, 0, LOW, LOW <= D, False)
+    q_high = q_low
+    if HIGH > 0:
+        q_high = _features(q_first, query, q_token, length, D, LOW, HIGH, LOW + HIGH <= D, False)
+    top = tl.full((ROWS,), MINUS_INFINITY, tl.float32)
+    bottom = tl.zeros((ROWS,), tl.float32)
+    low = tl.zeros((ROWS, LOW), tl.float32)
+    high = tl.zeros((ROWS, HIGH if HIGH > 0 else 16), tl.float32)
+    if LEFT:
+        for key in tl.range(begin, tl.minimum(whole, end), KEY_TILE, num_stages=1):
+            top, bottom, low, high = _visit(
+                key, q_low, q_high, k_first, v_first, k_token, v_token, i, length, left, right, scale, top, bottom, low, high,
+                LEFT, RIGHT, D, LOW, HIGH, True,
+            )  # fmt: skip
+    for key in tl.range(whole, whole_end, KEY_TILE):
+        top, bottom, low, high = _visit(
+            key, q_low, q_high, k_first, v_first, k_token, v_token, i, length, left, right, scale, top, bottom, low, high,
+            LEFT, RIGHT, D, LOW, HIGH, False,
+        )  # fmt: skip
+    for key in tl.range(tl.maximum(whole, whole_end), end, KEY_TILE, num_stages=1):
+        top, bottom, low, high = _visit(
+            key, q_low, q_high, k_first, v_first, k_token, v_token, i, length, left, right, scale, top, bottom, low, high,
+            LEFT, RIGHT, D, LOW, HIGH, True,
+        )  # fmt: skip
+
+    y_row = y + ((first + i).to(tl.int64) * H + head)[:, None] * D
+    _store(y_row, low, bottom, i, length, D, 0, LOW)
+    if HIGH > 0:
+        _store(y_row, high, bottom, i, length, D, LOW, HIGH)
+
+
+@triton.jit
+def _visit(
+    key, q_low, q_high, k_first, v_first, k_token, v_token, i, length, left, right, scale, top, bottom, low, high,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys. MASKED: some of them may be hidden from some row, or lie beyond the sequence."""
+    j = key + tl.arange(0, KEY_TILE)
+    s = tl.dot(q_low, tl.trans(_features(k_first, j, k_token, length, D, 0, LOW, LOW <= D, MASKED)))
+    if HIGH > 0:
+        s = tl.dot(q_high, tl.trans(_features(k_first, j, k_token, length, D, LOW, HIGH, LOW + HIGH <= D, MASKED)), s)
+    s = s * scale
+    if MASKED:
+        seen = (j < length)[None, :]
+        if LEFT:
+            seen = seen & (i[:, None] - j[None, :] <= left)
+        if RIGHT:
+            seen = seen & (j[None, :] - i[:, None] <= right)
+        s = tl.where(seen, s, MINUS_INFINITY)
+    new_top = tl.maximum(top, tl.max(s, axis=1))  # a NaN loses to a number here: the sum brings it back
+    base = tl.where(new_top == MINUS_INFINITY, 0.0, new_top)
+    p = exp_of_nonpositive(s - base[:, None])
+    shrink = exp_of_nonpositive(top - base)
+    bottom = bottom * shrink + tl.sum(p, axis=1)
+    weights = p.to(v_first.dtype.element_ty)
+    value = _features(v_first, j, v_token, length, D, 0, LOW, LOW <= D, MASKED)
+    low = tl.dot(weights, value, low * shrink[:, None])
+    if HIGH > 0:
+        value = _features(v_first, j, v_token, length, D, LOW, HIGH, LOW + HIGH <= D, MASKED)
+        high = tl.dot(weights, value, high * shrink[:, None])
+    return new_top, bottom, low, high
+
+
+@triton.jit
+def _features(
+    first, j, token, length, features, BEGIN: tl.constexpr, WIDTH: tl.constexpr, INSIDE: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """WIDTH features from BEGIN on of tokens j. Zeros beyond `features`, unless all are INSIDE, and, if MASKED, beyond the
+    sequence."""
+    d = (BEGIN + tl.arange(0, WIDTH))[None, :]
+    at = first + j.to(tl.int64)[:, None] * token + d
+    if MASKED and INSIDE:
+        value = tl.load(at, mask=(j < length)[:, None], other=0.0)
+    elif MASKED:
+        value = tl.load(at, mask=(j < length)[:, None] & (d < features), other=0.0)
+    elif not INSIDE:
+        value = tl.load(at, mask=d < features, other=0.0)
+    else:
+        value = tl.load(at)
+    return value
+
+
+@triton.jit
+def _store(y_row, total, bottom, i, length, features, BEGIN: tl.constexpr, WIDTH: tl.constexpr):
+    d = (BEGIN + tl.arange(0, WIDTH))[None, :]
+    result = tl.div_rn(total + 0.0, tl.broadcast_to(bottom[:, None], total.shape))
+    tl.store(y_row + d, result.to(y_row.dtype.element_ty), mask=(i < length)[:, None] & (d < features))
+
+
+def tensor_tiles(d: int, arch: int) -> tuple[TensorTile, ...]:
+    """For heads of d features on this compute capability (90 for 9.0); the first is taken, the others are for the tests.
+
+    With mma.sync and parts of the features wider than the block has rows, Triton deals a row's keys to several warps, and their
+    sum has another order: a head size has such tiles only, or none.
+    """
+    if d > 128:
+        return (TensorTile(128, 8, 2),) if arch // 10 == 9 else (TensorTile(64, 8, 1),)
+    if d > 64:
+        return (TensorTile(128, 8, 3),)
+    return TensorTile(64, 4, 3), TensorTile(128, 8, 3), TensorTile(128, 4, 3)
+
+
+def attention_tensor(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, right: int, scale: float) -> Tensor:
+    (total, heads, d), sequences = q.shape, cu_seqlens.shape[0] - 1
+    y = q.new_empty(total, heads, d)
+    arch = launch.architecture(q)
+    tile = tensor_tiles(d, arch)[force or 0]
+    low = min(WIDEST, max(16, 1 << d.bit_length() - 1))
+    high = triton.next_power_of_2(max(16, d - low)) if d > low else 0
+    tiles = total // tile.rows + sequences if total else 0
+    start(
+        attention_tensor_kernel, (tiles, heads), q, k, v, cu_seqlens, y,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        sequences, total, heads, heads // k.shape[1], left, right, scale,
+        LEFT=left >= 0, RIGHT=right >= 0, D=d, LOW=low, HIGH=high,
+        ROWS=tile.rows, SEQUENCES=SEQUENCES, num_warps=tile.warps, num_stages=tile.stages, **launch.FEWER_REGISTERS,
     )  # fmt: skip
     return y

@@ -5,6 +5,7 @@ tests/ptxsim puts a simulator in the place of `run`; it compiles with the very s
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ import torch
 # Without enable_fp_fusion=False a product and a sum become an fma, where LLVM or ptxas likes. Functions of libdevice are not
 # used; should one come in, it keeps subnormals.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
+# LLVM orders instructions for few live registers; without it the element functions of a large tile spill. No bit depends on it.
+FEWER_REGISTERS: dict[str, Any] = {"sched4reg": True}
 
 
 def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -27,6 +30,17 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constant
     first = next(a for a in arguments if isinstance(a, torch.Tensor))
     with torch.cuda.device(first.device):
         kernel[grid](*arguments, **constants)
+
+
+def architecture(tensor: torch.Tensor) -> int:
+    """The compute capability of the tensor's GPU, 90 for an H100: all of the GPU that mode tensor picks its tiles by."""
+    return _architecture(tensor.get_device())
+
+
+@functools.cache
+def _architecture(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def blocks(n: int, size: int) -> int:

@@ -1,4 +1,5 @@
-"""linear: y = act(x · weightᵀ + bias) + residual for rows [M, K] and a weight [N, K], and the activations alone.
+"""linear: y = act(x · weightᵀ + bias) + residual for rows [M, K] and a weight [N, K]; bmm, the product alone for B pairs of
+matrices; and the activations alone.
 
 Order as NUMERICS.md, "linear": chunks of 512, inside a chunk one fma chain, k ascending. tl.dot in float32 with
 input_precision="ieee" and an accumulator is that chain, fma(a[k], b[k], acc) with k ascending, on every architecture:
@@ -7,9 +8,17 @@ expression.
 
 K has a type, so that K = 1 is not compiled as a constant: then no loop is left, and Triton makes dot(a, b, 0) + total one dot
 that starts from total, which is another expression.
+
+Mode tensor ("Mode tensor" there) is one chain of matrix instructions over all of K, 16 k's each, ascending, in one float32
+accumulator. A step of the loop is STEP k's in every tile, so a last step that K does not fill ends in up to three instructions
+of nothing but zeros: they leave the accumulator as it is (at most a -0 becomes +0), and every tile has the same ones. On
+Hopper the instruction is wgmma and wants 64 rows for four warps; a smaller tile would get mma.sync, whose sums are others, so
+the tiles there have 64 rows at least. Which tile a call gets depends on M, N and the architecture.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,13 +26,31 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_kernels.native.pack import contiguous
+from rerank_kernels.triton import launch
 from rerank_kernels.triton.launch import blocks, start
 from rerank_kernels.triton.numerics import CHUNK, activate
 
 Tile = tuple[int, int, int, int]  # rows, columns, steps of K, warps
 TILES: tuple[Tile, ...] = ((1, 32, 32, 1), (16, 32, 32, 2), (32, 64, 16, 4), (64, 64, 16, 4))
 ELEMENTS = 1024  # of one block of an elementwise kernel
-force: int | None = None  # for tests: the tile to take
+force: int | None = None  # for tests: the tile to take, of TILES or of tensor_tiles
+
+
+class TensorTile(NamedTuple):
+    rows: int
+    columns: int
+    warps: int
+    stages: int  # steps of K under way
+
+
+STEP = 64  # k's a step of the loop, of every tile: see above
+GROUP = 8  # tiles of rows whose blocks run side by side, so that they find each other's columns in the L2 cache
+ENOUGH = 120  # blocks that fill a GPU, about
+# By the first digit of the compute capability, from few rows to many; shared memory <= 99 KB but on Hopper.
+TENSOR_TILES = {
+    8: (TensorTile(16, 64, 4, 4), TensorTile(32, 64, 4, 4), TensorTile(64, 64, 4, 4), TensorTile(128, 128, 8, 3)),
+    9: (TensorTile(64, 32, 4, 6), TensorTile(64, 64, 4, 5), TensorTile(128, 128, 8, 4), TensorTile(128, 256, 8, 3)),
+}
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -34,8 +61,9 @@ def linear_kernel(
     columns = tl.cdiv(N, BN)
     m = ((tl.program_id(0) // columns).to(tl.int64) * BM + tl.arange(0, BM))[:, None]
     n = ((tl.program_id(0) % columns) * BN + tl.arange(0, BN))[None, :]
-    x_row = x + m * K
-    w_row = weight + n.to(tl.int64) * K
+    batch = tl.program_id(1).to(tl.int64)
+    x_row = x + (batch * M + m) * K
+    w_row = weight + (batch * N + n) * K
     k = tl.arange(0, BK)
 
     total = tl.zeros((BM, BN), tl.float32)
@@ -48,11 +76,46 @@ def linear_kernel(
             b = tl.load(w_row + here[:, None], mask=(n < N) & (here[:, None] < K), other=0.0)
             s = tl.dot(a.to(tl.float32), b.to(tl.float32), s, input_precision="ieee")
         total = total + s
+    _finish(total, bias, gate, residual, y, batch, m, n, M, N, ACTIVATION)
 
+
+@triton.jit(do_not_specialize=["M"])
+def linear_tensor_kernel(
+    x, weight, bias, residual, y, M, N: tl.int32, K: tl.int32,
+    ACTIVATION: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    # blocks down GROUP tiles of rows, then on to the next columns
+    rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    first = tl.program_id(0) // (GROUP * columns) * GROUP
+    inside = tl.program_id(0) % (GROUP * columns)
+    high = tl.minimum(rows - first, GROUP)
+    m = ((first + inside % high).to(tl.int64) * BM + tl.arange(0, BM))[:, None]
+    n = (inside // high * BN + tl.arange(0, BN))[None, :]
+    batch = tl.program_id(1).to(tl.int64)
+    # rows beyond the last are the last once more: nothing of them is stored, and the loop needs no mask for them
+    x_row = x + (batch * M + tl.minimum(m, M - 1)) * K
+    w_row = weight + (batch * N + tl.minimum(n, N - 1)) * K
+    k = tl.arange(0, STEP)
+
+    total = tl.zeros((BM, BN), tl.float32)
+    for begin in range(0, K, STEP):
+        here = begin + k
+        if WHOLE:  # K is a multiple of STEP
+            a = tl.load(x_row + here[None, :])
+            b = tl.load(w_row + here[:, None])
+        else:
+            a = tl.load(x_row + here[None, :], mask=here[None, :] < K, other=0.0)
+            b = tl.load(w_row + here[:, None], mask=here[:, None] < K, other=0.0)
+        total = tl.dot(a, b, total)
+    _finish(total, bias, None, residual, y, batch, m, n, M, N, ACTIVATION)
+
+
+@triton.jit
+def _finish(total, bias, gate, residual, y, batch, m, n, M, N, ACTIVATION: tl.constexpr):
     if bias is not None:
         total = total + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     total = activate(total, ACTIVATION)
-    at = m * N + n
+    at = (batch * M + m) * N + n
     there = (m < M) & (n < N)
     if gate is not None:  # sparse_ffn: relu(gate) * up, and the zero itself where the gate is shut
         g = tl.load(gate + at, mask=there, other=0.0)
@@ -79,6 +142,22 @@ def choose(m: int, n: int) -> int:
     return 1
 
 
+def tensor_tiles(arch: int) -> tuple[TensorTile, ...]:
+    """The tiles of mode tensor on this compute capability (90 for 9.0), all with the same matrix instruction."""
+    return TENSOR_TILES[9 if arch // 10 == 9 else 8]
+
+
+def choose_tensor(batch: int, m: int, n: int, arch: int) -> TensorTile:
+    """The largest tile that leaves blocks for the whole GPU and no more than half of it empty; else the smallest."""
+    tiles = tensor_tiles(arch)
+    if force is not None:
+        return tiles[force]
+    for tile in reversed(tiles[1:]):
+        if m > tile.rows // 2 and batch * blocks(m, tile.rows) * blocks(n, tile.columns) >= ENOUGH:
+            return tile
+    return tiles[0]
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -88,15 +167,55 @@ def linear(
     out_dtype: torch.dtype,
     gate: Tensor | None = None,
 ) -> Tensor:
-    (m, k), n = x.shape, weight.shape[0]
-    y = x.new_empty(m, n, dtype=out_dtype)
+    y = x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
     bias = None if bias is None else bias.contiguous()
+    _start(x[None], contiguous(weight)[None], bias, activation, gate, residual, y)
+    return y
+
+
+def bmm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """b [B, N, K], like a weight."""
+    y = a.new_empty(*a.shape[:2], b.shape[1], dtype=out_dtype)
+    _start(a, b, None, None, None, None, y)
+    return y
+
+
+def _start(
+    a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None, gate: Tensor | None, residual: Tensor | None, y: Tensor
+) -> None:
+    (batch, m, k), n = a.shape, b.shape[1]
     bm, bn, bk, warps = TILES[choose(m, n) if force is None else force]
     start(
-        linear_kernel, (blocks(m, bm) * blocks(n, bn),), x, contiguous(weight), bias, gate, residual, y, m, n, k,
+        linear_kernel, (blocks(m, bm) * blocks(n, bn), batch), a, b, bias, gate, residual, y, m, n, k,
         ACTIVATION=activation, BM=bm, BN=bn, BK=bk, num_warps=warps,
     )  # fmt: skip
+
+
+def linear_tensor(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    y = x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
+    bias = None if bias is None else bias.contiguous()
+    _start_tensor(x[None], contiguous(weight)[None], bias, activation, residual, y)
     return y
+
+
+def bmm_tensor(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    y = a.new_empty(*a.shape[:2], b.shape[1], dtype=out_dtype)
+    _start_tensor(a, b, None, None, None, y)
+    return y
+
+
+def _start_tensor(
+    a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None, y: Tensor
+) -> None:
+    (batch, m, k), n = a.shape, b.shape[1]
+    tile = choose_tensor(batch, m, n, launch.architecture(a))
+    start(
+        linear_tensor_kernel, (blocks(m, tile.rows) * blocks(n, tile.columns), batch), a, b, bias, residual, y, m, n, k,
+        ACTIVATION=activation, WHOLE=k % STEP == 0, BM=tile.rows, BN=tile.columns, STEP=STEP, GROUP=GROUP,
+        num_warps=tile.warps, num_stages=tile.stages, **launch.FEWER_REGISTERS,
+    )  # fmt: skip
 
 
 def activation(x: Tensor, kind: str) -> Tensor:

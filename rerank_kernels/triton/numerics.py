@@ -22,6 +22,8 @@ KEY_TILE = tl.constexpr(64)  # attention's sum over keys: the same, in chunks of
 MINUS_INFINITY = tl.constexpr(float("-inf"))
 ROUND_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23
 ROUND_MAGIC_BITS = tl.constexpr(0x4B400000)
+SHIFTED_SCALE_BITS = tl.constexpr((64 + 127) << 23)  # of 2^(n + 64), less n: ROUND_MAGIC_BITS << 23 is 0 in 32 bits
+SHIFT_BACK = _hex("0x1p-64")
 
 # exp
 LOG2_E = _hex("0x1.715476p+0")
@@ -73,6 +75,12 @@ def scale_by_exp2(p, t):
 @triton.jit
 def exp_within(x):
     t = fmadd(x, LOG2_E, ROUND_MAGIC)
+    return scale_by_exp2(_exp_of_rest(x, t), t)
+
+
+@triton.jit
+def _exp_of_rest(x, t):
+    """exp(x - n log 2) for the n that t = 1.5 * 2^23 + n holds."""
     n = t - ROUND_MAGIC
     r = fmadd(n, LOG_2_HIGH, x)
     r = fmadd(n, LOG_2_LOW, r)
@@ -81,13 +89,23 @@ def exp_within(x):
     q = fmadd(q, r, E3)
     q = fmadd(q, r, 0.5)
     p = fmadd(q, r, 1.0)
-    p = fmadd(p, r, 1.0)
-    return scale_by_exp2(p, t)
+    return fmadd(p, r, 1.0)
 
 
 @triton.jit
 def exp_of_negative(x):
     return exp_within(tl.where(x < -104.0, -104.0, x))
+
+
+@triton.jit
+def exp_of_nonpositive(x):
+    """The bits of exp_of_negative for x <= 0 and NaN, in fewer instructions. -150 <= n <= 0, so 2^(n + 64) is no subnormal, the
+    product with it is exact, and the one with 2^-64 rounds p * 2^n once, as there. n's bits reach the exponent by the shift."""
+    x = tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL)
+    t = fmadd(x, LOG2_E, ROUND_MAGIC)
+    p = _exp_of_rest(x, t)
+    s = ((t.to(tl.int32, bitcast=True) << 23) + SHIFTED_SCALE_BITS).to(tl.float32, bitcast=True)
+    return p * s * SHIFT_BACK
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rerank_kernels.native.pack import check_finite, contiguous, transposed
 from rerank_kernels.triton.launch import blocks, start
-from rerank_kernels.triton.linear import linear
+from rerank_kernels.triton.linear import linear, linear_tensor
 from rerank_kernels.triton.numerics import CHUNK, fmadd
 
 DENSE_ROWS = 8  # from here on a row's share of reading all weights costs less than its own walk. Only time depends on it.
@@ -111,24 +111,48 @@ def sparse_ffn(
     down_weight: Tensor,
     down_bias: Tensor | None,
 ) -> Tensor:
+    first = (up_weight, up_bias) if gate_weight is None else (gate_weight, gate_bias)
+    return _sparse_ffn(
+        x, linear(x, *first, "relu", None, torch.float32), up_weight, up_bias, gate_weight, down_weight, down_bias
+    )
+
+
+def sparse_ffn_tensor(
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+) -> Tensor:
+    """Only what decides which neurons are active is computed on tensor cores, for any number of rows; the rest is as above, where
+    sparse equals dense, so that the number of rows is in no expression here either."""
+    first = (up_weight, up_bias) if gate_weight is None else (gate_weight, gate_bias)
+    active = linear_tensor(x, *first, "relu", None, torch.float32)
+    return _sparse_ffn(x, active, up_weight, up_bias, gate_weight, down_weight, down_bias)
+
+
+def _sparse_ffn(
+    x: Tensor,
+    first: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+) -> Tensor:
+    """From relu(gate), or relu(up) without a gate, in float32."""
     rows, f32 = x.shape[0], torch.float32
     if rows >= DENSE_ROWS:
         check_finite(down_weight)
-        if gate_weight is None:
-            hidden = linear(x, up_weight, up_bias, "relu", None, f32)
-        else:
-            gate = linear(x, gate_weight, gate_bias, "relu", None, f32)
-            hidden = linear(x, up_weight, up_bias, None, None, f32, gate=gate)
+        hidden = first if gate_weight is None else linear(x, up_weight, up_bias, None, None, f32, gate=first)
         return linear(hidden, down_weight, down_bias, None, None, x.dtype)
 
     down = transposed(down_weight)
     neurons, d = down.shape
     width = int(CHUNK)
     chunks = blocks(neurons, width)
-    if gate_weight is None:
-        first = linear(x, up_weight, up_bias, "relu", None, f32)
-    else:
-        first = linear(x, gate_weight, gate_bias, "relu", None, f32)
     count = x.new_empty(rows * chunks, dtype=torch.int32)
     neuron = x.new_empty(rows * chunks * width, dtype=torch.int32)
     value = torch.empty_like(neuron, dtype=f32)

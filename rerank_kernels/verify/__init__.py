@@ -26,9 +26,9 @@ from rerank_kernels.verify.controls import Control, mutant_controls, sighted_con
 from rerank_kernels.verify.measure import Result, Session, measure
 from rerank_kernels.verify.models import default_pairs, load
 from rerank_kernels.verify.plan import HOME, Call, Floats, Forward, Inputs, Texts, Tokens, build, plan
-from rerank_kernels.verify.report import VerifyReport, environment, isa
+from rerank_kernels.verify.report import Setting, VerifyReport, environment, isa
 
-__all__ = ["Control", "Result", "VerifyReport", "default_pairs", "environment", "load", "verify"]
+__all__ = ["Control", "Result", "Setting", "VerifyReport", "default_pairs", "environment", "load", "verify"]
 
 LIMIT = 64  # texts used unless asked otherwise: as many as the largest batch
 LARGE = 50_000_000  # parameters outside the embeddings from which the built-in texts are cut shorter
@@ -46,20 +46,27 @@ def verify(
     limit: int | None = LIMIT,
     pooling: str = "mean",
     source: str | None = None,
+    mode: str | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> VerifyReport:
     """Check every promise for `model` on `pairs` of (query, document), or on texts of Python's own library.
 
-    The model is patched for the run and left as it was found. stock: measure it unpatched. max_length: tokens a text is cut
-    to. limit: the first so many different texts are used. pooling: how an embedding model's vector is made, "mean" or "cls".
-    source: what models.load gets to have the same model in a fresh process; None leaves that check out. progress: called
-    with the share of the work that is done. Raises PatchError for a model that rerank_kernels does not serve, ValueError for
-    fewer than 8 different texts.
+    The model is patched for the run and left as it was found, on the device where it is. stock: measure it unpatched.
+    mode: the numeric mode whose promises are checked; if not given, that of a model that is patched already, else "portable".
+    max_length: tokens a text is cut to. limit: the first so many different texts are used. pooling: how an embedding model's
+    vector is made, "mean" or "cls". source: what models.load gets to have the same model in a fresh process; None leaves that
+    check out. progress: called with the share of the work that is done. Raises PatchError for a model that rerank_kernels does
+    not serve, ValueError for fewer than 8 different texts.
     """
-    training, patched = model.training, isinstance(model.__dict__.get("forward"), binding.Forward)
+    found = model.__dict__.get("forward")
+    was = found if isinstance(found, binding.Forward) else None
+    mode, served_by = mode or (was.mode if was else "portable"), was.backend if was else None
+    training = model.training
     model.eval()
+    if was is not None and was.mode != mode:
+        hf.unpatch(model)
     # also for stock: what is not served is an error either way, and max_tokens asks a served model
-    hf.patch(model)
+    hf.patch(model, mode, backend=served_by)
     if stock:
         hf.unpatch(model)
     try:
@@ -67,9 +74,13 @@ def verify(
         room = min(encoders.max_tokens(model), tokenizer.model_max_length)
         cut = max_length or (room if pairs is not None else 128 if large else 320)
         texts = _texts(model, tokenizer, default_pairs() if pairs is None else pairs, min(cut, room), room, limit)
-        return _verify(model, tokenizer, texts, stock, pooling, source, 16 if large else 24, progress)
+        setting = Setting.of(model, mode, served_by)
+        return _verify(model, tokenizer, texts, stock, pooling, source, setting, 16 if large else 24, progress)
     finally:
-        hf.patch(model) if patched else hf.unpatch(model)
+        if was is None or model.__dict__.get("forward") is not was:
+            hf.unpatch(model)
+        if was is not None:
+            hf.patch(model, was.mode, backend=was.backend)
         model.train(training)
 
 
@@ -80,17 +91,18 @@ def _verify(
     stock: bool,
     pooling: str,
     source: str | None,
+    setting: Setting,
     few: int,
     progress: Callable[[float], None] | None,
 ) -> VerifyReport:
     forward = _forward(model, pooling, stock)
     routes: dict[str, Callable[[Call], Floats]] = {}
     if source is not None:
-        routes["process"] = functools.partial(_FreshProcess(source, model, pooling, stock, texts, few).answer)
+        routes["process"] = functools.partial(_FreshProcess(source, model, pooling, stock, texts, setting, few).answer)
     if not stock:
         if model.config.num_labels == 1 or not _scores(model):  # type: ignore[union-attr]
             routes["packed"] = functools.partial(_packed, model, tokenizer, pooling, texts)
-        before = isa() if backend.active("cpu").name == "cpu" else None  # only the compiled backend has a choice
+        before = isa() if setting.backend.name == "cpu" else None  # only the compiled backend has a choice
         for name in ISAS:
             if before is not None and isa(name) is not None:
                 routes["isa:" + name] = functools.partial(_with_isa, name, forward, texts)
@@ -105,17 +117,17 @@ def _verify(
         if progress is not None:
             progress(spent / whole)
 
-    session = Session(texts, forward, routes, done)
+    session = Session(texts, forward, routes, done, device=setting.device)
     results = [measure(check, session) for check in checks]
     alone = np.concatenate([session.answer(Call((row,))) for row in range(len(texts.tokens))])
-    about = environment()
-    promised = backend.PROMISES if stock else about["promises"]
+    about = environment(setting)
+    promised = backend.PROMISES if stock else setting.promises
     for r in results:
         r.promised = r.promise in promised
     controls = sighted_controls(texts, checks, alone)
     if not stock:
         # what the backend does not promise is reported; a mutant of it would prove nothing
-        controls += mutant_controls(texts, [c for c in checks if c.promise in promised], forward)
+        controls += mutant_controls(texts, [c for c in checks if c.promise in promised], forward, setting.device)
     lengths = [texts.length(r) for r in range(len(texts.tokens))]
     return VerifyReport(
         results,
@@ -185,7 +197,7 @@ def _forward(model: nn.Module, pooling: str, stock: bool) -> Forward:
                 return out.logits.float()
             hidden: Tensor = out.last_hidden_state
             mask = inputs.get("attention_mask")
-            mask = torch.ones(hidden.shape[:2], dtype=torch.int64) if mask is None else mask
+            mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device) if mask is None else mask
             if not stock:
                 return pool(hidden, pooling, mask=mask, out_dtype=torch.float32)
             if pooling == "cls":
@@ -209,7 +221,7 @@ def _with_isa(name: str, forward: Forward, texts: Texts, call: Call) -> Floats:
     before = isa() or ""
     isa(name)
     try:
-        return forward(build(texts, call)).numpy()
+        return forward(build(texts, call)).numpy()  # on the CPU, whose instruction sets these are
     finally:
         isa(before)
 
@@ -217,10 +229,13 @@ def _with_isa(name: str, forward: Forward, texts: Texts, call: Call) -> Floats:
 class _FreshProcess:
     """Asks another Python for all its calls at once, the first time it is asked for one."""
 
-    def __init__(self, source: str, model: nn.Module, pooling: str, stock: bool, texts: Texts, few: int) -> None:
-        self.texts, self.few = texts, few
+    def __init__(
+        self, source: str, model: nn.Module, pooling: str, stock: bool, texts: Texts, setting: Setting, few: int
+    ) -> None:
+        self.texts, self.few, self.served_by = texts, few, setting.backend.name
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         self.request = {"source": source, "dtype": dtype, "pooling": pooling, "stock": stock}
+        self.request |= {"mode": setting.mode, "device": str(setting.device)}
         self.answers: dict[tuple[int, ...], Floats] = {}
 
     def answer(self, call: Call) -> Floats:
@@ -236,7 +251,7 @@ class _FreshProcess:
                 text=True,
                 env={
                     **os.environ,
-                    backend.ENVIRONMENT: backend.active("cpu").name,
+                    backend.ENVIRONMENT: self.served_by,
                     "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
                 },
             )
@@ -252,9 +267,11 @@ def _serve_parent() -> None:
     """The fresh process: a request on stdin, the bits of the answers on stdout."""
     request = json.load(sys.stdin)
     model, _, _ = load(request["source"], getattr(torch, request["dtype"]))
+    model.to(request["device"])
     if not request["stock"]:
-        hf.patch(model)
+        hf.patch(model, request["mode"])
     torch.set_num_threads(1)
     forward = _forward(model, request["pooling"], request["stock"])
-    answers = [forward({n: torch.tensor(v) for n, v in one.items()}).numpy() for one in request["inputs"]]
+    given = [{n: torch.tensor(v, device=request["device"]) for n, v in one.items()} for one in request["inputs"]]
+    answers = [forward(one).cpu().numpy() for one in given]
     print(json.dumps([(a.shape, a.tobytes().hex()) for a in answers]))

@@ -118,7 +118,9 @@ def sighted_controls(texts: Texts, checks: Sequence[Check], reference: Floats) -
     return controls
 
 
-def mutant_controls(texts: Texts, checks: Sequence[Check], forward: Forward) -> list[Control]:
+def mutant_controls(
+    texts: Texts, checks: Sequence[Check], forward: Forward, device: torch.device | None = None
+) -> list[Control]:
     """The model itself with one thing wrong in the way it goes wrong in real stacks; the named check must see it."""
 
     def let_in(inputs: Inputs) -> Inputs:
@@ -155,7 +157,7 @@ def mutant_controls(texts: Texts, checks: Sequence[Check], forward: Forward) -> 
             continue
         check = by_name[expected]
         first = dataclasses.replace(check, scorings=(check.scorings[0][:4],))  # so few calls are enough, and cheap
-        caught = not measure(first, Session(texts, scorer)).holds
+        caught = not measure(first, Session(texts, scorer, device=device or torch.device("cpu"))).holds
         controls.append(Control(name, expected, (expected,) if caught else ()))
     return controls
 
@@ -165,8 +167,8 @@ def _one_ulp_off(op: str) -> Iterator[None]:
     """Inside, every number that `op` returns is the next one away from zero in its own type."""
     true = backend.select
 
-    def select(name: str, device: torch.device) -> Callable[..., Any]:
-        serve = true(name, device)
+    def select(name: str, device: torch.device, mode: str = "portable") -> Callable[..., Any]:
+        serve = true(name, device, mode)
 
         def off(*args: Any) -> Tensor:
             out: Tensor = serve(*args)

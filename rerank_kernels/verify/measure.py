@@ -41,12 +41,13 @@ class Session:
     routes: dict[str, Callable[[Call], Floats]] = field(default_factory=dict)
     done: Callable[[Call], None] = lambda call: None
     answers: dict[Call, Floats] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def answer(self, call: Call) -> Floats:
         if call not in self.answers:
             with threads(call.threads):
                 if call.route == "model":
-                    self.answers[call] = self.forward(build(self.texts, call)).numpy()
+                    self.answers[call] = self.forward(build(self.texts, call, self.device)).cpu().numpy()
                 else:
                     self.answers[call] = self.routes[call.route](call)
             self.done(call)

@@ -215,7 +215,7 @@ def plan(texts: Texts, *, routes: Sequence[str] = (), few: int = 24) -> list[Che
     return [dataclasses.replace(c, scorings=tuple(tuple(k for k in s if c.varies(k)) for s in c.scorings)) for c in checks]
 
 
-def build(texts: Texts, call: Call) -> Inputs:
+def build(texts: Texts, call: Call, device: torch.device | str = "cpu") -> Inputs:
     """The tensors of one call, padded by hand: no tokenizer pads with other tokens or hands out strided views."""
     width = call.length or texts.longest(call.rows)
     fill = texts.pad if call.fill is None else call.fill
@@ -238,7 +238,7 @@ def build(texts: Texts, call: Call) -> Inputs:
         out["attention_mask"] = out["attention_mask"].bool()
     elif call.layout == "no mask":
         del out["attention_mask"]
-    return {name: _laid_out(t, call.layout) for name, t in out.items()}
+    return {name: _laid_out(t.to(device), call.layout) for name, t in out.items()}
 
 
 def _laid_out(t: Tensor, layout: str) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from rerank_kernels import backend
 from rerank_kernels.verify.controls import Control
@@ -103,8 +104,30 @@ class VerifyReport:
             console.print("held: " + ", ".join(held), style="green")
 
 
-def environment() -> dict[str, Any]:
-    """Versions, CPU, backend, instruction set, threads: what a report of bits needs beside it. Never raises."""
+@dataclass(frozen=True)
+class Setting:
+    """Where a model is verified: device, numeric mode, the backend that serves it there."""
+
+    device: torch.device
+    mode: str
+    backend: backend.Backend
+
+    @classmethod
+    def of(cls, model: nn.Module, mode: str, served_by: str | None) -> Setting:
+        device = next(model.parameters()).device
+        chosen = backend.active(device) if served_by is None else backend.get(served_by, f"backend={served_by!r}")
+        return cls(device, mode, chosen)
+
+    @property
+    def promises(self) -> tuple[str, ...]:
+        return self.backend.tensor if self.mode == "tensor" else self.backend.promises
+
+
+def environment(setting: Setting | None = None) -> dict[str, Any]:
+    """Versions, machine, backend, instruction set, threads: what a report of bits needs beside it. Never raises.
+
+    Of the CPU's backend in mode portable, unless it is told where a model was verified.
+    """
     import transformers
 
     import rerank_kernels as rk
@@ -119,8 +142,11 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     try:
-        chosen = backend.active("cpu")
-        out["backend"], out["promises"] = chosen.name, list(chosen.promises)
+        setting = setting or Setting(torch.device("cpu"), "portable", backend.active("cpu"))
+        out["backend"], out["promises"], out["mode"] = setting.backend.name, list(setting.promises), setting.mode
+        if setting.device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(setting.device)
+            out["gpu"] = f"{torch.cuda.get_device_name(setting.device)}, sm_{major}{minor}"
     except backend.BackendError as error:
         out["backend"], out["promises"] = f"none: {error}", []
     out["isa"] = isa() or "-"

@@ -3,7 +3,7 @@
     with simulated(race=True, sched=2):
         rk.linear(x, weight)            # CPU tensors; torch.ops.rerank_kernels.* go to csrc/cuda
 
-csrc/cuda/*.cu are compiled by nvcc and linked with cudart.cpp in place of the CUDA runtime, csrc/cuda/*.cpp by g++ for CPU
+csrc/cuda/**/*.cu are compiled by nvcc and linked with cudart.cpp in place of the CUDA runtime, csrc/cuda/*.cpp by g++ for CPU
 tensors (call.h). So Python, registration, launcher, grid, shared memory and arguments are the ones that a GPU would get; only
 ptxas and the chip are left out. README.md says what that proves and what it does not.
 """
@@ -39,6 +39,7 @@ HERE = Path(__file__).parent
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = Path(os.environ.get("RERANK_KERNELS_CACHE", ROOT / "build" / "ptxsim"))
 FAMILIES = ("norm", "softmax", "linear", "attention", "pooling", "sparse_ffn")
+SOURCES = tuple(sorted(str(p.relative_to(CUDA).with_suffix("")) for p in CUDA.rglob("*.cu")))  # "linear", "tensor/linear"
 # every op but those that are the CPU's own or take no tensor: one without a CUDA kernel fails, it is not the CPU's in disguise
 NOT_ON_A_GPU = {"pack_weight", "transpose_weight", "force_isa", "launchers", "force_launch"}
 OPS = tuple(
@@ -177,10 +178,11 @@ _callback = _LAUNCH(_launch)
 
 
 @functools.cache
-def module(family: str, arch: str, edit: Edit | None = None) -> Module:
+def module(source: str, arch: str, edit: Edit | None = None) -> Module:
+    """The PTX of one of SOURCES."""
     kit = toolkit.find()
     assert kit is not None
-    return Module(kit.ptx((_edited(edit) if edit else CUDA) / f"{family}.cu", arch).read_text())
+    return Module(kit.ptx((_edited(edit) if edit else CUDA) / f"{source}.cu", arch).read_text())
 
 
 @functools.cache
@@ -206,14 +208,14 @@ def _edited(edit: Edit) -> Path:
 
 @functools.cache
 def kernel(name: str, arch: str, edit: Edit | None = None) -> Kernel:
-    return module(_family(name, arch), arch, edit).kernel(name)
+    return module(_source(name, arch), arch, edit).kernel(name)
 
 
 @functools.cache
-def _family(name: str, arch: str) -> str:
-    for family in FAMILIES:
-        if name in module(family, arch).kernels:
-            return family
+def _source(name: str, arch: str) -> str:
+    for source in SOURCES:
+        if name in module(source, arch).kernels:
+            return source
     raise LookupError(f"no kernel {name} in the PTX of csrc/cuda")
 
 
@@ -256,7 +258,9 @@ def library() -> Path:
                 return out
 
             hosts = [pool.submit(compile_host, s) for s in [*torch_side, HERE / "cudart.cpp"]]
-            devices = [pool.submit(kit.object, CUDA / f"{f}.cu", Path(scratch) / f"{f}.cu.o") for f in FAMILIES]
+            devices = [
+                pool.submit(kit.object, CUDA / f"{s}.cu", Path(scratch) / f"{s.replace('/', '-')}.cu.o") for s in SOURCES
+            ]
             objects = [job.result() for job in [*hosts, *devices]]
             lib = Path(torch.__file__).parent / "lib"
             new = Path(scratch) / made.name

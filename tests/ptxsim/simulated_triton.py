@@ -4,7 +4,8 @@
         rk.linear(x, weight)            # CPU tensors; rerank_kernels/triton serves them
 
 launch.run is replaced: arguments are specialised as Triton's launcher does it (its own function), the kernel is compiled with
-the options of launch.OPTIONS for the architecture asked for, ptxas included, and its PTX runs here.
+the options of launch.OPTIONS for the architecture asked for, and its PTX runs here. What ptxas makes of the PTX is looked at
+by tests/witness_triton.py.
 """
 
 from __future__ import annotations
@@ -79,12 +80,12 @@ def simulated_triton(*, arch: int = 80, edit: Edit | None = None, **launch: Any)
     global _options
     package = _edited(edit) if edit else PACKAGE
     launcher: Any = importlib.import_module(f"{package}.launch")
-    before, registered_as, on_a_gpu = _options, registry.BACKENDS["triton"], launcher.run
+    before, registered_as, on_a_gpu = _options, registry.BACKENDS["triton"], (launcher.run, launcher.architecture)
     _options = Options(arch, launch)
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     registry.BACKENDS["triton"] = dataclasses.replace(registered_as, package=package, devices=("cpu",), missing=lambda: None)
     _forget()
-    launcher.run = run
+    launcher.run, launcher.architecture = run, lambda tensor: arch
     torch.use_deterministic_algorithms(True, warn_only=True)  # new tensors hold NaN: a place that nobody writes shows
     try:
         with registry.use("triton"):
@@ -92,7 +93,7 @@ def simulated_triton(*, arch: int = 80, edit: Edit | None = None, **launch: Any)
     finally:
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         _options = before
-        launcher.run = on_a_gpu
+        launcher.run, launcher.architecture = on_a_gpu
         registry.BACKENDS["triton"] = registered_as
         _forget()
 
@@ -164,7 +165,11 @@ def compiled(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any])
     if key not in _compiled:
         options, signature, constexprs, attributes = kernel._pack_args(backend, constants, bound, special, None)
         source = ASTSource(kernel, signature, constexprs, attributes)
-        made = triton.compile(source, target=target, options=options.__dict__)
+        before, triton.knobs.runtime.add_stages_inspection_hook = triton.knobs.runtime.add_stages_inspection_hook, _no_ptxas
+        try:
+            made = triton.compile(source, target=target, options=options.__dict__)
+        finally:
+            triton.knobs.runtime.add_stages_inspection_hook = before
         m = made.metadata
         assert m.global_scratch_size == 0 and m.num_ctas == 1, f"{m.name} wants more than blocks of threads"
         ptx = made.asm["ptx"]
@@ -172,3 +177,11 @@ def compiled(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any])
         left = [i for i, n in enumerate(names) if signature[n] != "constexpr"]
         _compiled[key] = Compiled(Module(ptx).kernel(m.name), ptx, left, m.shared, m.num_warps * 32)
     return values, _compiled[key]
+
+
+def _no_ptxas(*arguments: Any) -> tuple[str, str] | None:
+    """Triton asks this hook for a part of its cache's key, then hands it the stages to change: the last one makes nothing."""
+    if not arguments:
+        return "PTX only", "PTX only"
+    arguments[1]["cubin"] = lambda ptx, metadata: b""
+    return None

@@ -1,0 +1,104 @@
+// attention.cuh: which rows of which sequence a block has, for both kernels of attention (attention.cu, tensor/attention.cu).
+//
+// A row here is a (token, query head) pair: the query heads of one key head lie side by side, token by token, so that they
+// share the keys and values that a block reads, and a short sequence still fills its block.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "device.cuh"
+
+namespace rk {
+
+// What a block works on. In shared memory: threads have no registers left for it.
+constexpr int WORK = 128;
+template <class T>
+struct Work {
+    const T *q, *k, *v;  // of the sequence's first token and the group's first head
+    T* out;
+    int64_t q_token, q_head, k_token, v_token, out_token;
+    int64_t left, right;
+    unsigned group;  // query heads to a key head
+    int length;      // of the sequence
+    int token;       // of row 0
+    unsigned head;   // of row 0, within the group
+    int rows;        // that exist; 0: nothing to do
+    float scale;
+
+    __device__ __forceinline__ int token_of(int r) const { return token + int((head + r) / group); }
+    __device__ __forceinline__ unsigned head_of(int r) const { return (head + r) % group; }
+    // the keys that token i sees
+    __device__ __forceinline__ int begin(int i) const { return left >= 0 && i > left ? i - int(left) : 0; }
+    __device__ __forceinline__ int end(int i) const {
+        return right >= 0 && right < length - 1 - i ? i + int(right) + 1 : length;
+    }
+};
+
+// One warp finds out which sequence, and which of its tiles of rows, this block has: 256 sequences a step, eight a lane, whose
+// offsets are read at once. With thousands of sequences a block waits for B / 256 reads first. `rows` is a power of two.
+// Offsets are clamped: wrong ones lead to wrong rows, never outside the arrays.
+constexpr int FOR_A_LANE = 8;
+template <class T>
+__device__ __forceinline__ void find_work(const AttentionArgs& a, const int32_t* cu_seqlens, int64_t B, int64_t total,
+                                          int64_t kv_head, int rows, Work<T>& work) {
+    const int lane = threadIdx.x, log_rows = 31 - __clz(rows);
+    const int64_t group = a.H / a.H_kv;
+    int64_t wanted = blockIdx.x, begin = 0, length = 0, tile = 0;
+    bool mine = false;
+    for (int64_t b0 = 0; b0 < B; b0 += LANES * FOR_A_LANE) {
+        const int64_t first = b0 + lane * FOR_A_LANE;
+        int64_t at[FOR_A_LANE + 1], tiles = 0;
+#pragma unroll
+        for (int i = 0; i <= FOR_A_LANE; ++i) at[i] = first + i <= B ? int64_t(cu_seqlens[first + i]) : 0;
+#pragma unroll
+        for (int i = 0; i < FOR_A_LANE; ++i) {
+            at[i] = min(max(at[i], int64_t(0)), total);
+            tiles += (max(min(at[i + 1], total) - at[i], int64_t(0)) * group + rows - 1) >> log_rows;
+        }
+        int64_t up_to = tiles;
+        for (int step = 1; step < LANES; step *= 2) {
+            const int64_t other = __shfl_up_sync(WARP, up_to, step);
+            if (lane >= step) up_to += other;
+        }
+        mine = up_to - tiles <= wanted && wanted < up_to;
+        if (__any_sync(WARP, mine)) {
+            tile = wanted - (up_to - tiles);
+#pragma unroll
+            for (int i = 0; i < FOR_A_LANE; ++i) {
+                const int64_t n = max(min(at[i + 1], total) - at[i], int64_t(0));
+                const int64_t its = (n * group + rows - 1) >> log_rows;
+                if (tile >= 0 && tile < its) {
+                    begin = at[i];
+                    length = n;
+                    wanted = its - 1 - tile;  // the last tile first: under a causal mask it has the most to do
+                }
+                tile -= its;
+            }
+            break;
+        }
+        wanted -= __shfl_sync(WARP, up_to, LANES - 1);
+    }
+    if (lane == 0) work.rows = 0;
+    __syncwarp();
+    if (!mine) return;
+    const int64_t row = wanted * rows;
+    work.q = static_cast<const T*>(a.q) + begin * a.q_token + kv_head * group * a.q_head;
+    work.k = static_cast<const T*>(a.k) + begin * a.k_token + kv_head * a.k_head;
+    work.v = static_cast<const T*>(a.v) + begin * a.v_token + kv_head * a.v_head;
+    work.out = static_cast<T*>(a.out) + (begin * a.H + kv_head * group) * a.D;
+    work.q_token = a.q_token;
+    work.q_head = a.q_head;
+    work.k_token = a.k_token;
+    work.v_token = a.v_token;
+    work.out_token = a.H * a.D;
+    work.left = a.left;
+    work.right = a.right;
+    work.group = unsigned(group);
+    work.length = int(length);
+    work.token = int(row / group);
+    work.head = unsigned(row % group);
+    work.rows = int(min(int64_t(rows), length * group - row));
+    work.scale = a.scale;
+}
+
+}  // namespace rk

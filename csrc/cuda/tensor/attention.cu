@@ -1,0 +1,420 @@
+// attention.cu: packed self-attention of mode "tensor": float16 and bfloat16, heads of up to 256, any length, window, grouping.
+//
+// Per query row, over tiles of 64 keys, counted from the sequence's own first token, ascending (NUMERICS.md, "Mode tensor"):
+//   s_j = dot_tensor(q, k_j) * scale                 one mma for every 16 features
+//   m' = max(m, max_j s_j);  f = exp(m - m');  p_j = exp(s_j - m'), 0 for a hidden key
+//   l = l * f + sum_j p_j                            product and sum rounded each; sum_j: see below
+//   o = o * f, then o += p_j v_j                     one mma for every 16 keys, p rounded to half
+// and out = o / l. Until a row has seen a score that is not -inf, 0 stands for m' beside the minus signs.
+//
+// sum_j p_j: of each 16 keys thread t of four has 2t, 2t + 1, 2t + 8, 2t + 9; it adds its 16 of the 64, ascending, from +0;
+// then (t0 + t1) + (t2 + t3). Keys that are left out count as the +0 they would have added.
+//
+// A warp has 16 rows of one sequence and key head, from the sequence's first row on, whatever the way. What it leaves out (the
+// 16 keys that none of its rows sees, a tile of such) would have changed nothing: f is 1, every p is +0, and an mma of zeros
+// keeps its sum, up to the sign of a zero, which one last + 0 takes away. So neither blocks nor tiles are in the expression.
+// Only a value that is not finite may reach a row that does not see it, as 0 * inf: if one of the same 16 rows sees one of
+// the same 16 keys, and that again depends on nothing but the sequence.
+//
+// A block has 2, 4 or 8 warps, and one key head after another, in which the same tokens are its rows. Tiles of keys and of
+// values take turns in two or three stages of shared memory, filled by cp.async one step ahead, across the heads. Q stays in
+// registers as fragments (in shared memory if a head is wider than 192: each thread reads what it wrote).
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../attention.cuh"
+#include "../kernels.h"
+#include "../launch.cuh"
+#include "mma.cuh"
+
+namespace rk {
+
+using Keys = std::false_type;
+using Values = std::true_type;
+constexpr int WARP_ROWS = 16, MOST_WARPS = 8;
+constexpr int GROUPS = KEY_TILE / STEP;  // of 16 keys
+constexpr float NONE_YET = -__builtin_huge_valf();
+constexpr float NORMAL = -87.0f;  // exp is a normal number from here on
+
+// What follows from the width that a head is filled up to.
+template <int WIDTH>
+struct Head {
+    static constexpr int ROW = WIDTH * 2, PIECES = WIDTH / 8, STEPS = WIDTH / STEP;
+    static constexpr int SURE_STEPS = WIDTH <= 32 ? 1 : WIDTH <= 128 ? STEPS - 1 : STEPS - 3;  // that even the narrowest has
+    static constexpr int TILE = KEY_TILE * ROW;                                                // bytes
+    static constexpr bool Q_IN_REGISTERS = WIDTH <= 192;
+    static constexpr int STAGES = WIDTH <= 192 ? 3 : 2;
+    static constexpr int WARPS = WIDTH <= 192 ? MOST_WARPS : 4;  // at most, for the shared memory that Q takes
+};
+
+// Where piece `piece` of row `row` lies in a tile: no two of eight rows, as ldmatrix reads them, meet in a bank. The pieces of
+// a group of 8 or, where a row is no multiple of 128 bytes, 4 change places; an even step goes by step_to.
+template <int ROW>
+__device__ __forceinline__ unsigned place(unsigned row, unsigned piece) {
+    return row * ROW + ((piece ^ (ROW % 128 ? row / 2 % 4 : row % 8)) * 16);
+}
+template <int ROW>
+__device__ __forceinline__ unsigned step_to(unsigned at, unsigned piece) {
+    constexpr unsigned SWAPPED = ROW % 128 ? 3 : 7;
+    return (at ^ ((piece & SWAPPED) * 16)) + (piece & ~SWAPPED) * 16;
+}
+
+// What the threads of a row need of it, found once; garbage rows repeat the last.
+struct Row {
+    int64_t q, out;  // elements from the first head's
+    int begin, end;  // the keys it sees
+};
+
+// A tile of keys or values: rows from `live` on and halves from D on become zeros, unread.
+template <int WIDTH, class T>
+__device__ __forceinline__ void fetch_tile(unsigned to, const T* from, int64_t stride, int live, int D, bool wide) {
+    constexpr int PIECES = Head<WIDTH>::PIECES;
+    constexpr int ACROSS = PIECES <= 4 ? 4 : PIECES <= 8 ? 8 : PIECES <= 16 ? 16 : 32;
+    const int piece = threadIdx.x % ACROSS, valid = min(max(D - piece * 8, 0), 8);
+    const int rows = min(KEY_TILE, (live + STEP - 1) / STEP * STEP);  // nobody reads further
+    if (PIECES < ACROSS && piece >= PIECES) return;
+    for (int r = threadIdx.x / ACROSS; r < rows; r += blockDim.x / ACROSS) {
+        const int some = r < live ? valid : 0;
+        const T* at = from + (some ? r * stride + piece * 8 : 0);
+        copy_halves(to + place<Head<WIDTH>::ROW>(r, piece), at, some, wide);
+    }
+}
+
+// Two neighbours, of which `valid` exist.
+template <class T>
+__device__ __forceinline__ unsigned load_two(const T* p, int valid, bool wide) {
+    if (valid >= 2 && wide) return *reinterpret_cast<const unsigned*>(p);
+    const unsigned a = valid > 0 ? p[0].bits : 0, b = valid > 1 ? p[1].bits : 0;
+    return a | b << 16;
+}
+
+template <class T>
+__device__ __forceinline__ unsigned round_two(float a, float b);
+template <>
+__device__ __forceinline__ unsigned round_two<f16>(float a, float b) {
+    unsigned both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+    return both;
+}
+template <>
+__device__ __forceinline__ unsigned round_two<bf16>(float a, float b) {
+    unsigned both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+    return both;
+}
+
+// exp_of_negative, bit for bit, for NORMAL <= x <= 0: n can be added to the exponent as an integer.
+__device__ __forceinline__ float exp_normal(float x) {
+    float t;
+    const float p = exp_fraction(x, t);
+    return __uint_as_float(__float_as_uint(p) + (__float_as_uint(t) << 23));
+}
+
+template <int WIDTH, class T>
+__global__ void __launch_bounds__(Head<WIDTH>::WARPS * 32, WIDTH <= 64 ? 2 : 1)
+    attention_tensor_rows(AttentionArgs a, bool wide, const int32_t* cu_seqlens, int64_t B, int64_t total) {
+    using H = Head<WIDTH>;
+    extern __shared__ __align__(128) char shared[];
+    static_assert(sizeof(Work<T>) <= WORK, "the bytes that Work has in shared memory");
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, t = lane % 4;
+    const int D = int(a.D);
+
+    Work<T>& work = *reinterpret_cast<Work<T>*>(shared);
+    if (threadIdx.x < 32) find_work(a, cu_seqlens, B, total, blockIdx.y, warps * WARP_ROWS, work);
+    __syncthreads();
+    if (work.rows == 0) return;
+
+    // shared memory after `work`: the stages, Q unless it is in registers, the rows
+    const unsigned stages = shared_address(shared + WORK);
+    uint4* const q_shared = reinterpret_cast<uint4*>(shared + WORK + H::STAGES * H::TILE) + threadIdx.x;
+    Row* const rows = reinterpret_cast<Row*>(shared + WORK + H::STAGES * H::TILE +
+                                             (H::Q_IN_REGISTERS ? 0 : warps * 32 * H::STEPS * int(sizeof(uint4))));
+
+    // the tiles of keys that the block sees
+    const int tile_begin = work.begin(work.token) / KEY_TILE;
+    const int tile_end = (work.end(work.token_of(work.rows - 1)) + KEY_TILE - 1) / KEY_TILE;
+
+    // ---- the stages. A step is a tile of keys or of values; `next` is what is fetched next
+    struct {
+        int head, tile;
+        unsigned stage;
+    } next = {int(blockIdx.y), tile_begin, 0};
+    const auto fetch = [&](auto kind) {
+        constexpr bool values = decltype(kind)::value;
+        if (next.head < a.H_kv) {
+            const int64_t key = next.tile * KEY_TILE, stride = values ? a.v_token : a.k_token;
+            const T* const from =
+                (values ? work.v : work.k) + key * stride + (next.head - int(blockIdx.y)) * (values ? a.v_head : a.k_head);
+            fetch_tile<WIDTH>(stages + next.stage, from, stride, work.length - int(key), D, wide);
+            if (values && ++next.tile == tile_end) {
+                next.tile = tile_begin;
+                next.head += gridDim.y;
+            }
+        }
+        commit_copies();
+        next.stage = next.stage == (H::STAGES - 1) * H::TILE ? 0 : next.stage + H::TILE;
+    };
+    unsigned stage = (H::STAGES - 1) * H::TILE;
+    // The stage of the step that begins now. Everybody is past the step before, so that its stage can be filled again.
+    const auto advance = [&](auto kind) {
+        wait_for_copies<H::STAGES - 2>();
+        __syncthreads();
+        stage = stage == (H::STAGES - 1) * H::TILE ? 0 : stage + H::TILE;
+        fetch(std::bool_constant<decltype(kind)::value == (H::STAGES == 3)>());  // two steps ahead: the same kind again
+        return stages + stage;
+    };
+    fetch(Keys());
+    if constexpr (H::STAGES == 3) fetch(Values());
+
+    for (int r = threadIdx.x; r < warps * WARP_ROWS; r += blockDim.x) {
+        const int there = min(r, work.rows - 1), token = work.token_of(there), head = work.head_of(there);
+        rows[r] = {token * work.q_token + head * work.q_head, token * work.out_token + int64_t(head) * D, work.begin(token),
+                   work.end(token)};
+    }
+    __syncthreads();
+    const bool live = warp * WARP_ROWS < work.rows;
+    const Row* const mine = rows + warp * WARP_ROWS + lane / 4;  // and 8 further down
+
+    unsigned q[H::Q_IN_REGISTERS ? H::STEPS : 1][4];
+    const auto load_q = [&](int head) {
+        const T* const from = work.q + (head - int(blockIdx.y)) * (work.group * a.q_head) + 2 * t;
+        const T* const row[2] = {from + mine[0].q, from + mine[8].q};
+#pragma unroll
+        for (int step = 0; step < H::STEPS; ++step) {
+            unsigned x[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int feature = step * STEP + i / 2 * 8;
+                x[i] = load_two(row[i % 2] + feature, D - feature - 2 * t, wide);
+            }
+            if constexpr (H::Q_IN_REGISTERS)
+                for (int i = 0; i < 4; ++i) q[step][i] = x[i];
+            else q_shared[step * blockDim.x] = make_uint4(x[0], x[1], x[2], x[3]);
+        }
+    };
+    // s[0], s[1] += the products with two times 8 keys, of features [16 step, 16 step + 16)
+    const auto multiply = [&](float (*s)[4], int step, unsigned keys) {
+        unsigned k[4];
+        load_matrices(k, keys);
+        if constexpr (H::Q_IN_REGISTERS) {
+            mma<T>(s[0], q[step], k[0], k[1]);
+            mma<T>(s[1], q[step], k[2], k[3]);
+        } else {
+            const uint4 x = q_shared[step * blockDim.x];
+            const unsigned y[4] = {x.x, x.y, x.z, x.w};
+            mma<T>(s[0], y, k[0], k[1]);
+            mma<T>(s[1], y, k[2], k[3]);
+        }
+    };
+    if (live) load_q(blockIdx.y);
+
+    const unsigned my_keys = place<H::ROW>(row_of_b(), piece_of_b()), my_values = place<H::ROW>(row_of_a(), piece_of_a());
+#pragma unroll 1
+    for (int head = blockIdx.y; head < a.H_kv; head += gridDim.y) {
+        float top[2] = {NONE_YET, NONE_YET}, l[2] = {0.0f, 0.0f};
+        float out[H::PIECES][4];
+#pragma unroll
+        for (int n = 0; n < H::PIECES; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) out[n][e] = 0.0f;
+
+#pragma unroll 1
+        for (int tile = tile_begin; tile < tile_end; ++tile) {
+            const int key = tile * KEY_TILE;
+            // the warp's first row sees from the earliest key on, its last row up to the latest
+            const Row &first = rows[warp * WARP_ROWS], &last = rows[warp * WARP_ROWS + WARP_ROWS - 1];
+            const bool sees = live && key < last.end && key + KEY_TILE > first.begin;
+            const bool whole = last.begin <= key && first.end >= key + KEY_TILE;
+            // of the tile's 16 keys four times: those that a row sees
+            const int from = max(first.begin - key, 0) / STEP, to = min(GROUPS, (last.end - key + STEP - 1) / STEP);
+
+            const auto left_out = [&](int g) { return g < from || g >= to; };
+
+            float s[2 * GROUPS][4];       // scores, then weights; s[2 g], s[2 g + 1]: of keys 16 g + 0..7 and + 8..15
+            unsigned weights[GROUPS][4];  // rounded
+            const unsigned keys = advance(Keys()) + my_keys;
+            if (sees) {
+#pragma unroll
+                for (int n = 0; n < 2 * GROUPS; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) s[n][e] = 0.0f;
+                if (whole) {
+#pragma unroll
+                    for (int step = 0; step < H::STEPS; ++step) {
+                        if (step >= H::SURE_STEPS && step * STEP >= D) break;
+#pragma unroll
+                        for (int g = 0; g < GROUPS; ++g)
+                            multiply(&s[2 * g], step, step_to<H::ROW>(keys, 2 * step) + g * STEP * H::ROW);
+                    }
+#pragma unroll
+                    for (int n = 0; n < 2 * GROUPS; ++n)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) s[n][e] = s[n][e] * a.scale;
+                } else {
+                    const int at = key + 2 * t;
+                    const int after[2] = {at - mine[0].begin, at - mine[8].begin};
+                    const unsigned seen[2] = {unsigned(mine[0].end - mine[0].begin), unsigned(mine[8].end - mine[8].begin)};
+#pragma unroll
+                    for (int g = 0; g < GROUPS; ++g) {
+                        if (!left_out(g)) {
+#pragma unroll
+                            for (int step = 0; step < H::STEPS; ++step) {
+                                if (step >= H::SURE_STEPS && step * STEP >= D) break;
+                                multiply(&s[2 * g], step, step_to<H::ROW>(keys, 2 * step) + g * STEP * H::ROW);
+                            }
+                        }
+#pragma unroll
+                        for (int n = 2 * g; n < 2 * g + 2; ++n)
+#pragma unroll
+                            for (int e = 0; e < 4; ++e)
+                                s[n][e] = unsigned(after[e / 2] + n * 8 + e % 2) < seen[e / 2] ? s[n][e] * a.scale : NONE_YET;
+                    }
+                }
+            }
+            // Q of the next head is on its way while this one's last tile is finished
+            if (live && tile + 1 == tile_end && head + int(gridDim.y) < a.H_kv) load_q(head + gridDim.y);
+
+            if (sees) {
+                float below[2], faded[2], sum[2] = {0.0f, 0.0f};
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    float most = top[i];
+#pragma unroll
+                    for (int n = 0; n < 2 * GROUPS; ++n) most = fmaxf(most, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+#pragma unroll
+                    for (int step = 1; step < 4; step *= 2) most = fmaxf(most, __shfl_xor_sync(WARP, most, step));
+                    below[i] = most == NONE_YET ? 0.0f : most;
+                    faded[i] = exp_of_negative(top[i] - below[i]);
+                    top[i] = most;
+                }
+                bool normal = true;
+#pragma unroll
+                for (int n = 0; n < 2 * GROUPS; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        s[n][e] = s[n][e] - below[e / 2];
+                        normal = normal & ((s[n][e] >= NORMAL) | (s[n][e] == NONE_YET));
+                    }
+                const auto weigh = [&](auto exp) {
+#pragma unroll
+                    for (int g = 0; g < GROUPS; ++g) {
+                        if (left_out(g)) continue;
+                        float p[2][4];
+#pragma unroll
+                        for (int n = 0; n < 2; ++n)
+#pragma unroll
+                            for (int e = 0; e < 4; ++e) {
+                                p[n][e] = exp(s[2 * g + n][e]);
+                                sum[e / 2] = sum[e / 2] + p[n][e];
+                            }
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) weights[g][i] = round_two<T>(p[i / 2][i % 2 * 2], p[i / 2][i % 2 * 2 + 1]);
+                    }
+                };
+                if (!__all_sync(WARP, normal)) weigh([](float x) { return exp_of_negative(x); });
+                else weigh([](float x) { return x == NONE_YET ? 0.0f : exp_normal(x); });
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+#pragma unroll
+                    for (int step = 1; step < 4; step *= 2) sum[i] = sum[i] + __shfl_xor_sync(WARP, sum[i], step);
+                    l[i] = l[i] * faded[i] + sum[i];
+                }
+                if (__any_sync(WARP, faded[0] != 1.0f || faded[1] != 1.0f)) {
+#pragma unroll
+                    for (int n = 0; n < H::PIECES; ++n)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) out[n][e] = out[n][e] * faded[e / 2];
+                }
+            }
+
+            const unsigned values = advance(Values()) + my_values;
+            if (!sees) continue;
+#pragma unroll
+            for (int g = 0; g < GROUPS; ++g) {
+                if (left_out(g)) continue;
+#pragma unroll
+                for (int n = 0; n < H::STEPS; ++n) {
+                    if (n >= H::SURE_STEPS && n * STEP >= D) break;
+                    unsigned v[4];
+                    load_transposed(v, step_to<H::ROW>(values, 2 * n) + g * STEP * H::ROW);
+                    mma<T>(out[2 * n], weights[g], v[0], v[1]);
+                    mma<T>(out[2 * n + 1], weights[g], v[2], v[3]);
+                }
+            }
+        }
+
+        if (!live) continue;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (warp * WARP_ROWS + lane / 4 + 8 * i >= work.rows) continue;
+            T* const to = work.out + (head - int(blockIdx.y)) * (int64_t(work.group) * D) + mine[8 * i].out + 2 * t;
+#pragma unroll
+            for (int n = 0; n < H::PIECES; ++n) {
+                const int column = n * 8 + 2 * t;
+                const unsigned y = round_two<T>((out[n][2 * i] + 0.0f) / l[i], (out[n][2 * i + 1] + 0.0f) / l[i]);
+                if (D % 2 == 0) {
+                    if (column < D) *reinterpret_cast<unsigned*>(to + n * 8) = y;
+                } else {
+                    if (column < D) to[n * 8].bits = uint16_t(y);
+                    if (column + 1 < D) to[n * 8 + 1].bits = uint16_t(y >> 16);
+                }
+            }
+        }
+    }
+}
+
+// Ways 0, 1, 2: blocks of 8, 4, 2 warps (4, 4, 2 for heads wider than 192), one key head a block. + 3: up to HEADS_AT_ONCE.
+static Choice attention_tensor_way("attention_tensor", 6);
+constexpr int HEADS_AT_ONCE = 4;
+
+// What the choice is made from; to be fitted on hardware. A block costs as much as BLOCK rows besides its own; a chip wants
+// ENOUGH blocks; with many blocks of short sequences the next head's keys had better be on their way early.
+constexpr int64_t BLOCK = 32, ENOUGH = 512, MANY = 4096, SHORT = 128;
+
+static int own_way(int64_t rows, int64_t mean, int64_t H_kv, int most_warps) {
+    const auto cost = [&](int warps) { return ceil_div(mean, warps * WARP_ROWS) * (BLOCK + warps * WARP_ROWS); };
+    const auto blocks = [&](int warps) { return ceil_div(rows, warps * WARP_ROWS) * H_kv; };
+    int best = 2;
+    for (int way = 1; way >= 0; --way) {
+        const int warps = MOST_WARPS >> way;
+        if (warps <= most_warps && cost(warps) < cost(MOST_WARPS >> best) && blocks(warps) >= ENOUGH) best = way;
+    }
+    return mean <= SHORT && blocks(MOST_WARPS >> best) >= MANY ? best + 3 : best;
+}
+
+template <int WIDTH>
+static void start_attention(const AttentionArgs& args, const int32_t* cu_seqlens, int64_t B, int64_t total, Stream stream) {
+    using Shape = Head<WIDTH>;
+    const int64_t rows = total * (args.H / args.H_kv);
+    const int way = attention_tensor_way.take(own_way(rows, ceil_div(rows, B), args.H_kv, Shape::WARPS));
+    const int warps = std::min(MOST_WARPS >> way % 3, Shape::WARPS);
+    const auto starts = [&](const void* p, int64_t token, int64_t head) {
+        return aligned(p, 16) && token % 8 == 0 && head % 8 == 0;
+    };
+    const bool wide = starts(args.q, args.q_token, args.q_head) && starts(args.k, args.k_token, args.k_head) &&
+                      starts(args.v, args.v_token, args.v_head);
+    const dim3 grid(checked_blocks("attention", ceil_div(rows, warps * WARP_ROWS) + B),
+                    unsigned(way < 3 ? args.H_kv : ceil_div(args.H_kv, HEADS_AT_ONCE)));
+    const size_t q_bytes = Shape::Q_IN_REGISTERS ? 0 : warps * 32 * Shape::STEPS * sizeof(uint4);
+    const size_t shared = WORK + Shape::STAGES * Shape::TILE + q_bytes + warps * WARP_ROWS * sizeof(Row);
+    const auto start = [&](auto kernel) {
+        launch("attention", kernel, grid, warps * 32, shared, stream, args, wide, cu_seqlens, B, total);
+    };
+    if (args.dtype == Dtype::F16) start(attention_tensor_rows<WIDTH, f16>);
+    else start(attention_tensor_rows<WIDTH, bf16>);
+}
+
+void attention_tensor(const AttentionArgs& args, const int32_t* cu_seqlens, int64_t B, int64_t total, Stream stream) {
+    if (B == 0 || total == 0 || args.H == 0 || args.D == 0) return;
+    const auto start = args.D <= 32    ? start_attention<32>
+                       : args.D <= 64  ? start_attention<64>
+                       : args.D <= 96  ? start_attention<96>
+                       : args.D <= 128 ? start_attention<128>
+                       : args.D <= 192 ? start_attention<192>
+                                       : start_attention<256>;
+    start(args, cu_seqlens, B, total, stream);
+}
+
+}  // namespace rk

@@ -1,0 +1,67 @@
+"""plan: the table of mode tensor says what the launchers do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import cases
+import tensor
+from conftest import require
+from rerank_kernels.ops.attention import attention
+from rerank_kernels.ops.linear import linear
+from rerank_kernels.plan import ARCHITECTURES, CUDA_HEADS, K_STEP, Tile, cuda_attention, cuda_linear, plan
+
+
+def launches(kernel: str, call: Callable[[], object]) -> list[tuple[tuple[int, ...], int, int | None]]:
+    """Grid, threads and shared memory of the launch that `call` makes, for each way that the launcher can be told to take."""
+    from ptxsim import simulated
+
+    made = []
+    for way in range(simulated.launchers()[kernel]):
+        simulated.launched.clear()
+        with simulated.forced(kernel, way):
+            call()
+        ((_, grid, block, shared),) = simulated.launched
+        made.append((grid, block[0], shared))
+    return made
+
+
+def test_cuda_linear_launches_these_tiles() -> None:
+    require("cuda")
+    x, w = torch.ones(200, 64, dtype=torch.float16), torch.ones(300, 64, dtype=torch.float16)
+    with tensor.simulated("cuda"):
+        made = launches("linear_tensor", lambda: linear(x, w, mode="tensor"))
+    assert made == [((-(-200 // t.rows) * -(-300 // t.columns), 1, 1), t.threads, t.shared) for t in cuda_linear()]
+
+
+@pytest.mark.parametrize("width", CUDA_HEADS)
+def test_cuda_attention_launches_these_tiles(width: int) -> None:
+    require("cuda")
+    q, cu = torch.ones(20, 1, width - 7, dtype=torch.float16), cases.offsets((20,))
+    with tensor.simulated("cuda"):
+        made = launches("attention_tensor", lambda: attention(q, q, q, cu_seqlens=cu, mode="tensor"))
+    assert list(dict.fromkeys(m[1:] for m in made)) == [(t.threads, t.shared) for t in cuda_attention(width - 7)]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_has_a_plan(arch: int) -> None:
+    rows = list(plan(arch, [(768, 3072), (1, 1)], [1, 40, 64, 96, 128, 256]))
+    assert {r.backend for r in rows} >= {"cuda"} and {r.op for r in rows} == {"linear, bmm", "attention"}
+    for r in rows:
+        assert r.tiles and r.count >= 1 and all(isinstance(t, Tile) for t in r.tiles)
+        assert all(t.shared is None or t.shared <= 99 * 1024 for t in r.tiles), "more than every GPU has"
+        if "wgmma" in r.instruction:
+            assert arch == 90 and all(t.rows >= 64 for t in r.tiles), "a smaller tile would take another instruction"
+    assert next(r for r in rows if r.features == "N 768, K 3072").count == 3072 // K_STEP
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="arch must be one of 80, 86, 89, 90, 100, 120, got 75"):
+        list(plan(75, [], []))
+    with pytest.raises(ValueError, match="N and K must be >= 1, got 0 and 3"):
+        list(plan(80, [(0, 3)], []))
+    with pytest.raises(ValueError, match="1 to 256 features, got 300"):
+        list(plan(80, [], [300]))
