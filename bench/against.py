@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from report import ROOT, digits
+from results import ROOT, digits
 from rich.console import Console
 from rich.table import Table
 

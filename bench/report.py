@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from results import ROOT
 
 import rerank_kernels as rk
 from rerank_kernels import backend
 
-ROOT = pathlib.Path(__file__).parent.parent
 SMI = "name driver_version clocks.sm clocks.mem clocks.max.sm power.draw power.limit temperature.gpu"
 
 
@@ -94,10 +94,6 @@ def _said(command: Sequence[str], pattern: str) -> str | None:
     done = subprocess.run(command, capture_output=True, text=True)
     match = re.search(pattern, done.stdout) if done.returncode == 0 else None
     return match.group(1) if match else None
-
-
-def digits(ms: float) -> str:
-    return f"{ms:.{0 if ms >= 1000 else 1 if ms >= 100 else 2 if ms >= 1 else 3}f}"
 
 
 def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:

@@ -36,7 +36,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 
 import shapes
-from report import digits, machine, write_json
+from report import machine, write_json
+from results import digits
 
 import cases
 import invariants
@@ -396,6 +397,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: other cases, backends cuda and triton (bench/device.py)"
     )
+    parser.add_argument(
+        "--scaling", action="store_true", help="throughput over batch and length, bits over batch (bench/scaling.py)"
+    )
     parser.add_argument("--against", metavar="REV", help="time another revision beside this one (bench/against.py)")
     parser.add_argument("--budget", metavar="S", type=float, help="with --device cuda: seconds (default: 240, 60 with --quick)")
     parser.add_argument("--no-compile", action="store_true", help="with --device cuda: leave torch.compile out")
@@ -406,6 +410,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--threads must be at least 1, got {args.threads}")
     if args.json is not None and not args.json.resolve().parent.is_dir():
         parser.error(f"--json: there is no directory {args.json.resolve().parent}")
+    if args.scaling:
+        import scaling
+
+        found = scaling.measure(args.device, console(), quick=args.quick)
+        if args.json is not None:
+            write_json(
+                args.json, {"machine": machine(args.device), "quick": args.quick, "device": args.device, "scaling": found}
+            )
+        return 0
     if args.against is not None:
         import against
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import device
 import relay
+import results
 import run
 import shapes
 import turns
@@ -85,7 +86,7 @@ def test_every_kind_of_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "sorted 8s",
         "one by one",
     }
-    relay.show(content, SMALL)
+    results.show(content)
     printed = capsys.readouterr().out
     assert all(name in printed for name in SMALL)
 
@@ -105,7 +106,7 @@ def test_a_wrong_kernel_has_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     (result,) = played({name: SMALL[name]}, tmp_path)["results"]
     for way in ("cpu portable", "pytorch portable"):
         assert says in result["contestants"][way]["wrong"] and "ms" not in result["contestants"][way]
-    assert result["ratios"] == {} and "WRONG" in relay.line_of(name, result)
+    assert result["ratios"] == {} and "WRONG" in results.line_of(name, result)
     assert all("ms" in c for c in result["contestants"].values() if not c["ours"])
 
 
