@@ -41,7 +41,7 @@ demo: $(VENV)/installed  ## rank real text with a real model, then show that the
 	$(OFFLINE) $(BIN)/python python/rerank.py
 	$(OFFLINE) $(BIN)/python python/prove.py
 
-test: $(VENV)/installed $(VENV)/nvcc  ## every test; GPU code is compiled and runs in a simulator (9 minutes on 2 cores)
+test: $(VENV)/installed $(VENV)/nvcc  ## every test, shared out over the cores; GPU code is compiled and runs in a simulator
 	$(OFFLINE) $(BIN)/python -m pytest $(SHARED) $(ARGS)
 
 test-all: $(VENV)/installed $(VENV)/nvcc cuda-check  ## and what takes longer: more architectures, more orders of blocks, real sizes

@@ -33,7 +33,7 @@ def compiled() -> None:
         return
     simulated.library()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda m: simulated.ptx(cases.OPS[cases.get(m.case).op], "80", m.edit), MUTANTS))
+        list(pool.map(lambda m: simulated.ptx(cases.OPS[cases.get(m.case).op], "80", m.edit.only(m.dtype)), MUTANTS))
 
 
 @pytest.fixture(autouse=True)
@@ -207,7 +207,7 @@ def test_mutant_is_caught(mutant: Mutant) -> None:
 
     run(None)
     with pytest.raises((AssertionError, RuntimeError)) as caught:
-        run(mutant.edit)
+        run(mutant.edit.only(dtype))
     assert re.search(mutant.caught_by, str(caught.value)), f"caught, but not by {mutant.caught_by!r}: {caught.value}"
 
 

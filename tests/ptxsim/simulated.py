@@ -56,6 +56,34 @@ class Edit:
     file: str
     old: str
     new: str
+    dtype: torch.dtype | None = None  # the kernels of LONGEST for other dtypes are left out
+
+    def only(self, dtype: torch.dtype) -> Edit:
+        return dataclasses.replace(self, dtype=dtype)
+
+
+# Where the kernels that nvcc compiles longest get their dtype, and what is left of it in a mutant that sees one dtype only. A
+# kernel that was left out and is started all the same is a LookupError, which is no way to be caught.
+_LINEAR = """if (g.x_dtype == Dtype::F32) w_half ? start(No(), Yes()) : start(No(), No());
+    else w_half ? start(Yes(), Yes()) : start(Yes(), No());"""
+_ATTENTION = """if (args.dtype == Dtype::F32) start(attention_rows<float>);
+    else if (args.dtype == Dtype::F16) start(attention_rows<f16>);
+    else start(attention_rows<bf16>);"""
+_LINEAR_TENSOR = "g.x_dtype == Dtype::F16 ? linear_tensor_tile<T, f16> : linear_tensor_tile<T, bf16>"
+_ATTENTION_TENSOR = """if (args.dtype == Dtype::F16) start(attention_tensor_rows<WIDTH, f16>);
+    else start(attention_tensor_rows<WIDTH, bf16>);"""
+LONGEST = {
+    torch.float32: {
+        "linear.cu": (_LINEAR, "start(No(), No());"),
+        "attention.cu": (_ATTENTION, "start(attention_rows<float>);"),
+    },
+    torch.float16: {
+        "linear.cu": (_LINEAR, "start(Yes(), Yes());"),
+        "attention.cu": (_ATTENTION, "start(attention_rows<f16>);"),
+        "tensor/linear.cu": (_LINEAR_TENSOR, "linear_tensor_tile<T, f16>"),
+        "tensor/attention.cu": (_ATTENTION_TENSOR, "start(attention_tensor_rows<WIDTH, f16>);"),
+    },
+}
 
 
 @dataclasses.dataclass
@@ -182,6 +210,8 @@ def ptx(source: str, arch: str, edit: Edit | None = None) -> Path:
     """The PTX of one of SOURCES, compiled if nobody did before."""
     kit = toolkit.find()
     assert kit is not None
+    if edit and edit.file.endswith(".cu") and edit.file != f"{source}.cu":
+        edit = None  # it does not reach this one
     return kit.ptx((_edited(edit) if edit else CUDA) / f"{source}.cu", arch)
 
 
@@ -192,11 +222,13 @@ def module(source: str, arch: str, edit: Edit | None = None) -> Module:
 
 @functools.cache
 def _edited(edit: Edit) -> Path:
-    """A copy of csrc/cuda with one line of it changed."""
-    source = CUDA / edit.file
-    text = source.read_text()
-    assert text.count(edit.old) == 1, f"{edit.file} holds {text.count(edit.old)} times: {edit.old}"
-    key = hashlib.sha256(repr(edit).encode())
+    """A copy of csrc/cuda with one line of it changed, and without the kernels that it does not need."""
+    changed: dict[str, str] = {}
+    for file, (old, new) in [(edit.file, (edit.old, edit.new)), *(LONGEST[edit.dtype].items() if edit.dtype else ())]:
+        text = changed.get(file) or (CUDA / file).read_text()
+        assert text.count(old) == 1, f"{file} holds {text.count(old)} times: {old}"
+        changed[file] = text.replace(old, new)
+    key = hashlib.sha256(repr(changed).encode())
     for p in sorted((ROOT / "csrc").rglob("*.*")):
         key.update(p.read_bytes())
     folder = BUILD / "edited" / key.hexdigest()[:20]
@@ -204,7 +236,8 @@ def _edited(edit: Edit) -> Path:
         if not folder.exists():
             scratch = Path(tempfile.mkdtemp(dir=folder.parent))
             shutil.copytree(ROOT / "csrc", scratch / "csrc", ignore=shutil.ignore_patterns("cpu", "__pycache__"))
-            (scratch / "csrc" / "cuda" / edit.file).write_text(text.replace(edit.old, edit.new))
+            for file, text in changed.items():
+                (scratch / "csrc" / "cuda" / file).write_text(text)
             os.replace(scratch, folder)
     return folder / "csrc" / "cuda"
 
