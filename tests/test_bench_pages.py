@@ -115,6 +115,16 @@ def test_tables_stand_between_their_markers(data: Path, tmp_path: Path, capsys: 
         place.main(["--data", str(data), str(page)])
 
 
+def test_figures_that_are_drawn_stand_on_the_page(tmp_path: Path) -> None:
+    docs, page = tmp_path / "docs", tmp_path / "page.md"
+    docs.mkdir()
+    page.write_text("<!-- bench:figures-cuda -->\nold\n<!-- /bench -->\n")
+    assert "old" in place.placed(page, {}, docs)[0]
+    (docs / "bits-cuda.svg").write_text("")
+    text, _ = place.placed(page, {}, docs)
+    assert "old" not in text and "](docs/bits-cuda.svg)" in text and "price" not in text
+
+
 def test_figures(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     import plot
