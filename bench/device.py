@@ -418,20 +418,14 @@ def jobs() -> dict[str, Job]:
         for dtype in ("fp16", "fp32", "bf16"):
             for words, lengths in (*batches.items(), ("1x128", (128,))):
                 quick = name == BASE and (dtype == "fp16" or (words == mixed and dtype == "fp32"))
-                add("model", f"{SHORT[name]} {words} {dtype}", model, name, lengths, dtype, False, quick=quick)
+                if name == BASE or dtype != "bf16" or words == mixed:
+                    add("model", f"{SHORT[name]} {words} {dtype}", model, name, lengths, dtype, False, quick=quick)
     for heads, d in ((12, 64), (16, 64), (8, 128)):
         for words, lengths in batches.items():
             for dtype in ("fp16", "fp32", "bf16"):
                 quick = heads == 12 and dtype == "fp16"
                 if dtype != "bf16" or heads == 12:
                     add("attention", f"attention {words} {heads}x{d} {dtype}", attention, lengths, heads, d, dtype, quick=quick)
-    for m in (16384, 4096, 1024, 128, 16, 1):
-        for k, n in ((768, 768), (768, 3072), (3072, 768), (1024, 1024), (1024, 4096), (4096, 1024)):
-            for dtype in ("fp16", "fp32", "bf16"):
-                quick = (k, n) == (768, 3072) and (dtype == "fp16" or (m == 4096 and dtype == "fp32"))
-                some = m in (16384, 128, 1)
-                if dtype == "fp16" or (dtype == "fp32" and (some or k in (768, 3072))) or ((k, n) == (1024, 4096) and some):
-                    add("linear", f"linear {m}x{k}x{n} {dtype}", linear, m, k, n, dtype, None, quick=quick)
     for dtype in ("fp16", "fp32"):
         add("linear", f"linear+gelu 16384x768x3072 {dtype}", linear, 16384, 768, 3072, dtype, "gelu", quick=dtype == "fp16")
         for m, k, n in ((128, 64, 128), (512, 64, 512), (512, 512, 64)):
@@ -445,6 +439,13 @@ def jobs() -> dict[str, Job]:
         for d in (128, 512):
             add("rows", f"softmax 49152x{d} {dtype}", softmax, 49152, d, dtype, quick=dtype == "fp16" and d == 512)
         add("rows", f"gelu 16384x3072 {dtype}", gelu, 16384, 3072, dtype, quick=dtype == "fp16")
+    for m in (16384, 4096, 1024, 128, 16, 1):
+        for k, n in ((768, 768), (768, 3072), (3072, 768), (1024, 1024), (1024, 4096), (4096, 1024)):
+            for dtype in ("fp16", "fp32", "bf16"):
+                quick = (k, n) == (768, 3072) and (dtype == "fp16" or (m == 4096 and dtype == "fp32"))
+                some = m in (16384, 128, 1)
+                if dtype == "fp16" or (dtype == "fp32" and (some or k in (768, 3072))) or ((k, n) == (1024, 4096) and some):
+                    add("linear", f"linear {m}x{k}x{n} {dtype}", linear, m, k, n, dtype, None, quick=quick)
     for words, lengths in batches.items():  # last: torch.compile takes its time
         add("model", f"base {words} fp16, compiled", model, BASE, lengths, "fp16", True)
     return table

@@ -1,13 +1,14 @@
 """Writes the tables of bench/out's runs into pages: python bench/place.py [--data FOLDER] [PAGE ...]
 
 A page holds `<!-- bench:NAME -->` and `<!-- /bench -->`, each on a line of its own; what stands between them is replaced, and
-nothing else. NAMEs: cpu-models, cpu-ops, cpu-machine, gpu-models, gpu-ops, gpu-machine, bits. A table whose run is not there
-keeps what it had; a page without markers is left alone.
+nothing else. NAMEs: cpu-models, cpu-ops, cpu-machine, gpu-models, gpu-ops, gpu-machine, bits, and figures-cpu, figures-cuda for
+what bench/plot.py drew into docs. A table whose run is not there keeps what it had; a page without markers is left alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import re
 import sys
@@ -92,12 +93,29 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
 }
 
 
-def placed(page: str, data: Mapping[str, Content]) -> tuple[str, list[str]]:
+FIGURES = {
+    "price": "how long the best of theirs takes, over ours",
+    "throughput": "pairs per second over batch and length",
+    "bits": "pairs whose bits hang on the batch",
+}
+
+
+def figures(device: str, page: pathlib.Path, folder: pathlib.Path) -> str:
+    """A line for each figure that is there, as seen from the page."""
+    there = {name: p for name in FIGURES if (p := folder / f"{name}-{device}.svg").is_file()}
+    return "".join(f"![{FIGURES[n]}]({os.path.relpath(p, page.resolve().parent)})\n\n" for n, p in there.items())
+
+
+def placed(path: pathlib.Path, data: Mapping[str, Content], folder: pathlib.Path = ROOT / "docs") -> tuple[str, list[str]]:
     """The page with its tables, and what was done."""
     said: list[str] = []
 
     def table(match: re.Match[str]) -> str:
         begin, name, _, end = match.groups()
+        if name.startswith("figures-"):
+            drawn = figures(name.removeprefix("figures-"), path, folder)
+            said.append(f"{name}: {drawn.count('![')}")
+            return begin + drawn + end if drawn else match.group(0)
         if name not in TABLES:
             raise SystemExit(f"there is no table {name!r}; there are {', '.join(TABLES)}")
         needs, make = TABLES[name]
@@ -108,7 +126,7 @@ def placed(page: str, data: Mapping[str, Content]) -> tuple[str, list[str]]:
         said.append(f"{name}: written")
         return begin + make(*have) + end
 
-    return MARKED.sub(table, page), said
+    return MARKED.sub(table, path.read_text()), said
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     data = kept(args.data)
     for path in args.pages or [p for name in PAGES if (p := ROOT / name).is_file()]:
-        page, said = placed(path.read_text(), data)
+        page, said = placed(path, data)
         path.write_text(page)
         print(f"{path}: {'; '.join(said) or 'no markers'}")
     return 0

@@ -58,10 +58,11 @@ def cpu_prices(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def gpu_prices(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Op -> mode -> best of theirs / the better of our two backends."""
+    """Op -> mode -> best of theirs / the better of our two backends; float16, and of linear's many sizes some."""
     prices: dict[str, dict[str, float]] = {}
     for r in content["results"]:
-        if r["group"] != "model":
+        shown = not r["case"].startswith("linear ") or r["case"].split("x")[0] in ("linear 1", "linear 128", "linear 16384")
+        if r["group"] != "model" and "fp16" in r["case"] and shown:
             for mode in ("portable", "tensor"):
                 if found := best_ratio(r["contestants"], mode):
                     prices.setdefault(r["case"], {})[mode] = found[2]
@@ -96,7 +97,7 @@ def price(content: Mapping[str, Any]) -> Any:
     axes.set_xlabel("best of theirs / ours: right of 1 ours is faster")
     axes.set_title(f"The price of invariance\n{machine(content)}", fontsize=9)
     if len(modes) > 1:
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -113,6 +114,8 @@ def throughput(content: Mapping[str, Any]) -> Any:
                 axes.plot(*zip(*line, strict=True), marker="o", markersize=3, color=colour(way), label=label)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            ticks = sorted({p["x"] for p in here})
+            axes.set_xticks(ticks, [f"{x}" for x in ticks])
             axes.set_xlabel("pairs in the batch, 16 to 512 tokens" if axis == "batch" else "tokens a pair, 16 pairs")
             axes.set_ylabel("pairs per second")
             axes.set_title(
@@ -133,6 +136,8 @@ def bits(content: Mapping[str, Any]) -> Any:
             label = way if way == "stock" else f"ours, {way}"
             axes.plot(*zip(*of, strict=True), marker="o", markersize=3, color=colour(way), label=label)
         axes.set_xscale("log", base=2)
+        ticks = sorted({p["batch"] for p in lines})
+        axes.set_xticks(ticks, [f"{x}" for x in ticks])
         axes.set_xlabel("pairs in the batch")
         axes.set_ylabel(f"of {lines[0]['pairs']} pairs, bits differ")
         axes.set_title(dtype, fontsize=9)

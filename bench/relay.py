@@ -214,7 +214,9 @@ def _compile_first(args: argparse.Namespace, argv: Sequence[str], table: Mapping
         return
     started, limit = time.time(), 0.35 * args.budget
     command = [sys.executable, str(RUN), *argv, "--until", str(started + limit)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    # PyTorch's compiler would start a process a core in each
+    quiet["env"] = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "2"}
     processes = [subprocess.Popen([*command, "--share", f"{i}/{count}"], **quiet) for i in range(count)]
     while any(p.poll() is None for p in processes) and time.time() < started + limit:
         time.sleep(0.2)

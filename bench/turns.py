@@ -24,6 +24,7 @@ import torch
 
 TURN = 1.0e-3  # seconds a turn lasts at least: the clock's own cost and the hand-over are noise beside it
 MOST_CALLS = 64
+SLOW = 0.02  # seconds from which a call needs no company
 
 
 class DeviceLost(Exception):
@@ -115,18 +116,20 @@ class _Turn:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        c.call(0)
-        _settled(device)
+        once = self._from_python(1)
         if device.type == "cuda":
             self.memory = torch.cuda.max_memory_allocated() - before
-        once = min(self._from_python(1) for _ in range(2))
+        if once < SLOW:
+            once = min(once, self._from_python(1))
         self.calls = max(1, min(MOST_CALLS, math.ceil(2 * TURN / max(once, 1e-7))))
-        if once < 20 * TURN:
+        if once < SLOW:
             self.calls = max(self.calls, sets)
         self.loops = max(1, min(self.calls, math.ceil(TURN / max(once, 1e-7))))
         if device.type == "cuda" and c.graph:
             self._capture()
-        self.lasts = sum(t * n for t, n in zip(self.measure(), (self.calls, self.loops), strict=True))
+        self.lasts = 2.0 * once
+        if once < SLOW:
+            self.lasts = sum(t * n for t, n in zip(self.measure(), (self.calls, self.loops), strict=True))
 
     def _capture(self) -> None:
         """Begun and ended by hand: torch.cuda.graph collects garbage first, which takes longer than all that is timed here."""

@@ -1,6 +1,6 @@
-"""The command `rerank-kernels`: score, rank, verify, info.
+"""The command `rerank-kernels`: score, rank, verify, bench, info.
 
-Exit codes: 0 done, 1 a promise fell (verify, and nothing else), 2 bad input or an environment that cannot serve, 130
+Exit codes: 0 done, 1 a promise fell (verify and bench, and nothing else), 2 bad input or an environment that cannot serve, 130
 interrupted. A file is written beside its place and renamed into it when it is whole: whatever happens, what stood there before
 is intact.
 """
@@ -30,7 +30,7 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 STDOUT = "<stdout>"
 NEEDS = " It needs at least 8 different texts, to put in one batch."  # verify.HOME; --help does not wait for an import
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 a promise fell (verify only); 2 bad input, or a machine or environment that cannot serve; "
+    "Exit codes: 0 done; 1 a promise fell (verify and bench only); 2 bad input, or a machine or environment that cannot serve; "
     "130 interrupted."
 )
 
@@ -182,6 +182,20 @@ def _parser() -> argparse.ArgumentParser:
         "--no-process", action="store_true", help="leave out the check in a fresh process, which loads the model again"
     )
 
+    bench = command("bench", _bench, "Time the model, stock beside patched, and check that the bits hold.")
+    model_options(bench, "a local model folder, or shape:bge-reranker-base (random weights)")
+    bench.add_argument("--pairs", metavar="FILE", help="JSON Lines of your own pairs (default: docstrings of Python's library)")
+    bench.add_argument("--limit", type=_positive, default=64, metavar="N", help="use the first N pairs (default: %(default)s)")
+    bench.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="texts in a batch (default: %(default)s)")
+    bench.add_argument(
+        "--seconds",
+        type=_positive,
+        default=20,
+        metavar="S",
+        help="about how long it takes, three rounds at least (default: %(default)s)",
+    )
+    bench.add_argument("--json", metavar="FILE", help="write every time to FILE as well")
+
     info = command("info", _info, "Say what is installed, what can run here, and why the rest cannot.")
     info.add_argument(
         "--plan", action="store_true", help="instead: what mode tensor does on a GPU: matrix instructions and tiles, as a table"
@@ -306,6 +320,43 @@ def _verify(args: argparse.Namespace) -> int:
                 sys.stdout.flush()
         except BrokenPipeError:  # whoever stops reading does not change the verdict
             _drop_stdout()
+        if out is not None:
+            out.write(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    return 0 if report.ok else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    pairs = None
+    if args.pairs is not None:
+        pairs = [(r["query"], r["document"]) for r in _records(args.pairs, ("query", "document"))]
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(_writer(args.json)) if args.json else None
+        from rerank_kernels.bench import bench
+        from rerank_kernels.binding import PatchError
+        from rerank_kernels.verify import load
+        from rerank_kernels.verify.models import default_pairs
+
+        _quiet()
+        try:
+            loaded = load(args.model, _dtype(args.dtype))
+            if (device := _device(args.device)) is not None:
+                loaded.model.to(device)
+            with _progress("timing", 1.0) as advance:
+                report = bench(
+                    loaded.model,
+                    loaded.tokenizer,
+                    (default_pairs() if pairs is None else pairs)[: args.limit],
+                    batch_size=args.batch_size,
+                    max_length=args.max_length,
+                    pooling=loaded.pooling,
+                    mode=args.mode,
+                    seconds=args.seconds,
+                    progress=advance,
+                )
+        except (ValueError, PatchError) as error:
+            _fail_with(error)
+        with _naming(STDOUT):
+            report.print(_console())
         if out is not None:
             out.write(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
     return 0 if report.ok else 1

@@ -1,0 +1,170 @@
+"""From a run's file to a figure and a table: the numbers on a page are the file's, and nothing else on the page changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+
+import place
+import results
+import run
+import scaling
+import shapes
+
+TINY = shapes.Shape("bert", 2, 32, 64, 2, 3000, 514)
+FACTS = {
+    "cpu": "a CPU",
+    "gpu": "a GPU",
+    "torch": "2",
+    "revision": "abc",
+    "threads": 2,
+    "isa": "avx2",
+    "smi driver_version": "7",
+}
+CPU = [
+    {"case": "linear 1", "against": "F.linear", "ours_ms": 2.0, "theirs_ms": 3.0, "ratio": 1.5},
+    {"case": "bge-reranker-base, 1x8", "against": "stock", "ours_ms": 1000.0, "theirs_ms": 2340.0, "ratio": 2.34},
+]
+
+
+def timed(ours: bool, *ms: float) -> dict[str, Any]:
+    return {"ours": ours, "ms": sorted(ms)[len(ms) // 2], "all_ms": list(ms)}
+
+
+GPU = {
+    "cuda portable": timed(True, 4.0, 4.0, 4.0),
+    "triton portable": timed(True, 5.0, 5.0, 5.0),
+    "cuda tensor": {"ours": True, "error": "no"},
+    "triton tensor": timed(True, 1.0, 1.0, 2.0),
+    "eager": timed(False, 3.0, 3.0, 3.0),
+    "compile": timed(False, 2.0, 2.0, 2.0),
+}
+CASES = [
+    {"case": "linear 1x8x8 fp16", "group": "linear", "flops": 3e9, "bytes": 1e7, "contestants": GPU},
+    {"case": "base 1x8 fp16", "group": "model", "flops": 1e6, "bytes": 3e6, "contestants": GPU},
+]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    way = {"dtype": "fp32", "threads": 1, "seconds": 1.0}
+    points = [
+        {"axis": a, "x": x, "way": w, "pairs_per_s": x * f, **way}
+        for a in ("batch", "length")
+        for x in (1, 4)
+        for w, f in (("stock, padded", 2.0), ("cpu portable", 3.0))
+    ]
+    bits = [
+        {"way": w, "dtype": "fp32", "batch": b, "pairs": 8, "differ": d * (b > 1), "furthest": d * 1e-7 * (b > 1)}
+        for w, d in (("stock", 5), ("cpu portable", 0))
+        for b in (1, 2, 4)
+    ]
+    files: dict[str, dict[str, Any]] = {
+        "old": {"results": [{**CPU[0], "ratio": 9.0}]},
+        "new": {"results": CPU},
+        "quick": {"results": [], "quick": True},
+        "against": {"results": [], "against": "HEAD"},
+        "gpu": {"results": CASES, "device": "cuda"},
+        "scaling": {"scaling": {"model": "m", "points": points, "bits": bits}, "device": "cpu"},
+    }
+    for age, (name, content) in enumerate(files.items()):
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps({"machine": FACTS, "quick": False, **content}))
+        os.utime(path, (1000 + age, 1000 + age))
+    return folder
+
+
+def test_the_newest_whole_run_of_each_kind(data: Path) -> None:
+    found = results.kept(data)
+    assert set(found) == {"cpu", "cuda", "scaling-cpu"}
+    assert found["cpu"]["results"] == CPU
+
+
+def test_tables_stand_between_their_markers(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["cpu-models", "cpu-ops", "cpu-machine", "gpu-models", "gpu-ops", "gpu-machine", "bits"]
+    assert set(names) == set(place.TABLES)
+    page = tmp_path / "page.md"
+    page.write_text("before\n" + "".join(f"<!-- bench:{n} -->\nold {n}\n<!-- /bench -->\nkept {n}\n" for n in names))
+    assert place.main(["--data", str(data), str(page)]) == 0
+    text = page.read_text()
+    assert "old" not in text and all(f"kept {n}\n" in text for n in names) and text.startswith("before\n")
+    assert "| bge-reranker-base, 1x8 | stock | 1000 ms | 2340 ms | 2.34 |" in text
+    assert "| linear 1 | F.linear | 2.00 ms | 3.00 ms | 1.50 |" in text
+    # 0.50: compile, the best of theirs, over cuda; 2.00: the median over the rounds, over triton; 3 TFLOP/s in 1 ms
+    assert "| linear 1x8x8 fp16 | 2.00 ms, compile | 4.00 ms, cuda | 0.50 | 1.00 ms, triton | 2.00 | 3.0T |" in text
+    assert "| base 1x8 fp16 | 2.00 ms, compile | 4.00 ms, cuda | 0.50 | 1.00 ms, triton | 2.00 | 3G |" in text
+    assert "| cpu, fp32, stock | 5 | 5 | 5.0e-07 |" in text and "| cpu, fp32, cpu portable | 0 | 0 | 0 |" in text
+    assert "(cpu a CPU, threads 2, isa avx2, torch 2, revision abc)" in text and "driver_version 7" in text
+    assert place.main(["--data", str(data), str(page)]) == 0 and page.read_text() == text
+
+    for path in data.glob("*.json"):
+        path.unlink()
+    assert place.main(["--data", str(data), str(page)]) == 0 and page.read_text() == text
+    assert "no run, left as it was" in capsys.readouterr().out
+    page.write_text("<!-- bench:nothing -->\n<!-- /bench -->")
+    with pytest.raises(SystemExit, match="there is no table 'nothing'"):
+        place.main(["--data", str(data), str(page)])
+
+
+def test_figures_that_are_drawn_stand_on_the_page(tmp_path: Path) -> None:
+    docs, page = tmp_path / "docs", tmp_path / "page.md"
+    docs.mkdir()
+    page.write_text("<!-- bench:figures-cuda -->\nold\n<!-- /bench -->\n")
+    assert "old" in place.placed(page, {}, docs)[0]
+    (docs / "bits-cuda.svg").write_text("")
+    text, _ = place.placed(page, {}, docs)
+    assert "old" not in text and "](docs/bits-cuda.svg)" in text and "price" not in text
+
+
+def test_figures(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    import plot
+
+    out = tmp_path / "out"
+    out.mkdir()
+    assert plot.main(["--data", str(data), "--out", str(out)]) == 0
+    first = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert set(first) == {"price-cpu.svg", "price-cuda.svg", "throughput-cpu.svg", "bits-cpu.svg"}
+    assert all(len(b) < 80_000 for b in first.values())
+    price = first["price-cuda.svg"].decode()
+    assert "linear 1x8x8 fp16" in price and "2.00" in price and "0.50" in price and "a GPU" in price and "base 1x8" not in price
+    assert "throughput-cuda: no data" in capsys.readouterr().out
+    assert plot.main(["--data", str(data), "--out", str(out)]) == 0
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == first, "the same data, another file"
+    assert plot.main(["--data", str(tmp_path / "out"), "--out", str(out)]) == 2
+
+
+def test_scaling_counts_what_stock_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(shapes.RERANKERS, scaling.MINILM, TINY)
+    for name, value in (("BATCHES", (1, 3)), ("LENGTHS", (9,)), ("BITS", (1, 3, 8))):
+        monkeypatch.setattr(scaling, name, value)
+    out = tmp_path / "s.json"
+    threads = run.torch.get_num_threads()
+    try:
+        assert run.main(["--scaling", "--quick", "--json", str(out)]) == 0
+    finally:
+        run.torch.set_num_threads(threads)
+        scaling.device.stock_model.cache_clear()
+        scaling.device.patched_model.cache_clear()
+    found = json.loads(out.read_text())["scaling"]
+    assert {(p["axis"], p["x"], p["threads"]) for p in found["points"]} == {
+        (a, x, t) for a, x in (("batch", 1), ("batch", 3), ("length", 9)) for t in (1, 2)
+    }
+    assert {p["way"] for p in found["points"]} == {"stock, padded", "stock, one by one", "cpu portable"}
+    assert all(p["pairs_per_s"] > 0 for p in found["points"])
+    differ = {(p["way"], p["batch"]): p["differ"] for p in found["bits"]}
+    assert all(differ["cpu portable", n] == 0 for n in (1, 3, 8)) and differ["stock", 1] == 0
+    assert differ["stock", 3] > 0 and differ["stock", 8] > 0
+
+
+def test_mixed_lengths_repeat() -> None:
+    assert scaling.lengths(4) == shapes.MIXED_LENGTHS[:4] and scaling.lengths(64) == shapes.MIXED_LENGTHS * 2
