@@ -360,6 +360,7 @@ class Shape:
     call: Any
     flop: float
     bytes: float
+    tensor: bool = False  # on tensor cores
 
 
 @functools.cache
@@ -391,6 +392,13 @@ def shapes() -> list[Shape]:
             lambda: rk.linear(wide, zeros(d, f), zeros(d), residual=x),
             2.0 * m * d * f,
             4.0 * (m * f + d * f + 2 * m * d),
+        ),
+        Shape(
+            "linear 2048 x 768 x 3072, float16, mode tensor",
+            lambda: rk.linear(x.half(), zeros(f, d, dtype=half), activation="gelu", mode="tensor"),
+            2.0 * m * d * f,
+            2.0 * (m * d + d * f + m * f),
+            tensor=True,
         ),
         Shape("linear 1 x 768 x 768, float32", lambda: rk.linear(x[:1], zeros(d, d), zeros(d)), 2.0 * d * d, 4.0 * d * d),
         Shape(
@@ -471,20 +479,21 @@ def launches() -> tuple[list[list[Launch]], dict[str, Launch]]:
 
 @dataclass(frozen=True)
 class Chip:
-    """From the maker's data sheets: float32 outside tensor cores, memory bandwidth."""
+    """From the maker's data sheets: float32 outside tensor cores, float16 in them with float32 sums, memory bandwidth."""
 
     name: str
     arch: str
     multiprocessors: int
     flops: float
+    tensor_flops: float
     bandwidth: float
 
 
 CHIPS = (
-    Chip("A100 80 GB SXM", "80", 108, 19.5e12, 2039e9),
-    Chip("L4", "89", 58, 30.3e12, 300e9),
-    Chip("H100 SXM", "90", 132, 67e12, 3350e9),
-    Chip("RTX 4090", "89", 128, 82.6e12, 1008e9),
+    Chip("A100 80 GB SXM", "80", 108, 19.5e12, 312e12, 2039e9),
+    Chip("L4", "89", 58, 30.3e12, 121e12, 300e9),
+    Chip("H100 SXM", "90", 132, 67e12, 989e12, 3350e9),
+    Chip("RTX 4090", "89", 128, 82.6e12, 165e12, 1008e9),
 )
 
 
@@ -508,9 +517,11 @@ def estimates(kernels: dict[tuple[str, str], Kernel], real: list[list[Launch]]) 
     for shape, noted in zip(shapes(), real, strict=True):
         cells = []
         for chip in CHIPS:
-            compute, memory = shape.flop / chip.flops, shape.bytes / chip.bandwidth
-            cell = f"{_microseconds(max(compute, memory))} {'fma' if compute > memory else 'memory'}"
-            if compute > memory:
+            compute = shape.flop / (chip.tensor_flops if shape.tensor else chip.flops)
+            memory = shape.bytes / chip.bandwidth
+            unit = "mma" if shape.tensor else "fma"
+            cell = f"{_microseconds(max(compute, memory))} {unit if compute > memory else 'memory'}"
+            if compute > memory and not shape.tensor:
                 fma, all_ops = max(kernels[n.mangled, chip.arch].code.hot() for n in noted)  # of the kernel that computes most
                 slots = LIMITS[chip.arch].lanes / 128
                 cell += f", {_microseconds(compute / min(1.0, fma / all_ops / slots))} issue"
@@ -592,8 +603,9 @@ def page(found: list[Kernel]) -> str:
             "",
             *estimates(kernels, real),
             "",
-            "Microseconds: the larger of FLOP / (the data sheet's float32 rate outside tensor cores) and bytes / bandwidth, "
-            "every operand moved once. `issue`: with the instructions beside fma in the hot loop, at 128 issued a clock. "
+            "Microseconds: the larger of FLOP / (the data sheet's float32 rate outside tensor cores; for mode tensor its "
+            "float16 rate in them) and bytes / bandwidth, every operand moved once. `issue`: with the instructions beside fma "
+            "in the hot loop, at 128 issued a clock. "
             "Left out: latency, the last wave, caches, clocks under load. Launches, blocks x threads, are the launchers' own.",
             "",
             "<details><summary>Registers, shared memory and occupancy of every kernel</summary>",
