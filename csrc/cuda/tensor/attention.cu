@@ -46,7 +46,7 @@ struct Head {
     static constexpr int TILE = KEY_TILE * ROW;                                                // bytes
     static constexpr bool Q_IN_REGISTERS = WIDTH <= 192;
     static constexpr int STAGES = WIDTH <= 192 ? 3 : 2;
-    static constexpr int REGISTERS_FOR = WIDTH <= 96 ? 12 : WIDTH <= 192 ? 8 : 4;  // warps: three, two, one blocks of 4
+    static constexpr int REGISTERS_FOR = WIDTH <= 64 ? 12 : WIDTH <= 192 ? 8 : 4;  // warps: three, two, one blocks of 4
     static constexpr int WARPS = WIDTH <= 192 ? MOST_WARPS : 4;  // at most, for the shared memory that Q takes
 };
 
