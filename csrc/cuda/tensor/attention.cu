@@ -18,7 +18,7 @@
 //
 // A block has 2, 4 or 8 warps, and one key head after another, in which the same tokens are its rows. Tiles of keys and of
 // values take turns in two or three stages of shared memory, filled by cp.async one step ahead, across the heads. Q stays in
-// registers as fragments (in shared memory if a head is wider than 192: each thread reads what it wrote).
+// registers as fragments (in shared memory if a head is wider than 128: each thread reads what it wrote).
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -44,10 +44,10 @@ struct Head {
     static constexpr int ROW = WIDTH * 2, PIECES = WIDTH / 8, STEPS = WIDTH / STEP;
     static constexpr int SURE_STEPS = WIDTH <= 32 ? 1 : WIDTH <= 128 ? STEPS - 1 : STEPS - 3;  // that even the narrowest has
     static constexpr int TILE = KEY_TILE * ROW;                                                // bytes
-    static constexpr bool Q_IN_REGISTERS = WIDTH <= 192;
+    static constexpr bool Q_IN_REGISTERS = WIDTH <= 128;
     static constexpr int STAGES = WIDTH <= 192 ? 3 : 2;
-    static constexpr int REGISTERS_FOR = WIDTH <= 64 ? 12 : WIDTH <= 192 ? 8 : 4;  // warps: three, two, one blocks of 4
-    static constexpr int WARPS = WIDTH <= 192 ? MOST_WARPS : 4;  // at most, for the shared memory that Q takes
+    static constexpr int REGISTERS_FOR = WIDTH <= 64 ? 12 : WIDTH <= 128 ? 8 : 4;  // warps: three, two, one blocks of 4
+    static constexpr int WARPS = WIDTH <= 128 ? MOST_WARPS : 4;  // at most, for the shared memory that Q takes
 };
 
 // Where piece `piece` of row `row` lies in a tile: no two of eight rows, as ldmatrix reads them, meet in a bank. The pieces of
@@ -374,7 +374,7 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
     }
 }
 
-// Ways 0, 1, 2: blocks of 8, 4, 2 warps (4, 4, 2 for heads wider than 192), one key head a block. + 3: up to HEADS_AT_ONCE.
+// Ways 0, 1, 2: blocks of 8, 4, 2 warps (4, 4, 2 for heads wider than 128), one key head a block. + 3: up to HEADS_AT_ONCE.
 static Choice attention_tensor_way("attention_tensor", 6);
 constexpr int HEADS_AT_ONCE = 4;
 
