@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import cases
+import invariants
 import rerank_kernels as rk
 from cases import Case, numbers, offsets
 from conftest import ran
@@ -53,8 +54,10 @@ CASES = [
 
 @pytest.mark.parametrize("half", HALVES, ids=lambda d: str(d)[6:])
 def test_every_way_gives_the_same_bits(half: torch.dtype, case: Case) -> None:
-    """Blocks of 8, 4, 2 warps, with one key head or several: all against the launcher's own choice."""
+    """Blocks of 8, 4, 2 warps, with one key head or several: all against the launcher's own choice, and that against truth."""
     rows = case.make_rows(half)
+    with simulated.simulated(mma=2):
+        invariants.right(case, half)
     for model in MODELS if half == torch.float16 else (2,):
         with simulated.simulated(mma=model):
             want = case.call(rows, {})

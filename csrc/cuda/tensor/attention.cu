@@ -133,9 +133,10 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
                                              (H::Q_IN_REGISTERS ? 0 : warps * 32 * H::STEPS * int(sizeof(uint4))));
 
     // the tiles of keys that the block sees; a register each is too much
+    const auto key_of = [](int tile) { return tile * KEY_TILE; };
+    const auto tile_of = [](int key) { return key / KEY_TILE; };
     Tiles& tiles = *reinterpret_cast<Tiles*>(shared + sizeof(Work<T>));
-    if (threadIdx.x == 0)
-        tiles = {work.begin(work.token) / KEY_TILE, (work.end(work.token_of(work.rows - 1)) + KEY_TILE - 1) / KEY_TILE};
+    if (threadIdx.x == 0) tiles = {tile_of(work.begin(work.token)), tile_of(work.end(work.token_of(work.rows - 1)) - 1) + 1};
     __syncthreads();
 
     // ---- the stages. A step is a tile of keys or of values
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
     const auto fetch = [&](auto kind, int head, int tile, unsigned to) {
         constexpr bool values = decltype(kind)::value;
         if (head < a.H_kv) {
-            const int64_t key = tile * KEY_TILE, stride = values ? a.v_token : a.k_token;
+            const int64_t key = key_of(tile), stride = values ? a.v_token : a.k_token;
             const T* const from =
                 (values ? work.v : work.k) + key * stride + (head - int(blockIdx.y)) * (values ? a.v_head : a.k_head);
             fetch_tile<WIDTH>(stages + to, from, stride, work.length - int(key), D, wide);
@@ -231,7 +232,7 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
 
 #pragma unroll 1
         for (int tile = tiles.begin; tile < tiles.end; ++tile) {
-            const int key = tile * KEY_TILE;
+            const int key = key_of(tile);
             // the warp's first row sees from the earliest key on, its last row up to the latest
             const Row &first = rows[warp * WARP_ROWS], &last = rows[warp * WARP_ROWS + WARP_ROWS - 1];
             const bool sees = live && key < last.end && key + KEY_TILE > first.begin;
