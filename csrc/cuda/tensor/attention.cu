@@ -18,7 +18,7 @@
 //
 // A block has 2, 4 or 8 warps, and one key head after another, in which the same tokens are its rows. Tiles of keys and of
 // values take turns in two or three stages of shared memory, filled by cp.async one step ahead, across the heads. Q stays in
-// registers as fragments (in shared memory if a head is wider than 192: each thread reads what it wrote).
+// registers as fragments (in shared memory if a head is wider than 128: each thread reads what it wrote).
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -44,10 +44,10 @@ struct Head {
     static constexpr int ROW = WIDTH * 2, PIECES = WIDTH / 8, STEPS = WIDTH / STEP;
     static constexpr int SURE_STEPS = WIDTH <= 32 ? 1 : WIDTH <= 128 ? STEPS - 1 : STEPS - 3;  // that even the narrowest has
     static constexpr int TILE = KEY_TILE * ROW;                                                // bytes
-    static constexpr bool Q_IN_REGISTERS = WIDTH <= 192;
+    static constexpr bool Q_IN_REGISTERS = WIDTH <= 128;
     static constexpr int STAGES = WIDTH <= 192 ? 3 : 2;
-    static constexpr int REGISTERS_FOR = WIDTH <= 96 ? 12 : WIDTH <= 192 ? 8 : 4;  // warps: three, two, one blocks of 4
-    static constexpr int WARPS = WIDTH <= 192 ? MOST_WARPS : 4;  // at most, for the shared memory that Q takes
+    static constexpr int REGISTERS_FOR = WIDTH <= 64 ? 12 : WIDTH <= 128 ? 8 : 4;  // warps: three, two, one blocks of 4
+    static constexpr int WARPS = WIDTH <= 128 ? MOST_WARPS : 4;  // at most, for the shared memory that Q takes
 };
 
 // Where piece `piece` of row `row` lies in a tile: no two of eight rows, as ldmatrix reads them, meet in a bank. The pieces of
@@ -133,9 +133,10 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
                                              (H::Q_IN_REGISTERS ? 0 : warps * 32 * H::STEPS * int(sizeof(uint4))));
 
     // the tiles of keys that the block sees; a register each is too much
+    const auto key_of = [](int tile) { return tile * KEY_TILE; };
+    const auto tile_of = [](int key) { return key / KEY_TILE; };
     Tiles& tiles = *reinterpret_cast<Tiles*>(shared + sizeof(Work<T>));
-    if (threadIdx.x == 0)
-        tiles = {work.begin(work.token) / KEY_TILE, (work.end(work.token_of(work.rows - 1)) + KEY_TILE - 1) / KEY_TILE};
+    if (threadIdx.x == 0) tiles = {tile_of(work.begin(work.token)), tile_of(work.end(work.token_of(work.rows - 1)) - 1) + 1};
     __syncthreads();
 
     // ---- the stages. A step is a tile of keys or of values
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
     const auto fetch = [&](auto kind, int head, int tile, unsigned to) {
         constexpr bool values = decltype(kind)::value;
         if (head < a.H_kv) {
-            const int64_t key = tile * KEY_TILE, stride = values ? a.v_token : a.k_token;
+            const int64_t key = key_of(tile), stride = values ? a.v_token : a.k_token;
             const T* const from =
                 (values ? work.v : work.k) + key * stride + (head - int(blockIdx.y)) * (values ? a.v_head : a.k_head);
             fetch_tile<WIDTH>(stages + to, from, stride, work.length - int(key), D, wide);
@@ -231,7 +232,7 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
 
 #pragma unroll 1
         for (int tile = tiles.begin; tile < tiles.end; ++tile) {
-            const int key = tile * KEY_TILE;
+            const int key = key_of(tile);
             // the warp's first row sees from the earliest key on, its last row up to the latest
             const Row &first = rows[warp * WARP_ROWS], &last = rows[warp * WARP_ROWS + WARP_ROWS - 1];
             const bool sees = live && key < last.end && key + KEY_TILE > first.begin;
@@ -374,7 +375,7 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
     }
 }
 
-// Ways 0, 1, 2: blocks of 8, 4, 2 warps (4, 4, 2 for heads wider than 192), one key head a block. + 3: up to HEADS_AT_ONCE.
+// Ways 0, 1, 2: blocks of 8, 4, 2 warps (4, 4, 2 for heads wider than 128), one key head a block. + 3: up to HEADS_AT_ONCE.
 static Choice attention_tensor_way("attention_tensor", 6);
 constexpr int HEADS_AT_ONCE = 4;
 
