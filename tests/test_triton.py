@@ -255,13 +255,13 @@ def test_all_tiles_have_one_matrix_instruction(
 
 
 def test_tensor_tiles_fit() -> None:
-    """Hopper: 64 rows and four warps, or a multiple of both, or Triton takes mma.sync. Every tile is chosen by some M."""
+    """Hopper: 64 rows and four warps, or multiples, or Triton takes mma.sync. Every tile is chosen by some M and N."""
     from rerank_kernels.triton import attention, linear
 
     for arch in (80, 86, 89, 90, 120):
         every = [*linear.tensor_tiles(arch), *(t for d in (16, 64, 128, 256) for t in attention.tensor_tiles(d, arch))]
         if arch == 90:
-            assert all(t.rows % 64 == 0 and t.warps in (4, 8) and t.rows // 64 >= t.warps // 4 for t in every)
+            assert all(t.rows % 64 == 0 and t.warps in (4, 8) for t in every)
         taken = {linear.choose_tensor(1, m, n, arch) for m in (1, 40, 300, 4096) for n in (96, 768, 3072, 8192)}
         assert taken == set(linear.tensor_tiles(arch))
 
