@@ -47,9 +47,10 @@ test: $(VENV)/installed $(VENV)/nvcc  ## every test, shared out over the cores; 
 test-all: $(VENV)/installed $(VENV)/nvcc cuda-check  ## and what takes longer: more architectures, more orders of blocks, real sizes
 	$(OFFLINE) $(BIN)/python -m pytest $(SHARED) --exhaustive $(ARGS)
 
-cuda-check: $(VENV)/installed $(VENV)/nvcc  ## what nvcc and ptxas made of the CUDA kernels, for every architecture, and docs/GPU.md
+cuda-check: $(VENV)/installed $(VENV)/nvcc  ## what nvcc, Triton and ptxas made of the kernels, for every architecture, and docs/GPU.md
 	$(BIN)/python tests/witness.py --check
-	$(OFFLINE) $(BIN)/python -m pytest --exhaustive tests/test_witness.py $(ARGS)
+	$(BIN)/python tests/witness_triton.py --check
+	$(OFFLINE) $(BIN)/python -m pytest --exhaustive tests/test_witness.py tests/test_witness_triton.py $(ARGS)
 
 # Built anew with BUILD_CUDA=1, so that what is missing is an error and no row of skipped tests.
 gpu: BUILD_CUDA = 1

@@ -9,9 +9,7 @@ maximum, then for l and out; scores are made twice and stored nowhere. cu_seqlen
 Mode tensor ("Mode tensor" there) goes over the keys once, in tiles of 64 from the sequence's first token, ascending, with a
 running maximum m. For a tile: s_j = dot_tensor(q, k_j) * scale, -inf where hidden; m' = max(m, max s_j); p_j = exp(s_j - m');
 l = l * exp(m - m') + sum p_j; acc = acc * exp(m - m'), then the matrix instructions' chain over the 64 keys, of p rounded to
-half precision times v. out = (acc + 0) / l. The sum of the 64 p is Triton's, over the fragments of the matrix instruction: for
-one head size and architecture all tiles have the same, a thread with 16 of a row's p and then two shuffles among four threads
-(with mma.sync and D > 128 the keys of a row lie in several warps, in the one tile that there is).
+half precision times v. out = (acc + 0) / l. The sum of the 64 p folds by 32, 16, 8, 4, 2, 1: place i takes place i + half.
 
 A tile in which a row sees no key changes nothing for that row: m' = m, exp(0) = 1 exactly, p = 0 exactly. Only the sign of a
 zero in acc could turn, so the end adds +0. Thus which tiles a block visits, that is how many rows it has, is in no
@@ -39,6 +37,7 @@ from rerank_kernels.triton.numerics import (
     exp_of_nonpositive,
     fmadd,
     fold_lanes,
+    half_fold,
 )
 
 ROWS = 32  # queries of one block
@@ -177,14 +176,13 @@ def attention_tensor_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     ROWS: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
-    # as above, the last b whose first tile is not behind ours; offsets ascend, so it is found by counting
+    # as above, the last b whose first tile is not behind ours
     tile = tl.program_id(0)
-    b = -1
+    b = 0
     for begin in range(0, B, SEQUENCES):
         one = begin + tl.arange(0, SEQUENCES)
         starts = tl.load(cu_seqlens + one, mask=one < B, other=0) // ROWS + one <= tile
-        b += tl.sum((starts & (one < B)).to(tl.int32))
-    b = tl.maximum(b, 0)
+        b = tl.maximum(b, tl.max(tl.where(starts & (one < B), one, 0)))
     first = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), total)
     length = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), first), total) - first
     row = (tile - first // ROWS - b) * ROWS
@@ -264,7 +262,7 @@ def _visit(
     base = tl.where(new_top == MINUS_INFINITY, 0.0, new_top)
     p = exp_of_nonpositive(s - base[:, None])
     shrink = exp_of_nonpositive(top - base)
-    bottom = bottom * shrink + tl.sum(p, axis=1)
+    bottom = bottom * shrink + tl.reshape(fold_lanes(half_fold(p, p.shape[0], 32), p.shape[0]), (p.shape[0],))
     weights = p.to(v_first.dtype.element_ty)
     value = _features(v_first, j, v_token, length, D, 0, LOW, LOW <= D, MASKED)
     low = tl.dot(weights, value, low * shrink[:, None])
@@ -301,16 +299,12 @@ def _store(y_row, total, bottom, i, length, features, BEGIN: tl.constexpr, WIDTH
 
 
 def tensor_tiles(d: int, arch: int) -> tuple[TensorTile, ...]:
-    """For heads of d features on this compute capability (90 for 9.0); the first is taken, the others are for the tests.
-
-    With mma.sync and parts of the features wider than the block has rows, Triton deals a row's keys to several warps, and their
-    sum has another order: a head size has such tiles only, or none.
-    """
+    """For heads of d features on this compute capability (90 for 9.0); the first is taken, the others are for the tests."""
     wgmma = matrix_instruction(arch) == "wgmma"
     if d > 128:
         return (TensorTile(128, 8, 2),) if wgmma else (TensorTile(64, 8, 1),)
     if d > 64:
-        return (TensorTile(128, 8, 3),)
+        return (TensorTile(128, 8, 3),) if wgmma else (TensorTile(128, 8, 2), TensorTile(64, 4, 2))
     return TensorTile(64, 4, 3), TensorTile(128, 8, 3), TensorTile(128, 4, 3)
 
 

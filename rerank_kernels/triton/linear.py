@@ -49,7 +49,7 @@ ENOUGH = 80  # blocks that keep most of a GPU busy
 # From few rows to many; shared memory <= 99 KB but on Hopper, whose instruction wgmma is.
 TENSOR_TILES = {
     "mma.sync": (TensorTile(16, 64, 4, 4), TensorTile(32, 64, 4, 4), TensorTile(64, 64, 4, 4), TensorTile(128, 128, 8, 3)),
-    "wgmma": (TensorTile(64, 32, 4, 6), TensorTile(64, 64, 4, 5), TensorTile(128, 128, 8, 4), TensorTile(128, 256, 8, 3)),
+    "wgmma": (TensorTile(64, 32, 4, 6), TensorTile(64, 64, 4, 5), TensorTile(64, 128, 4, 4), TensorTile(128, 128, 8, 4)),
 }
 
 

@@ -196,7 +196,7 @@ def activate(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _half_fold(x, ROWS: tl.constexpr, HALF: tl.constexpr):
+def half_fold(x, ROWS: tl.constexpr, HALF: tl.constexpr):
     """[ROWS, 2 HALF] -> [ROWS, HALF]: lane l takes lane l + HALF."""
     low, high = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
     return low + high
@@ -205,8 +205,8 @@ def _half_fold(x, ROWS: tl.constexpr, HALF: tl.constexpr):
 @triton.jit
 def fold_lanes(x, ROWS: tl.constexpr):
     """[ROWS, 32] -> [ROWS, 1]: folds by 16, 8, 4, 2, 1."""
-    x = _half_fold(x, ROWS, 16)
-    x = _half_fold(x, ROWS, 8)
-    x = _half_fold(x, ROWS, 4)
-    x = _half_fold(x, ROWS, 2)
-    return _half_fold(x, ROWS, 1)
+    x = half_fold(x, ROWS, 16)
+    x = half_fold(x, ROWS, 8)
+    x = half_fold(x, ROWS, 4)
+    x = half_fold(x, ROWS, 2)
+    return half_fold(x, ROWS, 1)
