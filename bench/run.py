@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import math
 import os
 import pathlib
-import platform
 import resource
 import statistics
 import sys
@@ -38,13 +36,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 
 import shapes
+from report import machine, write_json
+from results import digits
 
 import cases
 import invariants
 import rerank_kernels as rk
-from rerank_kernels import backend
 
-NOT_MEASURED = "not measured"  # no machine of this project has a GPU
+NOT_MEASURED = "not measured"  # in this run: --device cuda measures it, on a machine with a GPU
 BASE = "BAAI/bge-reranker-base"
 LOGIT_BOUND = 2.0e-5  # on logits of order 1, after 12 layers of float32: stock PyTorch itself is off by about 1e-6
 
@@ -336,31 +335,6 @@ def record(case: str, rival: str, ours: list[float], theirs: list[float], bar: f
 # ---- what is said about it -------------------------------------------------------------------------------------------------
 
 
-def machine() -> dict[str, Any]:
-    import transformers
-
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        info = pathlib.Path("/proc/cpuinfo").read_text()
-        cpu = next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), cpu)
-    active = backend.active("cpu")
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torch isa": torch.backends.cpu.get_cpu_capability(),
-        "transformers": transformers.__version__,
-        "backend": active.name,
-        "isa": torch.ops.rerank_kernels.force_isa("") if active.name == "cpu" else "PyTorch's",
-        "rerank_kernels": rk.__version__,
-        "numerics version": rk.NUMERICS_VERSION,
-        "gpu": NOT_MEASURED,
-    }
-
-
 def show(console: Console, facts: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:
     table = Table(caption="ratio: theirs / ours, above 1 we are faster; the gate passed for every line")
     for name in ("case", "against", "ours ms", "theirs ms", "ratio", "bar", "", "gpu"):
@@ -369,24 +343,10 @@ def show(console: Console, facts: Mapping[str, Any], results: Sequence[Mapping[s
     for r in results:
         verdict = {"ok": "[green]ok[/]", "FALLS SHORT": "[bold red]FALLS SHORT[/]", None: ""}[r["verdict"]]
         bar = "" if r["bar"] is None else f"{r['bar']:.2f}"
-        times = _digits(r["ours_ms"]), _digits(r["theirs_ms"])
+        times = digits(r["ours_ms"]), digits(r["theirs_ms"])
         table.add_row(r["case"], r["against"], *times, f"{r['ratio']:.2f}", bar, verdict, r["gpu"])
     console.print(table)
     console.print("   ".join(f"{k}: {v}" for k, v in facts.items()), soft_wrap=True)
-
-
-def _digits(ms: float) -> str:
-    return f"{ms:.{0 if ms >= 1000 else 1 if ms >= 100 else 2 if ms >= 1 else 3}f}"
-
-
-def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    """Beside it, then renamed: the file is there whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 Results = list[dict[str, Any]]
@@ -420,6 +380,11 @@ def _status(console: Console, words: str) -> Iterator[None]:
         yield
 
 
+def console() -> Console:
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=150)  # a file or a pipe has no width of its own
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Times beside stock PyTorch's; a correctness gate comes first.")
     parser.add_argument("--quick", action="store_true", help="short turns, and whole models cut to two layers")
@@ -429,11 +394,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", metavar="N", type=int, default=min(2, cores), help="CPU threads (default: %(default)s)")
     parser.add_argument("--strict", action="store_true", help="exit 1 if a ratio falls short of its bar")
     parser.add_argument("--list", action="store_true", help="print the names of the cases, run nothing")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: other cases, backends cuda and triton (bench/device.py)"
+    )
+    parser.add_argument(
+        "--scaling", action="store_true", help="throughput over batch and length, bits over batch (bench/scaling.py)"
+    )
+    parser.add_argument("--against", metavar="REV", help="time another revision beside this one (bench/against.py)")
+    parser.add_argument("--budget", metavar="S", type=float, help="with --device cuda: seconds (default: 240, 60 with --quick)")
+    parser.add_argument("--no-compile", action="store_true", help="with --device cuda: leave torch.compile out")
+    for hidden, kind in (("--worker", pathlib.Path), ("--share", str), ("--until", float)):
+        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)  # how bench/relay.py starts this file
     args = parser.parse_args(argv)
     if args.threads < 1:
         parser.error(f"--threads must be at least 1, got {args.threads}")
     if args.json is not None and not args.json.resolve().parent.is_dir():
         parser.error(f"--json: there is no directory {args.json.resolve().parent}")
+    if args.scaling:
+        import scaling
+
+        found = scaling.measure(args.device, console(), quick=args.quick)
+        if args.json is not None:
+            write_json(
+                args.json, {"machine": machine(args.device), "quick": args.quick, "device": args.device, "scaling": found}
+            )
+        return 0
+    if args.against is not None:
+        import against
+
+        records, code = against.main(args, console())
+        if args.json is not None:
+            write_json(args.json, {"machine": machine(args.device), "against": args.against, "results": records})
+        return code
+    if args.device == "cuda" or args.worker is not None:
+        import relay
+
+        args.budget = args.budget or (60.0 if args.quick else 240.0)
+        return relay.main(args, sys.argv[1:] if argv is None else argv, console())
     every = contests(args.quick)
     table = {n: b for n, b in every.items() if not args.only or any(o in n for o in args.only)}
     if not table:
@@ -442,27 +439,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(table))
         return 0
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)  # a file or a pipe has no width of its own
     torch.set_num_threads(args.threads)
+    out = console()
     facts = machine()
     if facts["load"] > 0.5 * facts["cores"]:
-        console.print(f"[yellow]The machine is busy (load {facts['load']} on {facts['cores']} cores): times mean little.[/]")
+        out.print(f"[yellow]The machine is busy (load {facts['load']} on {facts['cores']} cores): times mean little.[/]")
     with torch.no_grad():
         budget, at_least = (0.2, 3) if args.quick else (3.0, 5)
-        results = run(table, budget=budget, at_least=at_least, console=console)
+        results = run(table, budget=budget, at_least=at_least, console=out)
     if results is None:
         return 1
     facts["peak memory MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    show(console, facts, results)
+    show(out, facts, results)
     short = [r for r in results if r["verdict"] == "FALLS SHORT"]
     barred = sum(r["bar"] is not None for r in results)
     if barred:
-        console.print(f"bars: {barred - len(short)} of {barred} reached" + (f", {len(short)} FALL SHORT" if short else ""))
+        out.print(f"bars: {barred - len(short)} of {barred} reached" + (f", {len(short)} FALL SHORT" if short else ""))
     if args.json is not None:
         write_json(args.json, {"machine": facts, "quick": args.quick, "results": results})
-        console.print(f"written: {args.json}", markup=False)
+        out.print(f"written: {args.json}", markup=False)
     return 1 if args.strict and short else 0
 
 

@@ -2,7 +2,8 @@
 
 The cuda and triton backends run in the simulator (tests/ptxsim): their own launchers and kernels, on CPU tensors; `-m gpu` runs
 cuda on a GPU (test_gpu.py). RERANK_KERNELS_REQUIRE=cpu,cuda makes a missing backend a failure instead of a skip, for machines
-such as CI's where it is known to be there.
+such as CI's where it is known to be there. The tests may be shared out over processes (`pytest -n`, as `make test` does): then
+the first one only collects what the others counted.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 # Thousands of tiny kernels: on a busy machine threads that spin at each one's end make the run ten times as long. It has to be
 # said before torch is imported, and changes no result.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# One of several processes leaves the other cores to the others. Two threads, not one: else nothing would be split but in the
+# tests that set a number themselves.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
@@ -28,6 +34,8 @@ REQUIRE = "RERANK_KERNELS_REQUIRE"
 _ran: Counter[str] = Counter()
 _isas: Counter[str] = Counter()
 on_gpu: list[str] = []  # the GPU's name, once a test that ran on it (test_gpu.py)
+facts: list[str] = []  # about that GPU, which no test holds it to (test_gpu_tensor.py)
+_threads: list[int] = []  # PyTorch's, one entry a process of a run in several
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -122,15 +130,33 @@ def required() -> set[str]:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput"):  # one of several processes: tells the first one, which ends the run
+        counted = {"ran": dict(_ran), "isas": dict(_isas), "on_gpu": on_gpu, "facts": facts, "threads": torch.get_num_threads()}
+        session.config.workeroutput["rerank_kernels"] = counted  # type: ignore[attr-defined]
+        return
     if (lost := sorted(n for n in required() if n not in registry.BACKENDS or missing(n))) and session.exitstatus == 0:
         session.exitstatus = 1
         print(f"\n{REQUIRE} names {', '.join(lost)}, which is not available")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """In the first process, for each of the others; one that crashed has counted nothing, and fails the run anyway."""
+    if counted := getattr(node, "workeroutput", {}).get("rerank_kernels"):
+        _ran.update(counted["ran"])
+        _isas.update(counted["isas"])
+        on_gpu.extend(counted["on_gpu"])
+        facts.extend(counted["facts"])
+        _threads.append(counted["threads"])
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("backends")
+    threads = f"{len(_threads)} processes of {_threads[0]}" if _threads else str(torch.get_num_threads())
     if on_gpu:
         terminalreporter.line(f"cuda: native on {on_gpu[0]}, torch {torch.__version__}, {len(on_gpu)} tests")
+    for fact in facts:
+        terminalreporter.line(fact)
     for b in registry.BACKENDS.values():
         reason = missing(b.name)
         if reason is not None:
@@ -143,6 +169,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             how = f"native {force_isa('auto')}"
             if _isas:
                 how += "; bit for bit against scalar: " + ", ".join(i for i in ISAS if i != "scalar" and _isas[i])
-        terminalreporter.line(
-            f"{b.name}: {how}, torch {torch.__version__}, {torch.get_num_threads()} threads, {_ran[b.name]} tests"
-        )
+        terminalreporter.line(f"{b.name}: {how}, torch {torch.__version__}, {threads} threads, {_ran[b.name]} tests")

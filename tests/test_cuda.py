@@ -1,7 +1,11 @@
 """The CUDA backend against the cpu backend, bit for bit, in the simulator (ptxsim/): all cases in several orders of blocks and
 threads with race and bounds checks on, real shapes, every way of every launcher, a whole encoder layer, a whole model.
 
-The promises are tested where every backend's are, in test_<family>.py; what must be caught here is in test_cuda_mutants.py.
+In mode tensor no other backend has the same bits: there the ways are compared with each other, and linear and bmm with the
+order that NUMERICS.md writes out.
+
+The promises are tested where every backend's are, in test_<family>.py and test_tensor.py; what must be caught here is in
+test_cuda_mutants.py and test_tensor_mutants.py.
 """
 
 from __future__ import annotations
@@ -13,12 +17,15 @@ import pytest
 import torch
 
 import cases
+import contract
 import models
 import rerank_kernels as rk
+import tensor
 from cases import Case, numbers, offsets
 from conftest import ran
 from invariants import all_same, same
 from rerank_kernels import backend as registry
+from rerank_kernels.native import linear as native
 
 simulated = pytest.importorskip("ptxsim.simulated")
 CASES = cases.CASES
@@ -104,12 +111,14 @@ def test_real_sparse_ffn(dtype: torch.dtype) -> None:
 # ---- every way of every launcher
 
 
-MADE_OF = {"score_head": "linear"}  # ops whose launcher is another's
-LAUNCHERS = sorted({n for p in SOURCES for n in re.findall(r'Choice \w+[{(]"(\w+)"', p.read_text())})
+MADE_OF = {"score_head": "linear", "bmm": "linear"}  # ops whose launcher is another's
+MADE_OF_TENSOR = {"bmm": "linear", "sparse_ffn": "linear"}
+ALL_LAUNCHERS = sorted({n for p in SOURCES for n in re.findall(r'Choice \w+[{(]"(\w+)"', p.read_text())})
+LAUNCHERS = [n for n in ALL_LAUNCHERS if not n.endswith("_tensor")]
 
 
 def test_the_launchers_with_several_ways_are_known() -> None:
-    assert sorted(simulated.launchers()) == LAUNCHERS
+    assert sorted(simulated.launchers()) == ALL_LAUNCHERS
 
 
 @pytest.mark.parametrize("kernel", LAUNCHERS)
@@ -120,6 +129,101 @@ def test_every_way_of_a_launcher_gives_the_same_bits(kernel: str, dtype: torch.d
             for way in range(simulated.launchers()[kernel]):
                 with simulated.simulated(race=True, lazy_async=True), simulated.forced(kernel, way):
                     all_same(case.call(rows, shared), want, f"{case}, {kernel} way {way}")
+
+
+@pytest.mark.parametrize("half", tensor.HALVES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("kernel", sorted(set(ALL_LAUNCHERS) - set(LAUNCHERS)))
+def test_every_way_of_a_tensor_launcher_gives_the_same_bits(kernel: str, half: torch.dtype) -> None:
+    """The ways issue the same matrix instructions for an output: shown with tensor cores that cut off what they add, and with
+    such as add backwards."""
+    for case in tensor.CASES:
+        if f"{MADE_OF_TENSOR.get(case.op, case.op)}_tensor" == kernel:
+            rows, shared = case.make_rows(half), case.make_shared(half)
+            for model, how in ((2, dict(race=True, sched=2)), (3, dict(sched=1))):
+                with tensor.simulated("cuda", model):
+                    want = case.call(rows, shared)
+                for way in range(simulated.launchers()[kernel]):
+                    with tensor.simulated("cuda", model, **how), simulated.forced(kernel, way):
+                        all_same(case.call(rows, shared), want, f"{case}, {kernel} way {way}, tensor cores: {model}")
+
+
+# ---- mode tensor: the order, as NUMERICS.md writes it out
+
+
+def in_sixteens(x: torch.Tensor) -> torch.Tensor:
+    """Every 16 k turned round, the last 16 after they were filled up with zeros: an ascending chain over that is what a matrix
+    instruction of 16 k gives that adds its products backwards, and no instruction of another width."""
+    filled = torch.nn.functional.pad(x, (0, -x.shape[-1] % 16))
+    return filled.view(len(x), -1, 16).flip(-1).view(len(x), -1)
+
+
+def chain(x: torch.Tensor, w: torch.Tensor, model: int) -> torch.Tensor:
+    a, b = (in_sixteens(x), in_sixteens(w)) if model == 3 else (x, w)
+    return contract.dot(a, b, chunk=a.shape[-1])
+
+
+@pytest.mark.parametrize("model", [0, 3])
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(1, 768, 768), (5, 3072, 96), (40, 768, 100), (150, 64, 300), (17, 1, 9), (9, 15, 1), (33, 530, 65)]
+)
+def test_tensor_linear_is_one_chain_of_sixteens(m: int, k: int, n: int, model: int) -> None:
+    for half in tensor.HALVES:
+        x, w = numbers("x", (m, k), half), numbers("w", (n, k), half)
+        want = chain(x, w, model)
+        with tensor.simulated("cuda", model):
+            same(rk.linear(x, w, out_dtype=torch.float32, mode="tensor"), want, f"{m}x{k}x{n}, {half}, tensor cores: {model}")
+
+
+@pytest.mark.parametrize("way", range(6))
+@pytest.mark.parametrize(("k", "n"), [(96, 48), (70, 33), (200, 64)])
+def test_tensor_linear_at_odd_addresses_between_nans(k: int, n: int, way: int) -> None:
+    """Operands that begin 2 bytes off any boundary, and NaN right before and after each of them."""
+
+    def within(t: torch.Tensor) -> torch.Tensor:
+        around = torch.cat([t.new_full((1,), torch.nan), t.flatten(), t.new_full((1000,), torch.nan)])
+        return around[1 : 1 + t.numel()].view(t.shape)
+
+    x, w, b, r = (numbers(name, s, torch.bfloat16) for name, s in (("x", (21, k)), ("w", (n, k)), ("b", (n,)), ("r", (21, n))))
+    with tensor.simulated("cuda", 2, race=True), simulated.forced("linear_tensor", way):
+        want = rk.linear(x, w, b, activation="silu", residual=r, mode="tensor")
+        same(rk.linear(within(x), within(w), within(b), activation="silu", residual=within(r), mode="tensor"), want, "all")
+        for i in range(4):
+            one = [within(t) if i == j else t for j, t in enumerate((x, w, b, r))]
+            same(rk.linear(one[0], one[1], one[2], activation="silu", residual=one[3], mode="tensor"), want, f"argument {i}")
+
+
+@pytest.mark.parametrize(
+    ("batch", "m", "k", "n"), [(3, 5, 40, 7), (2, 40, 600, 33), (5, 1, 64, 64), (0, 4, 8, 8), (2, 0, 8, 8)]
+)
+def test_bmm_is_linear_entry_by_entry(batch: int, m: int, k: int, n: int) -> None:
+    """In both modes, with every way forced."""
+    for kernel, half in (("linear", torch.float32), ("linear", torch.float16), ("linear_tensor", torch.bfloat16)):
+        a, b = numbers("a", (batch, m, k), half), numbers("b", (batch, n, k), half)
+        serve, single = (native.bmm, native.linear) if kernel == "linear" else (native.bmm_tensor, native.linear_tensor)
+        for way in range(-1, simulated.launchers()[kernel]):
+            with tensor.simulated("cuda", 3, race=True), simulated.forced(kernel, way):
+                got = serve(a, b, torch.float32)
+                assert got.shape == (batch, m, n)
+                for i in range(batch):
+                    same(got[i], single(a[i], b[i], None, None, None, torch.float32), f"{kernel} way {way}, entry {i}")
+
+
+@pytest.mark.parametrize("half", tensor.HALVES, ids=lambda d: str(d)[6:])
+def test_tensor_sparse_ffn_of_few_rows_and_of_many(half: torch.dtype) -> None:
+    """Few rows skip what is inactive, many do not. Terms that cancel leave nothing in the first product but what was lost in
+    rounding: another order of its sum is not another last bit but other neurons.
+    """
+    u, v, turned = numbers("u", (20, 100), half), numbers("v", (70, 100), half), torch.arange(100) * 37 % 100
+    x, w = torch.cat([u, u[:, turned]], 1), torch.cat([v, -v[:, turned]], 1)
+    other, down = numbers("o", w.shape, half), numbers("d", (9, 70), half, 2.0**10)
+    for gate in (None, w):
+        up = w if gate is None else other
+        with tensor.simulated("cuda", 2):
+            many = rk.sparse_ffn(x, up, down, gate_weight=gate, mode="tensor")
+            assert many.count_nonzero() > many.numel() / 2
+            for start, stop in ((0, 1), (1, 3), (13, 20)):
+                few = rk.sparse_ffn(x[start:stop], up, down, gate_weight=gate, mode="tensor")
+                same(few, many[start:stop], f"rows {start}:{stop}, {'no gate' if gate is None else 'gate'}")
 
 
 # ---- end to end

@@ -33,7 +33,7 @@ def compiled() -> None:
         return
     simulated.library()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda m: simulated.module(cases.OPS[cases.get(m.case).op], "80", m.edit), MUTANTS))
+        list(pool.map(lambda m: simulated.ptx(cases.OPS[cases.get(m.case).op], "80", m.edit), MUTANTS))
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +85,16 @@ MUTANTS = [
         "linear-768x96-gelu-residual",
         DIFFER,
         invariants.batch_invariant,
+    ),
+    Mutant(
+        "products in TF32",
+        Edit(
+            "gemm.cuh",
+            "sum[i][j] = fmadd(a[i].v[e], b.v[e], sum[i][j]);",
+            "sum[i][j] = fmadd(__uint_as_float(__float_as_uint(a[i].v[e]) & 0xffffe000u), b.v[e], sum[i][j]);",
+        ),
+        "linear-768x96-gelu-residual",
+        DIFFER,
     ),
     Mutant(
         "chunk sums added by atomics: the order of the blocks is in the bits",

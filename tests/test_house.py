@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
+import promises
 import rerank_kernels as rk
-from rerank_kernels.backend import BACKENDS, OPS
+from rerank_kernels.backend import BACKENDS, OPS, PROMISES
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = sorted(set(OPS.values()))
@@ -107,17 +108,37 @@ def test_numerics_has_every_promise_and_backend() -> None:
     assert [word for word in (*promises, *BACKENDS) if word not in page] == []
 
 
-@pytest.mark.parametrize("served_by", BACKENDS)
-@pytest.mark.parametrize("op", OPS)
-def test_every_promise_names_its_test(op: str, served_by: str) -> None:
-    """The table op x backend x promise: a test in the cell of each promise that the backend makes, and in no other."""
-    page = text("NUMERICS.md")
-    head = re.search(r"^\| *op *\| *backend *\|(.*)\|$", page, re.MULTILINE)
-    row = re.search(rf"^\| *{op} *\| *{served_by} *\|(.*)\|$", page, re.MULTILINE)
-    assert head is not None and row is not None, f"NUMERICS.md has no row for {op} on {served_by}"
-    cells = dict(zip((n.strip() for n in head[1].split("|")), row[1].split("|"), strict=True))
-    tested = {promise for promise, cell in cells.items() if re.search(r"test_\w+\.py::\w+", cell)}
-    assert tested == set(BACKENDS[served_by].promises)
+def test_every_promise_names_its_test_and_its_ring() -> None:
+    """The table op x mode x backend x promise is what tests/promises.py makes of the registry, and its tests exist."""
+    assert text("NUMERICS.md") == promises.written(), "run: python tests/promises.py --write"
+    promised = {
+        (b.name, mode, p)
+        for b in BACKENDS.values()
+        for mode, names in (("portable", b.promises), ("tensor", b.tensor))
+        for p in names
+    }
+    held = {
+        (backend, mode, promise)
+        for op, mode, backend in promises.rows()
+        for promise in PROMISES
+        if promises.tests_of(op, mode, backend, promise)
+    }
+    assert held == promised
+    cells = [
+        cell for op, mode, backend in promises.rows() for p in PROMISES for cell in promises.tests_of(op, mode, backend, p)
+    ]
+    assert [test for _, test in cells if _lost(test)] == []
+
+
+def _lost(test: str) -> bool:
+    """Whether test_file.py::name or test_file.py::Class::name is not there."""
+    file, *path = test.split("::")
+    if not (ROOT / "tests" / file).is_file():
+        return True
+    thing: object = importlib.import_module(file.removesuffix(".py"))
+    for name in path:
+        thing = getattr(thing, name, None)
+    return thing is None
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -125,17 +146,7 @@ def test_tests_that_a_page_names_exist(page: str) -> None:
     """`test_file.py::test_name`, `test_file.py::TestClass::test_name` and plain `test_file.py`."""
     named = set(re.findall(r"\b(test_\w+)\.py((?:::\w+)*)", text(page)))
     assert named or page != "NUMERICS.md", "NUMERICS.md names no test"
-    lost = []
-    for module, path in sorted(named):
-        if not (ROOT / "tests" / f"{module}.py").is_file():
-            lost.append(f"{module}.py")
-            continue
-        thing: object = importlib.import_module(module)
-        for name in path.split("::")[1:]:
-            thing = getattr(thing, name, None)
-        if thing is None:
-            lost.append(f"{module}.py{path}")
-    assert lost == []
+    assert [f"{module}.py{path}" for module, path in sorted(named) if _lost(f"{module}.py{path}")] == []
 
 
 @pytest.mark.parametrize("page", PAGES)

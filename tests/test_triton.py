@@ -15,9 +15,11 @@ import pytest
 import torch
 
 import cases
+import contract
 import invariants
 import models
 import rerank_kernels as rk
+import tensor
 from cases import Case, numbers, offsets
 from conftest import ran
 from invariants import all_same, same
@@ -160,6 +162,161 @@ def test_weights_at_an_odd_address(dtype: torch.dtype) -> None:
     same(*both(lambda: rk.linear(x, flat[1:].view(48, 64))), "weight one element off")
 
 
+# ---- mode tensor
+
+
+def ways(case: Case, arch: int = 80) -> int:
+    from rerank_kernels.triton import attention, linear
+
+    return len(attention.tensor_tiles(case.rows["q"][1], arch) if case.op == "attention" else linear.tensor_tiles(arch))
+
+
+def forced(monkeypatch: pytest.MonkeyPatch, case: Case, way: int) -> None:
+    from rerank_kernels.triton import attention, linear
+
+    monkeypatch.setattr(attention if case.op == "attention" else linear, "force", way)
+
+
+# Triton compiles anew for every tile, dtype, window and address: `make test` takes these cases in float16
+OF_EACH_KIND = ("linear-768x96-gelu-residual", "attention-D32-H4of1-T70-window=(7,3)")
+in_halves = pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.exhaustive)])
+tensor_cases = pytest.mark.parametrize(
+    "tensor_case",
+    [
+        pytest.param(c, marks=[pytest.mark.exhaustive] * (str(c).removesuffix("-tensor") not in OF_EACH_KIND))
+        for c in tensor.CASES
+    ],
+    ids=str,
+)
+
+
+@pytest.mark.parametrize("label", OF_EACH_KIND)
+def test_the_promises_in_short(label: str) -> None:
+    """test_tensor.py has them in full."""
+    case = cases.in_tensor_mode(cases.get(label))
+    with tensor.simulated("triton", 2, race=True):
+        invariants.right(case, torch.float16)
+    with tensor.simulated("triton", 2):
+        invariants.batch_invariant(case, torch.float16)
+        invariants.padding_invariant(case, torch.float16)
+
+
+@in_halves
+@tensor_cases
+def test_every_tensor_tile_gives_the_same_bits(tensor_case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, want = tensor_case, {}
+    rows, shared = case.make_rows(dtype), case.make_shared(dtype)
+    for way in range(ways(case)):
+        forced(monkeypatch, case, way)
+        for model in tensor.MODELS:
+            with tensor.simulated("triton", model, race=model == 0):
+                got = case.call(rows, shared)
+            all_same(got, want.setdefault(model, got), f"{case}, tile {way}, {tensor.MODELS[model]}")
+    assert want
+
+
+@in_halves
+@pytest.mark.parametrize(("m", "k", "n"), [(5, 513, 17), (1, 70, 3), (3, 1100, 5)])
+def test_the_tensor_chain_is_one(m: int, k: int, n: int, dtype: torch.dtype) -> None:
+    """Where an instruction adds by one fma after the other, so does the whole chain over K, with no second accumulator."""
+    x, w = numbers("x", (m, k), dtype), numbers("w", (n, k), dtype)
+    with tensor.simulated("triton"):
+        got = rk.linear(x, w, out_dtype=torch.float32, mode="tensor")
+    same(got, contract.dot(x, w, chunk=k), f"{m}x{k}x{n}")
+
+
+def matrix_instructions(case: Case, dtype: torch.dtype, arch: int, way: int | None = None) -> set[str]:
+    """Of the kernels of mode tensor in this call: "wgmma.mma_async m64n128k16" and the like."""
+    before = len(simulated.used)
+    with simulated_triton(arch=arch, starts=False):
+        case.call(case.make_rows(dtype), case.make_shared(dtype))
+    found = set()
+    for program in simulated.used[before:]:
+        if program.name.endswith("_tensor_kernel"):
+            kinds = set(re.findall(r"\b(mma|wgmma|tcgen05)\.(\w+)\S*?(m\d+n\d+k\d+)\S*", program.ptx))
+            assert kinds, f"{program.name} for sm_{arch}: no matrix instruction"
+            found |= {f"{root}.{op} {shape}" for root, op, shape in kinds}
+    return found
+
+
+def one_kind(case: Case, dtype: torch.dtype, arch: int) -> None:
+    """On Hopper wgmma over 64 rows and 16 k's, elsewhere mma.sync over 16 rows and 16 k's. How many columns one has is left to
+    the tile: they are products of their own."""
+    want = r"wgmma\.mma_async m64n\d+k16" if arch == 90 else r"mma\.sync m16n8k16"
+    found = matrix_instructions(case, dtype, arch)
+    assert found and all(re.fullmatch(want, f) for f in found), f"{case} for sm_{arch}: values differ by tile: {found}"
+
+
+@pytest.mark.parametrize("arch", [90, *(pytest.param(a, marks=pytest.mark.exhaustive) for a in (80, 120))])
+@in_halves
+@tensor_cases
+def test_all_tiles_have_one_matrix_instruction(
+    tensor_case: Case, arch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for way in range(ways(tensor_case, arch)):
+        forced(monkeypatch, tensor_case, way)
+        one_kind(tensor_case, dtype, arch)
+
+
+def test_tensor_tiles_fit() -> None:
+    """Hopper: 64 rows and four warps, or a multiple of both, or Triton takes mma.sync. Every tile is chosen by some M."""
+    from rerank_kernels.triton import attention, linear
+
+    for arch in (80, 86, 89, 90, 120):
+        every = [*linear.tensor_tiles(arch), *(t for d in (16, 64, 128, 256) for t in attention.tensor_tiles(d, arch))]
+        if arch == 90:
+            assert all(t.rows % 64 == 0 and t.warps in (4, 8) and t.rows // 64 >= t.warps // 4 for t in every)
+        taken = {linear.choose_tensor(1, m, n, arch) for m in (1, 40, 300, 4096) for n in (96, 768, 3072, 8192)}
+        assert taken == set(linear.tensor_tiles(arch))
+
+
+def test_a_gpu_that_nobody_looked_at_has_no_mode_tensor() -> None:
+    with (
+        simulated_triton(arch=100, starts=False),
+        pytest.raises(registry.BackendError, match=r"no mode 'tensor' for compute capability 10\.0.*backend 'cuda'"),
+    ):
+        rk.linear(torch.zeros(2, 16).half(), torch.zeros(2, 16).half(), mode="tensor")
+
+
+@pytest.mark.parametrize("m", [1, 33])
+def test_bmm_is_linear_of_each_pair(m: int) -> None:
+    from rerank_kernels.triton import linear
+
+    with simulated_triton(race=True):
+        for dtype, product, alone in (
+            (torch.float32, linear.bmm, linear.linear),
+            (torch.float16, linear.bmm_tensor, linear.linear_tensor),
+        ):
+            a, b = numbers("a", (3, m, 40), dtype), numbers("b", (3, 24, 40), dtype)
+            want = torch.stack([alone(x, y, None, None, None, torch.float32) for x, y in zip(a, b, strict=True)])
+            same(product(a, b, torch.float32), want, f"bmm of {m} rows, {dtype}")
+
+
+def test_who_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Triton compiles for other GPUs nobody has looked at; old ones lack the instructions."""
+    from rerank_kernels import triton
+
+    def missing() -> str | None:
+        triton.missing.cache_clear()
+        return triton.missing()
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((7, 5), (8, 0))[device])
+    assert missing() is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert missing() == "the kernels need compute capability 8.0, this GPU has 7.5"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert missing() == "no GPU: torch.cuda.is_available() is False"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    said = missing()
+    assert said is not None and "ROCm" in said and "AMD GPUs are not served" in said
+    triton.missing.cache_clear()
+
+
 # ---- what is compiled
 
 
@@ -181,15 +338,14 @@ def test_rows_are_not_compiled_in() -> None:
 
 
 @pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.exhaustive)])
-def test_no_instruction_leaves_a_bit_open(arch: int) -> None:
+def test_no_instruction_leaves_a_bit_open(arch: int, dtype: torch.dtype) -> None:
     with simulated_triton(arch=arch):
         for case in CASES:
             widest = max(n for s in (*case.shared.values(), *case.rows.values()) for n in s)
             if widest <= (32 if case.op == "attention" else 600) and case.total < 200:
-                for dtype in cases.DTYPES:
-                    case.call(case.make_rows(dtype), case.make_shared(dtype))
-                    if not case.lengths:
-                        case.call(case.make_rows(dtype, 1), case.make_shared(dtype))
+                case.call(case.make_rows(dtype), case.make_shared(dtype))
+                if not case.lengths:
+                    case.call(case.make_rows(dtype, 1), case.make_shared(dtype))
     seen = set()
     for key, program in simulated.programs().items():
         if key[1] == arch and not key[0].__module__.startswith("mutant"):
@@ -321,3 +477,57 @@ def test_mutant_is_caught(name: str) -> None:
         pytest.raises((AssertionError, RuntimeError), match=r"values differ|outside|bounds"),
     ):
         check(cases.get(case), torch.float32)
+
+
+# Whatever a tensor core's way of adding is, these are seen; the first is not seen by any number, but in the text.
+WINDOW = "attention-D32-H4of1-T70-window=(7,3)"
+TENSOR_MUTANTS: dict[str, tuple[Edit, str, Callable[[Case, torch.dtype], None]]] = {
+    "few rows leave wgmma for mma.sync": (
+        Edit("linear.py", "TensorTile(64, 32, 4, 6)", "TensorTile(16, 32, 4, 6)"),
+        "linear-512x16",
+        lambda case, dtype: one_kind(case, dtype, 90),
+    ),
+    "few rows split K": (
+        Edit("linear.py", "tl.dot(a, b, total)", "tl.dot(a, b, total) if BM > 16 else total + tl.dot(a, b)"),
+        "linear-768x96-gelu-residual",
+        invariants.batch_invariant,
+    ),
+    "the accumulator is half precision": (
+        Edit("linear.py", "tl.dot(a, b, total)", "tl.dot(a, b, total.to(tl.float16), out_dtype=tl.float16).to(tl.float32)"),
+        "linear-768x96-gelu-residual",
+        invariants.right,
+    ),
+    "a sequence alone goes over its keys backwards": (
+        Edit(
+            "attention.py",
+            "for key in tl.range(whole, whole_end, KEY_TILE):",
+            "for at in tl.range(whole, whole_end, KEY_TILE):\n"
+            "        key = tl.where(B == 1, whole_end - KEY_TILE - at + whole, at)",
+        ),
+        "attention-D16-H2of1-T600-causal=True",
+        invariants.batch_invariant,
+    ),
+    "values beyond the sequence are read": (
+        Edit("attention.py", "value = tl.load(at, mask=(j < length)[:, None], other=0.0)", "value = tl.load(at)"),
+        WINDOW,
+        invariants.batch_invariant,
+    ),
+    "a mask off by one": (
+        Edit("attention.py", "seen = (j < length)[None, :]", "seen = (j <= length)[None, :]"),
+        WINDOW,
+        invariants.right,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TENSOR_MUTANTS)
+def test_tensor_mutant_is_caught(name: str) -> None:
+    edit, label, check = TENSOR_MUTANTS[name]
+    case = cases.in_tensor_mode(cases.get(label))
+    with simulated_triton():
+        check(case, torch.float16)
+    with (
+        simulated_triton(edit=edit, mma=2),
+        pytest.raises((AssertionError, RuntimeError), match=r"values differ|beyond the bound|outside|bounds"),
+    ):
+        check(case, torch.float16)

@@ -35,7 +35,7 @@ def kit() -> toolkit.Toolkit:
 
 
 @pytest.mark.parametrize("arch", [OLD, NEW])
-@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: str(p.relative_to(witness.CUDA).with_suffix("")))
 def test_every_kernel_keeps_the_rules(source: Path, arch: str) -> None:
     kernels = witness.of_source(source, arch)
     assert kernels
@@ -45,11 +45,12 @@ def test_every_kernel_keeps_the_rules(source: Path, arch: str) -> None:
 # ---- the rules have power
 
 
-def defects(kit: toolkit.Toolkit, tmp_path: Path, body: str, arch: str = OLD) -> str:
+def defects(kit: toolkit.Toolkit, tmp_path: Path, body: str, arch: str = OLD, room: str = ".") -> str:
     """What is said of a kernel of these lines; p and q are float arrays, i is the thread."""
-    source = tmp_path / "k.cu"
+    source = tmp_path / room / "k.cu"
+    source.parent.mkdir(exist_ok=True)
     source.write_text(
-        '#include <cuda_fp16.h>\n#include "device.cuh"\nnamespace rk {\n'
+        '#include <cuda_fp16.h>\n#include "tensor/mma.cuh"\nnamespace rk {\n'
         f"__global__ void score_kernel(float* p, const float* q, int n) {{ const int i = threadIdx.x; {body} }}\n}}\n"
     )
     (kernel,) = witness.of_source(source, arch)
@@ -94,6 +95,26 @@ def test_what_ptxas_fuses_is_found(kit: toolkit.Toolkit, tmp_path: Path, body: s
     ptx = kit.ptx(tmp_path / "k.cu", arch).read_text()
     (fused,) = witness.of_ptx(re.sub(r"\b(mul|add|sub)\.rn\.f32\b", r"\1.f32", ptx), "k", arch)
     assert "ptxas fused: 1 x FFMA in the dyed code" in fused.defects()
+
+
+MMA = "float s[4] = {p[i]}; const unsigned a[4] = {__float_as_uint(q[i])}; mma<f16>(s, a, a[0], a[0]); p[i] = s[0];"
+
+
+def test_tensor_cores_belong_in_the_tensor_room(kit: toolkit.Toolkit, tmp_path: Path) -> None:
+    assert defects(kit, tmp_path, MMA, room="tensor") == ""
+    assert re.search(r"outside the contract: .*mma\.sync(.|\n)*machine code: .*HMMA", defects(kit, tmp_path, MMA))
+    assert "no HMMA" in defects(kit, tmp_path, "p[i] = q[i];", room="tensor")
+
+
+@pytest.mark.parametrize("what", ["m16n8k8.row.col.f32.f16.f16.f32", "m16n8k4.row.col.f32.tf32.tf32.f32"])
+def test_another_matrix_instruction_is_found(kit: toolkit.Toolkit, tmp_path: Path, what: str) -> None:
+    """It would add in another order, or cut float32 operands."""
+    other = (
+        f'asm("mma.sync.aligned.{what} {{%0, %1, %2, %3}}, {{%4, %5}}, {{%6}}, {{%0, %1, %2, %3}};" '
+        ': "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3]) : "r"(a[0]), "r"(a[0]), "r"(a[0]));'
+    )
+    body = MMA.replace("p[i] = s[0];", f"{other} p[i] = s[0];")
+    assert f"mma.sync.aligned.{what}" in defects(kit, tmp_path, body, room="tensor")
 
 
 def test_compiled_without_its_flag_a_kernel_is_found(kit: toolkit.Toolkit) -> None:

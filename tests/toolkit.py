@@ -21,6 +21,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from ptxsim.once import alone
+
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / "build" / "cuda"
 
@@ -35,7 +37,7 @@ ARCHITECTURES: tuple[str, ...] = found.ARCHITECTURES
 
 class Toolkit(found.Toolkit):  # type: ignore[name-defined,misc]
     def ptx(self, source: str | Path, arch: str = "80", flags: Sequence[str] = ()) -> Path:
-        return self._compiled(Path(source), ["-ptx", f"-arch=compute_{arch}", *flags], ".ptx")
+        return self._compiled(Path(source), _to_ptx(arch, flags), ".ptx")
 
     def cubin(self, source: str | Path, arch: str = "80", flags: Sequence[str] = ()) -> Path:
         return self._compiled(Path(source), ["-cubin", f"-arch=sm_{arch}", *flags], ".cubin")
@@ -43,7 +45,7 @@ class Toolkit(found.Toolkit):  # type: ignore[name-defined,misc]
     def assemble(self, ptx: str, arch: str) -> tuple[Path, str]:
         """PTX to a cubin, as nvcc has it done, and what ptxas -v says: registers, stack, spills, shared memory."""
         command = [self.path.parent / "ptxas", "-m64", "-v", f"-arch=sm_{arch}"]
-        made, said = self._kept("ptxas", command, ".ptx", ptx.encode(), ".cubin")
+        made, said = self._kept(self._place("ptxas", command, ptx.encode(), ".cubin"), command, ("in.ptx", ptx.encode()))
         return made, said.read_text()
 
     def disassemble(self, cubin: Path) -> str:
@@ -55,45 +57,72 @@ class Toolkit(found.Toolkit):  # type: ignore[name-defined,misc]
 
     def object(self, source: str | Path, out: str | Path, arch: str = "80", flags: Sequence[str] = ()) -> Path:
         host = ["-Xcompiler=-fPIC", "-Xcompiler=-ffp-contract=off"]
-        # PTX only: no time goes into ptxas, whose work nobody here can run
+        # PTX only: no time goes into ptxas, whose work nobody here can run. The PTX on the way is what `ptx` would make.
         code = f"-gencode=arch=compute_{arch},code=compute_{arch}"
-        made = self._compiled(Path(source), ["-c", code, *host, *flags], ".o")
+        ptx = self._named(Path(source), self._command(Path(source), _to_ptx(arch, flags)), ".ptx")
+        made = self._compiled(Path(source), ["-c", code, *host, *flags], ".o", ptx)
         shutil.copyfile(made, out)
         return Path(out)
 
-    def _compiled(self, source: Path, what: list[str], suffix: str) -> Path:
-        flags = [*FLAGS, *what, f"-I{ROOT / 'csrc' / 'cuda'}"]
-        depends = [source.read_bytes(), *(part for name, content in _headers(source) for part in (name.encode(), content))]
-        return self._kept(source.stem, [self.path, *flags, source.resolve()], "", b"\0".join(depends), suffix)[0]
+    def _compiled(self, source: Path, what: list[str], suffix: str, ptx: Path | None = None) -> Path:
+        command = self._command(source, what)
+        return self._kept(self._named(source, command, suffix), command, ptx=ptx)[0]
 
-    def _kept(self, stem: str, command: list[str | Path], kind: str, depends: bytes, suffix: str) -> tuple[Path, Path]:
-        """What `command -o` makes and what it says, from the cache if they are there. With a `kind` its input is `depends`."""
+    def _command(self, source: Path, what: list[str]) -> list[str | Path]:
+        return [self.path, *FLAGS, *what, f"-I{ROOT / 'csrc' / 'cuda'}", source.resolve()]
+
+    def _named(self, source: Path, command: list[str | Path], suffix: str) -> Path:
+        depends = [source.read_bytes(), *(part for name, content in _headers(source) for part in (name.encode(), content))]
+        return self._place(source.stem, command, b"\0".join(depends), suffix)
+
+    def _place(self, stem: str, command: list[str | Path], depends: bytes, suffix: str) -> Path:
         key = hashlib.sha256("\0".join([self.release, *map(str, command)]).encode() + b"\0" + depends).hexdigest()
-        made = CACHE / f"{stem}-{key[:20]}{suffix}"
+        return CACHE / f"{stem}-{key[:20]}{suffix}"
+
+    def _kept(
+        self, made: Path, command: list[str | Path], given: tuple[str, bytes] | None = None, ptx: Path | None = None
+    ) -> tuple[Path, Path]:
+        """What `command -o` makes and what it says, from the cache if they are there. `given`: its input, if that is no file
+        yet; `ptx`: where the PTX of an object's device code is kept besides.
+        """
         said = made.with_name(made.name + ".log")
-        if made.exists() and said.exists():
-            return made, said
-        CACHE.mkdir(parents=True, exist_ok=True)
-        # Under names of its own until it is whole: two test processes may compile the same file.
+        with alone(made):
+            if not (made.exists() and said.exists()):
+                self._make(made, said, command, given, ptx)
+        return made, said
+
+    def _make(
+        self, made: Path, said: Path, command: list[str | Path], given: tuple[str, bytes] | None, ptx: Path | None
+    ) -> None:
+        # Under names of its own until it is whole: a run that is broken off leaves nothing half made.
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             new, log = Path(scratch) / made.name, Path(scratch) / said.name
-            if kind:
-                given = Path(scratch) / f"in{kind}"
-                given.write_bytes(depends)
-                command = [*command, given]
+            if given:
+                (Path(scratch) / given[0]).write_bytes(given[1])
+                command = [*command, Path(scratch) / given[0]]
+            if ptx:
+                command = [*command, "--keep", f"--keep-dir={scratch}"]
             run = subprocess.run([*command, "-o", new], capture_output=True, text=True)
             if run.returncode != 0:
                 raise RuntimeError(f"{' '.join(map(str, command))}\nfailed ({run.returncode}):\n{run.stdout}{run.stderr}")
             log.write_text(run.stdout + run.stderr)
+            if ptx:
+                shutil.copyfile(log, Path(scratch) / "ptx.log")
+                os.replace(Path(scratch) / "ptx.log", ptx.with_name(ptx.name + ".log"))
+                (kept,) = Path(scratch).glob("*.ptx")
+                os.replace(kept, ptx)
             os.replace(log, said)
             os.replace(new, made)
-        return made, said
 
 
 @functools.cache
 def find() -> Toolkit | None:
     kit = found.find()
     return None if kit is None else Toolkit(kit.path, kit.home, kit.release)
+
+
+def _to_ptx(arch: str, flags: Sequence[str]) -> list[str]:
+    return ["-ptx", f"-arch=compute_{arch}", *flags]
 
 
 def _headers(source: Path) -> list[tuple[str, bytes]]:

@@ -6,12 +6,13 @@
 
 The rules, each a consequence of NUMERICS.md:
 - PTX holds nothing outside the contract (`outside_contract`): arithmetic is float32 and .rn, nothing approximate, no tensor
-  core, no atomic, and nothing that asks which multiprocessor it runs on or what time it is.
+  core, no atomic, and nothing that asks which multiprocessor it runs on or what time it is. The kernels of csrc/cuda/tensor/
+  have tensor cores, by one instruction only: mma.sync.m16n8k16 with float32 sums.
 - ptxas does not fuse what PTX holds apart. An FFMA may come from a PTX fma or from the inside of a division or square root, so
   counting says little. Instead the PTX is dyed: every fma.rn becomes fma.rz, and divisions, reciprocals and square roots become
   instructions that need no FFMA. Then every FFMA must be an FFMA.RZ: one without the dye is a product and a sum that ptxas
   fused. (Take the .rn from PTX's mul and add, and it does: test_witness.py.)
-- Machine code holds no local memory (spills, arrays with computed indices), no atomics, no tensor cores.
+- Machine code holds no local memory (spills, arrays with computed indices), no atomics, and tensor cores where they belong.
 - Kernels that stream move 16 bytes an instruction.
 """
 
@@ -48,6 +49,7 @@ _FLOAT = re.compile(r"\.(f16|f16x2|bf16|bf16x2|f32|f32x2|f64|tf32|e4m3\w*|e5m2\w
 _ARITHMETIC = {"add", "sub", "mul", "fma", "mad", "div", "sqrt", "rcp", "neg", "abs", "min", "max", "copysign", "testp"}
 _ROUNDS = {"add", "sub", "mul", "fma", "mad", "div", "sqrt", "rcp"}
 _NEVER = {"ex2", "lg2", "sin", "cos", "tanh", "rsqrt", "mma", "wmma", "wgmma", "tcgen05", "atom", "red", "multimem", "call"}
+_TENSOR = re.compile(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(f16|bf16)\.\1\.f32")  # the one of mode "tensor"
 _WHICH_CHIP = re.compile(r"%(smid|nsmid|warpid|nwarpid|gridid|clock|clock64|globaltimer)\b")
 
 
@@ -56,12 +58,16 @@ def ptx_kernels(ptx: str) -> dict[str, str]:
     return {m[1]: m[0] for m in re.finditer(r"\.entry\s+(\w+)\s*\(.*?^\}", ptx, re.MULTILINE | re.DOTALL)}
 
 
-def outside_contract(kernel: str) -> Counter[str]:
-    """The instructions of a kernel's PTX that the contract does not have: bits left open, or other than its float32 steps."""
+def outside_contract(kernel: str, tensor: bool = False) -> Counter[str]:
+    """The instructions of a kernel's PTX that the contract does not have: bits left open, or other than its float32 steps.
+    `tensor`: a kernel of mode "tensor", which may have that mode's one instruction besides.
+    """
     found: Counter[str] = Counter()
     for op, operands in _INSTRUCTION.findall(kernel):
         root, *parts = op.split(".")
         kind = _FLOAT.findall(op)
+        if tensor and _TENSOR.fullmatch(op):
+            continue
         bad = root in _NEVER or {"approx", "ftz", "full", "sat"} & set(parts)
         if root in _ARITHMETIC and kind:
             bad = bad or set(kind) - {"f32", "f32x2"} or (root in _ROUNDS and "rn" not in parts)
@@ -105,34 +111,36 @@ class Code:
     def wide(self, *roots: str) -> int:
         return sum(op.split(".")[0] in roots and "128" in op.split(".") for op in self.ops)
 
-    def forbidden(self) -> Counter[str]:
+    def forbidden(self, tensor: bool = False) -> Counter[str]:
         found: Counter[str] = Counter()
         for op, operands in zip(self.ops, self.operands, strict=True):
             root, parts = op.split(".")[0], op.split(".")
             local = root in ("LDL", "STL")
             atomic = root in ("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "REDS")
             # HFMA2.MMA with zeros is ptxas' way to load a constant; it is no tensor core
-            tensor = root.endswith("MMA") and root != "HFMA2"
+            matrix = root.endswith("MMA") and root != "HFMA2" and not (tensor and root == "HMMA")
             half = root in ("HFMA2", "HMUL2") and "RZ, RZ" not in operands
             half = half or (root == "HADD2" and "F32" not in parts)
             double = root in ("DADD", "DMUL", "DFMA")
             special = root == "MUFU" and parts[1] not in ("RCP", "RCP64H", "RSQ")  # these begin divisions and square roots
-            if local or atomic or tensor or half or double or special:
+            if local or atomic or matrix or half or double or special:
                 found[op] += 1
         return found
 
     def hot(self) -> tuple[int, int]:
         """Of the loop that is densest in FFMA, which is where a kernel that computes spends its time: these, and all its
         instructions, both without the loops inside it; (0, 0) without such a loop. One that divides is an epilogue's, if there
-        is another.
+        is another. With tensor cores, of the loop with most HMMA: its instructions are also those for rows at odd addresses.
         """
+        matrix = self.count("HMMA") > 0
+        what, least = ("HMMA", 4) if matrix else ("FFMA", 8)
         found = []
         for a, b in self.loops:
             inside = {i for c, d in self.loops if (c, d) != (a, b) and a <= c and d <= b for i in range(c, d + 1)}
             own = [self.ops[i] for i in range(a, b + 1) if i not in inside]
-            fma = sum(op.startswith("FFMA") for op in own)
-            if fma >= 8:
-                found.append((not any(op.startswith("MUFU") for op in own), fma / len(own), fma, len(own)))
+            fma = sum(op.startswith(what) for op in own)
+            if fma >= least:
+                found.append((not any(op.startswith("MUFU") for op in own), fma if matrix else fma / len(own), fma, len(own)))
         return max(found, default=(False, 0.0, 0, 0))[2:]
 
 
@@ -180,13 +188,18 @@ class Kernel:
     def name(self) -> str:
         return readable(self.mangled)
 
+    @property
+    def tensor(self) -> bool:
+        return self.family.startswith("tensor/")
+
     def defects(self) -> list[str]:
-        told = [f"PTX outside the contract: {_listed(ops)}"] if (ops := outside_contract(self.ptx)) else []
+        told = [f"PTX outside the contract: {_listed(ops)}"] if (ops := outside_contract(self.ptx, self.tensor)) else []
         told += [f"ptxas fused: {_listed(ops)} in the dyed code"] if (ops := self.dyed.undyed()) else []
         wanted = len(re.findall(r"\bfma\.rn\.f32\b", self.ptx)) + 2 * len(re.findall(r"\bfma\.rn\.f32x2\b", self.ptx))
         there = sum({"FFMA": 1, "FFMA2": 2}.get(op.split(".")[0], 0) for op in self.dyed.ops)
         told += [f"{wanted} fma in PTX, {there} in the dyed code"] if wanted > there else []
-        told += [f"machine code: {_listed(ops)}"] if (ops := self.code.forbidden()) else []
+        told += [f"machine code: {_listed(ops)}"] if (ops := self.code.forbidden(self.tensor)) else []
+        told += ["mode tensor, and no HMMA"] if self.tensor and not self.code.count("HMMA") else []
         told += [f"{self.stack} bytes of stack, {self.spills} of spills"] if self.stack or self.spills else []
         if streams(self.name) and not self.code.wide("LDG", "LDGSTS"):
             told.append("streams, but loads no 16 bytes at once")
@@ -214,7 +227,7 @@ def readable(mangled: str) -> str:
     said = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
     name = re.sub(r"^void ", "", said.replace("rk::", ""))
     name = re.sub(r"\(.*\)$", "", name)
-    return re.sub(r"Tile<(\d+), (\d+),[^<>]*>", r"\1x\2", name)
+    return re.sub(r"\w*Tile<(\d+), (\d+),[^<>]*>", r"\1x\2", name)
 
 
 def of_ptx(ptx: str, family: str, arch: str) -> list[Kernel]:
@@ -252,7 +265,8 @@ def of_ptx(ptx: str, family: str, arch: str) -> list[Kernel]:
 def of_source(source: Path, arch: str) -> list[Kernel]:
     kit = toolkit.find()
     assert kit is not None
-    return of_ptx(kit.ptx(source, arch).read_text(), source.stem, arch)
+    family = f"tensor/{source.stem}" if source.parent.name == "tensor" else source.stem
+    return of_ptx(kit.ptx(source, arch).read_text(), family, arch)
 
 
 def every(architectures: tuple[str, ...]) -> list[Kernel]:
@@ -428,6 +442,8 @@ def other_calls() -> Iterator[Any]:
                 yield lambda x=x, up=up: rk.linear(x, up)
                 yield lambda x=x, up=up, down=down: rk.sparse_ffn(x, up, down)
                 yield lambda x=x, up=up, down=down: rk.sparse_ffn(x, up, down, gate_weight=up)
+                if a == b != torch.float32:
+                    yield lambda x=x, up=up: rk.linear(x, up, mode="tensor")
 
 
 def launches() -> tuple[list[list[Launch]], dict[str, Launch]]:
@@ -535,7 +551,7 @@ def table(kernels: dict[tuple[str, str], Kernel], one: dict[str, Launch]) -> lis
         rows.setdefault(figures, []).append(readable(mangled).partition("<")[2].removesuffix(">"))
     lines = [
         "| family | kernel | threads | shared KB | sm_80 registers | blocks x warps | sm_120 registers | blocks x warps "
-        "| others' registers | warps | hot loop: fma / all |",
+        "| others' registers | warps | hot loop: fma or mma / all |",
         "|" + "---|" * 11,
     ]
     for (family, name, *figures), instances in rows.items():
@@ -569,8 +585,8 @@ def page(found: list[Kernel]) -> str:
             BEGIN,
             "",
             f"nvcc {kit.release}; {count} kernels for each of {', '.join('sm_' + a for a in ARCHITECTURES)}. In all of them: "
-            f"no instruction outside the contract, no spills and no local memory, no atomics, no tensor cores; {fma:,} fma in "
-            "PTX, and no product that ptxas fused with a sum.",
+            "no instruction outside the contract, no spills and no local memory, no atomics, and tensor cores in those of mode "
+            f"tensor only; {fma:,} fma in PTX, and no product that ptxas fused with a sum.",
             "",
             "## Times: estimated, not measured",
             "",

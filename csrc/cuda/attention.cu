@@ -41,13 +41,6 @@ struct AttentionPlan {
     bool wide_out;    // four outputs can be stored at once
 };
 
-// This thread, read afresh: what is computed from it dies at once. Else the compiler computes it all beforehand and keeps it in
-// registers, of which the inner loops leave none.
-__device__ __forceinline__ int thread_now() {
-    int t;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
-    return t;
-}
 struct Place {
     int warp, lane, rg, kg;
 };

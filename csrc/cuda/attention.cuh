@@ -101,4 +101,12 @@ __device__ __forceinline__ void find_work(const AttentionArgs& a, const int32_t*
     work.scale = a.scale;
 }
 
+// This thread, read afresh: what is computed from it dies at once. Else the compiler computes it all beforehand and keeps it in
+// registers, of which the inner loops leave none.
+__device__ __forceinline__ int thread_now() {
+    int t;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+    return t;
+}
+
 }  // namespace rk

@@ -1,5 +1,5 @@
-"""Triton kernels for CUDA tensors. Mode portable: the bits of csrc/numerics.h, with numerics.py as its twin. Mode tensor: <op>_tensor
-beside the op.
+"""Triton kernels for CUDA tensors. Mode portable: the bits of csrc/numerics.h, with numerics.py as its twin; mode tensor:
+<op>_tensor beside the op.
 
 Weights are read as nn.Linear holds them. This file does not import Triton, so that a machine without it can ask what it lacks.
 Triton compiles for other makers' GPUs too, but what is promised was looked at in NVIDIA's PTX alone: others are refused.
@@ -18,8 +18,8 @@ def missing() -> str | None:
     """Why the kernels cannot run here, None if they can."""
     if torch.version.hip is not None:
         return (
-            f"torch {torch.__version__} is a ROCm build, and AMD GPUs are not served: the kernels' bits were checked in what Triton "
-            "compiles for NVIDIA GPUs only"
+            f"torch {torch.__version__} is a ROCm build, and AMD GPUs are not served: the kernels' bits were checked "
+            "only in what Triton compiles for NVIDIA GPUs"
         )
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"

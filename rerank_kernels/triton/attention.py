@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_kernels.triton import launch
-from rerank_kernels.triton.launch import blocks, start
+from rerank_kernels.triton.launch import blocks, matrix_instruction, start
 from rerank_kernels.triton.numerics import (
     CHUNK,
     KEY_TILE,
@@ -306,8 +306,9 @@ def tensor_tiles(d: int, arch: int) -> tuple[TensorTile, ...]:
     With mma.sync and parts of the features wider than the block has rows, Triton deals a row's keys to several warps, and their
     sum has another order: a head size has such tiles only, or none.
     """
+    wgmma = matrix_instruction(arch) == "wgmma"
     if d > 128:
-        return (TensorTile(128, 8, 2),) if arch // 10 == 9 else (TensorTile(64, 8, 1),)
+        return (TensorTile(128, 8, 2),) if wgmma else (TensorTile(64, 8, 1),)
     if d > 64:
         return (TensorTile(128, 8, 3),)
     return TensorTile(64, 4, 3), TensorTile(128, 8, 3), TensorTile(128, 4, 3)
@@ -326,6 +327,6 @@ def attention_tensor(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: 
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         sequences, total, heads, heads // k.shape[1], left, right, scale,
         LEFT=left >= 0, RIGHT=right >= 0, D=d, LOW=low, HIGH=high,
-        ROWS=tile.rows, SEQUENCES=SEQUENCES, num_warps=tile.warps, num_stages=tile.stages, **launch.FEWER_REGISTERS,
+        ROWS=tile.rows, SEQUENCES=SEQUENCES, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y

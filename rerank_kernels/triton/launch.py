@@ -9,12 +9,17 @@ import functools
 from typing import Any
 
 import torch
+from triton.backends.nvidia.compiler import CUDAOptions
+
+from rerank_kernels.backend import BackendError
 
 # Without enable_fp_fusion=False a product and a sum become an fma, where LLVM or ptxas likes. Functions of libdevice are not
 # used; should one come in, it keeps subnormals.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
-# LLVM orders instructions for few live registers; without it the element functions of a large tile spill. No bit depends on it.
-FEWER_REGISTERS: dict[str, Any] = {"sched4reg": True}
+# LLVM orders instructions for few live registers, where Triton knows how: without it the element functions of a large tile, and
+# some other kernels, spill. No bit depends on it.
+if "sched4reg" in CUDAOptions.__dataclass_fields__:
+    OPTIONS["sched4reg"] = True
 
 
 def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -35,6 +40,18 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constant
 def architecture(tensor: torch.Tensor) -> int:
     """The compute capability of the tensor's GPU, 90 for an H100: all of the GPU that mode tensor picks its tiles by."""
     return _architecture(tensor.get_device())
+
+
+def matrix_instruction(arch: int) -> str:
+    """What Triton makes of tl.dot. Where it is wgmma, tiles of less than 64 rows would get mma.sync, whose sums are others.
+    GPUs that add in a third way (tcgen05) are left out: nobody has looked at which tile gets what there."""
+    known = {8: "mma.sync", 9: "wgmma", 12: "mma.sync"}
+    if arch // 10 not in known:
+        raise BackendError(
+            f"backend 'triton' has no mode 'tensor' for compute capability {arch // 10}.{arch % 10}, only for 8.x, 9.0 "
+            "and 12.x; take backend 'cuda' or mode='portable'"
+        )
+    return known[arch // 10]
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rerank_kernels.native.pack import contiguous
 from rerank_kernels.triton import launch
-from rerank_kernels.triton.launch import blocks, start
+from rerank_kernels.triton.launch import blocks, matrix_instruction, start
 from rerank_kernels.triton.numerics import CHUNK, activate
 
 Tile = tuple[int, int, int, int]  # rows, columns, steps of K, warps
@@ -45,11 +45,11 @@ class TensorTile(NamedTuple):
 
 STEP = 64  # k's a step of the loop, of every tile: see above
 GROUP = 8  # tiles of rows whose blocks run side by side, so that they find each other's columns in the L2 cache
-ENOUGH = 120  # blocks that fill a GPU, about
-# By the first digit of the compute capability, from few rows to many; shared memory <= 99 KB but on Hopper.
+ENOUGH = 80  # blocks that keep most of a GPU busy
+# From few rows to many; shared memory <= 99 KB but on Hopper, whose instruction wgmma is.
 TENSOR_TILES = {
-    8: (TensorTile(16, 64, 4, 4), TensorTile(32, 64, 4, 4), TensorTile(64, 64, 4, 4), TensorTile(128, 128, 8, 3)),
-    9: (TensorTile(64, 32, 4, 6), TensorTile(64, 64, 4, 5), TensorTile(128, 128, 8, 4), TensorTile(128, 256, 8, 3)),
+    "mma.sync": (TensorTile(16, 64, 4, 4), TensorTile(32, 64, 4, 4), TensorTile(64, 64, 4, 4), TensorTile(128, 128, 8, 3)),
+    "wgmma": (TensorTile(64, 32, 4, 6), TensorTile(64, 64, 4, 5), TensorTile(128, 128, 8, 4), TensorTile(128, 256, 8, 3)),
 }
 
 
@@ -58,10 +58,11 @@ def linear_kernel(
     x, weight, bias, gate, residual, y, M, N: tl.int32, K: tl.int32,
     ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.cdiv(N, BN)
-    m = ((tl.program_id(0) // columns).to(tl.int64) * BM + tl.arange(0, BM))[:, None]
-    n = ((tl.program_id(0) % columns) * BN + tl.arange(0, BN))[None, :]
-    batch = tl.program_id(1).to(tl.int64)
+    rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    batch = (tl.program_id(0) // (rows * columns)).to(tl.int64)
+    tile = tl.program_id(0) % (rows * columns)
+    m = ((tile // columns).to(tl.int64) * BM + tl.arange(0, BM))[:, None]
+    n = ((tile % columns) * BN + tl.arange(0, BN))[None, :]
     x_row = x + (batch * M + m) * K
     w_row = weight + (batch * N + n) * K
     k = tl.arange(0, BK)
@@ -86,12 +87,13 @@ def linear_tensor_kernel(
 ):  # fmt: skip
     # blocks down GROUP tiles of rows, then on to the next columns
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    first = tl.program_id(0) // (GROUP * columns) * GROUP
-    inside = tl.program_id(0) % (GROUP * columns)
+    batch = (tl.program_id(0) // (rows * columns)).to(tl.int64)
+    tile = tl.program_id(0) % (rows * columns)
+    first = tile // (GROUP * columns) * GROUP
+    inside = tile % (GROUP * columns)
     high = tl.minimum(rows - first, GROUP)
     m = ((first + inside % high).to(tl.int64) * BM + tl.arange(0, BM))[:, None]
     n = (inside // high * BN + tl.arange(0, BN))[None, :]
-    batch = tl.program_id(1).to(tl.int64)
     # rows beyond the last are the last once more: nothing of them is stored, and the loop needs no mask for them
     x_row = x + (batch * M + tl.minimum(m, M - 1)) * K
     w_row = weight + (batch * N + tl.minimum(n, N - 1)) * K
@@ -144,7 +146,7 @@ def choose(m: int, n: int) -> int:
 
 def tensor_tiles(arch: int) -> tuple[TensorTile, ...]:
     """The tiles of mode tensor on this compute capability (90 for 9.0), all with the same matrix instruction."""
-    return TENSOR_TILES[9 if arch // 10 == 9 else 8]
+    return TENSOR_TILES[matrix_instruction(arch)]
 
 
 def choose_tensor(batch: int, m: int, n: int, arch: int) -> TensorTile:
@@ -186,7 +188,7 @@ def _start(
     (batch, m, k), n = a.shape, b.shape[1]
     bm, bn, bk, warps = TILES[choose(m, n) if force is None else force]
     start(
-        linear_kernel, (blocks(m, bm) * blocks(n, bn), batch), a, b, bias, gate, residual, y, m, n, k,
+        linear_kernel, (batch * blocks(m, bm) * blocks(n, bn),), a, b, bias, gate, residual, y, m, n, k,
         ACTIVATION=activation, BM=bm, BN=bn, BK=bk, num_warps=warps,
     )  # fmt: skip
 
@@ -212,9 +214,9 @@ def _start_tensor(
     (batch, m, k), n = a.shape, b.shape[1]
     tile = choose_tensor(batch, m, n, launch.architecture(a))
     start(
-        linear_tensor_kernel, (blocks(m, tile.rows) * blocks(n, tile.columns), batch), a, b, bias, residual, y, m, n, k,
+        linear_tensor_kernel, (batch * blocks(m, tile.rows) * blocks(n, tile.columns),), a, b, bias, residual, y, m, n, k,
         ACTIVATION=activation, WHOLE=k % STEP == 0, BM=tile.rows, BN=tile.columns, STEP=STEP, GROUP=GROUP,
-        num_warps=tile.warps, num_stages=tile.stages, **launch.FEWER_REGISTERS,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 

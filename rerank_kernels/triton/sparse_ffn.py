@@ -126,8 +126,8 @@ def sparse_ffn_tensor(
     down_weight: Tensor,
     down_bias: Tensor | None,
 ) -> Tensor:
-    """Only what decides which neurons are active is computed on tensor cores, for any number of rows; the rest is as above, where
-    sparse equals dense, so that the number of rows is in no expression here either."""
+    """Only what decides which neurons are active is computed on tensor cores, for any number of rows; the rest is as above,
+    where sparse equals dense, so that the number of rows is in no expression here either."""
     first = (up_weight, up_bias) if gate_weight is None else (gate_weight, gate_bias)
     active = linear_tensor(x, *first, "relu", None, torch.float32)
     return _sparse_ffn(x, active, up_weight, up_bias, gate_weight, down_weight, down_bias)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import os
@@ -14,6 +13,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .once import alone
 from .parse import SimulatorError
 
 HERE = Path(__file__).resolve().parent
@@ -88,9 +88,7 @@ def library() -> Library:
     objects = _objects(flags)
     target = cache_folder() / f"machine-{hashlib.sha256(''.join(objects.values()).encode()).hexdigest()[:16]}.so"
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # several processes start at once: one builds, the others wait for it
+        with alone(target):
             if not target.exists():
                 _build(target, flags, objects)
     return Library(target)

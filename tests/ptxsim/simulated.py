@@ -30,6 +30,7 @@ import torch
 import torch.utils.cpp_extension
 
 import toolkit
+from ptxsim.once import alone
 from ptxsim.program import Kernel, Module
 from rerank_kernels import backend as registry
 from rerank_kernels.native import pack
@@ -177,12 +178,16 @@ def _launch(name: bytes, grid: Any, block: Any, shared: int, arguments: Any, mem
 _callback = _LAUNCH(_launch)
 
 
-@functools.cache
-def module(source: str, arch: str, edit: Edit | None = None) -> Module:
-    """The PTX of one of SOURCES."""
+def ptx(source: str, arch: str, edit: Edit | None = None) -> Path:
+    """The PTX of one of SOURCES, compiled if nobody did before."""
     kit = toolkit.find()
     assert kit is not None
-    return Module(kit.ptx((_edited(edit) if edit else CUDA) / f"{source}.cu", arch).read_text())
+    return kit.ptx((_edited(edit) if edit else CUDA) / f"{source}.cu", arch)
+
+
+@functools.cache
+def module(source: str, arch: str, edit: Edit | None = None) -> Module:
+    return Module(ptx(source, arch, edit).read_text())
 
 
 @functools.cache
@@ -195,14 +200,12 @@ def _edited(edit: Edit) -> Path:
     for p in sorted((ROOT / "csrc").rglob("*.*")):
         key.update(p.read_bytes())
     folder = BUILD / "edited" / key.hexdigest()[:20]
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            whole = Path(scratch) / "csrc"
-            shutil.copytree(ROOT / "csrc", whole, ignore=shutil.ignore_patterns("cpu", "__pycache__"))
-            (whole / "cuda" / edit.file).write_text(text.replace(edit.old, edit.new))
-            with contextlib.suppress(OSError):  # another process was faster
-                os.replace(scratch, folder)
+    with alone(folder):
+        if not folder.exists():
+            scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+            shutil.copytree(ROOT / "csrc", scratch / "csrc", ignore=shutil.ignore_patterns("cpu", "__pycache__"))
+            (scratch / "csrc" / "cuda" / edit.file).write_text(text.replace(edit.old, edit.new))
+            os.replace(scratch, folder)
     return folder / "csrc" / "cuda"
 
 
@@ -248,27 +251,29 @@ def library() -> Path:
     for p in sorted([*(ROOT / "csrc").rglob("*.[ch]*"), *HERE.glob("c*.[ch]*")]):
         key.update(p.name.encode() + p.read_bytes())
     made = BUILD / f"simulated-{key.hexdigest()[:20]}.so"
-    if not made.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=BUILD) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
-
-            def compile_host(source: Path) -> Path:
-                out = Path(scratch) / f"{source.stem}.host.o"
-                run("c++", *flags, "-c", source, "-o", out)
-                return out
-
-            hosts = [pool.submit(compile_host, s) for s in [*torch_side, HERE / "cudart.cpp"]]
-            devices = [
-                pool.submit(kit.object, CUDA / f"{s}.cu", Path(scratch) / f"{s.replace('/', '-')}.cu.o") for s in SOURCES
-            ]
-            objects = [job.result() for job in [*hosts, *devices]]
-            lib = Path(torch.__file__).parent / "lib"
-            new = Path(scratch) / made.name
-            run("c++", *link, *objects, "-o", new, f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}")
-            os.replace(new, made)
+    with alone(made):
+        if not made.exists():
+            _build(kit, made, torch_side, flags, link)
     torch.ops.load_library(str(made))
     ctypes.CDLL(str(made)).ptxsim_connect(_callback)
     return made
+
+
+def _build(kit: toolkit.Toolkit, made: Path, torch_side: list[Path], flags: list[str], link: list[str]) -> None:
+    with tempfile.TemporaryDirectory(dir=BUILD) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def compile_host(source: Path) -> Path:
+            out = Path(scratch) / f"{source.stem}.host.o"
+            run("c++", *flags, "-c", source, "-o", out)
+            return out
+
+        devices = [pool.submit(kit.object, CUDA / f"{s}.cu", Path(scratch) / f"{s.replace('/', '-')}.cu.o") for s in SOURCES]
+        hosts = [pool.submit(compile_host, s) for s in [*torch_side, HERE / "cudart.cpp"]]
+        objects = [job.result() for job in [*hosts, *devices]]
+        lib = Path(torch.__file__).parent / "lib"
+        new = Path(scratch) / made.name
+        run("c++", *link, *objects, "-o", new, f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}")
+        os.replace(new, made)
 
 
 def run(*command: Any) -> None:

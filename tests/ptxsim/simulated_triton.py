@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -46,16 +47,22 @@ class Edit:
 @dataclasses.dataclass
 class Options:
     arch: int = 80
+    starts: bool = True
     launch: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
 class Compiled:
-    kernel: Kernel
+    name: str
     ptx: str
     arguments: list[int]  # which of the kernel's arguments are left in the PTX
     shared: int
     threads: int
+    constants: dict[str, Any]
+
+    @functools.cached_property
+    def kernel(self) -> Kernel:
+        return Module(self.ptx).kernel(self.name)
 
 
 _options = Options()
@@ -75,13 +82,17 @@ def missing() -> str | None:
 
 
 @contextlib.contextmanager
-def simulated_triton(*, arch: int = 80, edit: Edit | None = None, **launch: Any) -> Iterator[None]:
-    """Inside the block ops on CPU tensors are served by backend "triton". Re-entrant: the inner options hold inside."""
+def simulated_triton(*, arch: int = 80, starts: bool = True, edit: Edit | None = None, **launch: Any) -> Iterator[None]:
+    """Inside the block ops on CPU tensors are served by backend "triton". Re-entrant: the inner options hold inside.
+
+    starts=False: kernels are compiled and not started, for architectures with instructions that the simulator does not have;
+    results hold no numbers, and `used` has the programs.
+    """
     global _options
     package = _edited(edit) if edit else PACKAGE
     launcher: Any = importlib.import_module(f"{package}.launch")
     before, registered_as, on_a_gpu = _options, registry.BACKENDS["triton"], (launcher.run, launcher.architecture)
-    _options = Options(arch, launch)
+    _options = Options(arch, starts, launch)
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     registry.BACKENDS["triton"] = dataclasses.replace(registered_as, package=package, devices=("cpu",), missing=lambda: None)
     _forget()
@@ -126,6 +137,9 @@ def _edited(edit: Edit) -> str:
 
 def run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
     bound, c = compiled(kernel, arguments, constants)
+    used.append(c)
+    if not _options.starts:
+        return
     params, memory = bytearray(c.kernel.param_bytes), []
     left = [bound[i] for i in c.arguments]
     spare = len(c.kernel.params) - len(left)  # Triton's scratch memory, which none of our kernels asks for
@@ -138,7 +152,6 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constant
             value = value.data_ptr()
         data = _bytes(value, p.size)
         params[p.offset : p.offset + p.size] = data
-    used.append(c)
     c.kernel.launch(grid, (c.threads,), bytes(params), c.shared, memory, **_options.launch)
 
 
@@ -172,10 +185,8 @@ def compiled(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any])
             triton.knobs.runtime.add_stages_inspection_hook = before
         m = made.metadata
         assert m.global_scratch_size == 0 and m.num_ctas == 1, f"{m.name} wants more than blocks of threads"
-        ptx = made.asm["ptx"]
-        names = list(signature)
-        left = [i for i, n in enumerate(names) if signature[n] != "constexpr"]
-        _compiled[key] = Compiled(Module(ptx).kernel(m.name), ptx, left, m.shared, m.num_warps * 32)
+        left = [i for i, n in enumerate(signature) if signature[n] != "constexpr"]
+        _compiled[key] = Compiled(m.name, made.asm["ptx"], left, m.shared, m.num_warps * 32, constants)
     return values, _compiled[key]
 
 

@@ -46,6 +46,7 @@ struct Head {
     static constexpr int TILE = KEY_TILE * ROW;                                                // bytes
     static constexpr bool Q_IN_REGISTERS = WIDTH <= 192;
     static constexpr int STAGES = WIDTH <= 192 ? 3 : 2;
+    static constexpr int REGISTERS_FOR = WIDTH <= 96 ? 12 : WIDTH <= 192 ? 8 : 4;  // warps: three, two, one blocks of 4
     static constexpr int WARPS = WIDTH <= 192 ? MOST_WARPS : 4;  // at most, for the shared memory that Q takes
 };
 
@@ -67,27 +68,26 @@ struct Row {
     int begin, end;  // the keys it sees
 };
 
+struct Tiles {
+    int begin, end;  // of keys
+};
+
 // A tile of keys or values: rows from `live` on and halves from D on become zeros, unread.
 template <int WIDTH, class T>
 __device__ __forceinline__ void fetch_tile(unsigned to, const T* from, int64_t stride, int live, int D, bool wide) {
     constexpr int PIECES = Head<WIDTH>::PIECES;
     constexpr int ACROSS = PIECES <= 4 ? 4 : PIECES <= 8 ? 8 : PIECES <= 16 ? 16 : 32;
-    const int piece = threadIdx.x % ACROSS, valid = min(max(D - piece * 8, 0), 8);
+    const int thread = thread_now(), piece = thread % ACROSS, valid = min(max(D - piece * 8, 0), 8);
     const int rows = min(KEY_TILE, (live + STEP - 1) / STEP * STEP);  // nobody reads further
     if (PIECES < ACROSS && piece >= PIECES) return;
-    for (int r = threadIdx.x / ACROSS; r < rows; r += blockDim.x / ACROSS) {
-        const int some = r < live ? valid : 0;
-        const T* at = from + (some ? r * stride + piece * 8 : 0);
-        copy_halves(to + place<Head<WIDTH>::ROW>(r, piece), at, some, wide);
-    }
-}
-
-// Two neighbours, of which `valid` exist.
-template <class T>
-__device__ __forceinline__ unsigned load_two(const T* p, int valid, bool wide) {
-    if (valid >= 2 && wide) return *reinterpret_cast<const unsigned*>(p);
-    const unsigned a = valid > 0 ? p[0].bits : 0, b = valid > 1 ? p[1].bits : 0;
-    return a | b << 16;
+    const auto each_row = [&](auto copy) {
+        for (int r = thread / ACROSS; r < rows; r += blockDim.x / ACROSS) {
+            const int some = r < live ? valid : 0;
+            copy(to + place<Head<WIDTH>::ROW>(r, piece), from + (some ? r * stride + piece * 8 : 0), some);
+        }
+    };
+    if (wide) each_row([](unsigned at, const T* halves, int some) { copy_halves(at, halves, some); });
+    else each_row([](unsigned at, const T* halves, int some) { copy_halves_one_by_one(at, halves, some); });
 }
 
 template <class T>
@@ -113,11 +113,11 @@ __device__ __forceinline__ float exp_normal(float x) {
 }
 
 template <int WIDTH, class T>
-__global__ void __launch_bounds__(Head<WIDTH>::WARPS * 32, WIDTH <= 64 ? 2 : 1)
+__global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
     attention_tensor_rows(AttentionArgs a, bool wide, const int32_t* cu_seqlens, int64_t B, int64_t total) {
     using H = Head<WIDTH>;
     extern __shared__ __align__(128) char shared[];
-    static_assert(sizeof(Work<T>) <= WORK, "the bytes that Work has in shared memory");
+    static_assert(sizeof(Work<T>) + sizeof(Tiles) <= WORK, "the bytes that both have in shared memory");
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, t = lane % 4;
     const int D = int(a.D);
 
@@ -132,41 +132,44 @@ __global__ void __launch_bounds__(Head<WIDTH>::WARPS * 32, WIDTH <= 64 ? 2 : 1)
     Row* const rows = reinterpret_cast<Row*>(shared + WORK + H::STAGES * H::TILE +
                                              (H::Q_IN_REGISTERS ? 0 : warps * 32 * H::STEPS * int(sizeof(uint4))));
 
-    // the tiles of keys that the block sees
-    const int tile_begin = work.begin(work.token) / KEY_TILE;
-    const int tile_end = (work.end(work.token_of(work.rows - 1)) + KEY_TILE - 1) / KEY_TILE;
+    // the tiles of keys that the block sees; a register each is too much
+    Tiles& tiles = *reinterpret_cast<Tiles*>(shared + sizeof(Work<T>));
+    if (threadIdx.x == 0)
+        tiles = {work.begin(work.token) / KEY_TILE, (work.end(work.token_of(work.rows - 1)) + KEY_TILE - 1) / KEY_TILE};
+    __syncthreads();
 
-    // ---- the stages. A step is a tile of keys or of values; `next` is what is fetched next
-    struct {
-        int head, tile;
-        unsigned stage;
-    } next = {int(blockIdx.y), tile_begin, 0};
-    const auto fetch = [&](auto kind) {
+    // ---- the stages. A step is a tile of keys or of values
+    unsigned stage = 0;
+    const auto after = [](unsigned at) { return at == (H::STAGES - 1) * H::TILE ? 0 : at + H::TILE; };
+    const auto fetch = [&](auto kind, int head, int tile, unsigned to) {
         constexpr bool values = decltype(kind)::value;
-        if (next.head < a.H_kv) {
-            const int64_t key = next.tile * KEY_TILE, stride = values ? a.v_token : a.k_token;
+        if (head < a.H_kv) {
+            const int64_t key = tile * KEY_TILE, stride = values ? a.v_token : a.k_token;
             const T* const from =
-                (values ? work.v : work.k) + key * stride + (next.head - int(blockIdx.y)) * (values ? a.v_head : a.k_head);
-            fetch_tile<WIDTH>(stages + next.stage, from, stride, work.length - int(key), D, wide);
-            if (values && ++next.tile == tile_end) {
-                next.tile = tile_begin;
-                next.head += gridDim.y;
-            }
+                (values ? work.v : work.k) + key * stride + (head - int(blockIdx.y)) * (values ? a.v_head : a.k_head);
+            fetch_tile<WIDTH>(stages + to, from, stride, work.length - int(key), D, wide);
         }
         commit_copies();
-        next.stage = next.stage == (H::STAGES - 1) * H::TILE ? 0 : next.stage + H::TILE;
     };
-    unsigned stage = (H::STAGES - 1) * H::TILE;
-    // The stage of the step that begins now. Everybody is past the step before, so that its stage can be filled again.
-    const auto advance = [&](auto kind) {
+    // Ends a step: the stage of the next one, which has landed. Everybody is past the step that ended, so that its stage can be
+    // filled again: with three stages by the next tile of the kind that begins, with two by what comes after it.
+    const auto advance = [&](auto kind, int head, int tile) {
+        constexpr bool values = decltype(kind)::value;
         wait_for_copies<H::STAGES - 2>();
         __syncthreads();
-        stage = stage == (H::STAGES - 1) * H::TILE ? 0 : stage + H::TILE;
-        fetch(std::bool_constant<decltype(kind)::value == (H::STAGES == 3)>());  // two steps ahead: the same kind again
-        return stages + stage;
+        const unsigned now = stage, to = H::STAGES == 3 ? after(after(now)) : after(now);
+        stage = after(now);
+        if (H::STAGES == 3 || values) {
+            const bool last = tile + 1 == tiles.end;
+            fetch(std::bool_constant<values == (H::STAGES == 3)>(), last ? head + int(gridDim.y) : head,
+                  last ? tiles.begin : tile + 1, to);
+        } else {
+            fetch(Values(), head, tile, to);
+        }
+        return stages + now;
     };
-    fetch(Keys());
-    if constexpr (H::STAGES == 3) fetch(Values());
+    fetch(Keys(), blockIdx.y, tiles.begin, 0);
+    if constexpr (H::STAGES == 3) fetch(Values(), blockIdx.y, tiles.begin, H::TILE);
 
     for (int r = threadIdx.x; r < warps * WARP_ROWS; r += blockDim.x) {
         const int there = min(r, work.rows - 1), token = work.token_of(there), head = work.head_of(there);
@@ -181,18 +184,24 @@ __global__ void __launch_bounds__(Head<WIDTH>::WARPS * 32, WIDTH <= 64 ? 2 : 1)
     const auto load_q = [&](int head) {
         const T* const from = work.q + (head - int(blockIdx.y)) * (work.group * a.q_head) + 2 * t;
         const T* const row[2] = {from + mine[0].q, from + mine[8].q};
+        const auto each = [&](auto load) {
 #pragma unroll
-        for (int step = 0; step < H::STEPS; ++step) {
-            unsigned x[4];
+            for (int step = 0; step < H::STEPS; ++step) {
+                unsigned x[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int feature = step * STEP + i / 2 * 8;
-                x[i] = load_two(row[i % 2] + feature, D - feature - 2 * t, wide);
+                for (int i = 0; i < 4; ++i) {
+                    const int feature = step * STEP + i / 2 * 8;
+                    x[i] = load(row[i % 2] + feature, D - feature - 2 * t);
+                }
+                if constexpr (H::Q_IN_REGISTERS)
+                    for (int i = 0; i < 4; ++i) q[step][i] = x[i];
+                else q_shared[step * blockDim.x] = make_uint4(x[0], x[1], x[2], x[3]);
             }
-            if constexpr (H::Q_IN_REGISTERS)
-                for (int i = 0; i < 4; ++i) q[step][i] = x[i];
-            else q_shared[step * blockDim.x] = make_uint4(x[0], x[1], x[2], x[3]);
-        }
+        };
+        const auto two = [](const T* p) { return *reinterpret_cast<const unsigned*>(p); };
+        const auto one = [](const T* p) { return unsigned(p->bits); };
+        if (wide && D % 2 == 0) each([&](const T* p, int left) { return left > 0 ? two(p) : 0u; });
+        else each([&](const T* p, int left) { return (left > 0 ? one(p) : 0u) | (left > 1 ? one(p + 1) << 16 : 0u); });
     };
     // s[0], s[1] += the products with two times 8 keys, of features [16 step, 16 step + 16)
     const auto multiply = [&](float (*s)[4], int step, unsigned keys) {
@@ -221,7 +230,7 @@ __global__ void __launch_bounds__(Head<WIDTH>::WARPS * 32, WIDTH <= 64 ? 2 : 1)
             for (int e = 0; e < 4; ++e) out[n][e] = 0.0f;
 
 #pragma unroll 1
-        for (int tile = tile_begin; tile < tile_end; ++tile) {
+        for (int tile = tiles.begin; tile < tiles.end; ++tile) {
             const int key = tile * KEY_TILE;
             // the warp's first row sees from the earliest key on, its last row up to the latest
             const Row &first = rows[warp * WARP_ROWS], &last = rows[warp * WARP_ROWS + WARP_ROWS - 1];
@@ -234,7 +243,7 @@ __global__ void __launch_bounds__(Head<WIDTH>::WARPS * 32, WIDTH <= 64 ? 2 : 1)
 
             float s[2 * GROUPS][4];       // scores, then weights; s[2 g], s[2 g + 1]: of keys 16 g + 0..7 and + 8..15
             unsigned weights[GROUPS][4];  // rounded
-            const unsigned keys = advance(Keys()) + my_keys;
+            const unsigned keys = advance(Keys(), head, tile) + my_keys;
             if (sees) {
 #pragma unroll
                 for (int n = 0; n < 2 * GROUPS; ++n)
@@ -274,7 +283,7 @@ __global__ void __launch_bounds__(Head<WIDTH>::WARPS * 32, WIDTH <= 64 ? 2 : 1)
                 }
             }
             // Q of the next head is on its way while this one's last tile is finished
-            if (live && tile + 1 == tile_end && head + int(gridDim.y) < a.H_kv) load_q(head + gridDim.y);
+            if (live && tile + 1 == tiles.end && head + int(gridDim.y) < a.H_kv) load_q(head + gridDim.y);
 
             if (sees) {
                 float below[2], faded[2], sum[2] = {0.0f, 0.0f};
@@ -329,7 +338,7 @@ __global__ void __launch_bounds__(Head<WIDTH>::WARPS * 32, WIDTH <= 64 ? 2 : 1)
                 }
             }
 
-            const unsigned values = advance(Values()) + my_values;
+            const unsigned values = advance(Values(), head, tile) + my_values;
             if (!sees) continue;
 #pragma unroll
             for (int g = 0; g < GROUPS; ++g) {

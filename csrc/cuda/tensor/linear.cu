@@ -12,6 +12,8 @@
 // Ways: tiles from 128 x 256 outputs, for many rows, to 16 x 32, where the weights stream through. The tile is in no output's
 // expression, so the cheapest may be chosen by shape.
 
+#include <algorithm>
+
 #include "../epilogue.cuh"
 #include "../launch.cuh"
 #include "mma.cuh"
@@ -67,16 +69,17 @@ struct Operand {
         there = rows > r ? (rows - r + DOWN - 1) / DOWN : 0;
     }
 
-    // Starts the copies of the next stage and steps on; `left`: how many of its k's exist, from this thread's place on.
-    __device__ __forceinline__ void copy(unsigned slot, int left) {
-        const int valid = left < 0 ? 0 : left < 8 ? left : 8;
-        if (wide) {
+    // Starts the copies of the next stage and steps on; `left`: how many of its k's exist, from this thread's place on;
+    // `whole`: for every thread all of them. Rows that do not exist stay what they were: no sum that is wanted sees them.
+    __device__ __forceinline__ void copy(unsigned slot, int left, bool whole) {
+        if (wide && whole) {
 #pragma unroll
-            for (int i = 0; i < PIECES; ++i) copy_halves(to + slot + i * DOWN * T::ROW, from + i * down, i < there ? valid : 0);
-        } else {
-#pragma unroll 1
             for (int i = 0; i < PIECES; ++i)
-                copy_halves_one_by_one(to + slot + i * DOWN * T::ROW, from + i * down, i < there ? valid : 0);
+                if (i < there) copy_piece(to + slot + i * DOWN * T::ROW, from + i * down);
+        } else {
+            const int valid = left < 0 ? 0 : left < 8 ? left : 8;
+#pragma unroll 1
+            for (int i = 0; i < there; ++i) copy_halves_one_by_one(to + slot + i * DOWN * T::ROW, from + i * down, valid);
         }
         from += T::ROW;
     }
@@ -133,9 +136,9 @@ __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tensor_tile(
     const int K = int(g.K), stages = (K + T::BK - 1) / T::BK, steps = (K + STEP - 1) / STEP;
     const auto copy = [&](int stage, unsigned slot) {
         if (stage < stages) {
-            const int left = K - stage * T::BK - X::place() * 8;
-            x.copy(slot, left);
-            w.copy(slot, left);
+            const int left = K - stage * T::BK;
+            x.copy(slot, left - X::place() * 8, left >= T::BK);
+            w.copy(slot, left - W::place() * 8, left >= T::BK);
         }
         commit_copies();  // perhaps an empty group: the count of groups is the clock
     };
@@ -224,14 +227,14 @@ using Tensor64x64 = TensorTile<64, 64, 64, 32, 32, 3, 3>;
 using Tensor32x32 = TensorTile<32, 32, 64, 16, 16, 6, 4>;
 using Tensor16x32 = TensorTile<16, 32, 64, 16, 8, 8, 4>;
 
-// Of a tile: its size, and cycles for 16 k's when a multiprocessor is full, and when a block is alone on it. Estimates; only
-// ratios matter, and only for speed.
+// Of a tile: its size; cycles for 16 k's when a multiprocessor is full, and when a block is alone on it; cycles to begin and
+// end a block. Estimates; only ratios matter, and only for speed.
 struct TensorCost {
     int64_t rows, columns;
-    double full, alone;
+    double full, alone, ends;
 };
-constexpr TensorCost TENSOR_COSTS[] = {{128, 256, 560, 600}, {128, 128, 290, 330}, {128, 64, 160, 190},
-                                       {64, 64, 90, 120},    {32, 32, 30, 70},     {16, 32, 20, 45}};
+constexpr TensorCost TENSOR_COSTS[] = {{128, 256, 560, 600, 4500}, {128, 128, 290, 330, 2500}, {128, 64, 160, 190, 1500},
+                                       {64, 64, 90, 120, 1000},    {32, 32, 30, 70, 600},      {16, 32, 20, 45, 500}};
 constexpr int TENSOR_TILES = 6;
 
 static Choice linear_tensor_choice("linear_tensor", TENSOR_TILES);
@@ -244,7 +247,8 @@ static int linear_tensor_way(const LinearArgs& g, int64_t batches) {
     for (int way = 0; way < TENSOR_TILES; ++way) {
         const TensorCost& c = TENSOR_COSTS[way];
         const int64_t blocks = batches * ceil_div(g.M, c.rows) * ceil_div(g.N, c.columns);
-        const double rounds = double(ceil_div(blocks, processors)) * c.full, time = rounds > c.alone ? rounds : c.alone;
+        const double rounds = double(ceil_div(blocks, processors)), steps = double(ceil_div(g.K, STEP));
+        const double time = steps * std::max(rounds * c.full, c.alone) + rounds * c.ends;
         if (way == 0 || time < least) least = time, best = way;
     }
     return best;

@@ -76,6 +76,10 @@ __device__ __forceinline__ int piece_of_b() { return int(threadIdx.x) / 8 % 2; }
 
 // ---- into shared memory -----------------------------------------------------------------------------------------------------
 
+// A piece that exists, by cp.async; `from` is a multiple of 16 bytes.
+__device__ __forceinline__ void copy_piece(unsigned to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
 // A piece, of which `valid` halves (0 to 8) exist; the rest is zero. By cp.async, where `from` is a multiple of 16 bytes; what
 // does not exist is not read.
 __device__ __forceinline__ void copy_halves(unsigned to, const void* from, int valid) {

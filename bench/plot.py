@@ -1,0 +1,167 @@
+"""Draws the runs that bench/out holds: python bench/plot.py [--data FOLDER] [--out docs]
+
+price-DEVICE.svg       the price of invariance: how long the best of theirs takes for one op, over ours
+throughput-DEVICE.svg  pairs per second over batch and over length: ours, stock padded, stock one by one
+bits-DEVICE.svg        pairs whose logit has other bits than alone, over the size of the batch: stock and ours
+
+The data are what `bench/run.py --json` and `--scaling --json` wrote; a figure whose data are not there is not drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from results import ROOT, best_ratio, kept
+
+# text stays text, ids and dates stay the same: a figure of the same data is the same file
+matplotlib.rcParams |= {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rerank_kernels",
+    "font.size": 9,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
+COLOURS = {
+    "stock, padded": "#b0b0b0",
+    "stock, one by one": "#606060",
+    "stock": "#b03030",
+    "portable": "#1f77b4",
+    "tensor": "#d98200",
+}
+
+
+def colour(way: str) -> str:
+    return COLOURS.get(way) or COLOURS[way.rpartition(" ")[2]]
+
+
+def machine(content: Mapping[str, Any]) -> str:
+    facts = content["machine"]
+    return f"{facts['gpu'] if content.get('device') == 'cuda' else facts['cpu']}, torch {facts['torch']}, {facts['revision']}"
+
+
+def cpu_prices(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Op -> {"portable": best of theirs / ours}."""
+    prices: dict[str, dict[str, float]] = {}
+    for r in content["results"]:
+        if "bge-reranker" not in r["case"]:
+            known = prices.setdefault(r["case"], {"portable": r["ratio"]})
+            known["portable"] = min(known["portable"], r["ratio"])
+    return prices
+
+
+def gpu_prices(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Op -> mode -> best of theirs / the better of our two backends."""
+    prices: dict[str, dict[str, float]] = {}
+    for r in content["results"]:
+        if r["group"] != "model":
+            for mode in ("portable", "tensor"):
+                if found := best_ratio(r["contestants"], mode):
+                    prices.setdefault(r["case"], {})[mode] = found[2]
+    return prices
+
+
+def price(content: Mapping[str, Any]) -> Any:
+    prices = gpu_prices(content) if content.get("device") == "cuda" else cpu_prices(content)
+    modes = [m for m in ("portable", "tensor") if any(m in p for p in prices.values())]
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.2 * len(prices)), layout="constrained")
+    thick = 0.8 / len(modes)
+    for i, mode in enumerate(modes):
+        places = [row + (i - (len(modes) - 1) / 2) * thick for row, p in enumerate(prices.values()) if mode in p]
+        values = [p[mode] for p in prices.values() if mode in p]
+        axes.barh(places, [v - 1.0 for v in values], thick, left=1.0, color=COLOURS[mode], label=f"ours, {mode}")
+        for place, value in zip(places, values, strict=True):
+            axes.annotate(
+                f"{value:.2f}",
+                (value, place),
+                (3 if value >= 1 else -3, 0),
+                textcoords="offset points",
+                va="center",
+                ha="left" if value >= 1 else "right",
+                fontsize=7,
+            )
+    axes.set_xscale("log")
+    low, high = (f(v for p in prices.values() for v in p.values()) for f in (min, max))
+    axes.set_xlim(min(0.5, low / 1.6), max(2.0, high * 1.6))
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(prices)), list(prices))
+    axes.invert_yaxis()
+    axes.set_xlabel("best of theirs / ours: right of 1 ours is faster")
+    axes.set_title(f"The price of invariance\n{machine(content)}", fontsize=9)
+    if len(modes) > 1:
+        axes.legend(loc="lower right")
+    return figure
+
+
+def throughput(content: Mapping[str, Any]) -> Any:
+    points = content["scaling"]["points"]
+    variants = list(dict.fromkeys((p["dtype"], p["threads"]) for p in points))
+    figure, grid = plt.subplots(len(variants), 2, figsize=(7, 2.6 * len(variants)), layout="constrained", squeeze=False)
+    for row, (dtype, threads) in zip(grid, variants, strict=True):
+        for axes, axis in zip(row, ("batch", "length"), strict=True):
+            here = [p for p in points if (p["dtype"], p["threads"], p["axis"]) == (dtype, threads, axis)]
+            for way in dict.fromkeys(p["way"] for p in here):
+                line = [(p["x"], p["pairs_per_s"]) for p in here if p["way"] == way]
+                label = way if way.startswith("stock") else f"ours, {way}"
+                axes.plot(*zip(*line, strict=True), marker="o", markersize=3, color=colour(way), label=label)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xlabel("pairs in the batch, 16 to 512 tokens" if axis == "batch" else "tokens a pair, 16 pairs")
+            axes.set_ylabel("pairs per second")
+            axes.set_title(
+                dtype if content.get("device") == "cuda" else f"{dtype}, {threads} thread{'s' * (threads > 1)}", fontsize=9
+            )
+    grid[0][0].legend(fontsize=7)
+    figure.suptitle(f"{content['scaling']['model']}\n{machine(content)}", fontsize=9)
+    return figure
+
+
+def bits(content: Mapping[str, Any]) -> Any:
+    lines = content["scaling"]["bits"]
+    dtypes = list(dict.fromkeys(p["dtype"] for p in lines))
+    figure, row = plt.subplots(1, len(dtypes), figsize=(1.0 + 3.2 * len(dtypes), 2.8), layout="constrained", squeeze=False)
+    for axes, dtype in zip(row[0], dtypes, strict=True):
+        for way in dict.fromkeys(p["way"] for p in lines if p["dtype"] == dtype):
+            of = [(p["batch"], p["differ"]) for p in lines if p["way"] == way and p["dtype"] == dtype]
+            label = way if way == "stock" else f"ours, {way}"
+            axes.plot(*zip(*of, strict=True), marker="o", markersize=3, color=colour(way), label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("pairs in the batch")
+        axes.set_ylabel(f"of {lines[0]['pairs']} pairs, bits differ")
+        axes.set_title(dtype, fontsize=9)
+    row[0][0].legend(fontsize=7)
+    figure.suptitle(f"Logits that hang on the batch: {content['scaling']['model']}\n{machine(content)}", fontsize=9)
+    return figure
+
+
+FIGURES = {"price": ("", price), "throughput": ("scaling-", throughput), "bits": ("scaling-", bits)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Draws the runs that bench/out holds.")
+    parser.add_argument("--data", type=pathlib.Path, default=ROOT / "bench" / "out", help="where the JSON files are")
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "docs", help="where the figures go")
+    args = parser.parse_args(argv)
+    data = kept(args.data)
+    for device in ("cpu", "cuda"):
+        for name, (kind, draw) in FIGURES.items():
+            if (content := data.get(kind + device)) is None:
+                print(f"{name}-{device}: no data in {args.data}")
+                continue
+            figure = draw(content)
+            path = args.out / f"{name}-{device}.svg"
+            figure.savefig(path, metadata={"Date": None})
+            plt.close(figure)
+            print(f"{path}: {path.stat().st_size // 1024} KiB")
+    return 0 if data else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The table op x mode x backend x promise of NUMERICS.md: which test holds a cell, and on which ring it stands.
+
+    python tests/promises.py --write      # in the venv; test_house.py fails while the page says something else
+
+Rings: `native` (the kernel itself ran), `simulated` (the compiler's PTX ran on a CPU, started by the real launchers). The
+cells of a GPU say both: CI runs the simulated test, and the native one was run by hand, with `make gpu`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rerank_kernels.backend import BACKENDS, OPS, PROMISES, TENSOR_OPS
+
+PAGE = Path(__file__).parent.parent / "NUMERICS.md"
+BEGIN, END = "<!-- written by tests/promises.py --write: do not edit -->", "<!-- end of the table of promises -->"
+CLASSES = {
+    "norm": "TestLayerNorm",
+    "softmax": "TestSoftmax",
+    "linear": "TestLinear",
+    "attention": "TestAttention",
+    "pooling": "TestPooling",
+    "sparse_ffn": "TestSparseFfn",
+}
+# backend -> the test of "portable", where it is not the family's own; and the native tests of what CI only simulates
+# backend -> the file that holds "portable", where it is not the family's own
+EQUAL = {"cuda": "test_cuda.py", "triton": "test_triton.py"}
+
+
+def tests_of(op: str, mode: str, backend: str, promise: str) -> list[tuple[str, str]]:
+    """(ring, test) of a cell; empty: not promised."""
+    b = BACKENDS[backend]
+    if promise not in (b.promises if mode == "portable" else b.tensor):
+        return []
+    name = f"test_{promise.replace('-', '_')}"
+    if mode == "tensor":
+        return [("simulated", f"test_tensor.py::TestTensor::{name}"), ("native", f"test_gpu_tensor.py::TestTensor::{name}")]
+    family = OPS[op]
+    of_the_family = f"test_{family}.py::{CLASSES[family]}::{name}"
+    if backend not in EQUAL:
+        return [("native", of_the_family)]
+    equal = "test_same_bits_as_the_cpu"  # on a GPU the other promises follow from it, for the cpu's are held natively
+    simulated = f"{EQUAL[backend]}::{equal}" if promise == "portable" else of_the_family
+    return [("simulated", simulated), ("native", f"test_gpu.py::{equal}")]
+
+
+def rows() -> list[tuple[str, str, str]]:
+    """(op, mode, backend) of every row: both modes for the ops that tensor cores change."""
+    return [
+        (op, mode, backend)
+        for op in OPS
+        for mode in (("portable", "tensor") if op in TENSOR_OPS else ("portable",))
+        for backend in BACKENDS
+        if mode == "portable" or BACKENDS[backend].tensor
+    ]
+
+
+def table() -> str:
+    """A cell names its test within the file, or the file and class, that stands in the row's third column."""
+    lines = ["| op | mode | backend | tests in | " + " | ".join(PROMISES) + " |", "|---" * (4 + len(PROMISES)) + "|"]
+    for op, mode, backend in rows():
+        cells = {promise: tests_of(op, mode, backend, promise) for promise in PROMISES}
+        homes = {ring: test.rsplit("::", 1)[0] for tests in reversed(cells.values()) for ring, test in tests}
+        shown = []
+        for tests in cells.values():
+            words = [f"{ring} `{_within(test, homes[ring])}`" for ring, test in tests]
+            shown.append("<br>".join(words) or "not promised")
+        where = "<br>".join(f"{ring} `tests/{home}`" for ring, home in homes.items())
+        lines.append(f"| {op} | {mode if op in TENSOR_OPS else 'both'} | {backend} | {where} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def _within(test: str, home: str) -> str:
+    return test.removeprefix(f"{home}::")
+
+
+def written() -> str:
+    """The page as it should be."""
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the table into NUMERICS.md")
+    if not parser.parse_args().write:
+        sys.exit("nothing to do without --write")
+    PAGE.write_text(written(), encoding="utf-8")
