@@ -366,7 +366,7 @@ def _plan(args: argparse.Namespace) -> int:
     import torch
     from rich.table import Table
 
-    from rerank_kernels.plan import has_triton, plan
+    from rerank_kernels.plan import plan, triton_gap
     from rerank_kernels.verify.models import SHAPE, SHAPES
 
     architectures = args.arch
@@ -398,8 +398,8 @@ def _plan(args: argparse.Namespace) -> int:
     with _naming(STDOUT):
         console = _console()
         console.print(table)
-        if not has_triton():
-            console.print("triton: Triton is not installed (pip install triton); its rows are left out", markup=False)
+        for gap in dict.fromkeys(filter(None, map(triton_gap, architectures))):
+            console.print(f"triton: {gap}", markup=False, soft_wrap=True)
     return 0
 
 

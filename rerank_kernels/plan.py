@@ -12,6 +12,8 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from rerank_kernels.backend import BackendError
+
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 MMA, WGMMA = "mma.sync m16n8k16", "wgmma m64nNk16"
 K_STEP = 16  # of either instruction
@@ -59,14 +61,14 @@ def plan(arch: int, linears: Sequence[tuple[int, int]], heads: Sequence[int]) ->
             raise ValueError(f"plan: N and K must be >= 1, got {n} and {k}")
         features = f"N {n}, K {k}"
         yield Row("linear, bmm", features, arch, "cuda", MMA, ceil_div(k, K_STEP), cuda_linear())
-        if has_triton():
+        if triton_gap(arch) is None:
             yield triton_linear(features, arch, k)
     for d in heads:
         if not 1 <= d <= WIDEST_HEAD:
             raise ValueError(f"plan: a head must have 1 to {WIDEST_HEAD} features, got {d}")
         features = f"head {d}"
         yield Row("attention", features, arch, "cuda", MMA, ceil_div(d, K_STEP), cuda_attention(d))
-        if has_triton():
+        if triton_gap(arch) is None:
             yield triton_attention(features, arch, d)
 
 
@@ -89,12 +91,21 @@ def cuda_attention(d: int) -> tuple[Tile, ...]:
     return tuple(Tile(warps * 16, KEYS, warps * 32, shared(warps)) for warps in CUDA_WARPS if warps <= most)
 
 
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def triton_gap(arch: int) -> str | None:
+    """Why Triton has no plan for this architecture, None if it has."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    try:
+        triton_instruction(arch)
+    except BackendError as error:
+        return str(error)
+    return None
 
 
 def triton_instruction(arch: int) -> str:
-    return WGMMA if arch // 10 == 9 else MMA
+    from rerank_kernels.triton.launch import matrix_instruction
+
+    return {"mma.sync": MMA, "wgmma": WGMMA}[matrix_instruction(arch)]
 
 
 def triton_linear(features: str, arch: int, k: int) -> Row:

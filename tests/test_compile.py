@@ -22,7 +22,7 @@ from rerank_kernels.backend import OPS
 from rerank_kernels.native import pack
 from rerank_kernels.ops import attention as attention_module
 from rerank_kernels.ops.attention import attention
-from rerank_kernels.ops.compiled import NAMESPACE
+from rerank_kernels.ops.compiled import NAMESPACE, register
 from rerank_kernels.ops.linear import linear
 from rerank_kernels.ops.mode import of_the_model
 from rerank_kernels.ops.pooling import pool, score_head
@@ -69,6 +69,7 @@ def test_what_is_registered_is_what_happens(case: Case) -> None:
     own = {**arguments(case, torch.float32), **case.options}
     if case.op in ("sum", "mean"):
         own["dim"] = [own["dim"]]
+    assert register(case.op)
     op = getattr(getattr(torch.ops, NAMESPACE), case.op).default
     taken = op._schema.arguments
     positional = tuple(own.pop(a.name) for a in taken if not a.kwarg_only and not a.has_default_value())

@@ -12,7 +12,7 @@ import tensor
 from conftest import require
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import linear
-from rerank_kernels.plan import ARCHITECTURES, CUDA_HEADS, K_STEP, Tile, cuda_attention, cuda_linear, plan
+from rerank_kernels.plan import ARCHITECTURES, CUDA_HEADS, K_STEP, Tile, cuda_attention, cuda_linear, plan, triton_gap
 
 
 def launches(kernel: str, call: Callable[[], object]) -> list[tuple[tuple[int, ...], int, int | None]]:
@@ -48,6 +48,7 @@ def test_cuda_attention_launches_these_tiles(width: int) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_architecture_has_a_plan(arch: int) -> None:
+    assert (triton_gap(arch) is None) == any(r.backend == "triton" for r in plan(arch, [], [64]))
     rows = list(plan(arch, [(768, 3072), (1, 1)], [1, 40, 64, 96, 128, 256]))
     assert {r.backend for r in rows} >= {"cuda"} and {r.op for r in rows} == {"linear, bmm", "attention"}
     for r in rows:

@@ -20,7 +20,35 @@ NAMESPACE = "rerank_kernels_compiled"
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_library = torch.library.Library(NAMESPACE, "DEF")
+# op -> schema, function, fake: what `register` makes an op of
+_declared: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {}
+_made: dict[str, Any] = {}
+_library: torch.library.Library | None = None
+
+
+def register(name: str) -> bool:
+    """Makes the opaque op when a compiler asks for it first: a program that compiles nothing does not wait for it at import."""
+    global _library
+    if name not in _made:
+        if _library is None:
+            _library = torch.library.Library(NAMESPACE, "DEF")
+        schema, function, fake = _declared[name]
+
+        def without_gradient(*args: Any, **kwargs: Any) -> Any:
+            # The function is given what the caller gave, Parameters included, and sees to gradients itself.
+            with torch._C._AutoDispatchBelowAutograd():
+                return _made[name](*args, **kwargs)
+
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        _library.impl(name, without_gradient, "Autograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        _made[name] = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return True
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: a trace calls it and does not look inside.
+register._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def opaque(
@@ -35,21 +63,13 @@ def opaque(
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         name = function.__name__
-
-        def without_gradient(*args: Any, **kwargs: Any) -> Any:
-            # The function is given what the caller gave, Parameters included, and sees to gradients itself.
-            with torch._C._AutoDispatchBelowAutograd():
-                return getattr(getattr(torch.ops, NAMESPACE), name)(*args, **kwargs)
-
-        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, function, "CompositeExplicitAutograd")
-        _library.impl(name, without_gradient, "Autograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-        op = getattr(getattr(torch.ops, NAMESPACE), name).default
+        _declared[name] = schema, function, fake
 
         @functools.wraps(function)
         def public(*args: P.args, **kwargs: P.kwargs) -> R:
             if torch.compiler.is_compiling():
+                register(name)
+                op = getattr(getattr(torch.ops, NAMESPACE), name)
                 out = op(*args, **kwargs) if arguments is None else op(*arguments(*args, **kwargs))
                 return out if result is None else result(*out)
             return function(*args, **kwargs)
