@@ -23,7 +23,7 @@ WIDEST_HEAD = 256
 # linear.cu: rows, columns, k's of a stage, rows and columns of a warp, stages
 CUDA_LINEAR = (
     (128, 256, 32, 64, 64, 4),
-    (128, 128, 32, 64, 64, 4),
+    (128, 128, 64, 64, 64, 3),
     (128, 64, 64, 64, 32, 3),
     (64, 64, 64, 32, 32, 3),
     (32, 32, 64, 16, 16, 6),
@@ -118,13 +118,9 @@ def triton_linear(features: str, arch: int, k: int) -> Row:
 
 
 def triton_attention(features: str, arch: int, d: int) -> Row:
-    import triton
-
     from rerank_kernels.triton import attention
 
-    # features are taken as two powers of two, as attention_tensor does
-    low = min(attention.WIDEST, max(K_STEP, 1 << d.bit_length() - 1))
-    high = triton.next_power_of_2(max(K_STEP, d - low)) if d > low else 0
+    low, high = attention.parts(d, arch)
     tiles = tuple(Tile(t.rows, KEYS, t.warps * 32, None) for t in attention.tensor_tiles(d, arch))
     return Row("attention", features, arch, "triton", triton_instruction(arch), (low + high) // K_STEP, tiles)
 

@@ -308,13 +308,24 @@ def tensor_tiles(d: int, arch: int) -> tuple[TensorTile, ...]:
     return TensorTile(64, 4, 3), TensorTile(128, 8, 3), TensorTile(128, 4, 3)
 
 
+def parts(d: int, arch: int) -> tuple[int, int]:
+    """What d features are filled up to, in one part or two: 96 = 64 + 32.
+
+    With wgmma it is one. Two products there that share the weights in registers gave other values of the second part at every
+    run, and wrote outside memory, on an H100 with Triton 3.6 (tests/test_gpu_tensor.py, heads of 40, 80 and 96).
+    """
+    if matrix_instruction(arch) == "wgmma":
+        return triton.next_power_of_2(max(16, d)), 0
+    low = min(WIDEST, max(16, 1 << d.bit_length() - 1))
+    return low, triton.next_power_of_2(max(16, d - low)) if d > low else 0
+
+
 def attention_tensor(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, right: int, scale: float) -> Tensor:
     (total, heads, d), sequences = q.shape, cu_seqlens.shape[0] - 1
     y = q.new_empty(total, heads, d)
     arch = launch.architecture(q)
     tile = tensor_tiles(d, arch)[force or 0]
-    low = min(WIDEST, max(16, 1 << d.bit_length() - 1))
-    high = triton.next_power_of_2(max(16, d - low)) if d > low else 0
+    low, high = parts(d, arch)
     tiles = total // tile.rows + sequences if total else 0
     start(
         attention_tensor_kernel, (tiles, heads), q, k, v, cu_seqlens, y,

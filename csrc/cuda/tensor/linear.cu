@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tensor_tile(
 // ---- launcher
 
 using Tensor128x256 = TensorTile<128, 256, 32, 64, 64, 4, 1>;
-using Tensor128x128 = TensorTile<128, 128, 32, 64, 64, 4, 2>;
+using Tensor128x128 = TensorTile<128, 128, 64, 64, 64, 3, 1>;
 using Tensor128x64 = TensorTile<128, 64, 64, 64, 32, 3, 2>;
 using Tensor64x64 = TensorTile<64, 64, 64, 32, 32, 3, 3>;
 using Tensor32x32 = TensorTile<32, 32, 64, 16, 16, 6, 4>;
