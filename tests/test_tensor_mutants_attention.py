@@ -113,10 +113,14 @@ MUTANTS = [
     ),
     Mutant(
         "behind a sequence's end its neighbour is read, and multiplied by zero",
-        Edit(FILE, "const int some = r < live ? valid : 0;", "const int some = valid;"),
+        Edit(
+            FILE,
+            "work.length - int(key), D, wide",
+            "int((static_cast<const T*>(a.k) + total * a.k_token - work.k) / a.k_token - key), D, wide",
+        ),
         CAUSAL,
         invariants.batch_invariant,
-        DIFFER + "|outside|out of bounds",
+        DIFFER,
     ),
     Mutant(
         "l is not rescaled",
