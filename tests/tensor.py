@@ -15,7 +15,7 @@ import cases
 from ptxsim import served
 from rerank_kernels import backend as registry
 
-MODELS = {0: "fma in order", 1: "exact sum, rounded once", 2: "aligned and cut off", 3: "fma in reverse order"}
+MODELS = {0: "fma in order", 1: "exact sum, rounded once", 2: "aligned and cut off, as an H100 does", 3: "fma in reverse order"}
 HALVES = (torch.float16, torch.bfloat16)
 BACKENDS = tuple(b.name for b in registry.BACKENDS.values() if b.tensor)
 WIDEST_HEAD = 256
