@@ -80,7 +80,16 @@ __device__ __forceinline__ void fetch_tile(unsigned to, const T* from, int64_t s
     const int thread = thread_now(), piece = thread % ACROSS, valid = min(max(D - piece * 8, 0), 8);
     const int rows = min(KEY_TILE, (live + STEP - 1) / STEP * STEP);  // nobody reads further
     if (PIECES < ACROSS && piece >= PIECES) return;
+    if (wide && D == WIDTH && live >= KEY_TILE) {  // as nearly always: no piece of it is missing
+        const T* row = from + thread / ACROSS * stride + piece * 8;
+        const int64_t down = blockDim.x / ACROSS * stride;
+#pragma unroll 1
+        for (int r = thread / ACROSS; r < KEY_TILE; r += blockDim.x / ACROSS, row += down)
+            copy_piece(to + place<Head<WIDTH>::ROW>(r, piece), row);
+        return;
+    }
     const auto each_row = [&](auto copy) {
+#pragma unroll 1
         for (int r = thread / ACROSS; r < rows; r += blockDim.x / ACROSS) {
             const int some = r < live ? valid : 0;
             copy(to + place<Head<WIDTH>::ROW>(r, piece), from + (some ? r * stride + piece * 8 : 0), some);
@@ -299,14 +308,16 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
                     faded[i] = exp_of_negative(top[i] - below[i]);
                     top[i] = most;
                 }
-                bool normal = true;
+                float least[2] = {0.0f, 0.0f};
 #pragma unroll
                 for (int n = 0; n < 2 * GROUPS; ++n)
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
                         s[n][e] = s[n][e] - below[e / 2];
-                        normal = normal & ((s[n][e] >= NORMAL) | (s[n][e] == NONE_YET));
+                        least[e / 2] = fminf(least[e / 2], s[n][e]);
                     }
+                // a NaN is passed over here, and stays one in exp_normal
+                const bool normal = fminf(least[0], least[1]) >= NORMAL;
                 const auto weigh = [&](auto exp) {
 #pragma unroll
                     for (int g = 0; g < GROUPS; ++g) {
@@ -323,8 +334,17 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
                         for (int i = 0; i < 4; ++i) weights[g][i] = round_two<T>(p[i / 2][i % 2 * 2], p[i / 2][i % 2 * 2 + 1]);
                     }
                 };
-                if (!__all_sync(WARP, normal)) weigh([](float x) { return exp_of_negative(x); });
-                else weigh([](float x) { return x == NONE_YET ? 0.0f : exp_normal(x); });
+                if (__all_sync(WARP, normal)) {
+                    weigh([](float x) { return exp_normal(x); });
+                } else {  // hidden keys, as at a sequence's end, or scores far below the largest
+                    bool or_hidden = true;
+#pragma unroll
+                    for (int n = 0; n < 2 * GROUPS; ++n)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) or_hidden = or_hidden & ((s[n][e] >= NORMAL) | (s[n][e] == NONE_YET));
+                    if (__all_sync(WARP, or_hidden)) weigh([](float x) { return x == NONE_YET ? 0.0f : exp_normal(x); });
+                    else weigh([](float x) { return exp_of_negative(x); });
+                }
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
 #pragma unroll
