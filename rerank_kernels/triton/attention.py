@@ -309,7 +309,7 @@ def tensor_tiles(d: int, arch: int) -> tuple[TensorTile, ...]:
     """
     wgmma = matrix_instruction(arch) == "wgmma"
     if d > 128:
-        return (TensorTile(128, 8, 2, edge=2),) if wgmma else (TensorTile(32, 8, 1),)
+        return (TensorTile(128, 8, 2, edge=2),) if wgmma else (TensorTile(32, 8, 2),)
     if d > 64:
         return (TensorTile(128, 8, 3),) if wgmma else (TensorTile(128, 8, 2), TensorTile(64, 4, 2))
     few = TensorTile(64, 4, 3), TensorTile(128, 8, 3)
@@ -319,14 +319,14 @@ def tensor_tiles(d: int, arch: int) -> tuple[TensorTile, ...]:
 def parts(d: int, arch: int) -> tuple[int, int]:
     """What d features are filled up to, in one part or two: 96 = 64 + 32.
 
-    With mma.sync a part of 64 keys is held in registers, so 128 = 64 + 64. With wgmma it is one part. Two products there that
-    share the weights in registers gave other values of the second part at every run, and wrote outside memory, on an H100 with
-    Triton 3.6 (tests/test_gpu_tensor.py, heads of 40, 80 and 96).
+    With mma.sync a part of 64 keys is held in registers, so 128 = 64 + 64; 160 = 128 + 64, since 32 spilled.
+    With wgmma it is one part. Two products there that share the weights in registers gave other values of the second part at
+    every run, and wrote outside memory, on an H100 with Triton 3.6 (tests/test_gpu_tensor.py, heads of 40, 80 and 96).
     """
     if matrix_instruction(arch) == "wgmma":
         return triton.next_power_of_2(max(16, d)), 0
-    low = min(64 if d <= 128 else WIDEST, max(16, 1 << d.bit_length() - 1))
-    return low, triton.next_power_of_2(max(16, d - low)) if d > low else 0
+    low, least = (WIDEST, 64) if d > 128 else (min(64, max(16, 1 << d.bit_length() - 1)), 16)
+    return low, triton.next_power_of_2(max(least, d - low)) if d > low else 0
 
 
 def attention_tensor(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, right: int, scale: float) -> Tensor:
