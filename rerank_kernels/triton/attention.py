@@ -51,6 +51,7 @@ class TensorTile(NamedTuple):
     rows: int
     warps: int
     stages: int  # tiles of keys under way
+    edge: int = 1  # the same, where some keys are hidden from some row
 
 
 @triton.jit(do_not_specialize=["B", "total", "left", "right"])
@@ -161,11 +162,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, ri
     y = q.new_empty(total, heads, d)
     features = min(WIDEST, max(16, triton.next_power_of_2(d)))
     tiles = total // ROWS + sequences if total else 0
+    # maxnreg: ptxas would rather spill to 128 or 168 registers, so that one more block fits
     start(
         attention_kernel, (tiles, heads, blocks(d, features)), q, k, v, cu_seqlens, y,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         sequences, total, heads, heads // k.shape[1], d, left, right, scale,
-        WINDOWED=left >= 0 or right >= 0, ROWS=ROWS, STEP=STEP, FEATURES=features, num_warps=4,
+        WINDOWED=left >= 0 or right >= 0, ROWS=ROWS, STEP=STEP, FEATURES=features,
+        num_warps=8 if features > 64 else 4, maxnreg=255,
     )  # fmt: skip
     return y
 
@@ -174,7 +177,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, ri
 def attention_tensor_kernel(
     q, k, v, cu_seqlens, y, q_token, q_head, k_token, k_head, v_token, v_head, B, total, H, GROUP, left, right, scale,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    ROWS: tl.constexpr, SEQUENCES: tl.constexpr,
+    ROWS: tl.constexpr, SEQUENCES: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     # as above, the last b whose first tile is not behind ours
     tile = tl.program_id(0)
@@ -217,7 +220,7 @@ def attention_tensor_kernel(
     low = tl.zeros((ROWS, LOW), tl.float32)
     high = tl.zeros((ROWS, HIGH if HIGH > 0 else 16), tl.float32)
     if LEFT:
-        for key in tl.range(begin, tl.minimum(whole, end), KEY_TILE, num_stages=1):
+        for key in tl.range(begin, tl.minimum(whole, end), KEY_TILE, num_stages=EDGE):
             top, bottom, low, high = _visit(
                 key, q_low, q_high, k_first, v_first, k_token, v_token, i, length, left, right, scale, top, bottom, low, high,
                 LEFT, RIGHT, D, LOW, HIGH, True,
@@ -227,7 +230,7 @@ def attention_tensor_kernel(
             key, q_low, q_high, k_first, v_first, k_token, v_token, i, length, left, right, scale, top, bottom, low, high,
             LEFT, RIGHT, D, LOW, HIGH, False,
         )  # fmt: skip
-    for key in tl.range(tl.maximum(whole, whole_end), end, KEY_TILE, num_stages=1):
+    for key in tl.range(tl.maximum(whole, whole_end), end, KEY_TILE, num_stages=EDGE):
         top, bottom, low, high = _visit(
             key, q_low, q_high, k_first, v_first, k_token, v_token, i, length, left, right, scale, top, bottom, low, high,
             LEFT, RIGHT, D, LOW, HIGH, True,
@@ -299,25 +302,31 @@ def _store(y_row, total, bottom, i, length, features, BEGIN: tl.constexpr, WIDTH
 
 
 def tensor_tiles(d: int, arch: int) -> tuple[TensorTile, ...]:
-    """For heads of d features on this compute capability (90 for 9.0); the first is taken, the others are for the tests."""
+    """For heads of d features on this compute capability (90 for 9.0); the first is taken, the others are for the tests.
+
+    They are what has no spills (tests/witness_triton.py). With 256 features on Hopper that takes loads at the edges that do not
+    pass through registers; elsewhere q and a part of k in registers leave room for few rows.
+    """
     wgmma = matrix_instruction(arch) == "wgmma"
     if d > 128:
-        return (TensorTile(128, 8, 2),) if wgmma else (TensorTile(64, 8, 1),)
+        return (TensorTile(128, 8, 2, edge=2),) if wgmma else (TensorTile(32, 8, 2),)
     if d > 64:
         return (TensorTile(128, 8, 3),) if wgmma else (TensorTile(128, 8, 2), TensorTile(64, 4, 2))
-    return TensorTile(64, 4, 3), TensorTile(128, 8, 3), TensorTile(128, 4, 3)
+    few = TensorTile(64, 4, 3), TensorTile(128, 8, 3)
+    return (*few, TensorTile(128, 4, 3)) if wgmma else few
 
 
 def parts(d: int, arch: int) -> tuple[int, int]:
     """What d features are filled up to, in one part or two: 96 = 64 + 32.
 
-    With wgmma it is one. Two products there that share the weights in registers gave other values of the second part at every
-    run, and wrote outside memory, on an H100 with Triton 3.6 (tests/test_gpu_tensor.py, heads of 40, 80 and 96).
+    With mma.sync a part of 64 keys is held in registers, so 128 = 64 + 64; 160 = 128 + 64, since 32 spilled.
+    With wgmma it is one part. Two products there that share the weights in registers gave other values of the second part at
+    every run, and wrote outside memory, on an H100 with Triton 3.6 (tests/test_gpu_tensor.py, heads of 40, 80 and 96).
     """
     if matrix_instruction(arch) == "wgmma":
         return triton.next_power_of_2(max(16, d)), 0
-    low = min(WIDEST, max(16, 1 << d.bit_length() - 1))
-    return low, triton.next_power_of_2(max(16, d - low)) if d > low else 0
+    low, least = (WIDEST, 64) if d > 128 else (min(64, max(16, 1 << d.bit_length() - 1)), 16)
+    return low, triton.next_power_of_2(max(least, d - low)) if d > low else 0
 
 
 def attention_tensor(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, right: int, scale: float) -> Tensor:
@@ -332,6 +341,6 @@ def attention_tensor(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: 
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         sequences, total, heads, heads // k.shape[1], left, right, scale,
         LEFT=left >= 0, RIGHT=right >= 0, D=d, LOW=low, HIGH=high,
-        ROWS=tile.rows, SEQUENCES=SEQUENCES, num_warps=tile.warps, num_stages=tile.stages,
+        ROWS=tile.rows, SEQUENCES=SEQUENCES, EDGE=tile.edge, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
