@@ -36,7 +36,8 @@ def tests_of(op: str, mode: str, backend: str, promise: str) -> list[tuple[str, 
         return []
     name = f"test_{promise.replace('-', '_')}"
     if mode == "tensor":
-        return [("simulated", f"test_tensor.py::TestTensor::{name}"), ("native", f"test_gpu_tensor.py::TestTensor::{name}")]
+        native = f"TestTensorOnAGpu::{name}" if promise != "thread-invariant" else "test_200_repeats_beside_other_work"
+        return [("simulated", f"test_tensor.py::TestTensor::{name}"), ("native", f"test_gpu_tensor.py::{native}")]
     family = OPS[op]
     of_the_family = f"test_{family}.py::{CLASSES[family]}::{name}"
     if backend not in EQUAL:

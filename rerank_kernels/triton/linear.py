@@ -83,7 +83,8 @@ def linear_kernel(
 @triton.jit(do_not_specialize=["M"])
 def linear_tensor_kernel(
     x, weight, bias, residual, y, M, N: tl.int32, K: tl.int32,
-    ACTIVATION: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr, WHOLE: tl.constexpr, FEW: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # blocks down GROUP tiles of rows, then on to the next columns
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
@@ -94,7 +95,8 @@ def linear_tensor_kernel(
     high = tl.minimum(rows - first, GROUP)
     m = ((first + inside % high).to(tl.int64) * BM + tl.arange(0, BM))[:, None]
     n = (inside // high * BN + tl.arange(0, BN))[None, :]
-    # rows beyond the last are the last once more: nothing of them is stored, and the loop needs no mask for them
+    # rows beyond the last are the last once more: nothing of them is stored, and the loop needs no mask for them. Unless they
+    # are most of the tile: then all the chip would wait for one line of the L2 cache.
     x_row = x + (batch * M + tl.minimum(m, M - 1)) * K
     w_row = weight + (batch * N + tl.minimum(n, N - 1)) * K
     k = tl.arange(0, STEP)
@@ -102,11 +104,15 @@ def linear_tensor_kernel(
     total = tl.zeros((BM, BN), tl.float32)
     for begin in range(0, K, STEP):
         here = begin + k
-        if WHOLE:  # K is a multiple of STEP
+        if FEW:  # less rows than a tile has
+            a = tl.load(x_row + here[None, :], mask=(m < M) & (here[None, :] < K), other=0.0)
+        elif WHOLE:  # K is a multiple of STEP
             a = tl.load(x_row + here[None, :])
-            b = tl.load(w_row + here[:, None])
         else:
             a = tl.load(x_row + here[None, :], mask=here[None, :] < K, other=0.0)
+        if WHOLE:
+            b = tl.load(w_row + here[:, None])
+        else:
             b = tl.load(w_row + here[:, None], mask=here[:, None] < K, other=0.0)
         total = tl.dot(a, b, total)
     _finish(total, bias, None, residual, y, batch, m, n, M, N, ACTIVATION)
@@ -215,7 +221,8 @@ def _start_tensor(
     tile = choose_tensor(batch, m, n, launch.architecture(a))
     start(
         linear_tensor_kernel, (batch * blocks(m, tile.rows) * blocks(n, tile.columns),), a, b, bias, residual, y, m, n, k,
-        ACTIVATION=activation, WHOLE=k % STEP == 0, BM=tile.rows, BN=tile.columns, STEP=STEP, GROUP=GROUP,
+        ACTIVATION=activation, WHOLE=k % STEP == 0, FEW=m < tile.rows,
+        BM=tile.rows, BN=tile.columns, STEP=STEP, GROUP=GROUP,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
