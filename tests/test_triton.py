@@ -335,6 +335,7 @@ def test_rows_are_not_compiled_in() -> None:
 
 @pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.exhaustive)])
 def test_no_instruction_leaves_a_bit_open(arch: int, dtype: torch.dtype) -> None:
+    """In portable. What a matrix instruction leaves open is looked at in test_all_tiles_have_one_matrix_instruction."""
     with simulated_triton(arch=arch):
         for case in CASES:
             widest = max(n for s in (*case.shared.values(), *case.rows.values()) for n in s)
@@ -344,14 +345,14 @@ def test_no_instruction_leaves_a_bit_open(arch: int, dtype: torch.dtype) -> None
                     case.call(case.make_rows(dtype, 1), case.make_shared(dtype))
     seen = set()
     for key, program in simulated.programs().items():
-        if key[1] == arch and not key[0].__module__.startswith("mutant"):
+        if key[1] == arch and not key[0].__module__.startswith("mutant") and not program.name.endswith("_tensor_kernel"):
             seen.add(program.kernel.name)
             assert open_bits(program.ptx, program.kernel.name) == {}, f"{program.kernel.name} for sm_{arch}"
             assert ".ftz" not in program.ptx
     kernels = {
         m for p in (ROOT / "rerank_kernels" / "triton").glob("*.py") for m in re.findall(r"def (\w+_kernel)\(", p.read_text())
     }
-    assert seen == kernels
+    assert seen == {name for name in kernels if not name.endswith("_tensor_kernel")}
 
 
 def test_constants_are_those_of_numerics_h() -> None:

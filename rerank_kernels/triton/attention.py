@@ -162,13 +162,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, ri
     y = q.new_empty(total, heads, d)
     features = min(WIDEST, max(16, triton.next_power_of_2(d)))
     tiles = total // ROWS + sequences if total else 0
-    # maxnreg: ptxas would rather spill to 128 or 168 registers, so that one more block fits
     start(
         attention_kernel, (tiles, heads, blocks(d, features)), q, k, v, cu_seqlens, y,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         sequences, total, heads, heads // k.shape[1], d, left, right, scale,
         WINDOWED=left >= 0 or right >= 0, ROWS=ROWS, STEP=STEP, FEATURES=features,
-        num_warps=8 if features > 64 else 4, maxnreg=255,
+        num_warps=8 if features > 64 else 4, maxnreg=launch.REGISTERS,
     )  # fmt: skip
     return y
 

@@ -20,6 +20,8 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "enable_reflect_ftz": Fals
 # some other kernels, spill. No bit depends on it.
 if "sched4reg" in CUDAOptions.__dataclass_fields__:
     OPTIONS["sched4reg"] = True
+# maxnreg of kernels for which ptxas would otherwise take 128 or 168 registers and spill, so that one more block fits
+REGISTERS = 255
 
 
 def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

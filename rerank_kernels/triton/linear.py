@@ -195,7 +195,7 @@ def _start(
     bm, bn, bk, warps = TILES[choose(m, n) if force is None else force]
     start(
         linear_kernel, (batch * blocks(m, bm) * blocks(n, bn),), a, b, bias, gate, residual, y, m, n, k,
-        ACTIVATION=activation, BM=bm, BN=bn, BK=bk, num_warps=warps,
+        ACTIVATION=activation, BM=bm, BN=bn, BK=bk, num_warps=warps, maxnreg=launch.REGISTERS,
     )  # fmt: skip
 
 
