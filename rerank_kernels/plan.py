@@ -81,8 +81,8 @@ def cuda_linear() -> tuple[Tile, ...]:
 
 def cuda_attention(d: int) -> tuple[Tile, ...]:
     width = next(w for w in CUDA_HEADS if d <= w)
-    narrow = width <= 192  # then Q stays in registers
-    most, stages = (8, 3) if narrow else (4, 2)
+    narrow = width <= 128  # then Q stays in registers
+    most, stages = 8 if narrow else 4, 3 if width <= 192 else 2
 
     def shared(warps: int) -> int:
         q = 0 if narrow else warps * 32 * (width // K_STEP) * 16

@@ -16,6 +16,7 @@ from ptxsim import served
 from rerank_kernels import backend as registry
 
 MODELS = {0: "fma in order", 1: "exact sum, rounded once", 2: "aligned and cut off, as an H100 does", 3: "fma in reverse order"}
+H100 = 2  # whose sums are that chip's, bit for bit
 HALVES = (torch.float16, torch.bfloat16)
 BACKENDS = tuple(b.name for b in registry.BACKENDS.values() if b.tensor)
 WIDEST_HEAD = 256

@@ -23,7 +23,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     """serve(linear=kernel): every op from the honest kernels, this one from the given one."""
 
     def serve(**kernels: Callable[..., Any]) -> None:
-        monkeypatch.setattr(backend, "select", lambda op, device: {**HONEST, **kernels}[op])
+        monkeypatch.setattr(backend, "select", lambda op, device, mode="portable": {**HONEST, **kernels}[op])
 
     return serve
 

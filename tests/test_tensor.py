@@ -5,7 +5,9 @@ A mirror of invariants.Promises for the ops that tensor cores change; the mutant
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import tensor
 from cases import Case
 from conftest import ran
 from tensor import MODELS, simulated
+from test_golden import digest
 
 CASES = tensor.CASES
 
@@ -60,3 +63,16 @@ class TestTensor:
     def test_thread_invariant(self, served: Served, case: Case) -> None:
         with simulated(served[0], 2):
             invariants.schedule_invariant(case, served[1], lambda **how: simulated(served[0], 2, **how))
+
+
+GOLDEN = json.loads(Path(__file__).with_name("golden_tensor.json").read_text())
+
+
+def test_same_bits_as_an_h100(case: Case) -> None:
+    """Hashes that an H100 gave (test_gpu_tensor.py prints them), against nvcc's PTX in the simulator with that chip's way of
+    adding: the kernels, their launchers and the simulator's mma are held to real hardware on a machine without it."""
+    ran("cuda")
+    for dtype in tensor.HALVES:
+        with simulated("cuda", tensor.H100):
+            got = digest(*case.call(case.make_rows(dtype), case.make_shared(dtype)))
+        assert got == GOLDEN["hashes"][str(case)][str(dtype)[6:]], f"{case}, {dtype}: not the bits of {GOLDEN['gpu']}"

@@ -31,7 +31,7 @@ from rerank_kernels.triton.launch import blocks, matrix_instruction, start
 from rerank_kernels.triton.numerics import CHUNK, activate
 
 Tile = tuple[int, int, int, int]  # rows, columns, steps of K, warps
-TILES: tuple[Tile, ...] = ((1, 32, 32, 1), (16, 32, 32, 2), (32, 64, 16, 4), (64, 64, 8, 4))
+TILES: tuple[Tile, ...] = ((1, 32, 32, 1), (16, 32, 32, 2), (32, 64, 16, 4), (64, 64, 16, 8))
 ELEMENTS = 1024  # of one block of an elementwise kernel
 force: int | None = None  # for tests: the tile to take, of TILES or of tensor_tiles
 
