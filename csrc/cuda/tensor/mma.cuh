@@ -5,10 +5,8 @@
 // takes this one instruction, mma.sync.m16n8k16 with float32 sums, on every architecture: another would add in another order.
 //
 // Fragments, with g = lane / 4, t = lane % 4 (PTX ISA, "Matrix Fragments for mma.m16n8k16"), halves in pairs of neighbours in
-// k:
-//   a [16 m][16 k]   a[0]: m = g, k = 2t      a[1]: m = g + 8, k = 2t      a[2]: m = g, k = 2t + 8      a[3]: m = g + 8, k = 2t
-//   + 8 b [8 n][16 k]    b[0]: n = g, k = 2t      b[1]: n = g, k = 2t + 8 sum [16 m][8 n]  sum[0], sum[1]: m = g, n = 2t, 2t +
-//   1      sum[2], sum[3]: m = g + 8, the same n
+// k. a [16 m][16 k]: a[0] at m = g, k = 2t; a[1] at g + 8, 2t; a[2] at g, 2t + 8; a[3] at g + 8, 2t + 8. b [8 n][16 k]: b[0] at
+// n = g, k = 2t; b[1] at g, 2t + 8. sum [16 m][8 n]: sum[0], sum[1] at m = g, n = 2t, 2t + 1; sum[2], sum[3] at m = g + 8.
 #pragma once
 
 #include "../device.cuh"
@@ -47,8 +45,7 @@ __device__ __forceinline__ unsigned swizzled(unsigned row, unsigned piece) {
     return row * ROW + ((piece ^ (ROW == 64 ? row / 2 % 4 : row % 8)) * 16);
 }
 
-// ---- ldmatrix: 8 x 8 halves a matrix; lane 8 i + r gives the address of row r of matrix i
-// ------------------------------------
+// ---- ldmatrix: 8 x 8 halves a matrix; lane 8 i + r gives the address of row r of matrix i ----
 
 __device__ __forceinline__ void load_matrices(unsigned (&m)[4], unsigned from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
