@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -346,9 +348,21 @@ def compare(path: str) -> None:
             print(f"{p['dtype']} K={p['k']}, model {model} ({how}): {equal} of {y.numel()} sums equal")
 
 
+def golden() -> None:
+    """Writes the hashes of backend cuda on this GPU, which test_tensor.py holds the simulator to: run it on an H100."""
+    from test_golden import digest
+
+    with registry.use("cuda"):
+        hashes = {str(c): {str(d)[6:]: digest(*c.call(c.make_rows(d), c.make_shared(d))) for d in tensor.HALVES} for c in CASES}
+    content = {"how": "python tests/test_gpu_tensor.py golden", "gpu": torch.cuda.get_device_name(), "hashes": hashes}
+    Path(__file__).with_name("golden_tensor.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "compare":
         compare(sys.argv[2])
+    elif sys.argv[1] == "golden":
+        golden()
     else:  # for a second process: one hash of every case's bits
         from test_golden import digest
 
