@@ -439,6 +439,9 @@ def other_calls() -> Iterator[Any]:
         yield lambda x=x: rk.pool(x, "mean", cu_seqlens=offsets)
         yield lambda x=x: rk.score_head(x, x[:1], x[0, :1])
         yield lambda q=heads: rk.attention(q, q, q, cu_seqlens=offsets)
+        for d in (32, 64, 96, 128, 192, 256) if a != torch.float32 else ():
+            q = zeros(a, 256, 4, d)
+            yield lambda q=q: rk.attention(q, q, q, cu_seqlens=offsets, mode="tensor")
         for rows, d in ((256, 768), (64, 2048), (3, 30000), (3, 65536), (3, 65537)):
             x = zeros(a, rows, d)
             yield lambda x=x: rk.layer_norm(x, x[0], x[0], residual=x)
