@@ -54,7 +54,7 @@ cuda-check: $(VENV)/installed $(VENV)/nvcc  ## what nvcc, Triton and ptxas made 
 
 # Built anew with BUILD_CUDA=1, so that what is missing is an error and no row of skipped tests.
 gpu: BUILD_CUDA = 1
-gpu: $(VENV)/nvcc $(VENV)/installed  ## the CUDA backend on a real GPU; wants TORCH to be a CUDA build (nobody has run this yet)
+gpu: $(VENV)/nvcc $(VENV)/installed  ## the CUDA and Triton backends on a real GPU; wants TORCH to be a CUDA build
 	@$(BIN)/python -c 'import sys, rerank_kernels.native as n; sys.exit(n.missing_cuda())'
 	$(OFFLINE) $(BIN)/python -m pytest -m gpu --exhaustive $(ARGS)
 

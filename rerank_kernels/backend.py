@@ -216,7 +216,22 @@ def backends() -> BackendTable:
 
 def no_tensor_cores(name: str) -> str | None:
     """Why backend `name` cannot serve mode "tensor" here, None if it can."""
-    return missing(name) if BACKENDS[name].tensor else "has no mode tensor"
+    if not BACKENDS[name].tensor:
+        return "has no mode tensor; cuda and triton have, on a GPU"
+    if name != "triton" or missing(name) is not None:
+        return missing(name)
+    from rerank_kernels.triton import launch
+
+    gaps = []
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        try:
+            launch.matrix_instruction(10 * major + minor)
+        except BackendError as error:
+            gaps.append(str(error))
+        else:
+            return None
+    return gaps[0] if gaps else None
 
 
 def _gap(name: str, function: str) -> str | None:

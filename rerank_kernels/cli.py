@@ -366,13 +366,13 @@ def _plan(args: argparse.Namespace) -> int:
     import torch
     from rich.table import Table
 
-    from rerank_kernels.plan import plan, triton_gap
+    from rerank_kernels.plan import ARCHITECTURES, plan, triton_gap
     from rerank_kernels.verify.models import SHAPE, SHAPES
 
     architectures = args.arch
     if architectures is None:
         here = {10 * major + minor for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))}
-        architectures = sorted(here) or [80, 90]
+        architectures = sorted(here & set(ARCHITECTURES)) or [80, 90]
     linears, heads = [tuple(nk) for nk in args.linear or ()], list(args.head or ())
     models = args.model or ([] if linears or heads else ["shape:bge-reranker-base", "shape:bge-reranker-large"])
     for name in models:
@@ -406,6 +406,8 @@ def _plan(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     if args.plan:
         return _plan(args)
+    if args.arch or args.model or args.linear or args.head:
+        raise InputError("--arch, --model, --linear and --head belong to --plan")
     from rich.table import Table
 
     from rerank_kernels.backend import BACKENDS, backends

@@ -63,13 +63,13 @@ def verify(
     mode, served_by = mode or (was.mode if was else "portable"), was.backend if was else None
     training = model.training
     model.eval()
-    if was is not None and was.mode != mode:
-        hf.unpatch(model)
-    # also for stock: what is not served is an error either way, and max_tokens asks a served model
-    hf.patch(model, mode, backend=served_by)
-    if stock:
-        hf.unpatch(model)
     try:
+        if was is not None and was.mode != mode:
+            hf.unpatch(model)
+        # also for stock: what is not served is an error either way, and max_tokens asks a served model
+        hf.patch(model, mode, backend=served_by)
+        if stock:
+            hf.unpatch(model)
         large = sum(p.numel() for n, p in model.named_parameters() if "embeddings" not in n) >= LARGE
         room = min(encoders.max_tokens(model), tokenizer.model_max_length)
         cut = max_length or (room if pairs is not None else 128 if large else 320)

@@ -399,26 +399,20 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
 static Choice attention_tensor_way("attention_tensor", 6);
 constexpr int HEADS_AT_ONCE = 4;
 
-// What the choice is made from; to be fitted on hardware. A block costs as much as BLOCK rows besides its own; a chip wants
-// ENOUGH blocks; with many blocks of short sequences the next head's keys had better be on their way early.
-constexpr int64_t BLOCK = 32, ENOUGH = 512, MANY = 4096, SHORT = 128;
-
-static int own_way(int64_t rows, int64_t mean, int64_t H_kv, int most_warps) {
-    const auto cost = [&](int warps) { return ceil_div(mean, warps * WARP_ROWS) * (BLOCK + warps * WARP_ROWS); };
-    const auto blocks = [&](int warps) { return ceil_div(rows, warps * WARP_ROWS) * H_kv; };
-    int best = 2;
-    for (int way = 1; way >= 0; --way) {
-        const int warps = MOST_WARPS >> way;
-        if (warps <= most_warps && cost(warps) < cost(MOST_WARPS >> best) && blocks(warps) >= ENOUGH) best = way;
-    }
-    return mean <= SHORT && blocks(MOST_WARPS >> best) >= MANY ? best + 3 : best;
+// On an H100 four warps were the best or within an eighth of it, whatever the lengths, but for short sequences with wide heads
+// and for calls that leave multiprocessors idle; several heads a block never paid by more than that. `mean`: rows of a
+// sequence.
+static int own_way(int64_t rows, int64_t mean, int64_t H_kv, int width) {
+    constexpr int64_t processors = 132, wide = 64, shortest = 96;
+    const int64_t blocks = ceil_div(rows, 4 * WARP_ROWS) * H_kv;
+    return (width > wide && mean <= shortest) || blocks < processors ? 2 : 1;
 }
 
 template <int WIDTH>
 static void start_attention(const AttentionArgs& args, const int32_t* cu_seqlens, int64_t B, int64_t total, Stream stream) {
     using Shape = Head<WIDTH>;
     const int64_t rows = total * (args.H / args.H_kv);
-    const int way = attention_tensor_way.take(own_way(rows, ceil_div(rows, B), args.H_kv, Shape::WARPS));
+    const int way = attention_tensor_way.take(own_way(rows, ceil_div(rows, B), args.H_kv, WIDTH));
     const int warps = std::min(MOST_WARPS >> way % 3, Shape::WARPS);
     const auto starts = [&](const void* p, int64_t token, int64_t head) {
         return aligned(p, 16) && token % 8 == 0 && head % 8 == 0;
@@ -426,7 +420,7 @@ static void start_attention(const AttentionArgs& args, const int32_t* cu_seqlens
     const bool wide = starts(args.q, args.q_token, args.q_head) && starts(args.k, args.k_token, args.k_head) &&
                       starts(args.v, args.v_token, args.v_head);
     const dim3 grid(checked_blocks("attention", ceil_div(rows, warps * WARP_ROWS) + B),
-                    unsigned(way < 3 ? args.H_kv : ceil_div(args.H_kv, HEADS_AT_ONCE)));
+                    unsigned(std::min<int64_t>(way < 3 ? args.H_kv : ceil_div(args.H_kv, HEADS_AT_ONCE), 65535)));
     const size_t q_bytes = Shape::Q_IN_REGISTERS ? 0 : warps * 32 * Shape::STEPS * sizeof(uint4);
     const size_t shared = WORK + Shape::STAGES * Shape::TILE + q_bytes + warps * WARP_ROWS * sizeof(Row);
     const auto start = [&](auto kernel) {
