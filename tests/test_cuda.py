@@ -134,7 +134,13 @@ def test_every_way_of_a_launcher_gives_the_same_bits(kernel: str, dtype: torch.d
 @pytest.mark.parametrize(
     "half", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.exhaustive)], ids=["f16", "bf16"]
 )
-@pytest.mark.parametrize("kernel", sorted(set(ALL_LAUNCHERS) - set(LAUNCHERS)))
+@pytest.mark.parametrize(
+    "kernel",  # attention's ways, in fewer cases and more models, are in test_tensor_attention.py
+    [
+        pytest.param(kernel, marks=[pytest.mark.exhaustive] * (kernel == "attention_tensor"))
+        for kernel in sorted(set(ALL_LAUNCHERS) - set(LAUNCHERS))
+    ],
+)
 def test_every_way_of_a_tensor_launcher_gives_the_same_bits(kernel: str, half: torch.dtype) -> None:
     """The ways issue the same matrix instructions for an output: shown with tensor cores that cut off what they add, and with
     such as add backwards."""

@@ -138,7 +138,7 @@ MUTANTS = [
     ),
     Mutant(
         "the fast exp for scores that are too far below the maximum for it",
-        Edit(FILE, "if (!__all_sync(WARP, normal)) weigh(", "if (false) weigh("),
+        Edit(FILE, "if (__all_sync(WARP, or_hidden)) weigh(", "if (true) weigh("),
         LONG,
         invariants.right,
         WRONG,
