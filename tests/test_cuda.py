@@ -121,6 +121,11 @@ def test_the_launchers_with_several_ways_are_known() -> None:
     assert sorted(simulated.launchers()) == ALL_LAUNCHERS
 
 
+@pytest.mark.parametrize(  # float16 and bfloat16 differ in two conversions, which the cases above hold
+    "dtype",
+    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.exhaustive)],
+    ids=lambda d: str(d)[6:],
+)
 @pytest.mark.parametrize("kernel", LAUNCHERS)
 def test_every_way_of_a_launcher_gives_the_same_bits(kernel: str, dtype: torch.dtype) -> None:
     for case in CASES:

@@ -252,7 +252,7 @@ def test_verify_checks_the_modes_own_promises(fake: str) -> None:
 
 def test_table_of_backends(fake: str) -> None:
     table = rk.backends()
-    assert table.tensor["linear"]["fake"] == "yes" and table.tensor["linear"]["pytorch"] == "has no mode tensor"
+    assert table.tensor["linear"]["fake"] == "yes" and table.tensor["linear"]["pytorch"].startswith("has no mode tensor")
     text = str(table)
     assert "linear, mode tensor" in text and "layer_norm, mode" not in text
     line = next(line for line in text.splitlines() if line.startswith("fake:"))

@@ -333,6 +333,7 @@ def test_rows_are_not_compiled_in() -> None:
         assert len(simulated.programs()) == before
 
 
+@in_dtypes
 @pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.exhaustive)])
 def test_no_instruction_leaves_a_bit_open(arch: int, dtype: torch.dtype) -> None:
     """In portable. What a matrix instruction leaves open is looked at in test_all_tiles_have_one_matrix_instruction."""
