@@ -22,8 +22,8 @@ struct NormArgs {
 struct LinearArgs {
     const void* x;  // [M, K]
     Dtype x_dtype;
-    const void* packed;  // as the backend's pack_weight lays it out; cpu: [ceil(N / 32)][K][32], cuda: [N, K] as it is
-    Dtype packed_dtype;
+    const void* weight;  // [N, K], as nn.Linear holds it
+    Dtype weight_dtype;
     const void* bias;  // [N] or null
     Dtype bias_dtype;
     const void* residual;  // [M, N] or null

@@ -1,6 +1,6 @@
 // schema.cpp: every op's signature, one line each. Backends register themselves at the bottom of their own family files.
-// Arguments are what rerank_kernels/ops/<family>.py has checked and laid out; `packed` weights are as the device's kernels want
-// them: on the cpu from pack_weight, on a GPU [N, K] as they are (rerank_kernels/native/pack.py).
+// Arguments are what rerank_kernels/ops/<family>.py has checked and laid out; weights are [N, K], contiguous, as
+// nn.Linear holds them, but for sparse_ffn's (rerank_kernels/native/layout.py).
 
 #include <torch/csrc/stable/library.h>
 
@@ -14,8 +14,7 @@ STABLE_TORCH_LIBRARY(RK_LIBRARY, m) {
     m.def("softmax(Tensor x) -> Tensor");
     m.def("row_sum(Tensor x, bool mean) -> Tensor");
     // linear
-    m.def("pack_weight(Tensor weight) -> Tensor");
-    m.def("linear(Tensor x, Tensor packed, int N, Tensor? bias, int activation, Tensor? residual, ScalarType out_dtype) -> Tensor");
+    m.def("linear(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor? residual, ScalarType out_dtype) -> Tensor");
     m.def("linear_tensor(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor? residual, ScalarType out_dtype) -> Tensor");
     m.def("bmm(Tensor a, Tensor b, ScalarType out_dtype) -> Tensor");
     m.def("bmm_tensor(Tensor a, Tensor b, ScalarType out_dtype) -> Tensor");
@@ -25,10 +24,10 @@ STABLE_TORCH_LIBRARY(RK_LIBRARY, m) {
     m.def("attention_tensor(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int left, int right, float scale) -> Tensor");
     // pooling
     m.def("pool(Tensor x, Tensor cu_seqlens, bool mean, ScalarType out_dtype) -> Tensor");
-    m.def("score_head(Tensor pooled, Tensor? dense_packed, int P, Tensor? dense_bias, int activation, Tensor out_packed, int L, Tensor? out_bias) -> (Tensor, Tensor, Tensor)");
+    m.def("score_head(Tensor pooled, Tensor? dense_weight, Tensor? dense_bias, int activation, Tensor out_weight, Tensor? out_bias) -> (Tensor, Tensor, Tensor)");
     // sparse_ffn
     m.def("transpose_weight(Tensor weight) -> Tensor");
-    m.def("sparse_ffn(Tensor x, Tensor first_weight, Tensor? first_bias, Tensor first_packed, Tensor? slack, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias) -> Tensor");
+    m.def("sparse_ffn(Tensor x, Tensor first_weight, Tensor? first_bias, Tensor? first_copy, Tensor? slack, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias) -> Tensor");
     m.def("sparse_ffn_tensor(Tensor x, Tensor first_weight, Tensor? first_bias, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias) -> Tensor");
     // which instruction set the cpu kernels use: "auto", "avx512", "avx2", "scalar"; "" only asks. For tests and info.
     m.def("force_isa(str name) -> str");

@@ -113,11 +113,11 @@ def test_screening_without_its_bound_is_caught(monkeypatch: pytest.MonkeyPatch) 
 
 def test_screening_bound_holds() -> None:
     """slack * |x| is above the error of the copy, in float64, for random and for adversarial rows; and it is not idle."""
-    pack = pytest.importorskip("rerank_kernels.native.pack")
+    layout = pytest.importorskip("rerank_kernels.native.layout")
     require("cpu")
     w = numbers("w", (200, 1100), torch.float32)
     low = w.bfloat16().double()
-    _, slack = pack.screen(w)
+    _, slack = layout.screen(w)
     for x in (numbers("x", (1, 1100), torch.float32)[0], (w - w.bfloat16().float())[7], torch.ones(1100)):
         error = ((w.double() - low) @ x.double()).abs()
         bound = slack.double() * x.double().norm()

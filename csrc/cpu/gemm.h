@@ -12,8 +12,8 @@ constexpr int STRIP = TILE_VECS * W;  // columns of a tile; PANEL is a multiple 
 
 // sums[r][c] = (first ? +0 : sums[r][c]) + the chunk sums over k in [k_begin, k_end) of a[r * lda + k] * b[k * PANEL + c],
 // c in [0, STRIP). b is a packed panel; chunks of SPAN are counted from k = 0.
-template <int ROWS, int SPAN, class T>
-static __attribute__((noinline)) void dot_tile(const float* a, int64_t lda, const T* b, int64_t k_begin, int64_t k_end,
+template <int ROWS, int SPAN>
+static __attribute__((noinline)) void dot_tile(const float* a, int64_t lda, const float* b, int64_t k_begin, int64_t k_end,
                                                float* sums, int64_t ld_sums, bool first) {
     for (int64_t k0 = k_begin; k0 < k_end;) {
         const int64_t chunk_end = (k0 / SPAN + 1) * SPAN;
@@ -23,7 +23,7 @@ static __attribute__((noinline)) void dot_tile(const float* a, int64_t lda, cons
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
             for (int c = 0; c < TILE_VECS; ++c) acc[r][c] = all(0.0f);
-        const T* bk = b + k0 * PANEL;
+        const float* bk = b + k0 * PANEL;
         for (int64_t k = k0; k < k1; ++k, bk += PANEL) {
             Vec bv[TILE_VECS];
 #pragma GCC unroll 8
@@ -47,88 +47,126 @@ static __attribute__((noinline)) void dot_tile(const float* a, int64_t lda, cons
     }
 }
 
-template <int SPAN, class T, int ROWS = TILE_ROWS>
-RK_INLINE void dot_tile_of(int rows, const float* a, int64_t lda, const T* b, int64_t k_begin, int64_t k_end, float* sums,
+template <int SPAN, int ROWS = TILE_ROWS>
+RK_INLINE void dot_tile_of(int rows, const float* a, int64_t lda, const float* b, int64_t k_begin, int64_t k_end, float* sums,
                            int64_t ld_sums, bool first) {
     if constexpr (ROWS == 1) {
         dot_tile<1, SPAN>(a, lda, b, k_begin, k_end, sums, ld_sums, first);
     } else {
         if (rows == ROWS) return dot_tile<ROWS, SPAN>(a, lda, b, k_begin, k_end, sums, ld_sums, first);
-        dot_tile_of<SPAN, T, ROWS - 1>(rows, a, lda, b, k_begin, k_end, sums, ld_sums, first);
+        dot_tile_of<SPAN, ROWS - 1>(rows, a, lda, b, k_begin, k_end, sums, ld_sums, first);
     }
 }
 
-// A [rows x columns] block of sums out of one packed panel, strip by strip (whole strips are written). Sums that begin with an
-// empty range are +0.
-template <int SPAN, class T>
-RK_INLINE void dot_panel(int rows, const float* a, int64_t lda, const T* b, int64_t k_begin, int64_t k_end, float* sums,
+// A [rows x columns] block of sums out of one panel, strip by strip (whole strips are written). Sums that begin with an empty
+// range are +0.
+template <int SPAN>
+RK_INLINE void dot_panel(int rows, const float* a, int64_t lda, const float* b, int64_t k_begin, int64_t k_end, float* sums,
                          int64_t ld_sums, int columns, bool first) {
     for (int c = 0; c < columns; c += STRIP) {
         if (k_begin >= k_end) {
             for (int r = 0; r < rows; ++r)
                 for (int i = 0; i < STRIP; ++i) sums[r * ld_sums + c + i] = 0.0f;
         } else {
-            dot_tile_of<SPAN, T>(rows, a, lda, b + c, k_begin, k_end, sums + c, ld_sums, first);
+            dot_tile_of<SPAN>(rows, a, lda, b + c, k_begin, k_end, sums + c, ld_sums, first);
         }
     }
 }
 
-// Few rows: reading the weights is the work. Four panels at a time keep four streams of memory and 8 chains a row going, where
-// one panel would wait for its own additions. sums[i][r][c] for panel i, as dot_tile would leave them.
-constexpr int FEW_ROWS = W == 16 ? 3 : 1;
-constexpr int STREAMS = 4;
+constexpr int64_t PREFETCH = W == 1 ? 0 : 512;  // bytes that a weight's rows are read ahead
+
+// W values of each of W rows, ld apart, turned: v[i] holds value i of every row. AHEAD: how far on to prefetch, in values; the
+// hardware's own stops at each page, and a hint never faults.
+template <int64_t AHEAD, class T>
+RK_INLINE void load_turned(const T* from, int64_t ld, Vec* v) {
+#pragma GCC unroll 4
+    for (int c = 0; c < W; c += 4) {
+        const T* row = from + c * ld;
+        // One pointer for four rows: left alone, gcc keeps one for each, in memory.
+        asm("" : "+r"(row));
+#pragma GCC unroll 4
+        for (int i = 0; i < 4 && i < W; ++i) {
+            if (AHEAD > 0) __builtin_prefetch(row + i * ld + AHEAD);
+            v[c + i] = load(row + i * ld);
+        }
+    }
+    transpose(v);
+}
+// The same at an edge: `rows` of them, `deep` values each, +0 for the others.
+template <class T>
+RK_INLINE void load_turned_some(const T* from, int64_t ld, int rows, int deep, Vec* v) {
+    for (int c = 0; c < W; ++c) v[c] = c < rows ? load_some(from + c * ld, deep) : all(0.0f);
+    transpose(v);
+}
+
+// Lays `columns` rows of a weight side by side: to[k * PANEL + c] = from[c * ld + k] for k in [0, depth); +0 past `columns`.
+template <class T>
+static __attribute__((noinline)) void lay_panel(const T* from, int64_t ld, int columns, int64_t depth, float* to) {
+    for (int c = 0; c < PANEL; c += W, from += W * ld, to += W) {
+        const int64_t whole = columns - c < W ? 0 : depth / W * W;
+        Vec v[W];
+        for (int64_t k = 0; k < whole; k += W) {
+            load_turned<PREFETCH / int64_t(sizeof(T))>(from + k, ld, v);
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) store(to + (k + i) * PANEL, v[i]);
+        }
+        for (int64_t k = whole; k < depth; k += W) {
+            const int deep = int(depth - k < W ? depth - k : W);
+            load_turned_some(from + k, ld, columns - c, deep, v);
+            for (int i = 0; i < deep; ++i) store(to + (k + i) * PANEL, v[i]);
+        }
+    }
+}
+
+// Few rows: reading the weight is the work. Its values are turned in registers and never stored. sums[r * PANEL + c] as
+// dot_tile would leave them.
+constexpr int FEW_ROWS = W == 16 ? 4 : 1;
 
 template <int ROWS, int SPAN, class T>
-static __attribute__((noinline)) void dot_streams(const float* a, int64_t lda, const T* b, int64_t panel_stride,
-                                                  int64_t k_begin, int64_t k_end, float* sums, int64_t ld_panel, bool first) {
-    for (int c0 = 0; c0 < PANEL; c0 += STRIP) {
-        bool start = first;
-        for (int64_t k0 = k_begin; k0 < k_end;) {
-            const int64_t chunk_end = (k0 / SPAN + 1) * SPAN;
-            const int64_t k1 = chunk_end < k_end ? chunk_end : k_end;
-            Vec acc[ROWS][STREAMS][TILE_VECS];
+static __attribute__((noinline)) void dot_few(const float* a, int64_t lda, const T* w, int64_t ld, int columns, int64_t K,
+                                              float* sums) {
+    constexpr int GROUPS = PANEL / W;  // side by side, so that one's additions need not wait for themselves
+    for (int64_t k0 = 0; k0 < K; k0 += SPAN) {
+        const int64_t k1 = k0 + SPAN < K ? k0 + SPAN : K, whole = columns < PANEL ? k0 : k0 + (k1 - k0) / W * W;
+        Vec acc[ROWS][GROUPS], v[W];
 #pragma GCC unroll 4
-            for (int r = 0; r < ROWS; ++r)
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 32
+            for (int g = 0; g < GROUPS; ++g) acc[r][g] = all(0.0f);
+        for (int64_t k = k0; k < whole; k += W)
+#pragma GCC unroll 32
+            for (int g = 0; g < GROUPS; ++g) {
+                load_turned<PREFETCH / int64_t(sizeof(T))>(w + g * W * ld + k, ld, v);
+#pragma GCC unroll 16
+                for (int i = 0; i < W; ++i)
 #pragma GCC unroll 4
-                for (int i = 0; i < STREAMS; ++i)
-#pragma GCC unroll 8
-                    for (int c = 0; c < TILE_VECS; ++c) acc[r][i][c] = all(0.0f);
-            const T* bk = b + k0 * PANEL + c0;
-            for (int64_t k = k0; k < k1; ++k, bk += PANEL)
+                    for (int r = 0; r < ROWS; ++r) acc[r][g] = fmadd(all(a[r * lda + k + i]), v[i], acc[r][g]);
+            }
+        for (int64_t k = whole; k < k1; k += W) {
+            const int deep = int(k1 - k < W ? k1 - k : W);
+#pragma GCC unroll 32
+            for (int g = 0; g < GROUPS; ++g) {
+                load_turned_some(w + g * W * ld + k, ld, columns - g * W, deep, v);
+                for (int i = 0; i < deep; ++i)
 #pragma GCC unroll 4
-                for (int i = 0; i < STREAMS; ++i) {
-                    // past what the hardware prefetcher, which stops at each page, has fetched; a hint, it never faults
-                    __builtin_prefetch(bk + i * panel_stride + 24 * PANEL);
-                    if (TILE_VECS * W * sizeof(T) > 64) __builtin_prefetch(bk + i * panel_stride + 24 * PANEL + STRIP / 2);
-#pragma GCC unroll 8
-                    for (int c = 0; c < TILE_VECS; ++c) {
-                        const Vec bv = load(bk + i * panel_stride + c * W);
-#pragma GCC unroll 4
-                        for (int r = 0; r < ROWS; ++r) acc[r][i][c] = fmadd(all(a[r * lda + k]), bv, acc[r][i][c]);
-                    }
-                }
-#pragma GCC unroll 4
-            for (int i = 0; i < STREAMS; ++i)
-#pragma GCC unroll 4
-                for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-                    for (int c = 0; c < TILE_VECS; ++c) {
-                        float* s = sums + i * ld_panel + r * PANEL + c0 + c * W;
-                        store(s, (start ? all(0.0f) : load(s)) + acc[r][i][c]);
-                    }
-            start = false;
-            k0 = k1;
+                    for (int r = 0; r < ROWS; ++r) acc[r][g] = fmadd(all(a[r * lda + k + i]), v[i], acc[r][g]);
+            }
         }
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 32
+            for (int g = 0; g < GROUPS; ++g) {
+                float* s = sums + r * PANEL + g * W;
+                store(s, (k0 == 0 ? all(0.0f) : load(s)) + acc[r][g]);
+            }
     }
 }
 
 template <int SPAN, class T, int ROWS = FEW_ROWS>
-RK_INLINE void dot_streams_of(int rows, const float* a, int64_t lda, const T* b, int64_t panel_stride, int64_t k_begin,
-                              int64_t k_end, float* sums, int64_t ld_panel, bool first) {
+RK_INLINE void dot_few_of(int rows, const float* a, int64_t lda, const T* w, int64_t ld, int columns, int64_t K, float* sums) {
     if constexpr (ROWS > 1)
-        if (rows < ROWS)
-            return dot_streams_of<SPAN, T, ROWS - 1>(rows, a, lda, b, panel_stride, k_begin, k_end, sums, ld_panel, first);
-    dot_streams<ROWS, SPAN>(a, lda, b, panel_stride, k_begin, k_end, sums, ld_panel, first);
+        if (rows < ROWS) return dot_few_of<SPAN, T, ROWS - 1>(rows, a, lda, w, ld, columns, K, sums);
+    dot_few<ROWS, SPAN>(a, lda, w, ld, columns, K, sums);
 }
 
 // out[m, n] = round(act(sum + bias) + residual) for a tile of finished sums.
@@ -164,58 +202,90 @@ RK_INLINE int columns_of(const LinearArgs& g, int64_t panel) {
     return int(g.N - panel * PANEL < PANEL ? g.N - panel * PANEL : PANEL);
 }
 
-// K up to this keeps a block of rows whole in the second-level cache; beyond, the block goes chunk by chunk of 512 and the
-// unfinished sums wait in memory. The same additions in the same order either way.
-constexpr int64_t WHOLE_K = 1024;
+// A block of outputs takes K in steps of a chunk: the weight's panels for one step, GROUP of them, are laid into half of the
+// second-level cache, then the rows pass over them tile by tile. Sums wait in scratch between the steps.
+constexpr int64_t GROUP = 8;
 // Rows lie this many floats further apart than they are long: rows 4096 bytes apart would all fall into the same few lines of
-// the first-level cache, and real K are multiples of 1024.
+// the first-level cache, and real K are multiples of 1024. Rows that lie well are read where they are.
 constexpr int64_t ROW_GAP = 16;
+RK_INLINE bool in_place(const LinearArgs& g) { return g.x_dtype == Dtype::F32 && g.K % 512 != 0; }
+
+// Rows [m, m + TILE_ROWS) of x, those that there are, into the second-level cache: part `part` of `parts`, so that it takes no
+// more at a time than the products beside it hide.
+RK_INLINE void prefetch_part(const LinearArgs& g, int64_t m, int64_t m_end, int64_t k0, int64_t deep, int64_t part,
+                             int64_t parts) {
+    const int64_t size = bytes_of(g.x_dtype), lines = (deep * size + 63) / 64;
+    for (int64_t r = m; r < m_end && r < m + TILE_ROWS; ++r) {
+        const char* row = static_cast<const char*>(g.x) + (r * g.K + k0) * size;
+        for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i) __builtin_prefetch(row + i * 64, 0, 2);
+    }
+}
 
 template <class T>
 static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end, int64_t p_begin, int64_t p_end,
                             float* scratch) {
-    const int64_t height = m_end - m_begin, step = g.K <= WHOLE_K ? g.K : CHUNK, lda = step + ROW_GAP;
-    float* const unfinished = scratch + height * lda;
-    alignas(64) float tile[TILE_ROWS > STREAMS * FEW_ROWS ? TILE_ROWS * PANEL : STREAMS * FEW_ROWS * PANEL];
-    for (int64_t k0 = 0; k0 < g.K; k0 += step) {
-        const int64_t k1 = k0 + step < g.K ? k0 + step : g.K;
-        for (int64_t m = 0; m < height; ++m) widen(g.x_dtype, g.x, (m_begin + m) * g.K + k0, k1 - k0, scratch + m * lda);
-        const float* a = scratch - k0;
-        int64_t p = p_begin;
-        for (; height <= FEW_ROWS && p + STREAMS <= p_end; p += STREAMS) {
-            const T* b = static_cast<const T*>(g.packed) + p * g.K * PANEL;
-            float* sums = step == g.K ? tile : unfinished + (p - p_begin) * height * PANEL;
-            dot_streams_of<CHUNK>(int(height), a, lda, b, g.K * PANEL, k0, k1, sums, height * PANEL, k0 == 0);
-            for (int64_t i = p; k1 == g.K && i < p + STREAMS; ++i)
-                finish(g, sums + (i - p) * height * PANEL, int(height), m_begin, i * PANEL, columns_of(g, i));
+    const int64_t height = m_end - m_begin, step = g.K < CHUNK ? g.K : CHUNK, lda = in_place(g) ? g.K : step + ROW_GAP;
+    const T* const weight = static_cast<const T*>(g.weight);
+    if (height <= FEW_ROWS) {
+        alignas(64) float sums[FEW_ROWS * PANEL];
+        const float* a = static_cast<const float*>(g.x) + m_begin * g.K;
+        if (g.x_dtype != Dtype::F32) {
+            widen(g.x_dtype, g.x, m_begin * g.K, height * g.K, scratch);
+            a = scratch;
         }
-        for (; p < p_end; ++p) {
-            const T* b = static_cast<const T*>(g.packed) + p * g.K * PANEL;
+        for (int64_t p = p_begin; p < p_end; ++p) {
             const int columns = columns_of(g, p);
+            dot_few_of<CHUNK>(int(height), a, g.K, weight + p * PANEL * g.K, g.K, columns, g.K, sums);
+            finish(g, sums, int(height), m_begin, p * PANEL, columns);
+        }
+        return;
+    }
+    float* const panels = scratch;
+    float* const rows = panels + (p_end - p_begin < GROUP ? p_end - p_begin : GROUP) * step * PANEL;
+    float* const sums = in_place(g) ? rows : rows + TILE_ROWS * lda;
+    for (int64_t p0 = p_begin; p0 < p_end; p0 += GROUP) {
+        const int64_t group = p_end - p0 < GROUP ? p_end - p0 : GROUP;
+        for (int64_t k0 = 0; k0 < g.K; k0 += step) {
+            const int64_t deep = g.K - k0 < step ? g.K - k0 : step;
+            for (int64_t p = p0; p < p0 + group; ++p)
+                lay_panel(weight + p * PANEL * g.K + k0, g.K, columns_of(g, p), deep, panels + (p - p0) * step * PANEL);
             for (int64_t m = 0; m < height; m += TILE_ROWS) {
-                const int rows = int(height - m < TILE_ROWS ? height - m : TILE_ROWS);
-                float* sums = step == g.K ? tile : unfinished + ((p - p_begin) * height + m) * PANEL;
-                dot_panel<CHUNK>(rows, a + m * lda, lda, b, k0, k1, sums, PANEL, columns, k0 == 0);
-                if (k1 == g.K) finish(g, sums, rows, m_begin + m, p * PANEL, columns);
+                const int some = int(height - m < TILE_ROWS ? height - m : TILE_ROWS);
+                const float* a = static_cast<const float*>(g.x) + (m_begin + m) * g.K + k0;
+                if (!in_place(g)) {
+                    for (int r = 0; r < some; ++r) widen(g.x_dtype, g.x, (m_begin + m + r) * g.K + k0, deep, rows + r * lda);
+                    a = rows;
+                }
+                for (int64_t p = p0; p < p0 + group; ++p) {
+                    prefetch_part(g, m_begin + m + TILE_ROWS, m_end, k0, deep, p - p0, group);
+                    float* const tile = sums + (m * group + (p - p0) * TILE_ROWS) * PANEL;
+                    const int columns = columns_of(g, p);
+                    dot_panel<CHUNK>(some, a, lda, panels + (p - p0) * step * PANEL, 0, deep, tile, PANEL, columns, k0 == 0);
+                    if (k0 + deep == g.K) finish(g, tile, some, m_begin + m, p * PANEL, columns);
+                }
             }
         }
     }
 }
 
-// Floats of scratch for a block: its inputs in float32, and its unfinished sums if K is long.
+// Floats of scratch for a block.
 [[maybe_unused]] static int64_t linear_scratch(const LinearArgs& g, int64_t rows, int64_t panels) {
-    return rows * ((g.K <= WHOLE_K ? g.K : CHUNK) + ROW_GAP) + (g.K > WHOLE_K ? panels * rows * PANEL : 0) + PANEL;
+    if (rows <= FEW_ROWS) return g.x_dtype == Dtype::F32 ? 0 : rows * g.K;
+    const int64_t step = g.K < CHUNK ? g.K : CHUNK, group = panels < GROUP ? panels : GROUP;
+    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    return group * step * PANEL + TILE_ROWS * (step + ROW_GAP) + tiles * TILE_ROWS * group * PANEL;
 }
 
 // Rows [m_begin, m_end) of panels [p_begin, p_end).
 [[maybe_unused]] static void linear_block(const LinearArgs& g, int64_t m_begin, int64_t m_end, int64_t p_begin, int64_t p_end,
                                           float* scratch) {
-    if (g.packed_dtype == Dtype::F32) return linear_block_of<float>(g, m_begin, m_end, p_begin, p_end, scratch);
-    if (g.packed_dtype == Dtype::F16) return linear_block_of<f16>(g, m_begin, m_end, p_begin, p_end, scratch);
+    if (g.weight_dtype == Dtype::F32) return linear_block_of<float>(g, m_begin, m_end, p_begin, p_end, scratch);
+    if (g.weight_dtype == Dtype::F16) return linear_block_of<f16>(g, m_begin, m_end, p_begin, p_end, scratch);
     linear_block_of<bf16>(g, m_begin, m_end, p_begin, p_end, scratch);
 }
 
 [[maybe_unused]] static int tile_rows() { return TILE_ROWS; }
+[[maybe_unused]] static int few_rows() { return FEW_ROWS; }
 
 }  // namespace RK_ISA
 }  // namespace rk

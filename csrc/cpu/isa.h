@@ -71,6 +71,7 @@ RK_INLINE void store_some(T* p, Vec v, int n) {
     if (n > 0) store(p, v);
 }
 RK_INLINE Vec all(float f) { return f; }
+RK_INLINE void transpose(Vec*) {}
 
 #elif defined(RK_ISA_AVX2)
 
@@ -105,6 +106,27 @@ RK_INLINE Vec scale_by_exp2(Vec p, Vec t) {
     return _mm256_mul_ps(_mm256_mul_ps(p.v, s1), s2);
 }
 RK_INLINE Vec all(float f) { return _mm256_set1_ps(f); }
+// v[i] lane j <-> v[j] lane i, for 8 registers.
+RK_INLINE void transpose(Vec* v) {
+    __m256 a[8], b[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {  // pairs of rows
+        a[i] = _mm256_unpacklo_ps(v[i].v, v[i + 1].v);
+        a[i + 1] = _mm256_unpackhi_ps(v[i].v, v[i + 1].v);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4)  // b[i + j]: column j of rows i..i+3, and column j + 4
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+            b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + 2 + j], 0x44);
+            b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + 2 + j], 0xEE);
+        }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        v[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        v[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+}
 
 RK_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
 RK_INLINE Vec load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
@@ -169,6 +191,32 @@ RK_INLINE Vec select(Mask m, Vec a, Vec b) { return _mm512_mask_blend_ps(m.m, b.
 // One instruction with the same single rounding: p * 2^n exactly, then rounded.
 RK_INLINE Vec scale_by_exp2(Vec p, Vec t) { return _mm512_scalef_ps(p.v, _mm512_sub_ps(t.v, _mm512_set1_ps(12582912.0f))); }
 RK_INLINE Vec all(float f) { return _mm512_set1_ps(f); }
+// v[i] lane j <-> v[j] lane i, for 16 registers.
+RK_INLINE void transpose(Vec* v) {
+    __m512 a[16], b[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {  // pairs of rows
+        a[i] = _mm512_unpacklo_ps(v[i].v, v[i + 1].v);
+        a[i + 1] = _mm512_unpackhi_ps(v[i].v, v[i + 1].v);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4)  // b[i + j]: columns j, j + 4, j + 8, j + 12 of rows i..i+3, one in each 128 bits
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+            b[i + 2 * j] = _mm512_shuffle_ps(a[i + j], a[i + 2 + j], 0x44);
+            b[i + 2 * j + 1] = _mm512_shuffle_ps(a[i + j], a[i + 2 + j], 0xEE);
+        }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {  // and the 4 x 4 of those quarters
+        const __m512 even01 = _mm512_shuffle_f32x4(b[j], b[4 + j], 0x88), odd01 = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xDD);
+        const __m512 even23 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0x88);
+        const __m512 odd23 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0xDD);
+        v[j].v = _mm512_shuffle_f32x4(even01, even23, 0x88);
+        v[4 + j].v = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+        v[8 + j].v = _mm512_shuffle_f32x4(even01, even23, 0xDD);
+        v[12 + j].v = _mm512_shuffle_f32x4(odd01, odd23, 0xDD);
+    }
+}
 
 RK_INLINE __mmask16 first_lanes(int n) { return n >= 16 ? __mmask16(0xFFFF) : __mmask16((1u << (n > 0 ? n : 0)) - 1u); }
 RK_INLINE __m512 widen_bf16(__m256i u) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(u), 16)); }

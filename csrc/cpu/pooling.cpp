@@ -23,18 +23,18 @@ static Tensor pool(const Tensor& x, const Tensor& cu_seqlens, bool mean, ScalarT
     return y;
 }
 
-static std::tuple<Tensor, Tensor, Tensor> score_head(const Tensor& pooled, const std::optional<Tensor>& dense_packed, int64_t P,
+static std::tuple<Tensor, Tensor, Tensor> score_head(const Tensor& pooled, const std::optional<Tensor>& dense_weight,
                                                      const std::optional<Tensor>& dense_bias, int64_t activation,
-                                                     const Tensor& out_packed, int64_t L,
+                                                     const Tensor& out_weight,
                                                      const std::optional<Tensor>& out_bias) {
-    const int64_t B = pooled.size(0);
+    const int64_t B = pooled.size(0), L = out_weight.size(0);
     Tensor hidden = pooled;
-    if (dense_packed) {
-        hidden = empty(pooled, {B, P}, ScalarType::Float);
-        run_linear(linear_args("score_head", pooled, *dense_packed, P, dense_bias, activation, hidden));
+    if (dense_weight) {
+        hidden = empty(pooled, {B, dense_weight->size(0)}, ScalarType::Float);
+        run_linear(linear_args("score_head", pooled, *dense_weight, dense_bias, activation, hidden));
     }
     Tensor logit = empty(pooled, {B, L}, ScalarType::Float);
-    run_linear(linear_args("score_head", hidden, out_packed, L, out_bias, 0, logit));
+    run_linear(linear_args("score_head", hidden, out_weight, out_bias, 0, logit));
     Tensor score = torch::stable::empty_like(logit), complement = torch::stable::empty_like(logit);
     const ContractFloats floats;
     RK_CALL(score_range, static_cast<const float*>(logit.const_data_ptr()), B * L,

@@ -70,7 +70,7 @@ static int64_t may_be_active(const float* approximate, const float* slack, float
 }
 
 static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std::optional<Tensor>& first_bias,
-                         const Tensor& first_packed, const std::optional<Tensor>& slack, const std::optional<Tensor>& up_weight,
+                         const std::optional<Tensor>& first_copy, const std::optional<Tensor>& slack, const std::optional<Tensor>& up_weight,
                          const std::optional<Tensor>& up_bias, const Tensor& down_rows,
                          const std::optional<Tensor>& down_bias) {
     const int64_t M = x.size(0), F = down_rows.size(0), D = down_rows.size(1);
@@ -79,7 +79,7 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
              "slack must be float32 [F]");
     const ContractFloats floats;
     Tensor first = empty(x, {M, F}, ScalarType::Float), y = empty(x, {M, D}, x.scalar_type());
-    run_linear(linear_args("sparse_ffn", x, first_packed, F, first_bias, 0, first));
+    run_linear(linear_args("sparse_ffn", x, first_copy ? *first_copy : first_weight, first_bias, 0, first));
     const AxpyArgs args{down_rows.const_data_ptr(),
                         dtype_of(down_rows, "sparse_ffn", "down_weight"),
                         down_bias ? down_bias->const_data_ptr() : nullptr,

@@ -1,4 +1,4 @@
-// types.h: what the CPU's kernels and launchers both see: which instruction set is in force, and how weights are packed.
+// types.h: what the CPU's kernels and launchers both see: which instruction set is in force, and how wide panels are.
 #pragma once
 
 #include "../types.h"
@@ -10,6 +10,6 @@ Isa isa();            // the one in force: the best the CPU has, or what force_i
 Isa best_isa();       // the best the CPU has
 void force_isa(Isa);  // for tests; the caller has checked that the CPU has it
 
-constexpr int PANEL = 32;  // weights are packed in panels of 32 outputs: [N / 32][K][32]; the same for every instruction set
+constexpr int PANEL = 32;  // outputs that are computed side by side; the same for every instruction set
 
 }  // namespace rk

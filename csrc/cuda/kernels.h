@@ -33,11 +33,11 @@ void layer_norm(const NormArgs& args, int64_t rows, Stream stream);
 void softmax(const void* x, Dtype dtype, void* y, int64_t rows, int64_t D, Stream stream);
 void row_sum(const void* x, Dtype dtype, void* y, int64_t rows, int64_t D, bool mean, Stream stream);
 
-// ---- linear, and bmm: `batches` products side by side, x [batches, M, K], packed [batches, N, K], out [batches, M, N].
+// ---- linear, and bmm: `batches` products side by side, x [batches, M, K], weight [batches, N, K], out [batches, M, N].
 // `workspace` is float32 of linear_workspace(args, batches) elements, 0 if none is needed
 int64_t linear_workspace(const LinearArgs& args, int64_t batches);
 void linear(const char* op, const LinearArgs& args, int64_t batches, float* workspace, Stream stream);
-// mode tensor: x and packed are half precision, both of one dtype
+// mode tensor: x and weight are half precision, both of one dtype
 void linear_tensor(const char* op, const LinearArgs& args, int64_t batches, Stream stream);
 void activation(int kind, const void* x, Dtype from, void* y, Dtype to, int64_t n, Stream stream);
 

@@ -34,22 +34,21 @@ static void run(const Call& call, const char* op, const LinearArgs& args, int64_
 }
 
 static void run_tensor(const Call& call, const char* op, const LinearArgs& args, int64_t batches) {
-    RK_CHECK(args.x_dtype != Dtype::F32 && args.x_dtype == args.packed_dtype, op,
+    RK_CHECK(args.x_dtype != Dtype::F32 && args.x_dtype == args.weight_dtype, op,
              "mode 'tensor' takes operands in half precision, both of one dtype");
     linear_tensor(op, args, batches, call.stream());
 }
 
-void run_linear(const Call& call, const char* op, const Tensor& x, const Tensor& weight, int64_t N,
-                const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& residual, const Tensor& y) {
-    RK_CHECK(y.size(1) == N, op, "the output must have N columns");
+void run_linear(const Call& call, const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                int64_t activation, const std::optional<Tensor>& residual, const Tensor& y) {
     run(call, op, args_of(call, op, x, weight, bias, activation, residual, y), 1);
 }
 
-static Tensor linear_cuda(const Tensor& x, const Tensor& weight, int64_t N, const std::optional<Tensor>& bias,
+static Tensor linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                           int64_t activation, const std::optional<Tensor>& residual, ScalarType out_dtype) {
     const Call call(x);
-    Tensor y = call.empty({x.size(0), N}, out_dtype);
-    run_linear(call, "linear", x, weight, N, bias, activation, residual, y);
+    Tensor y = call.empty({x.size(0), weight.size(0)}, out_dtype);
+    run_linear(call, "linear", x, weight, bias, activation, residual, y);
     return y;
 }
 

@@ -15,18 +15,18 @@ static Tensor pool_cuda(const Tensor& x, const Tensor& cu_seqlens, bool mean, Sc
     return y;
 }
 
-static std::tuple<Tensor, Tensor, Tensor> score_head_cuda(const Tensor& pooled, const std::optional<Tensor>& dense, int64_t P,
+static std::tuple<Tensor, Tensor, Tensor> score_head_cuda(const Tensor& pooled, const std::optional<Tensor>& dense,
                                                           const std::optional<Tensor>& dense_bias, int64_t activation,
-                                                          const Tensor& out, int64_t L, const std::optional<Tensor>& out_bias) {
+                                                          const Tensor& out, const std::optional<Tensor>& out_bias) {
     const Call call(pooled);
-    const int64_t B = pooled.size(0);
+    const int64_t B = pooled.size(0), L = out.size(0);
     Tensor hidden = pooled;
     if (dense) {
-        hidden = call.empty({B, P}, ScalarType::Float);
-        run_linear(call, "score_head", pooled, *dense, P, dense_bias, activation, std::nullopt, hidden);
+        hidden = call.empty({B, dense->size(0)}, ScalarType::Float);
+        run_linear(call, "score_head", pooled, *dense, dense_bias, activation, std::nullopt, hidden);
     }
     Tensor logit = call.empty({B, L}, ScalarType::Float);
-    run_linear(call, "score_head", hidden, out, L, out_bias, 0, std::nullopt, logit);
+    run_linear(call, "score_head", hidden, out, out_bias, 0, std::nullopt, logit);
     Tensor probability = call.empty({B, L}, ScalarType::Float), complement = call.empty({B, L}, ScalarType::Float);
     score(static_cast<const float*>(call.read(logit)), B * L, static_cast<float*>(call.write(probability)),
           static_cast<float*>(call.write(complement)), call.stream());

@@ -1,11 +1,11 @@
-"""linear, bmm and activation, compiled; weights are packed once. Mode "tensor" takes weights as nn.Linear holds them."""
+"""linear, bmm and activation, compiled; weights are read as nn.Linear holds them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from rerank_kernels.native.pack import contiguous, packed
+from rerank_kernels.native.layout import contiguous
 
 # enum Activation in csrc/numerics.h
 CODES = {None: 0, "gelu": 1, "gelu_tanh": 2, "tanh": 3, "relu": 4, "silu": 5, "sigmoid": 6}
@@ -15,8 +15,7 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     bias = None if bias is None else bias.contiguous()
-    n = weight.shape[0]
-    return torch.ops.rerank_kernels.linear(x, packed(weight), n, bias, CODES[activation], residual, out_dtype)
+    return torch.ops.rerank_kernels.linear(x, contiguous(weight), bias, CODES[activation], residual, out_dtype)
 
 
 def linear_tensor(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels.native.linear import CODES
-from rerank_kernels.native.pack import packed
+from rerank_kernels.native.layout import contiguous
 
 
 def pool(x: Tensor, cu_seqlens: Tensor, mode: str, out_dtype: torch.dtype) -> Tensor:
@@ -25,14 +25,11 @@ def score_head(
     out_weight: Tensor,
     out_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dense = None if dense_weight is None else packed(dense_weight)
     return torch.ops.rerank_kernels.score_head(
         pooled,
-        dense,
-        0 if dense_weight is None else dense_weight.shape[0],
+        None if dense_weight is None else contiguous(dense_weight),
         None if dense_bias is None else dense_bias.contiguous(),
         CODES[activation],
-        packed(out_weight),
-        out_weight.shape[0],
+        contiguous(out_weight),
         None if out_bias is None else out_bias.contiguous(),
     )

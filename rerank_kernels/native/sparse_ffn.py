@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels.native.linear import linear, linear_tensor
-from rerank_kernels.native.pack import check_finite, contiguous, screen, transposed
+from rerank_kernels.native.layout import check_finite, contiguous, screen, transposed
 
 # From here on a row's share of reading all weights costs less than its own walk over the active ones. Only time depends on it.
 DENSE_ROWS = 8
@@ -30,12 +30,12 @@ def sparse_ffn(
         return _dense(linear, x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
     first, first_bias = (up_weight, up_bias) if gate_weight is None else (gate_weight, gate_bias)
     # the CPU first reads float32 weights as a bfloat16 copy, which shows most inactive neurons (csrc/cpu/sparse_ffn.cpp)
-    first_packed, slack = screen(first)
+    first_copy, slack = screen(first)
     return torch.ops.rerank_kernels.sparse_ffn(
         x,
         contiguous(first),
         None if first_bias is None else first_bias.contiguous(),
-        first_packed,
+        first_copy,
         slack,
         None if gate_weight is None else contiguous(up_weight),
         None if gate_weight is None or up_bias is None else up_bias.contiguous(),

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_kernels.native.pack import contiguous
+from rerank_kernels.native.layout import contiguous
 from rerank_kernels.triton import launch
 from rerank_kernels.triton.launch import blocks, matrix_instruction, start
 from rerank_kernels.triton.numerics import CHUNK, activate

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_kernels.native.pack import check_finite, contiguous, transposed
+from rerank_kernels.native.layout import check_finite, contiguous, transposed
 from rerank_kernels.triton.launch import blocks, start
 from rerank_kernels.triton.linear import linear, linear_tensor
 from rerank_kernels.triton.numerics import CHUNK, fmadd

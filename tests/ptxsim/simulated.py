@@ -33,7 +33,7 @@ import toolkit
 from ptxsim.once import alone
 from ptxsim.program import Kernel, Module
 from rerank_kernels import backend as registry
-from rerank_kernels.native import pack
+from rerank_kernels.native import layout
 
 ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent
@@ -42,7 +42,7 @@ BUILD = Path(os.environ.get("RERANK_KERNELS_CACHE", ROOT / "build" / "ptxsim"))
 FAMILIES = ("norm", "softmax", "linear", "attention", "pooling", "sparse_ffn")
 SOURCES = tuple(sorted(str(p.relative_to(CUDA).with_suffix("")) for p in CUDA.rglob("*.cu")))  # "linear", "tensor/linear"
 # every op but those that are the CPU's own or take no tensor: one without a CUDA kernel fails, it is not the CPU's in disguise
-NOT_ON_A_GPU = {"pack_weight", "transpose_weight", "force_isa", "launchers", "force_launch"}
+NOT_ON_A_GPU = {"transpose_weight", "force_isa", "launchers", "force_launch"}
 OPS = tuple(
     name for name in re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc" / "schema.cpp").read_text()) if name not in NOT_ON_A_GPU
 )
@@ -133,8 +133,8 @@ def simulated(*, arch: str = "80", edit: Edit | None = None, poison: int = 0xFF,
     """Inside the block ops on CPU tensors are served by backend "cuda". Re-entrant: the inner options hold inside."""
     global _options
     fill = ctypes.c_int.in_dll(ctypes.CDLL(str(library())), "ptxsim_poison")
-    before, laid_out, registered_as = _options, pack.LAID_OUT_ON, dict(registry.BACKENDS)
-    _options, pack.LAID_OUT_ON = Options(arch, launch, edit, poison), ()
+    before, laid_out, registered_as = _options, layout.SCREENS_ON, dict(registry.BACKENDS)
+    _options, layout.SCREENS_ON = Options(arch, launch, edit, poison), ()
     fill.value = poison
     there, gone = registered_as["cuda"], registered_as["cpu"]
     registry.BACKENDS["cuda"] = dataclasses.replace(there, devices=("cpu",), missing=lambda: None)
@@ -150,7 +150,7 @@ def simulated(*, arch: str = "80", edit: Edit | None = None, poison: int = 0xFF,
                     registered.impl(op, functools.partial(_call, op), "CPU", allow_override=True)
             yield
     finally:
-        _options, pack.LAID_OUT_ON = before, laid_out
+        _options, layout.SCREENS_ON = before, laid_out
         fill.value = before.poison
         registry.BACKENDS.update(registered_as)
         registry.missing.cache_clear()

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tensor_tile(
     using W = Operand<T, T::BN>;
     const unsigned memory = shared_address(shared);
     X x(memory, static_cast<const char*>(g.x) + first * g.K * 2, g.K, rows, plan.x_wide);
-    W w(memory + T::BM * T::ROW, static_cast<const char*>(g.packed) + (batch * g.N + n0) * g.K * 2, g.K, columns, plan.w_wide);
+    W w(memory + T::BM * T::ROW, static_cast<const char*>(g.weight) + (batch * g.N + n0) * g.K * 2, g.K, columns, plan.w_wide);
     const int K = int(g.K), stages = (K + T::BK - 1) / T::BK, steps = (K + STEP - 1) / STEP;
     const auto copy = [&](int stage, unsigned slot) {
         if (stage < stages) {
@@ -277,7 +277,7 @@ void linear_tensor(const char* op, const LinearArgs& g, int64_t batches, Stream 
     if (g.K > 0x7fff0000) throw std::runtime_error(std::string(op) + ": K is too large for mode 'tensor'");
     TensorPlan plan{};
     plan.x_wide = g.K % 8 == 0 && aligned(g.x, 16);
-    plan.w_wide = g.K % 8 == 0 && aligned(g.packed, 16);
+    plan.w_wide = g.K % 8 == 0 && aligned(g.weight, 16);
     plan.eight = in_groups_of(8, g);
     switch (linear_tensor_choice.take(linear_tensor_way(g, batches))) {
         case 0: start_tensor<Tensor128x256>(op, g, batches, plan, stream); break;

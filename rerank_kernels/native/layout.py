@@ -1,7 +1,7 @@
-"""Weights laid out for the kernels, made once per weight and kept as long as the weight lives.
+"""Other layouts of weights, made once per weight and kept as long as the weight lives.
 
-The CPU's kernels want panels of 32 outputs; a GPU's read a weight as nn.Linear holds it, so nothing is copied for them but the
-transpose of sparse_ffn's down-projection.
+Kernels read a weight as nn.Linear holds it, so there are few: of sparse_ffn the down-projection with a neuron's values side by
+side, and on the CPU a copy in half the bytes that shows which neurons are off; and a contiguous copy of a weight that is not.
 
 A weight is recognised by its identity, memory, version, and a sample of its bits: an optimiser step, load_state_dict, .half()
 or .to() lead to a new layout at the next call. PyTorch's version counter does not see writes through `weight.data` and fused
@@ -18,33 +18,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-LAID_OUT_ON: tuple[str, ...] = ("cpu",)  # the devices whose kernels want weights laid out
+SCREENS_ON: tuple[str, ...] = ("cpu",)  # the devices whose sparse_ffn wants its own layouts
 
 
 @dataclass
 class _Kept:
-    # Holding the memory that was packed keeps its address from being given to another tensor, so equal addresses mean
+    # Holding the memory that was read keeps its address from being given to another tensor, so equal addresses mean
     # equal memory.
     source: Tensor
     version: int
     view: Tensor  # some values of the source, where they lie
     sample: Tensor  # what they were
-    packed: Tensor
+    layout: Tensor
 
 
 _kept: dict[str, WeakTensorKeyDictionary] = {}
 
 
-def packed(weight: Tensor) -> Tensor:
-    """[N, K] -> [ceil(N / 32), K, 32] where kernels want it so, else [N, K]; in the weight's own dtype."""
-    if weight.device.type not in LAID_OUT_ON:
-        return contiguous(weight)
-    return _cached("packed", weight, lambda w: torch.ops.rerank_kernels.pack_weight(w))
-
-
 def transposed(weight: Tensor) -> Tensor:
     """nn.Linear's [D, F] -> [F, D] contiguous; refuses weights that are not finite, since sparse_ffn skips terms."""
-    if weight.device.type not in LAID_OUT_ON:
+    if weight.device.type not in SCREENS_ON:
         return _cached("rows", weight, lambda w: finite(w).t().contiguous())
     return _cached("transposed", weight, lambda w: torch.ops.rerank_kernels.transpose_weight(finite(w)))
 
@@ -54,16 +47,16 @@ def check_finite(weight: Tensor) -> None:
     _cached("finite", weight, lambda w: finite(w).new_empty(0))
 
 
-def screen(weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A packed bfloat16 copy of [N, K], and slack [N]: |dot(x, w) - dot(x, copy)| <= slack[n] * |x| for both as computed.
+def screen(weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A bfloat16 copy of [N, K], and slack [N]: |dot(x, w) - dot(x, copy)| <= slack[n] * |x| for both as computed.
 
     By Cauchy and Schwarz: |w - copy| for the rounding of the weights, and twice the error bound of a `dot` of K terms,
     u (chunk + number of chunks) |x| |w|, for the arithmetic. The norms are taken in float64; 1.0001 covers what is left.
     Half-precision weights are no larger than the copy would be: they are their own copy, and there is no slack. A GPU's
     kernels do not screen.
     """
-    if weight.dtype != torch.float32 or weight.device.type not in LAID_OUT_ON:
-        return packed(weight), None
+    if weight.dtype != torch.float32 or weight.device.type not in SCREENS_ON:
+        return None, None
 
     def slack(w: Tensor) -> Tensor:
         k = w.shape[1]
@@ -76,7 +69,7 @@ def screen(weight: Tensor) -> tuple[Tensor, Tensor | None]:
         return torch.cat(parts)
 
     return (
-        _cached("screen", weight, lambda w: torch.ops.rerank_kernels.pack_weight(w.bfloat16())),
+        _cached("screen", weight, lambda w: w.bfloat16().contiguous()),
         _cached("slack", weight, slack),
     )
 
@@ -116,14 +109,14 @@ def _cached(kind: str, weight: Tensor, make: Callable[[Tensor], Tensor]) -> Tens
         # on a GPU the look itself would wait for the device, and could not be captured in a graph
         and (weight.device.type != "cpu" or torch.equal(kept.view, kept.sample))
     ):
-        return kept.packed
+        return kept.layout
     source = weight.detach()
     view = _sample(source)
     kept = _Kept(source, weight._version, view, view.clone(), make(source))
     if weight.device.type == "cuda":  # other streams will read it, so it must be there; inside a graph capture this raises,
         torch.cuda.current_stream(weight.device).synchronize()  # as it must: call once before capturing
     table[weight] = kept
-    return kept.packed
+    return kept.layout
 
 
 def _sample(weight: Tensor) -> Tensor:
