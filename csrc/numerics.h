@@ -94,10 +94,16 @@ RK_FN F exp_within(F x) {
     return scale_by_exp2(p, t);
 }
 
-// For x <= 0: exp(-104) is 0 already. In this form a NaN passes.
+// x, but not below low; a NaN passes.
+template <class F>
+RK_FN F at_least(F low, F x) {
+    return select(lt(x, low), low, x);
+}
+
+// For x <= 0: exp(-104) is 0 already.
 template <class F>
 RK_FN F exp_of_negative(F x) {
-    return exp_within(select(lt(x, F(-104.0f)), F(-104.0f), x));
+    return exp_within(at_least(F(-104.0f), x));
 }
 
 template <class F>

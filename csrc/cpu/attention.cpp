@@ -55,30 +55,41 @@ STABLE_TORCH_LIBRARY_IMPL(rerank_kernels, CPU, m) { m.impl("attention", TORCH_BO
 namespace rk {
 namespace RK_ISA {
 
+// Tokens [j, j + count) of q, k or v, of one head, into the caches: a head's features lie far from the next token's, and no
+// hardware prefetcher sees where they go on.
+RK_INLINE void prefetch_tokens(const AttentionArgs& a, const void* x, int64_t token, int64_t at, int64_t j, int64_t count,
+                               int64_t length) {
+    const int64_t size = bytes_of(a.dtype);
+    for (int64_t i = j; i < j + count && i < length; ++i)
+        for (int64_t byte = 0; byte < a.D * size; byte += 64)
+            __builtin_prefetch(static_cast<const char*>(x) + (at + i * token) * size + byte);
+}
+
 // keys [T, D] -> [T / 32][D][32]: a panel of 32 keys, as if k were the weight of a linear layer.
-RK_INLINE void pack_keys(const AttentionArgs& a, int64_t first, int64_t length, int64_t head, float* row, float* packed) {
-    for (int64_t j = 0; j < (length + PANEL - 1) / PANEL * PANEL; ++j) {
-        float* to = packed + j / PANEL * a.D * PANEL + j % PANEL;
-        if (j >= length) {
-            for (int64_t d = 0; d < a.D; ++d) to[d * PANEL] = 0.0f;
-            continue;
-        }
-        widen(a.dtype, a.k, (first + j) * a.k_token + head * a.k_head, a.D, row);
-        for (int64_t d = 0; d < a.D; ++d) to[d * PANEL] = row[d];
+template <class T>
+RK_INLINE void lay_keys(const AttentionArgs& a, int64_t first, int64_t length, int64_t head, float* panels) {
+    const T* from = static_cast<const T*>(a.k) + first * a.k_token + head * a.k_head;
+    prefetch_tokens(a, a.k, a.k_token, first * a.k_token + head * a.k_head, 0, PANEL, length);
+    for (int64_t j = 0; j < length; j += PANEL) {
+        prefetch_tokens(a, a.k, a.k_token, first * a.k_token + head * a.k_head, j + PANEL, PANEL, length);
+        lay_panel(from + j * a.k_token, a.k_token, int(length - j < PANEL ? length - j : PANEL), a.D, panels + j * a.D);
     }
 }
 
 // values [T, D] -> [D / 32][T][32]. Returns whether all are finite: x * 0 is NaN otherwise.
-RK_INLINE bool pack_values(const AttentionArgs& a, int64_t first, int64_t length, int64_t head, float* packed) {
+RK_INLINE bool lay_values(const AttentionArgs& a, int64_t first, int64_t length, int64_t head, float* panels) {
     Vec zeros = all(0.0f);
-    for (int64_t d0 = 0; d0 < a.D; d0 += PANEL)
-        for (int64_t j = 0; j < length; ++j)
+    const int64_t from = first * a.v_token + head * a.v_head;
+    for (int64_t j = 0; j < length; ++j) {
+        prefetch_tokens(a, a.v, a.v_token, from, j + 16, 1, length);
+        for (int64_t d0 = 0; d0 < a.D; d0 += PANEL)
             for (int64_t c = 0; c < PANEL; c += W) {
                 const int some = int(a.D - d0 - c < W ? a.D - d0 - c : W);
-                const Vec v = load_some_as(a.dtype, a.v, (first + j) * a.v_token + head * a.v_head + d0 + c, some);
-                store(packed + d0 * length + j * PANEL + c, v);
+                const Vec v = load_some_as(a.dtype, a.v, from + j * a.v_token + d0 + c, some);
+                store(panels + d0 * length + j * PANEL + c, v);
                 zeros = fmadd(v, all(0.0f), zeros);
             }
+    }
     float lane[W];
     store(lane, zeros);
     bool finite = true;
@@ -89,14 +100,16 @@ RK_INLINE bool pack_values(const AttentionArgs& a, int64_t first, int64_t length
 // One sequence and one key head, with every query head of its group.
 static void attend(const AttentionArgs& a, int64_t first, int64_t length, int64_t kv_head, float* memory) {
     const int64_t keys = (length + PANEL - 1) / PANEL * PANEL, width = (a.D + PANEL - 1) / PANEL * PANEL;
-    float* packed_k = memory;
-    float* packed_v = packed_k + keys * a.D;
+    float* keys_laid = memory;
+    float* values_laid = keys_laid + keys * a.D;
     const int64_t lds = keys + ROW_GAP;        // as in gemm.h: not a multiple of 4096 bytes
-    float* scores = packed_v + keys * width;   // [TILE_ROWS][lds]
+    float* scores = values_laid + keys * width;   // [TILE_ROWS][lds]
     float* q_rows = scores + TILE_ROWS * lds;  // [TILE_ROWS][D]
     float* sums = q_rows + TILE_ROWS * width;  // [TILE_ROWS][PANEL]
-    pack_keys(a, first, length, kv_head, q_rows, packed_k);
-    const bool finite = pack_values(a, first, length, kv_head, packed_v);
+    if (a.dtype == Dtype::F32) lay_keys<float>(a, first, length, kv_head, keys_laid);
+    else if (a.dtype == Dtype::F16) lay_keys<f16>(a, first, length, kv_head, keys_laid);
+    else lay_keys<bf16>(a, first, length, kv_head, keys_laid);
+    const bool finite = lay_values(a, first, length, kv_head, values_laid);
     const bool windowed = a.left >= 0 || a.right >= 0;
     // A masked key has e = +0 and fma(+0, v, s) = s for finite v. If some v is not finite, rows go one by one over exactly
     // the keys that they see, so that nothing masked is ever multiplied.
@@ -105,6 +118,7 @@ static void attend(const AttentionArgs& a, int64_t first, int64_t length, int64_
     for (int64_t head = kv_head * (a.H / a.H_kv); head < (kv_head + 1) * (a.H / a.H_kv); ++head)
         for (int64_t i0 = 0; i0 < length; i0 += step) {
             const int rows = int(length - i0 < step ? length - i0 : step);
+            prefetch_tokens(a, a.q, a.q_token, first * a.q_token + head * a.q_head, i0 + rows, step, length);
             for (int r = 0; r < rows; ++r)
                 widen(a.dtype, a.q, (first + i0 + r) * a.q_token + head * a.q_head, a.D, q_rows + r * a.D);
             const auto begin = [&](int64_t i) { return a.left >= 0 && i > a.left ? i - a.left : 0; };
@@ -112,7 +126,7 @@ static void attend(const AttentionArgs& a, int64_t first, int64_t length, int64_
             const int64_t key_begin = begin(i0), key_end = end(i0 + rows - 1);
 
             for (int64_t p = key_begin / PANEL; p * PANEL < key_end; ++p)
-                dot_panel<CHUNK>(rows, q_rows, a.D, packed_k + p * a.D * PANEL, 0, a.D, scores + p * PANEL, lds, PANEL, true);
+                dot_panel<CHUNK>(rows, q_rows, a.D, keys_laid + p * a.D * PANEL, 0, a.D, scores + p * PANEL, lds, PANEL, true);
             float total[TILE_ROWS];
             for (int r = 0; r < rows; ++r) {
                 float* s = scores + r * lds;
@@ -123,7 +137,7 @@ static void attend(const AttentionArgs& a, int64_t first, int64_t length, int64_
             }
             for (int64_t d0 = 0; d0 < a.D; d0 += PANEL) {
                 const int columns = int(a.D - d0 < PANEL ? a.D - d0 : PANEL);
-                dot_panel<KEY_TILE>(rows, scores, lds, packed_v + d0 * length, key_begin, key_end, sums, PANEL, columns, true);
+                dot_panel<KEY_TILE>(rows, scores, lds, values_laid + d0 * length, key_begin, key_end, sums, PANEL, columns, true);
                 for (int r = 0; r < rows; ++r)
                     for (int c = 0; c < columns; c += W) {
                         const int64_t at = ((first + i0 + r) * a.H + head) * a.D + d0 + c;

@@ -172,17 +172,24 @@ RK_INLINE void dot_few_of(int rows, const float* a, int64_t lda, const T* w, int
 // out[m, n] = round(act(sum + bias) + residual) for a tile of finished sums.
 template <Activation KIND>
 static void finish_tile(const LinearArgs& g, const float* sums, int rows, int64_t m0, int64_t n0, int columns) {
+    const auto end = [&](Vec y, int64_t at, int some) __attribute__((always_inline)) {
+        if (g.residual) y = y + load_some_as(g.residual_dtype, g.residual, at, some);
+        store_some_as(g.out_dtype, g.out, at, y, some);
+    };
     for (int c = 0; c < columns; c += W) {
         const int some = columns - c < W ? columns - c : W;
         const Vec bias = g.bias ? load_some_as(g.bias_dtype, g.bias, n0 + c, some) : all(0.0f);
-        for (int r = 0; r < rows; ++r) {
-            const int64_t at = (m0 + r) * g.N + n0 + c;
-            Vec y = load(sums + r * PANEL + c);
-            if (g.bias) y = y + bias;
-            y = activate(KIND, y);
-            if (g.residual) y = y + load_some_as(g.residual_dtype, g.residual, at, some);
-            store_some_as(g.out_dtype, g.out, at, y, some);
+        const auto sum_of = [&](int r) __attribute__((always_inline)) {
+            const Vec y = load(sums + r * PANEL + c);
+            return g.bias ? y + bias : y;
+        };
+        int r = 0;
+        for (; r + SOME <= rows; r += SOME) {
+            const Some y = activate(KIND, each<Vec>([&](int i) __attribute__((always_inline)) { return sum_of(r + i); }));
+#pragma GCC unroll 4
+            for (int i = 0; i < SOME; ++i) end(y.v[i], (m0 + r + i) * g.N + n0 + c, some);
         }
+        for (; r < rows; ++r) end(activate(KIND, sum_of(r)), (m0 + r) * g.N + n0 + c, some);
     }
 }
 

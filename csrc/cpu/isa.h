@@ -71,6 +71,7 @@ RK_INLINE void store_some(T* p, Vec v, int n) {
     if (n > 0) store(p, v);
 }
 RK_INLINE Vec all(float f) { return f; }
+RK_INLINE Vec larger(Vec x, Vec top) { return top < x ? x : top; }  // top if x is NaN
 RK_INLINE void transpose(Vec*) {}
 
 #elif defined(RK_ISA_AVX2)
@@ -97,6 +98,8 @@ RK_INLINE Vec sqrt_of(Vec a) { return _mm256_sqrt_ps(a.v); }
 RK_INLINE Vec abs_of(Vec a) { return _mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF))); }
 RK_INLINE Mask lt(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 RK_INLINE Vec select(Mask m, Vec a, Vec b) { return _mm256_blendv_ps(b.v, a.v, m.m); }
+RK_INLINE Vec larger(Vec x, Vec top) { return _mm256_max_ps(x.v, top.v); }  // top if x is NaN
+RK_INLINE Vec at_least(Vec low, Vec x) { return _mm256_max_ps(low.v, x.v); }  // x if x is NaN
 RK_INLINE Vec scale_by_exp2(Vec p, Vec t) {
     const __m256i n = _mm256_sub_epi32(_mm256_castps_si256(t.v), _mm256_set1_epi32(0x4B400000));
     const __m256i first = _mm256_srai_epi32(n, 1);
@@ -188,6 +191,8 @@ RK_INLINE Vec sqrt_of(Vec a) { return _mm512_sqrt_ps(a.v); }
 RK_INLINE Vec abs_of(Vec a) { return _mm512_abs_ps(a.v); }
 RK_INLINE Mask lt(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 RK_INLINE Vec select(Mask m, Vec a, Vec b) { return _mm512_mask_blend_ps(m.m, b.v, a.v); }
+RK_INLINE Vec larger(Vec x, Vec top) { return _mm512_max_ps(x.v, top.v); }  // top if x is NaN
+RK_INLINE Vec at_least(Vec low, Vec x) { return _mm512_max_ps(low.v, x.v); }  // x if x is NaN
 // One instruction with the same single rounding: p * 2^n exactly, then rounded.
 RK_INLINE Vec scale_by_exp2(Vec p, Vec t) { return _mm512_scalef_ps(p.v, _mm512_sub_ps(t.v, _mm512_set1_ps(12582912.0f))); }
 RK_INLINE Vec all(float f) { return _mm512_set1_ps(f); }
@@ -254,6 +259,39 @@ RK_INLINE void store_some(bf16* p, Vec v, int n) { _mm256_mask_storeu_epi16(p, f
 
 namespace rk {
 namespace RK_ISA {
+
+// A few registers side by side, each for itself, for numerics.h's functions: their chains of operations are long, and the CPU's
+// scheduler, which holds two or three of them written one after the other, would wait at every step.
+constexpr int SOME = W == 16 ? 4 : W == 8 ? 2 : 1;
+template <class T>
+struct SomeOf {
+    T v[SOME];
+    SomeOf() = default;
+    __attribute__((always_inline)) explicit SomeOf(float f) {
+        for (int i = 0; i < SOME; ++i) v[i] = all(f);
+    }
+};
+using Some = SomeOf<Vec>;
+using SomeMask = SomeOf<Mask>;
+template <class T, class F>
+RK_INLINE SomeOf<T> each(const F& f) {
+    SomeOf<T> y;
+#pragma GCC unroll 4
+    for (int i = 0; i < SOME; ++i) y.v[i] = f(i);
+    return y;
+}
+#define RK_EACH(T, expression) return each<T>([&](int i) __attribute__((always_inline)) { return expression; })
+RK_INLINE Some operator+(const Some& a, const Some& b) { RK_EACH(Vec, a.v[i] + b.v[i]); }
+RK_INLINE Some operator-(const Some& a, const Some& b) { RK_EACH(Vec, a.v[i] - b.v[i]); }
+RK_INLINE Some operator*(const Some& a, const Some& b) { RK_EACH(Vec, a.v[i] * b.v[i]); }
+RK_INLINE Some operator/(const Some& a, const Some& b) { RK_EACH(Vec, a.v[i] / b.v[i]); }
+RK_INLINE Some fmadd(const Some& a, const Some& b, const Some& c) { RK_EACH(Vec, fmadd(a.v[i], b.v[i], c.v[i])); }
+RK_INLINE Some abs_of(const Some& a) { RK_EACH(Vec, abs_of(a.v[i])); }
+RK_INLINE SomeMask lt(const Some& a, const Some& b) { RK_EACH(Mask, lt(a.v[i], b.v[i])); }
+RK_INLINE Some select(const SomeMask& m, const Some& a, const Some& b) { RK_EACH(Vec, select(m.v[i], a.v[i], b.v[i])); }
+RK_INLINE Some at_least(const Some& low, const Some& x) { RK_EACH(Vec, at_least(low.v[i], x.v[i])); }
+RK_INLINE Some scale_by_exp2(const Some& p, const Some& t) { RK_EACH(Vec, scale_by_exp2(p.v[i], t.v[i])); }
+#undef RK_EACH
 
 // Storage dtype decided at run time: for inputs and outputs, where one branch a register costs nothing against the arithmetic.
 RK_INLINE Vec load_some_as(Dtype t, const void* p, int64_t i, int n) {

@@ -95,7 +95,13 @@ namespace RK_ISA {
 
 template <Activation KIND>
 static void activate_all(const void* x, Dtype from, void* y, Dtype to, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += W) {
+    int64_t i = begin;
+    for (; i + SOME * W <= end; i += SOME * W) {
+        const Some v = activate(KIND, each<Vec>([&](int j) { return load_some_as(from, x, i + j * W, W); }));
+#pragma GCC unroll 4
+        for (int j = 0; j < SOME; ++j) store_some_as(to, y, i + j * W, v.v[j], W);
+    }
+    for (; i < end; i += W) {
         const int some = int(end - i < W ? end - i : W);
         store_some_as(to, y, i, activate(KIND, load_some_as(from, x, i, some)), some);
     }
