@@ -26,7 +26,7 @@ static Tensor layer_norm(const Tensor& x, const Tensor& weight, const std::optio
     const int64_t block = 1 + 16384 / (d + 1);
     for_each_task(ceil_div(rows, block), [&](int64_t task) {
         const int64_t end = (task + 1) * block < rows ? (task + 1) * block : rows;
-        RK_CALL(layer_norm_rows, args, task * block, end, scratch(size_t(4 * (d + PANEL))));
+        RK_CALL(layer_norm_rows, args, task * block, end, scratch(size_t(3 * (d + PANEL))));
     });
     return y;
 }
@@ -40,62 +40,89 @@ STABLE_TORCH_LIBRARY_IMPL(rerank_kernels, CPU, m) { m.impl("layer_norm", TORCH_B
 namespace rk {
 namespace RK_ISA {
 
-// sum over d of (s[d] - shift)^power for power 1 (shift 0) or 2, in the 32-lane order. Lanes past the end add nothing.
-template <bool SQUARE>
-RK_INLINE float lane_sum(const float* s, int64_t d, float shift) {
+// The variance's sum, of (s[i] - mean)^2 in the 32-lane order. Lanes past the end add nothing.
+RK_INLINE float squares(const float* s, int64_t d, float mean) {
     Lanes sum = zero_lanes();
     int64_t i = 0;
     for (; i + LANES <= d; i += LANES)
         for (int v = 0; v < LANES / W; ++v) {
-            const Vec x = load(s + i + v * W);
-            const Vec c = x - all(shift);
-            sum.v[v] = SQUARE ? fmadd(c, c, sum.v[v]) : sum.v[v] + x;
+            const Vec c = load(s + i + v * W) - all(mean);
+            sum.v[v] = fmadd(c, c, sum.v[v]);
         }
     if (i < d) {
         float tail[LANES] = {};
-        for (int64_t j = i; j < d; ++j) tail[j - i] = SQUARE ? s[j] - shift : s[j];
+        for (int64_t j = i; j < d; ++j) tail[j - i] = s[j] - mean;
         for (int v = 0; v < LANES / W; ++v) {
             const Vec c = load(tail + v * W);
-            sum.v[v] = SQUARE ? fmadd(c, c, sum.v[v]) : sum.v[v] + c;
+            sum.v[v] = fmadd(c, c, sum.v[v]);
         }
     }
     return fold(sum);
 }
 
-// memory holds weight, bias, one row in and one row out: 4 (D + PANEL) floats. float32 rows are read and written in place.
-static void layer_norm_rows(const NormArgs& a, int64_t begin, int64_t end, float* memory) {
-    const int64_t gap = a.D + PANEL;
-    float *weight = memory, *bias = memory + gap, *in = memory + 2 * gap, *out = memory + 3 * gap;
-    widen(a.weight_dtype, a.weight, 0, a.D, weight);
-    if (a.bias) widen(a.bias_dtype, a.bias, 0, a.D, bias);
-    const bool plain = a.x_dtype == Dtype::F32, in_place = plain && !a.residual;
-    const float count = float(a.D);
-    for (int64_t row = begin; row < end; ++row) {
-        if (!in_place) widen(a.x_dtype, a.x, row * a.D, a.D, in);
-        if (a.residual) {
-            const float* r = static_cast<const float*>(a.residual) + row * a.D;
-            if (a.residual_dtype != Dtype::F32) {
-                widen(a.residual_dtype, a.residual, row * a.D, a.D, out);
-                r = out;
+// in[i] = x[i] + residual[i], and their sum in the 32-lane order. The next row is fetched meanwhile: rows are short, and the
+// hardware's prefetcher begins anew with each.
+template <class T>
+RK_INLINE float sum_of_row(const NormArgs& a, int64_t row, float* in) {
+    const int64_t D = a.D, size = bytes_of(a.residual_dtype);
+    const T* x = static_cast<const T*>(a.x) + row * D;
+    const char* residual = a.residual ? static_cast<const char*>(a.residual) + row * D * size : nullptr;
+    const Dtype dtype = a.residual_dtype;
+    Lanes sum = zero_lanes();
+    for (int64_t i = 0; i < D; i += LANES)
+#pragma GCC unroll 4
+        for (int v = 0; v < LANES / W; ++v) {
+            const int64_t at = i + v * W;
+            const int some = D - at >= W ? W : D - at > 0 ? int(D - at) : 0;
+            Vec s = all(0.0f);
+            if (some == W) {
+                __builtin_prefetch(x + at + D);
+                s = load(x + at);
+                if (residual) {
+                    __builtin_prefetch(residual + (at + D) * size);
+                    s = s + load_some_as(dtype, residual, at, W);
+                }
+            } else if (some > 0) {
+                s = load_some(x + at, some);
+                if (residual) s = s + load_some_as(dtype, residual, at, some);
             }
-            int64_t i = 0;
-            for (; i + W <= a.D; i += W) store(in + i, load(in + i) + load(r + i));
-            if (i < a.D) store(in + i, load(in + i) + load_some(r + i, int(a.D - i)));
+            store(in + at, s);
+            sum.v[v] = sum.v[v] + s;
         }
-        const float* s = in_place ? static_cast<const float*>(a.x) + row * a.D : in;
-        const float mean = lane_sum<false>(s, a.D, 0.0f) / count;
-        const float var = lane_sum<true>(s, a.D, mean) / count;
+    return fold(sum);
+}
+
+// memory holds weight, bias and one row: 3 (D + PANEL) floats.
+template <class T>
+static void layer_norm_rows_of(const NormArgs& a, int64_t begin, int64_t end, float* memory) {
+    const int64_t D = a.D, gap = D + PANEL;
+    float *weight = memory, *bias = memory + gap, *in = memory + 2 * gap;
+    widen(a.weight_dtype, a.weight, 0, D, weight);
+    if (a.bias) widen(a.bias_dtype, a.bias, 0, D, bias);
+    const float count = float(D);
+    const bool biased = a.bias != nullptr;
+    for (int64_t row = begin; row < end; ++row) {
+        const float mean = sum_of_row<T>(a, row, in) / count;
+        const float var = squares(in, D, mean) / count;
         const float rstd = 1.0f / sqrt_of(var + a.eps);
-        const auto y_of = [&](Vec x, int64_t i) __attribute__((always_inline)) {
-            const Vec normed = (x - all(mean)) * all(rstd), w = load(weight + i);
-            return a.bias ? fmadd(normed, w, load(bias + i)) : normed * w;
+        const auto y_of = [&](int64_t i) __attribute__((always_inline)) {
+            const Vec normed = (load(in + i) - all(mean)) * all(rstd), w = load(weight + i);
+            return biased ? fmadd(normed, w, load(bias + i)) : normed * w;
         };
-        float* y = plain ? static_cast<float*>(a.y) + row * a.D : out;
+        T* y = static_cast<T*>(a.y) + row * D;
         int64_t i = 0;
-        for (; i + W <= a.D; i += W) store(y + i, y_of(load(s + i), i));
-        if (i < a.D) store_some(y + i, y_of(load_some(s + i, int(a.D - i)), i), int(a.D - i));
-        if (!plain) narrow(a.x_dtype, out, a.D, a.y, row * a.D);
+        for (; i + W <= D; i += W) {
+            __builtin_prefetch(y + i + D, 1);
+            store(y + i, y_of(i));
+        }
+        if (i < D) store_some(y + i, y_of(i), int(D - i));
     }
+}
+
+static void layer_norm_rows(const NormArgs& a, int64_t begin, int64_t end, float* memory) {
+    if (a.x_dtype == Dtype::F32) return layer_norm_rows_of<float>(a, begin, end, memory);
+    if (a.x_dtype == Dtype::F16) return layer_norm_rows_of<f16>(a, begin, end, memory);
+    layer_norm_rows_of<bf16>(a, begin, end, memory);
 }
 
 }  // namespace RK_ISA
