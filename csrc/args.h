@@ -45,7 +45,7 @@ struct AttentionArgs {
 };
 
 struct RowsArgs {
-    const void* x;  // [M, K]
+    const void* x;  // [M, K]; the cpu's: one token
     Dtype x_dtype;
     const void* weight;  // [F, K], rows as in nn.Linear
     Dtype weight_dtype;

@@ -27,7 +27,7 @@ STABLE_TORCH_LIBRARY(RK_LIBRARY, m) {
     m.def("score_head(Tensor pooled, Tensor? dense_weight, Tensor? dense_bias, int activation, Tensor out_weight, Tensor? out_bias) -> (Tensor, Tensor, Tensor)");
     // sparse_ffn
     m.def("transpose_weight(Tensor weight) -> Tensor");
-    m.def("sparse_ffn(Tensor x, Tensor first_weight, Tensor? first_bias, Tensor? first_copy, Tensor? slack, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias) -> Tensor");
+    m.def("sparse_ffn(Tensor x, Tensor first_weight, Tensor? first_bias, Tensor? coarse, Tensor? rest, Tensor? bounds, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias) -> Tensor");
     m.def("sparse_ffn_tensor(Tensor x, Tensor first_weight, Tensor? first_bias, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias) -> Tensor");
     // which instruction set the cpu kernels use: "auto", "avx512", "avx2", "scalar"; "" only asks. For tests and info.
     m.def("force_isa(str name) -> str");

@@ -27,6 +27,7 @@ from rerank_kernels.ops.linear import linear
 from rerank_kernels.ops.mode import of_the_model
 from rerank_kernels.ops.pooling import pool, score_head
 from rerank_kernels.ops.softmax import mean, softmax, sum  # noqa: A004
+from rerank_kernels.ops.sparse_ffn import sparse_ffn
 
 # of each op the case with the most arguments
 CASES = [max((c for c in cases.CASES if c.op == op), key=lambda c: len(c.rows) + len(c.shared) + len(c.options)) for op in OPS]
@@ -104,18 +105,19 @@ def test_inductor() -> None:
 
 
 def test_weights_are_laid_out_once() -> None:
-    """The op gets the caller's own weight, so the layout made of it is found again."""
+    """The op gets the caller's own weights, so the layout made of one is found again."""
     require("cpu")
-    w = torch.nn.Parameter(numbers("w", (40, 33), torch.float32))
-    x = numbers("x", (5, 33), torch.float32)
-    g = compiled(lambda x: linear(x, w))
+    up, down = (torch.nn.Parameter(numbers(name, s, torch.float32)) for name, s in (("up", (40, 33)), ("down", (9, 40))))
+    x = numbers("x", (1, 33), torch.float32)
+    g = compiled(lambda x: sparse_ffn(x, up, down))
     want = g(x)
-    kept = X
+    kept = layout._kept["transposed"][down].layout
     same(g(x), want, "again")
-    assert X is kept and not want.requires_grad
+    assert layout._kept["transposed"][down].layout is kept and not want.requires_grad
     with torch.no_grad():
-        w.mul_(2.0)
-    same(g(x), linear(x, w), "after an in-place change")
+        down.mul_(2.0)
+    same(g(x), sparse_ffn(x, up, down), "after an in-place change")
+    same(g(x), want * 2.0, "after a change that doubles")
 
 
 def test_errors_are_the_ops_own() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -90,39 +92,66 @@ def on_the_edge() -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.promise("portable")
 def test_screening_costs_no_bit(backend: Backend) -> None:
-    """One row is screened with a bfloat16 copy, which takes most of these neurons for the wrong side of 0."""
+    """One row is screened with copies in 8 bits a weight, which take most of these neurons for the wrong side of 0."""
     x, up, bias, down = on_the_edge()
     exact = linear(x, up, bias)
-    rough = linear(x, up.bfloat16(), bias)
+    rough = linear(x, up.bfloat16(), bias)  # closer than the copies are
     assert int(((exact > 0) != (rough > 0)).sum()) > 50, "the case has no power: the copy errs nowhere"
     for scale in (1.0, 1e-3, 1e3, 1e-25, 1e18):  # out to where the bound must not be trusted
         h = linear(x * scale, up, bias * scale, activation="relu")
         same(sparse_ffn(x * scale, up, down, up_bias=bias * scale), linear(h, down), f"sparse against dense, scale {scale:g}")
 
 
-def test_screening_without_its_bound_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("column", [1, 3], ids=["of the coarse copy", "of both copies"])
+def test_screening_without_its_bound_is_caught(column: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cpu's kernels are the only ones that screen."""
     require("cpu")
     from rerank_kernels.native import sparse_ffn as native
 
     honest = native.screen
-    monkeypatch.setattr(native, "screen", lambda w: (honest(w)[0], torch.full_like(honest(w)[1], 1e-29)))
+
+    def without(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        coarse, rest, bounds = honest(weight)
+        bounds = bounds.clone()
+        bounds[:, column] = 1e-29
+        return coarse, rest, bounds
+
+    monkeypatch.setattr(native, "screen", without)
     with registry.use("cpu"), pytest.raises(AssertionError, match="sparse against dense"):
         test_screening_costs_no_bit(registry.BACKENDS["cpu"])
 
 
-def test_screening_bound_holds() -> None:
-    """slack * |x| is above the error of the copy, in float64, for random and for adversarial rows; and it is not idle."""
+def test_screening_bounds_hold() -> None:
+    """bound * |x| is above the error of the copies, in float64, for random and for adversarial rows; and it is not idle."""
     layout = pytest.importorskip("rerank_kernels.native.layout")
     require("cpu")
     w = numbers("w", (200, 1100), torch.float32)
-    low = w.bfloat16().double()
-    _, slack = layout.screen(w)
-    for x in (numbers("x", (1, 1100), torch.float32)[0], (w - w.bfloat16().float())[7], torch.ones(1100)):
-        error = ((w.double() - low) @ x.double()).abs()
-        bound = slack.double() * x.double().norm()
-        assert bool((error <= bound).all())
-        assert bool((bound <= 0.02 * w.double().norm(dim=1) * x.double().norm()).all()), "a bound this loose screens nothing"
+    w[3] = 0.0
+    w[4] *= 1e-42  # subnormal: its scale is 0, and all of it is left out
+    w[5, 7] = 1e4
+    coarse, rest, bounds = layout.screen(w)
+    assert int(coarse[0].abs().max()) == 127, "the scale is the row's own"
+    scales = bounds.double()
+    about = scales[:, 0:1] * coarse.double()
+    closer = about + scales[:, 2:3] * rest.double()
+    for copy, bound, idle in ((about, scales[:, 1], 0.05), (closer, scales[:, 3], 5e-4)):
+        for x in (numbers("x", (1, 1100), torch.float32)[0], (w - copy.float())[7], torch.ones(1100)):
+            norm = x.double().norm()
+            assert bool((((w.double() - copy) @ x.double()).abs() <= bound * norm).all())
+        weights = w.double().norm(dim=1)
+        tight = (bound <= idle * weights) | (weights < 1e-30)
+        assert bool(tight.all()), "a bound this loose screens nothing"
+
+
+def test_screening_of_huge_inputs_and_infinite_weights() -> None:
+    """What would overflow in the copies' sums is looked at exactly."""
+    require("cpu")
+    with registry.use("cpu"):
+        x, up, down = torch.full((1, 64), 1e37), torch.full((3, 64), -1e-36), torch.ones(2, 3)
+        up[1] = 1e-36
+        same(sparse_ffn(x, up, down), linear(linear(x, up, activation="relu"), down), "huge inputs, tiny weights")
+        up[2, 5] = -math.inf
+        same(sparse_ffn(torch.ones(1, 64), up, down), linear(linear(torch.ones(1, 64), up, activation="relu"), down), "-inf")
 
 
 def test_errors(backend: Backend) -> None:

@@ -73,11 +73,11 @@ RK_INLINE void dot_panel(int rows, const float* a, int64_t lda, const float* b, 
     }
 }
 
-constexpr int64_t PREFETCH = W == 1 ? 0 : 512;  // bytes that a weight's rows are read ahead
+// Bytes that a weight's rows are fetched ahead: the hardware's prefetcher stops at each page. A hint, it never faults.
+constexpr int64_t PREFETCH = W == 1 ? 0 : 512;
 
-// W values of each of W rows, ld apart, turned: v[i] holds value i of every row. AHEAD: how far on to prefetch, in values; the
-// hardware's own stops at each page, and a hint never faults.
-template <int64_t AHEAD, class T>
+// W values of each of W rows, ld apart, turned: v[i] holds value i of every row.
+template <class T>
 RK_INLINE void load_turned(const T* from, int64_t ld, Vec* v) {
 #pragma GCC unroll 4
     for (int c = 0; c < W; c += 4) {
@@ -86,7 +86,7 @@ RK_INLINE void load_turned(const T* from, int64_t ld, Vec* v) {
         asm("" : "+r"(row));
 #pragma GCC unroll 4
         for (int i = 0; i < 4 && i < W; ++i) {
-            if (AHEAD > 0) __builtin_prefetch(row + i * ld + AHEAD);
+            if (PREFETCH > 0) __builtin_prefetch(row + i * ld + PREFETCH / int64_t(sizeof(T)));
             v[c + i] = load(row + i * ld);
         }
     }
@@ -106,7 +106,7 @@ static __attribute__((noinline)) void lay_panel(const T* from, int64_t ld, int c
         const int64_t whole = columns - c < W ? 0 : depth / W * W;
         Vec v[W];
         for (int64_t k = 0; k < whole; k += W) {
-            load_turned<PREFETCH / int64_t(sizeof(T))>(from + k, ld, v);
+            load_turned(from + k, ld, v);
 #pragma GCC unroll 16
             for (int i = 0; i < W; ++i) store(to + (k + i) * PANEL, v[i]);
         }
@@ -118,16 +118,15 @@ static __attribute__((noinline)) void lay_panel(const T* from, int64_t ld, int c
     }
 }
 
-// Few rows: reading the weight is the work. Its values are turned in registers and never stored. sums[r * PANEL + c] as
-// dot_tile would leave them.
+// Few rows: reading the weight is the work. Its rows, PANEL of them wherever they lie, are turned in registers and never stored.
+// sums[r * PANEL + c] as dot_tile would leave them.
 constexpr int FEW_ROWS = W == 16 ? 4 : 1;
 
 template <int ROWS, int SPAN, class T>
-static __attribute__((noinline)) void dot_few(const float* a, int64_t lda, const T* w, int64_t ld, int columns, int64_t K,
-                                              float* sums) {
+static __attribute__((noinline)) void dot_few(const float* a, int64_t lda, const T* const* weights, int64_t K, float* sums) {
     constexpr int GROUPS = PANEL / W;  // side by side, so that one's additions need not wait for themselves
     for (int64_t k0 = 0; k0 < K; k0 += SPAN) {
-        const int64_t k1 = k0 + SPAN < K ? k0 + SPAN : K, whole = columns < PANEL ? k0 : k0 + (k1 - k0) / W * W;
+        const int64_t k1 = k0 + SPAN < K ? k0 + SPAN : K, whole = k0 + (k1 - k0) / W * W;
         Vec acc[ROWS][GROUPS], v[W];
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r)
@@ -136,20 +135,27 @@ static __attribute__((noinline)) void dot_few(const float* a, int64_t lda, const
         for (int64_t k = k0; k < whole; k += W)
 #pragma GCC unroll 32
             for (int g = 0; g < GROUPS; ++g) {
-                load_turned<PREFETCH / int64_t(sizeof(T))>(w + g * W * ld + k, ld, v);
+#pragma GCC unroll 16
+                for (int c = 0; c < W; ++c) {
+                    const T* from = weights[g * W + c] + k;
+                    if (PREFETCH > 0) __builtin_prefetch(from + PREFETCH / int64_t(sizeof(T)));
+                    v[c] = load(from);
+                }
+                transpose(v);
 #pragma GCC unroll 16
                 for (int i = 0; i < W; ++i)
 #pragma GCC unroll 4
                     for (int r = 0; r < ROWS; ++r) acc[r][g] = fmadd(all(a[r * lda + k + i]), v[i], acc[r][g]);
             }
-        for (int64_t k = whole; k < k1; k += W) {
-            const int deep = int(k1 - k < W ? k1 - k : W);
+        if (whole < k1) {
+            const int deep = int(k1 - whole);
 #pragma GCC unroll 32
             for (int g = 0; g < GROUPS; ++g) {
-                load_turned_some(w + g * W * ld + k, ld, columns - g * W, deep, v);
+                for (int c = 0; c < W; ++c) v[c] = load_some(weights[g * W + c] + whole, deep);
+                transpose(v);
                 for (int i = 0; i < deep; ++i)
 #pragma GCC unroll 4
-                    for (int r = 0; r < ROWS; ++r) acc[r][g] = fmadd(all(a[r * lda + k + i]), v[i], acc[r][g]);
+                    for (int r = 0; r < ROWS; ++r) acc[r][g] = fmadd(all(a[r * lda + whole + i]), v[i], acc[r][g]);
             }
         }
 #pragma GCC unroll 4
@@ -163,10 +169,10 @@ static __attribute__((noinline)) void dot_few(const float* a, int64_t lda, const
 }
 
 template <int SPAN, class T, int ROWS = FEW_ROWS>
-RK_INLINE void dot_few_of(int rows, const float* a, int64_t lda, const T* w, int64_t ld, int columns, int64_t K, float* sums) {
+RK_INLINE void dot_few_of(int rows, const float* a, int64_t lda, const T* const* weights, int64_t K, float* sums) {
     if constexpr (ROWS > 1)
-        if (rows < ROWS) return dot_few_of<SPAN, T, ROWS - 1>(rows, a, lda, w, ld, columns, K, sums);
-    dot_few<ROWS, SPAN>(a, lda, w, ld, columns, K, sums);
+        if (rows < ROWS) return dot_few_of<SPAN, T, ROWS - 1>(rows, a, lda, weights, K, sums);
+    dot_few<ROWS, SPAN>(a, lda, weights, K, sums);
 }
 
 // out[m, n] = round(act(sum + bias) + residual) for a tile of finished sums.
@@ -242,7 +248,9 @@ static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end,
         }
         for (int64_t p = p_begin; p < p_end; ++p) {
             const int columns = columns_of(g, p);
-            dot_few_of<CHUNK>(int(height), a, g.K, weight + p * PANEL * g.K, g.K, columns, g.K, sums);
+            const T* rows[PANEL];  // past the last, the first again: sums that nobody stores
+            for (int c = 0; c < PANEL; ++c) rows[c] = weight + (p * PANEL + (c < columns ? c : 0)) * g.K;
+            dot_few_of<CHUNK>(int(height), a, g.K, rows, g.K, sums);
             finish(g, sums, int(height), m_begin, p * PANEL, columns);
         }
         return;

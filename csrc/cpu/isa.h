@@ -16,6 +16,7 @@ constexpr int TILE_ROWS = 4;  // rows of a dot tile
 constexpr int TILE_VECS = 8;  // registers across a dot tile: TILE_VECS * W divides PANEL
 
 RK_INLINE Vec load(const float* p) { return *p; }
+RK_INLINE Vec load(const int8_t* p) { return float(*p); }
 RK_INLINE Vec load(const bf16* p) {
     const uint32_t u = uint32_t(p->bits) << 16;
     float f;
@@ -132,6 +133,9 @@ RK_INLINE void transpose(Vec* v) {
 }
 
 RK_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
+RK_INLINE Vec load(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 RK_INLINE Vec load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 RK_INLINE Vec load(const bf16* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -233,6 +237,9 @@ RK_INLINE __m256i narrow_bf16(__m512 v) {
     return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), even, nan));
 }
 RK_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+RK_INLINE Vec load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 RK_INLINE Vec load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 RK_INLINE Vec load(const bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 RK_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v.v); }

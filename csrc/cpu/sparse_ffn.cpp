@@ -1,8 +1,10 @@
 // sparse_ffn.cpp: a ReLU or ReGLU feed-forward layer on the CPU that reads little more than what active neurons need.
 //
-// 1. Which neurons are active? For float32 weights a copy of the first matrix in bfloat16 gives an approximate activation and
-//    a bound on its error. Where even the upper bound is negative, relu gives +0, and nothing more is read. The others get
-//    their exact value: dot products over the float32 rows. So half the memory is read, and no bit is at stake: a looser bound
+// 1. Which neurons are active? Float32 weights are screened first, with two copies in 8 bits a weight: the first matrix
+//    rounded to 127ths of each row's largest, and what that left out, rounded in its turn. From the first comes an approximate
+//    activation and a bound on its error; where even the upper bound is negative, relu gives +0, and nothing more is read.
+//    The others get the second's share, and a bound some hundred times as tight; what is left then gets its exact value: dot
+//    products over the float32 rows. So a quarter of the memory is read and little more, and no bit is at stake: a looser bound
 //    only costs time. Half-precision weights are read as they are.
 // 2. ReGLU: the rows of up, for active neurons only.
 // 3. down: an axpy over the active neurons, ascending, in the chunks of 512 neurons of `dot`. Leaving out a zero term leaves
@@ -35,51 +37,105 @@ static Tensor transpose_weight(const Tensor& weight) {
     return out;
 }
 
-static RowsArgs rows_args(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-    return RowsArgs{x.const_data_ptr(),
-                    dtype_of(x, "sparse_ffn", "x"),
+static RowsArgs rows_args(const float* x, const Tensor& weight, const std::optional<Tensor>& bias) {
+    return RowsArgs{x,
+                    Dtype::F32,
                     weight.const_data_ptr(),
                     dtype_of(weight, "sparse_ffn", "weight"),
                     bias ? bias->const_data_ptr() : nullptr,
                     bias ? dtype_of(*bias, "sparse_ffn", "bias") : Dtype::F32,
-                    x.size(1)};
+                    weight.size(1)};
 }
 
-// values[i] = dot(x[m], weight[neurons[i]]) + bias: the exact pre-activations of some neurons.
-static void some_rows(const RowsArgs& args, int64_t m, const std::vector<int32_t>& neurons, int64_t count, float* values) {
+// values[i] = dot(x, weight[neurons[i]]) + bias: the exact pre-activations of some neurons.
+static void some_rows(const RowsArgs& args, const int32_t* neurons, int64_t count, float* values) {
     for_each_task(ceil_div(count, PANEL), [&](int64_t task) {
         const int n = int(std::min<int64_t>(PANEL, count - task * PANEL));
-        RK_CALL(rows_dot, args, m, neurons.data() + task * PANEL, n, values + task * PANEL,
-                scratch(size_t(512 * PANEL + args.K + 2 * PANEL)));
+        RK_CALL(rows_dot, args, neurons + task * PANEL, n, values + task * PANEL);
     });
 }
 
-// Neurons that may be active, ascending: all but those whose upper bound is negative. The bound holds while nothing over- or
-// underflows, its own factors included, hence the limits on it; a comparison with NaN is false, so what is not a number is
-// always looked at.
-static int64_t may_be_active(const float* approximate, const float* slack, float norm, int64_t F, std::vector<int32_t>& out) {
+// A first matrix in 8 bits a weight, twice, and what the copies leave out; see rerank_kernels/native/layout.py, screen.
+struct Screen {
+    const int8_t *coarse, *rest;  // [F, K]
+    const float* bounds;          // [F, 4]: scale of coarse, error bound of it alone; scale of rest, error bound of both
+
+    // Whether neuron f's pre-activation, given about `value`, is below zero for certain. The bound holds while nothing over-
+    // or underflows, its own factors included, hence the limits; a comparison with NaN is false, so what is not a number is
+    // always looked at.
+    bool off(int64_t f, int which, float value, float norm) const {
+        const float slack = bounds[4 * f + which], s = norm * slack;
+        const bool trusted = slack >= 0x1p-126f && norm > 1e-30f && norm < 1e30f && s > 1e-30f && s < 1e30f;
+        return trusted && value + s < 0.0f;
+    }
+};
+
+// Neurons of row m that may be active, ascending, into neurons; x [K], about [F] their coarse sums, bias [F] or null.
+static int64_t may_be_active(const Screen& screen, const float* x, float norm, const float* about, const float* bias, int64_t F,
+                             int64_t K, std::vector<int32_t>& neurons, std::vector<float>& values) {
     int64_t count = 0;
     for (int64_t f = 0; f < F; ++f) {
-        const float s = norm * slack[f];
-        const bool trusted = slack[f] >= 0x1p-126f && norm >= 0x1p-126f && s > 1e-30f && s < 1e30f;
-        const bool off = trusted && approximate[f] + s < 0.0f;
-        out[count] = int32_t(f);
-        count += !off;
+        const float value = screen.bounds[4 * f] * about[f], biased = bias ? value + bias[f] : value;
+        neurons[count] = int32_t(f);
+        values[count] = value;
+        count += !screen.off(f, 1, biased, norm);
     }
-    return count;
+    constexpr int64_t block = 64;
+    std::vector<float> more(count);
+    for_each_task(ceil_div(count, block), [&](int64_t task) {
+        const int64_t begin = task * block, end = std::min(begin + block, count);
+        RK_CALL(about_listed, x, K, screen.rest, neurons.data() + begin, end - begin, more.data() + begin);
+    });
+    int64_t left = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t f = neurons[i];
+        const float value = values[i] + screen.bounds[4 * f + 2] * more[i], biased = bias ? value + bias[f] : value;
+        neurons[left] = int32_t(f);
+        left += !screen.off(f, 3, biased, norm);
+    }
+    return left;
+}
+
+static Tensor as_float(const Tensor& x) {
+    if (x.scalar_type() == ScalarType::Float) return x;
+    Tensor wide = torch::stable::new_empty(x, x.sizes(), ScalarType::Float);
+    RK_CALL(widen_all, dtype_of(x, "sparse_ffn", "x"), x.const_data_ptr(), x.numel(),
+            static_cast<float*>(wide.mutable_data_ptr()));
+    return wide;
 }
 
 static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std::optional<Tensor>& first_bias,
-                         const std::optional<Tensor>& first_copy, const std::optional<Tensor>& slack, const std::optional<Tensor>& up_weight,
+                         const std::optional<Tensor>& coarse, const std::optional<Tensor>& rest,
+                         const std::optional<Tensor>& bounds, const std::optional<Tensor>& up_weight,
                          const std::optional<Tensor>& up_bias, const Tensor& down_rows,
                          const std::optional<Tensor>& down_bias) {
-    const int64_t M = x.size(0), F = down_rows.size(0), D = down_rows.size(1);
+    const int64_t M = x.size(0), K = x.size(1), F = down_rows.size(0), D = down_rows.size(1);
     RK_CHECK(F > 0 && D > 0, "sparse_ffn", "F and D must be > 0");
-    RK_CHECK(!slack || (slack->scalar_type() == ScalarType::Float && slack->numel() == F), "sparse_ffn",
-             "slack must be float32 [F]");
+    const bool screened = coarse && rest && bounds;
+    if (screened)
+        for (const Tensor* copy : {&*coarse, &*rest})
+            RK_CHECK(copy->scalar_type() == ScalarType::Char && copy->numel() == F * K && copy->is_contiguous(), "sparse_ffn",
+                     "coarse and rest must be int8 [F, K]");
+    RK_CHECK(!screened || (bounds->scalar_type() == ScalarType::Float && bounds->numel() == 4 * F && bounds->is_contiguous()),
+             "sparse_ffn", "bounds must be float32 [F, 4]");
     const ContractFloats floats;
+    const Tensor wide = as_float(x);
+    const auto* rows = static_cast<const float*>(wide.const_data_ptr());
     Tensor first = empty(x, {M, F}, ScalarType::Float), y = empty(x, {M, D}, x.scalar_type());
-    run_linear(linear_args("sparse_ffn", x, first_copy ? *first_copy : first_weight, first_bias, 0, first));
+    auto* const sums = static_cast<float*>(first.mutable_data_ptr());
+    Screen screen{};
+    std::optional<Tensor> bias;
+    if (screened) {
+        screen = {static_cast<const int8_t*>(coarse->const_data_ptr()), static_cast<const int8_t*>(rest->const_data_ptr()),
+                  static_cast<const float*>(bounds->const_data_ptr())};
+        if (first_bias) bias = as_float(*first_bias);
+        constexpr int64_t block = 32;
+        for_each_task(ceil_div(F, block), [&](int64_t task) {
+            RK_CALL(about_all, rows, M, K, screen.coarse, task * block, std::min((task + 1) * block, F), sums, F);
+        });
+    } else {
+        run_linear(linear_args("sparse_ffn", x, first_weight, first_bias, 0, first));
+    }
     const AxpyArgs args{down_rows.const_data_ptr(),
                         dtype_of(down_rows, "sparse_ffn", "down_weight"),
                         down_bias ? down_bias->const_data_ptr() : nullptr,
@@ -90,12 +146,13 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
     std::vector<int32_t> neurons(F);
     std::vector<float> h(F), up(up_weight ? F : 0);
     for (int64_t m = 0; m < M; ++m) {
-        const float* row = static_cast<const float*>(first.const_data_ptr()) + m * F;
+        const float *row = sums + m * F, *token = rows + m * K;
         int64_t count = F;
-        if (slack) {
-            const float norm = RK_CALL(norm_of, rows_args(x, first_weight, first_bias), m);
-            count = may_be_active(row, static_cast<const float*>(slack->const_data_ptr()), norm, F, neurons);
-            some_rows(rows_args(x, first_weight, first_bias), m, neurons, count, h.data());
+        if (screened) {
+            const float norm = RK_CALL(norm_of, token, K);
+            const float* biases = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+            count = may_be_active(screen, token, norm, row, biases, F, K, neurons, h);
+            some_rows(rows_args(token, first_weight, first_bias), neurons.data(), count, h.data());
         } else {
             for (int64_t f = 0; f < F; ++f) {
                 neurons[f] = int32_t(f);
@@ -110,7 +167,7 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
             active += !(value <= 0.0f);
         }
         if (up_weight) {
-            some_rows(rows_args(x, *up_weight, up_bias), m, neurons, active, up.data());
+            some_rows(rows_args(token, *up_weight, up_bias), neurons.data(), active, up.data());
             for (int64_t i = 0; i < active; ++i) h[i] = h[i] * up[i];
         }
         // Wide shares of the columns: a neuron's weights are read as long runs of memory.
@@ -138,75 +195,76 @@ STABLE_TORCH_LIBRARY_IMPL(rerank_kernels, CPU, m) {
 namespace rk {
 namespace RK_ISA {
 
-// An upper bound of the Euclidean norm of x[m].
-static float norm_of(const RowsArgs& a, int64_t m) {
-    constexpr int BLOCK = 256;
-    float block[BLOCK];
+[[maybe_unused]] static void widen_all(Dtype dtype, const void* x, int64_t n, float* to) { widen(dtype, x, 0, n, to); }
+
+// An upper bound of the Euclidean norm of x.
+static float norm_of(const float* x, int64_t K) {
     double sum = 0.0;
-    for (int64_t k = 0; k < a.K; k += BLOCK) {
-        const int64_t n = a.K - k < BLOCK ? a.K - k : BLOCK;
-        widen(a.x_dtype, a.x, m * a.K + k, n, block);
-        for (int64_t i = 0; i < n; ++i) sum += double(block[i]) * double(block[i]);
-    }
+    for (int64_t k = 0; k < K; ++k) sum += double(x[k]) * double(x[k]);
     return float(__builtin_sqrt(sum) * 1.0001);
 }
 
-// to[k * PANEL + c] = from[c][k] for 8 rows c and 8 k.
-RK_INLINE void transpose_8x8(const float* const from[8], int64_t k, float* to) {
-#ifdef RK_ISA_SCALAR
-    for (int i = 0; i < 8; ++i)
-        for (int c = 0; c < 8; ++c) to[i * PANEL + c] = from[c][k + i];
-#else
-    __m256 r[8], t[8];
-    for (int c = 0; c < 8; ++c) r[c] = _mm256_loadu_ps(from[c] + k);
-    for (int c = 0; c < 8; c += 2) {
-        t[c] = _mm256_unpacklo_ps(r[c], r[c + 1]);
-        t[c + 1] = _mm256_unpackhi_ps(r[c], r[c + 1]);
-    }
-    for (int c = 0; c < 8; c += 4)
+// sums[i] = about dot(x, row[i]) for up to 4 rows of 8-bit weights: in the order that is fastest, for it decides no bit.
+constexpr int ABOUT_ROWS = 4;
+RK_INLINE void about(const float* x, int64_t K, const int8_t* const* row, float* sums) {
+    Vec acc[ABOUT_ROWS][2];
+#pragma GCC unroll 4
+    for (int i = 0; i < ABOUT_ROWS; ++i) acc[i][0] = acc[i][1] = all(0.0f);
+    int64_t k = 0;
+    for (; k + 2 * W <= K; k += 2 * W)
+#pragma GCC unroll 2
         for (int j = 0; j < 2; ++j) {
-            r[c + 2 * j] = _mm256_shuffle_ps(t[c + j], t[c + 2 + j], 0x44);
-            r[c + 2 * j + 1] = _mm256_shuffle_ps(t[c + j], t[c + 2 + j], 0xEE);
+            const Vec v = load(x + k + j * W);
+#pragma GCC unroll 4
+            for (int i = 0; i < ABOUT_ROWS; ++i) acc[i][j] = fmadd(load(row[i] + k + j * W), v, acc[i][j]);
         }
-    for (int i = 0; i < 4; ++i) {
-        _mm256_storeu_ps(to + i * PANEL, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-        _mm256_storeu_ps(to + (i + 4) * PANEL, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    for (int i = 0; i < ABOUT_ROWS; ++i) {
+        float tail = 0.0f;
+        for (int64_t t = k; t < K; ++t) tail += float(row[i][t]) * x[t];
+        sums[i] = fold_register(acc[i][0] + acc[i][1]) + tail;
     }
-#endif
 }
 
-// values[i] = dot(x[m], weight[neurons[i]]) + bias[neurons[i]] for up to 32 neurons. Their rows become a packed panel, one
-// chunk of K at a time, so that lanes are neurons and each keeps its own chain.
-static void rows_dot(const RowsArgs& a, int64_t m, const int32_t* neurons, int n, float* values, float* memory) {
-    float* panel = memory;             // [CHUNK][PANEL]
-    float* x = panel + CHUNK * PANEL;  // [K]
-    widen(a.x_dtype, a.x, m * a.K, a.K, x);
-    float sums[PANEL];
-    for (int64_t k0 = 0; k0 < a.K; k0 += CHUNK) {
-        const int64_t k1 = k0 + CHUNK < a.K ? k0 + CHUNK : a.K;
-        for (int c0 = 0; c0 < PANEL; c0 += 8) {
-            float wide[8][64];
-            const float* from[8];
-            for (int64_t k = k0; k < k1; k += 64) {
-                const int some = int(k1 - k < 64 ? k1 - k : 64);
-                for (int c = 0; c < 8; ++c) {
-                    const int64_t at = int64_t(neurons[c0 + c < n ? c0 + c : 0]) * a.K + k;
-                    if (a.weight_dtype == Dtype::F32) {
-                        from[c] = static_cast<const float*>(a.weight) + at;
-                    } else {
-                        widen(a.weight_dtype, a.weight, at, some, wide[c]);
-                        from[c] = wide[c];
-                    }
-                }
-                float* to = panel + (k - k0) * PANEL + c0;
-                int i = 0;
-                for (; i + 8 <= some; i += 8) transpose_8x8(from, i, to + i * PANEL);
-                for (; i < some; ++i)
-                    for (int c = 0; c < 8; ++c) to[i * PANEL + c] = from[c][i];
-            }
+// sums[m * F + f] for all M tokens and neurons f in [begin, end).
+static void about_all(const float* x, int64_t M, int64_t K, const int8_t* weights, int64_t begin, int64_t end, float* sums,
+                      int64_t F) {
+    for (int64_t f = begin; f < end; f += ABOUT_ROWS) {
+        const int n = int(end - f < ABOUT_ROWS ? end - f : ABOUT_ROWS);
+        const int8_t* row[ABOUT_ROWS];
+        for (int i = 0; i < ABOUT_ROWS; ++i) row[i] = weights + (f + (i < n ? i : 0)) * K;
+        for (int64_t m = 0; m < M; ++m) {
+            float some[ABOUT_ROWS];
+            about(x + m * K, K, row, some);
+            for (int i = 0; i < n; ++i) sums[m * F + f + i] = some[i];
         }
-        dot_panel<CHUNK>(1, x, a.K, panel - k0 * PANEL, k0, k1, sums, PANEL, PANEL, k0 == 0);
     }
+}
+
+// sums[i] for one token and the neurons of a list.
+static void about_listed(const float* x, int64_t K, const int8_t* weights, const int32_t* neurons, int64_t count, float* sums) {
+    for (int64_t j = 0; j < count; j += ABOUT_ROWS) {
+        const int n = int(count - j < ABOUT_ROWS ? count - j : ABOUT_ROWS);
+        const int8_t* row[ABOUT_ROWS];
+        for (int i = 0; i < ABOUT_ROWS; ++i) row[i] = weights + int64_t(neurons[j + (i < n ? i : 0)]) * K;
+        float some[ABOUT_ROWS];
+        about(x, K, row, some);
+        for (int i = 0; i < n; ++i) sums[j + i] = some[i];
+    }
+}
+
+template <class T>
+RK_INLINE void rows_dot_of(const RowsArgs& a, const int32_t* neurons, int n, float* sums) {
+    const T* row[PANEL];
+    for (int c = 0; c < PANEL; ++c) row[c] = static_cast<const T*>(a.weight) + int64_t(neurons[c < n ? c : 0]) * a.K;
+    dot_few<1, CHUNK>(static_cast<const float*>(a.x), a.K, row, a.K, sums);
+}
+
+// values[i] = dot(x, weight[neurons[i]]) + bias[neurons[i]] for up to PANEL neurons, each with its own chain.
+static void rows_dot(const RowsArgs& a, const int32_t* neurons, int n, float* values) {
+    alignas(64) float sums[PANEL];
+    if (a.weight_dtype == Dtype::F32) rows_dot_of<float>(a, neurons, n, sums);
+    else if (a.weight_dtype == Dtype::F16) rows_dot_of<f16>(a, neurons, n, sums);
+    else rows_dot_of<bf16>(a, neurons, n, sums);
     for (int c = 0; c < n; ++c) {
         float bias = 0.0f;
         if (a.bias) widen(a.bias_dtype, a.bias, neurons[c], 1, &bias);
@@ -215,17 +273,22 @@ static void rows_dot(const RowsArgs& a, int64_t m, const int32_t* neurons, int n
 }
 
 // sum[d] = fma(h[r], down[active[r]][d], sum[d]) for ROWS active neurons in turn; d over [0, columns).
+// Meanwhile the rows of up to ROWS that come `next` are fetched: they lie wherever they lie.
 template <int ROWS, class T>
-RK_INLINE void axpy(const T* down, int64_t stride, const int32_t* active, const float* h, float* sum, int64_t columns) {
-    const T* row[ROWS];
+RK_INLINE void axpy(const T* down, int64_t stride, const int32_t* active, const float* h, float* sum, int64_t columns,
+                    int64_t next) {
+    const T *row[ROWS], *then[ROWS];
     float weight[ROWS];
     for (int r = 0; r < ROWS; ++r) {
         row[r] = down + active[r] * stride;
+        then[r] = r < next ? down + active[ROWS + r] * stride : row[r];
         weight[r] = h[r];
     }
     int64_t d = 0;
     for (; d + W <= columns; d += W) {
         Vec s = load(sum + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) __builtin_prefetch(then[r] + d);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) s = fmadd(all(weight[r]), load(row[r] + d), s);
         store(sum + d, s);
@@ -251,8 +314,8 @@ static void axpy_block_of(const AxpyArgs& a, int64_t m, int64_t begin, int64_t e
         int64_t last = i;
         while (last < count && active[last] < chunk_end) ++last;
         for (int64_t d = 0; d < columns; d += W) store(sum + d, all(0.0f));
-        for (; i + 4 <= last; i += 4) axpy<4>(down, a.D, active + i, h + i, sum, columns);
-        for (; i < last; ++i) axpy<1>(down, a.D, active + i, h + i, sum, columns);
+        for (; i + 4 <= last; i += 4) axpy<4>(down, a.D, active + i, h + i, sum, columns, count - i - 4);
+        for (; i < last; ++i) axpy<1>(down, a.D, active + i, h + i, sum, columns, count - i - 1);
         for (int64_t d = 0; d < columns; d += W) store(total + d, load(total + d) + load(sum + d));
     }
     for (int64_t d = 0; d < columns; d += W) {

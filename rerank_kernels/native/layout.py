@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class _Kept:
     version: int
     view: Tensor  # some values of the source, where they lie
     sample: Tensor  # what they were
-    layout: Tensor
+    layout: Any
 
 
 _kept: dict[str, WeakTensorKeyDictionary] = {}
@@ -47,31 +48,38 @@ def check_finite(weight: Tensor) -> None:
     _cached("finite", weight, lambda w: finite(w).new_empty(0))
 
 
-def screen(weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """A bfloat16 copy of [N, K], and slack [N]: |dot(x, w) - dot(x, copy)| <= slack[n] * |x| for both as computed.
+def screen(weight: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """[N, K] in 8 bits a weight, twice: coarse and rest, int8 [N, K], and bounds, float32 [N, 4]; of float32 weights on the CPU.
 
-    By Cauchy and Schwarz: |w - copy| for the rounding of the weights, and twice the error bound of a `dot` of K terms,
-    u (chunk + number of chunks) |x| |w|, for the arithmetic. The norms are taken in float64; 1.0001 covers what is left.
-    Half-precision weights are no larger than the copy would be: they are their own copy, and there is no slack. A GPU's
-    kernels do not screen.
+    Row n is about bounds[n, 0] * coarse[n], off by |dot(x, w) - dot(x, that)| <= bounds[n, 1] |x|, both as computed; and about
+    bounds[n, 0] * coarse[n] + bounds[n, 2] * rest[n], off by at most bounds[n, 3] |x|.
+
+    The bounds, by Cauchy and Schwarz: |w - copy| for what the copy leaves out, and for the arithmetic u * steps * |x| |w|, as
+    many steps as the longest chain of additions, which for a `dot` of K terms is a chunk and the number of chunks, and for the
+    copies' sums, whose order is free, K. Norms are taken in float64; 1.01 covers the copies' own, 1.0001 what is left.
     """
     if weight.dtype != torch.float32 or weight.device.type not in SCREENS_ON:
-        return None, None
+        return None
+    return _cached("screen", weight, _screened)
 
-    def slack(w: Tensor) -> Tensor:
-        k = w.shape[1]
-        steps = min(k, 512) + -(-k // 512) + 4
-        parts = []
-        for rows in w.split(512):  # in float64, so not all at once
-            exact = rows.double()
-            lost = (exact - rows.bfloat16().double()).norm(dim=1)
-            parts.append((1.0001 * (lost + 2.02 * steps * 2.0**-24 * exact.norm(dim=1))).float())
-        return torch.cat(parts)
 
-    return (
-        _cached("screen", weight, lambda w: w.bfloat16().contiguous()),
-        _cached("slack", weight, slack),
-    )
+def _screened(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n, k = weight.shape
+    coarse, rest = (weight.new_empty(n, k, dtype=torch.int8) for _ in range(2))
+    bounds = weight.new_empty(n, 4)
+    steps = min(k, 512) + -(-k // 512) + k + 16
+    for at in range(0, n, 512):  # in float64, so not all at once
+        rows = slice(at, min(at + 512, n))
+        exact = weight[rows].double()
+        left, arithmetic = exact, steps * 2.0**-24 * 1.01 * exact.norm(dim=1)
+        for i, copy in ((0, coarse), (2, rest)):
+            scale = (left.abs().amax(dim=1) / 127.0).float()
+            steps_of = (left / scale.double().clamp_min(1e-300)[:, None]).round().clamp(-127, 127).nan_to_num(0.0)
+            copy[rows] = steps_of.to(torch.int8)
+            left = left - steps_of * scale.double()[:, None]
+            bounds[rows, i] = scale
+            bounds[rows, i + 1] = (1.0001 * (left.norm(dim=1) + arithmetic)).float()
+    return coarse, rest, bounds
 
 
 def contiguous(weight: Tensor) -> Tensor:
@@ -97,7 +105,7 @@ def forget(model: Tensor | nn.Module) -> None:
             table.pop(weight, None)
 
 
-def _cached(kind: str, weight: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+def _cached(kind: str, weight: Tensor, make: Callable[[Tensor], Any]) -> Any:
     if weight.is_inference():  # made under torch.inference_mode: it has no version, so any write to it goes unseen
         return make(weight)
     table = _kept.setdefault(kind, WeakTensorKeyDictionary())

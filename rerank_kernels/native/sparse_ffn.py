@@ -29,14 +29,15 @@ def sparse_ffn(
     if x.shape[0] >= DENSE_ROWS:
         return _dense(linear, x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
     first, first_bias = (up_weight, up_bias) if gate_weight is None else (gate_weight, gate_bias)
-    # the CPU first reads float32 weights as a bfloat16 copy, which shows most inactive neurons (csrc/cpu/sparse_ffn.cpp)
-    first_copy, slack = screen(first)
+    # the CPU first reads float32 weights in 8 bits each, which show most inactive neurons (csrc/cpu/sparse_ffn.cpp)
+    coarse, rest, bounds = screen(first) or (None, None, None)
     return torch.ops.rerank_kernels.sparse_ffn(
         x,
         contiguous(first),
         None if first_bias is None else first_bias.contiguous(),
-        first_copy,
-        slack,
+        coarse,
+        rest,
+        bounds,
         None if gate_weight is None else contiguous(up_weight),
         None if gate_weight is None or up_bias is None else up_bias.contiguous(),
         transposed(down_weight),
