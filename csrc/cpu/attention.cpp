@@ -102,10 +102,10 @@ static void attend(const AttentionArgs& a, int64_t first, int64_t length, int64_
     const int64_t keys = (length + PANEL - 1) / PANEL * PANEL, width = (a.D + PANEL - 1) / PANEL * PANEL;
     float* keys_laid = memory;
     float* values_laid = keys_laid + keys * a.D;
-    const int64_t lds = keys + ROW_GAP;        // as in gemm.h: not a multiple of 4096 bytes
-    float* scores = values_laid + keys * width;   // [TILE_ROWS][lds]
-    float* q_rows = scores + TILE_ROWS * lds;  // [TILE_ROWS][D]
-    float* sums = q_rows + TILE_ROWS * width;  // [TILE_ROWS][PANEL]
+    const int64_t lds = keys + ROW_GAP;          // as in gemm.h: not a multiple of 4096 bytes
+    float* scores = values_laid + keys * width;  // [TILE_ROWS][lds]
+    float* q_rows = scores + TILE_ROWS * lds;    // [TILE_ROWS][D]
+    float* sums = q_rows + TILE_ROWS * width;    // [TILE_ROWS][PANEL]
     if (a.dtype == Dtype::F32) lay_keys<float>(a, first, length, kv_head, keys_laid);
     else if (a.dtype == Dtype::F16) lay_keys<f16>(a, first, length, kv_head, keys_laid);
     else lay_keys<bf16>(a, first, length, kv_head, keys_laid);
@@ -137,7 +137,8 @@ static void attend(const AttentionArgs& a, int64_t first, int64_t length, int64_
             }
             for (int64_t d0 = 0; d0 < a.D; d0 += PANEL) {
                 const int columns = int(a.D - d0 < PANEL ? a.D - d0 : PANEL);
-                dot_panel<KEY_TILE>(rows, scores, lds, values_laid + d0 * length, key_begin, key_end, sums, PANEL, columns, true);
+                dot_panel<KEY_TILE>(rows, scores, lds, values_laid + d0 * length, key_begin, key_end, sums, PANEL, columns,
+                                    true);
                 for (int r = 0; r < rows; ++r)
                     for (int c = 0; c < columns; c += W) {
                         const int64_t at = ((first + i0 + r) * a.H + head) * a.D + d0 + c;

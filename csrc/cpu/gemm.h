@@ -118,8 +118,8 @@ static __attribute__((noinline)) void lay_panel(const T* from, int64_t ld, int c
     }
 }
 
-// Few rows: reading the weight is the work. Its rows, PANEL of them wherever they lie, are turned in registers and never stored.
-// sums[r * PANEL + c] as dot_tile would leave them.
+// Few rows: reading the weight is the work. Its rows, PANEL of them wherever they lie, are turned in registers and never
+// stored. sums[r * PANEL + c] as dot_tile would leave them.
 constexpr int FEW_ROWS = W == 16 ? 4 : 1;
 
 template <int ROWS, int SPAN, class T>
@@ -215,27 +215,28 @@ RK_INLINE int columns_of(const LinearArgs& g, int64_t panel) {
     return int(g.N - panel * PANEL < PANEL ? g.N - panel * PANEL : PANEL);
 }
 
-// A block of outputs takes K in steps of a chunk: the weight's panels for one step, GROUP of them, are laid into half of the
-// second-level cache, then the rows pass over them tile by tile. Sums wait in scratch between the steps.
-constexpr int64_t GROUP = 8;
+// A block of outputs takes K in steps of a chunk: the weight's panels for one step, GROUP of them, are laid into a quarter of
+// the second-level cache, then the rows pass over them tile by tile, and what comes next is fetched from memory meanwhile. Sums
+// wait in scratch between the steps.
+constexpr int64_t GROUP = 4;
 // Rows lie this many floats further apart than they are long: rows 4096 bytes apart would all fall into the same few lines of
 // the first-level cache, and real K are multiples of 1024. Rows that lie well are read where they are.
 constexpr int64_t ROW_GAP = 16;
 RK_INLINE bool in_place(const LinearArgs& g) { return g.x_dtype == Dtype::F32 && g.K % 512 != 0; }
 
-// Rows [m, m + TILE_ROWS) of x, those that there are, into the second-level cache: part `part` of `parts`, so that it takes no
-// more at a time than the products beside it hide.
-RK_INLINE void prefetch_part(const LinearArgs& g, int64_t m, int64_t m_end, int64_t k0, int64_t deep, int64_t part,
-                             int64_t parts) {
-    const int64_t size = bytes_of(g.x_dtype), lines = (deep * size + 63) / 64;
-    for (int64_t r = m; r < m_end && r < m + TILE_ROWS; ++r) {
-        const char* row = static_cast<const char*>(g.x) + (r * g.K + k0) * size;
-        for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i) __builtin_prefetch(row + i * 64, 0, 2);
+// `bytes` from each of `rows` rows, `stride` bytes apart, into the second-level cache: part `part` of `parts`, so that it takes
+// no more at a time than the products beside it hide.
+RK_INLINE void prefetch_part(const void* first, int64_t stride, int64_t rows, int64_t bytes, int64_t part, int64_t parts) {
+    const int64_t lines = (bytes + 63) / 64, begin = rows * lines * part / parts, end = rows * lines * (part + 1) / parts;
+    const char* row = static_cast<const char*>(first) + begin / lines * stride;
+    for (int64_t i = begin, line = begin % lines; i < end; ++i) {
+        __builtin_prefetch(row + line * 64, 0, 2);
+        if (++line == lines) line = 0, row += stride;
     }
 }
 
 template <class T>
-static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end, int64_t p_begin, int64_t p_end,
+static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end, int64_t p_begin, int64_t p_end, int64_t p_then,
                             float* scratch) {
     const int64_t height = m_end - m_begin, step = g.K < CHUNK ? g.K : CHUNK, lda = in_place(g) ? g.K : step + ROW_GAP;
     const T* const weight = static_cast<const T*>(g.weight);
@@ -264,6 +265,11 @@ static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end,
             const int64_t deep = g.K - k0 < step ? g.K - k0 : step;
             for (int64_t p = p0; p < p0 + group; ++p)
                 lay_panel(weight + p * PANEL * g.K + k0, g.K, columns_of(g, p), deep, panels + (p - p0) * step * PANEL);
+            // What is laid out next: further on in K, or other panels, in the end those of the next task.
+            const bool deeper = k0 + deep < g.K;
+            const int64_t then = deeper ? p0 : p0 + group < p_end ? p0 + group : p_then, then_k = deeper ? k0 + deep : 0;
+            const int64_t then_end = deeper || p0 + group >= p_end ? then + group : p_end;
+            const int64_t then_rows = (then_end * PANEL < g.N ? then_end * PANEL : g.N) - then * PANEL;
             for (int64_t m = 0; m < height; m += TILE_ROWS) {
                 const int some = int(height - m < TILE_ROWS ? height - m : TILE_ROWS);
                 const float* a = static_cast<const float*>(g.x) + (m_begin + m) * g.K + k0;
@@ -272,7 +278,14 @@ static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end,
                     a = rows;
                 }
                 for (int64_t p = p0; p < p0 + group; ++p) {
-                    prefetch_part(g, m_begin + m + TILE_ROWS, m_end, k0, deep, p - p0, group);
+                    const int64_t x_bytes = bytes_of(g.x_dtype), left = height - m - TILE_ROWS;
+                    if (left > 0)
+                        prefetch_part(static_cast<const char*>(g.x) + ((m_begin + m + TILE_ROWS) * g.K + k0) * x_bytes,
+                                      g.K * x_bytes, left < TILE_ROWS ? left : TILE_ROWS, deep * x_bytes, p - p0, group);
+                    if (then_rows > 0)
+                        prefetch_part(weight + then * PANEL * g.K + then_k, g.K * int64_t(sizeof(T)), then_rows,
+                                      (g.K - then_k < step ? g.K - then_k : step) * int64_t(sizeof(T)),
+                                      m / TILE_ROWS * group + p - p0, (height + TILE_ROWS - 1) / TILE_ROWS * group);
                     float* const tile = sums + (m * group + (p - p0) * TILE_ROWS) * PANEL;
                     const int columns = columns_of(g, p);
                     dot_panel<CHUNK>(some, a, lda, panels + (p - p0) * step * PANEL, 0, deep, tile, PANEL, columns, k0 == 0);
@@ -291,12 +304,12 @@ static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end,
     return group * step * PANEL + TILE_ROWS * (step + ROW_GAP) + tiles * TILE_ROWS * group * PANEL;
 }
 
-// Rows [m_begin, m_end) of panels [p_begin, p_end).
+// Rows [m_begin, m_end) of panels [p_begin, p_end). p_then: the panel at which this thread is likely to go on.
 [[maybe_unused]] static void linear_block(const LinearArgs& g, int64_t m_begin, int64_t m_end, int64_t p_begin, int64_t p_end,
-                                          float* scratch) {
-    if (g.weight_dtype == Dtype::F32) return linear_block_of<float>(g, m_begin, m_end, p_begin, p_end, scratch);
-    if (g.weight_dtype == Dtype::F16) return linear_block_of<f16>(g, m_begin, m_end, p_begin, p_end, scratch);
-    linear_block_of<bf16>(g, m_begin, m_end, p_begin, p_end, scratch);
+                                          int64_t p_then, float* scratch) {
+    if (g.weight_dtype == Dtype::F32) return linear_block_of<float>(g, m_begin, m_end, p_begin, p_end, p_then, scratch);
+    if (g.weight_dtype == Dtype::F16) return linear_block_of<f16>(g, m_begin, m_end, p_begin, p_end, p_then, scratch);
+    linear_block_of<bf16>(g, m_begin, m_end, p_begin, p_end, p_then, scratch);
 }
 
 [[maybe_unused]] static int tile_rows() { return TILE_ROWS; }

@@ -99,7 +99,7 @@ RK_INLINE Vec sqrt_of(Vec a) { return _mm256_sqrt_ps(a.v); }
 RK_INLINE Vec abs_of(Vec a) { return _mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF))); }
 RK_INLINE Mask lt(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 RK_INLINE Vec select(Mask m, Vec a, Vec b) { return _mm256_blendv_ps(b.v, a.v, m.m); }
-RK_INLINE Vec larger(Vec x, Vec top) { return _mm256_max_ps(x.v, top.v); }  // top if x is NaN
+RK_INLINE Vec larger(Vec x, Vec top) { return _mm256_max_ps(x.v, top.v); }    // top if x is NaN
 RK_INLINE Vec at_least(Vec low, Vec x) { return _mm256_max_ps(low.v, x.v); }  // x if x is NaN
 RK_INLINE Vec scale_by_exp2(Vec p, Vec t) {
     const __m256i n = _mm256_sub_epi32(_mm256_castps_si256(t.v), _mm256_set1_epi32(0x4B400000));
@@ -195,7 +195,7 @@ RK_INLINE Vec sqrt_of(Vec a) { return _mm512_sqrt_ps(a.v); }
 RK_INLINE Vec abs_of(Vec a) { return _mm512_abs_ps(a.v); }
 RK_INLINE Mask lt(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 RK_INLINE Vec select(Mask m, Vec a, Vec b) { return _mm512_mask_blend_ps(m.m, b.v, a.v); }
-RK_INLINE Vec larger(Vec x, Vec top) { return _mm512_max_ps(x.v, top.v); }  // top if x is NaN
+RK_INLINE Vec larger(Vec x, Vec top) { return _mm512_max_ps(x.v, top.v); }    // top if x is NaN
 RK_INLINE Vec at_least(Vec low, Vec x) { return _mm512_max_ps(low.v, x.v); }  // x if x is NaN
 // One instruction with the same single rounding: p * 2^n exactly, then rounded.
 RK_INLINE Vec scale_by_exp2(Vec p, Vec t) { return _mm512_scalef_ps(p.v, _mm512_sub_ps(t.v, _mm512_set1_ps(12582912.0f))); }

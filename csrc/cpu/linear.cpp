@@ -18,13 +18,14 @@ void run_linear(const LinearArgs& g) {
     if (g.M == 0) return;
     const int64_t panels = ceil_div(g.N, PANEL), threads = torch::stable::get_num_threads();
     const int64_t rows = block_rows(g.M), row_blocks = ceil_div(g.M, rows);
-    // The panels of a row of blocks are shared out too: by eights, which is what a block lays out at a time, by less where
+    // The panels of a row of blocks are shared out too: by eights, for the rows are read again with each share, by less where
     // threads would idle or wait for the last of them.
     const int64_t shares = std::min(panels, std::max(ceil_div(panels, 8), ceil_div(6 * threads, row_blocks)));
     for_each_task(row_blocks * shares, [&](int64_t task) {
         const int64_t m = task / shares * rows, share = task % shares, m_end = std::min(m + rows, g.M);
         const int64_t p = panels * share / shares, p_end = panels * (share + 1) / shares;
-        RK_CALL(linear_block, g, m, m_end, p, p_end, scratch(size_t(RK_CALL(linear_scratch, g, m_end - m, p_end - p))));
+        RK_CALL(linear_block, g, m, m_end, p, p_end, panels * (share + threads) / shares,
+                scratch(size_t(RK_CALL(linear_scratch, g, m_end - m, p_end - p))));
     });
 }
 
@@ -55,12 +56,22 @@ static Tensor bmm(const Tensor& a, const Tensor& b, ScalarType out_dtype) {
     for_each_task(B * shares, [&](int64_t task) {
         const int64_t entry = task / shares, share = task % shares;
         const int64_t p = panels * share / shares, p_end = panels * (share + 1) / shares;
-        const LinearArgs g{left + entry * M * K * bytes_of(from), from,    right + entry * N * K * bytes_of(with), with,
-                           nullptr,                               Dtype::F32, nullptr,                            Dtype::F32,
-                           out + entry * M * N * bytes_of(to),    to,      M,                                     N,
-                           K,                                     0};
+        const LinearArgs g{left + entry * M * K * bytes_of(from),
+                           from,
+                           right + entry * N * K * bytes_of(with),
+                           with,
+                           nullptr,
+                           Dtype::F32,
+                           nullptr,
+                           Dtype::F32,
+                           out + entry * M * N * bytes_of(to),
+                           to,
+                           M,
+                           N,
+                           K,
+                           0};
         float* memory = scratch(size_t(RK_CALL(linear_scratch, g, std::min(M, rows), p_end - p)));
-        for (int64_t m = 0; m < M; m += rows) RK_CALL(linear_block, g, m, std::min(m + rows, M), p, p_end, memory);
+        for (int64_t m = 0; m < M; m += rows) RK_CALL(linear_block, g, m, std::min(m + rows, M), p, p_end, panels, memory);
     });
     return y;
 }

@@ -25,8 +25,7 @@ static Tensor pool(const Tensor& x, const Tensor& cu_seqlens, bool mean, ScalarT
 
 static std::tuple<Tensor, Tensor, Tensor> score_head(const Tensor& pooled, const std::optional<Tensor>& dense_weight,
                                                      const std::optional<Tensor>& dense_bias, int64_t activation,
-                                                     const Tensor& out_weight,
-                                                     const std::optional<Tensor>& out_bias) {
+                                                     const Tensor& out_weight, const std::optional<Tensor>& out_bias) {
     const int64_t B = pooled.size(0), L = out_weight.size(0);
     Tensor hidden = pooled;
     if (dense_weight) {

@@ -27,8 +27,8 @@ RK_INLINE float exp_and_sum(const float* x, float* e, int64_t begin, int64_t end
     constexpr int AT_ONCE = SOME * W > LANES ? SOME * W : LANES;  // whole blocks of lanes
     for (; i + AT_ONCE <= to; i += AT_ONCE)
         for (int j = 0; j < AT_ONCE; j += SOME * W) {
-            const Some y = exp_of_negative(
-                each<Vec>([&](int k) __attribute__((always_inline)) { return lowered(i + j + k * W); }));
+            const Some y =
+                exp_of_negative(each<Vec>([&](int k) __attribute__((always_inline)) { return lowered(i + j + k * W); }));
 #pragma GCC unroll 4
             for (int k = 0; k < SOME; ++k) {
                 store(e + i + j + k * W, y.v[k]);

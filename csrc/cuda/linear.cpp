@@ -44,8 +44,8 @@ void run_linear(const Call& call, const char* op, const Tensor& x, const Tensor&
     run(call, op, args_of(call, op, x, weight, bias, activation, residual, y), 1);
 }
 
-static Tensor linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                          int64_t activation, const std::optional<Tensor>& residual, ScalarType out_dtype) {
+static Tensor linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t activation,
+                          const std::optional<Tensor>& residual, ScalarType out_dtype) {
     const Call call(x);
     Tensor y = call.empty({x.size(0), weight.size(0)}, out_dtype);
     run_linear(call, "linear", x, weight, bias, activation, residual, y);

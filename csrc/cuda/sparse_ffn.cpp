@@ -45,8 +45,8 @@ static Tensor sparse_ffn_in(bool tensor, const Tensor& x, const Tensor& first, c
 
 // The three after first_bias serve the CPU's screening (csrc/cpu/sparse_ffn.cpp) and are not looked at here.
 static Tensor sparse_ffn_cuda(const Tensor& x, const Tensor& first, const std::optional<Tensor>& first_bias,
-                              const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>& up,
-                              const std::optional<Tensor>& up_bias, const Tensor& down_rows,
+                              const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
+                              const std::optional<Tensor>& up, const std::optional<Tensor>& up_bias, const Tensor& down_rows,
                               const std::optional<Tensor>& down_bias) {
     return sparse_ffn_in(false, x, first, first_bias, up, up_bias, down_rows, down_bias);
 }
