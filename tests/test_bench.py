@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,24 @@ from rerank_kernels import backend as registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
+import clock
+import models
+import ops
 import run
 import shapes
 
 SMALL = {
-    "linear small": lambda: run.linear(40, 96, 48),
-    "layer_norm small": lambda: run.layer_norm(40, 64),
-    "softmax small": lambda: run.softmax(40, 50),
-    "gelu small": lambda: run.gelu(40, 33, torch.bfloat16),
-    "attention small": lambda: run.attention(2, 70, 2, 16),
-    "sparse_ffn small": lambda: run.sparse_ffn(64, 200, gate=True),
+    "linear small": lambda: ops.linear(40, 96, 48),
+    "layer_norm small": lambda: ops.layer_norm(40, 64),
+    "softmax small": lambda: ops.softmax(40, 50),
+    "gelu small": lambda: ops.gelu(40, 33, torch.bfloat16),
+    "attention small": lambda: ops.attention(2, 70, 2, 16),
+    "sparse_ffn small": lambda: ops.sparse_ffn(64, 200, gate=True),
 }
 TINY = shapes.Shape("xlm-roberta", 2, 32, 64, 2, 3000, 514)
 
 
-def bench(monkeypatch: pytest.MonkeyPatch, table: dict[str, Callable[[], run.Contest]], *argv: str) -> int:
+def bench(monkeypatch: pytest.MonkeyPatch, table: dict[str, Callable[[], clock.Contest]], *argv: str) -> int:
     monkeypatch.setattr(run, "contests", lambda quick: table)
     threads = torch.get_num_threads()
     try:
@@ -95,7 +99,7 @@ def test_small_cases_run_to_a_whole_file(
 
 def caught(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> str:
     """What the bench says of the kernel that is in place now: it must fail, time nothing and write nothing."""
-    monkeypatch.setattr(run, "interleave", lambda *_: pytest.fail("timed in spite of the gate"))
+    monkeypatch.setattr(clock, "interleave", lambda *_: pytest.fail("timed in spite of the gate"))
     assert bench(monkeypatch, {name: SMALL[name]}, "--json", str(tmp_path / "times.json")) == 1
     assert list(tmp_path.iterdir()) == []
     printed = capsys.readouterr().out
@@ -129,8 +133,8 @@ def test_gate_catches_a_kernel_that_looks_at_the_batch(
 def test_gate_catches_another_number_of_active_neurons(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def build() -> run.Contest:
-        contest = run.sparse_ffn(64, 200, gate=False)
+    def build() -> clock.Contest:
+        contest = ops.sparse_ffn(64, 200, gate=False)
         contest.rivals[0].call.keywords["up_bias"].add_(1.0)
         return contest
 
@@ -140,39 +144,39 @@ def test_gate_catches_another_number_of_active_neurons(
 
 @pytest.mark.parametrize("gate", [False, True])
 def test_sparse_and_dense_compute_the_same(gate: bool) -> None:
-    contest = run.sparse_ffn(64, 200, gate=gate)
+    contest = ops.sparse_ffn(64, 200, gate=gate)
     torch.testing.assert_close(contest.ours()[0], contest.rivals[0].call())
 
 
 @pytest.fixture
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setitem(shapes.RERANKERS, run.BASE, TINY)
-    run.models.cache_clear()
+    monkeypatch.setitem(shapes.RERANKERS, models.BASE, TINY)
+    models.models.cache_clear()
     yield
-    run.models.cache_clear()
+    models.models.cache_clear()
 
 
 @pytest.mark.usefixtures("tiny_model")
 @torch.no_grad()
 def test_whole_model_and_its_three_rivals() -> None:
     lengths = (16, 40, 9, 30, 30, 8, 21, 12, 33)
-    contest = run.model(lengths, 2, mixed=True, bars=(3.0, 1.0))
+    contest = models.model(lengths, 2, mixed=True, bars=(3.0, 1.0))
     contest.gate()
     padded, eights, single = (r.call() for r in contest.rivals)
     order = sorted(range(9), key=lambda i: lengths[i], reverse=True)
     for ways in (eights, single):
         torch.testing.assert_close(torch.cat(ways), padded[order], atol=1e-4, rtol=0)
     torch.testing.assert_close(contest.ours(), padded, atol=1e-4, rtol=0)
-    stock, ours = run.models(run.BASE, 2)
+    stock, ours = models.models(models.BASE, 2)
     assert all(a is b for a, b in zip(stock.parameters(), ours.parameters(), strict=True)), "the weights are not shared"
     with pytest.raises(AssertionError, match="alone against in the batch"):
-        run.model_gate(run.BASE, stock, stock, shapes.tokens(TINY, lengths))
+        models.model_gate(models.BASE, stock, stock, shapes.tokens(TINY, lengths))
 
 
 def records(monkeypatch: pytest.MonkeyPatch, ours: list[float], *theirs: list[float], **bars: Any) -> list[dict[str, Any]]:
-    monkeypatch.setattr(run, "interleave", lambda *_: [ours, *theirs])
-    rivals = [run.Rival(f"rival {i}", lambda: None, bars.get("bar")) for i in range(len(theirs))]
-    return run.measure("case", run.Contest(lambda: None, rivals, lambda: None, bars.get("best_bar")), 1.0, 1)
+    monkeypatch.setattr(clock, "interleave", lambda *_: [ours, *theirs])
+    rivals = [clock.Rival(f"rival {i}", lambda: None, bars.get("bar")) for i in range(len(theirs))]
+    return clock.measure("case", clock.Contest(lambda: None, rivals, lambda: None, bars.get("best_bar")), 1.0, 1)
 
 
 def test_ratio_and_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,14 +193,14 @@ def test_ratio_and_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_turns_alternate() -> None:
     turns: list[str] = []
-    times = run.interleave([lambda: turns.append("a") or _wait(), lambda: turns.append("b") or _wait()], 0.02, 4)
+    times = clock.interleave([lambda: turns.append("a") or _wait(), lambda: turns.append("b") or _wait()], 0.02, 4)
     assert len(times[0]) == len(times[1]) >= 4
     assert "".join(turns)[4:] == "ab" * len(times[0])  # after two warm-up calls each
 
 
 def _wait() -> None:
-    end = run.time.perf_counter() + 0.003
-    while run.time.perf_counter() < end:
+    end = time.perf_counter() + 0.003
+    while time.perf_counter() < end:
         pass
 
 
@@ -204,7 +208,7 @@ def _wait() -> None:
 def test_a_short_bar_is_said_and_fails_only_strict_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], strict: bool, code: int
 ) -> None:
-    table = {"linear slow": lambda: run.linear(40, 96, 48, bar=1e9)}
+    table = {"linear slow": lambda: ops.linear(40, 96, 48, bar=1e9)}
     assert bench(monkeypatch, table, *(["--strict"] if strict else [])) == code
     printed = capsys.readouterr().out
     assert "FALLS SHORT" in printed and "0 of 1 reached, 1 FALL SHORT" in printed
@@ -246,12 +250,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_table_says_that_no_gpu_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    run.show(Console(width=150), {"cpu": "x"}, [run.record("a case", "F.linear", [1e-3], [2e-3], 1.0)])
+    run.show(Console(width=150), {"cpu": "x"}, [clock.record("a case", "F.linear", [1e-3], [2e-3], 1.0)])
     printed = capsys.readouterr().out
     assert "not measured" in printed and "2.00" in printed and "ok" in printed
 
 
 def test_rivals_are_stock_pytorch() -> None:
-    contest = run.linear(5, 32, 7)
+    contest = ops.linear(5, 32, 7)
     rows = contest.rivals[0].call.keywords
     assert torch.equal(contest.rivals[0].call(), F.linear(rows["x"], rows["weight"]))
