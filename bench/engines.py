@@ -5,8 +5,8 @@ Runtime at its best: its transformer optimiser (model type bert) finds layer nor
 transformers 5's graph, no attention, with any of stock's implementations; so attention goes into the export as the one node
 that the optimiser would make of it, MultiHeadAttention with a key mask. OpenVINO reads the plain export and is held to float32.
 
-Before an engine is timed some of its logits are compared with float64's (bench/models.py). An engine that is not installed has
-a row that says so. `python bench/engines.py` is a contestant's process, and the export's; bench/run.py starts it.
+Before an engine is timed some of its logits are compared with float64's (bench/rerankers.py). An engine that is not installed
+has a row that says so. `python bench/engines.py` is a contestant's process, and the export's; bench/run.py starts it.
 """
 
 from __future__ import annotations

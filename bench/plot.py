@@ -1,8 +1,9 @@
 """Draws the runs that bench/out holds: python bench/plot.py [--data FOLDER] [--out docs]
 
 price-DEVICE.svg       the price of invariance: how long the best of theirs takes for one op, over ours
-throughput-DEVICE.svg  pairs per second over batch and over length: ours, stock padded, stock one by one
+throughput-DEVICE.svg  pairs per second over batch and over length: ours, stock padded, sorted by length, one by one
 bits-DEVICE.svg        pairs whose logit has other bits than alone, over the size of the batch: stock and ours
+sparse-cpu.svg         time of a sparse FFN, one token, over the share of its neurons that are active, and dense beside it
 
 The data are what `bench/run.py --json` and `--scaling --json` wrote; a figure whose data are not there is not drawn.
 """
@@ -31,6 +32,7 @@ matplotlib.rcParams |= {
 }
 COLOURS = {
     "stock, padded": "#b0b0b0",
+    "stock, sorted in 8s": "#c08080",
     "stock, one by one": "#606060",
     "stock": "#b03030",
     "portable": "#1f77b4",
@@ -48,12 +50,18 @@ def machine(content: Mapping[str, Any]) -> str:
 
 
 def cpu_prices(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Op -> {"portable": best of theirs / ours}."""
+    """Op -> {"portable": stock / ours}; of linear's many sizes some, of a sparse FFN's shares one."""
     prices: dict[str, dict[str, float]] = {}
     for r in content["results"]:
-        if "bge-reranker" not in r["case"]:
-            known = prices.setdefault(r["case"], {"portable": r["ratio"]})
-            known["portable"] = min(known["portable"], r["ratio"])
+        shown = r["group"] != "linear" or r["case"].split("x")[0] in (
+            "linear 1",
+            "linear 128",
+            "linear 2048",
+            "linear + gelu 2048",
+        )
+        strict = r["against"].endswith("MKL strict")
+        if r["group"] != "model" and shown and not strict and r["ratio"] is not None and r.get("active", 0.1) == 0.1:
+            prices[r["case"]] = {"portable": r["ratio"]}
     return prices
 
 
@@ -146,7 +154,23 @@ def bits(content: Mapping[str, Any]) -> Any:
     return figure
 
 
-FIGURES = {"price": ("", price), "throughput": ("scaling-", throughput), "bits": ("scaling-", bits)}
+def sparse(content: Mapping[str, Any]) -> Any:
+    rows = sorted((r for r in content["results"] if r.get("tokens") == 1 and " ReLU " in r["case"]), key=lambda r: r["active"])
+    if not rows:
+        return None
+    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
+    shares = [100 * r["active"] for r in rows]
+    axes.plot(shares, [r["ours_ms"] for r in rows], marker="o", markersize=3, color=COLOURS["portable"], label="ours")
+    axes.plot(shares, [r["theirs_ms"] for r in rows], color=COLOURS["stock"], label="stock, dense")
+    axes.set_xlabel("neurons that are active, %")
+    axes.set_ylabel("ms")
+    axes.set_ylim(bottom=0.0)
+    axes.set_title(f"ReLU FFN, one token: {rows[0]['case'].split(' ')[2].rstrip(',')}, fp32\n{machine(content)}", fontsize=9)
+    axes.legend(fontsize=7)
+    return figure
+
+
+FIGURES = {"price": ("", price), "throughput": ("scaling-", throughput), "bits": ("scaling-", bits), "sparse": ("", sparse)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if (content := data.get(kind + device)) is None:
                 print(f"{name}-{device}: no data in {args.data}")
                 continue
-            figure = draw(content)
+            if (name == "sparse" and device != "cpu") or (figure := draw(content)) is None:
+                continue
             path = args.out / f"{name}-{device}.svg"
             figure.savefig(path, metadata={"Date": None})
             plt.close(figure)

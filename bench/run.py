@@ -28,8 +28,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import engines
 import memory
-import models
 import ops
+import rerankers
 import strict
 from clock import Contest, measure
 from report import machine, write_json
@@ -40,7 +40,7 @@ Results = list[dict[str, Any]]
 
 def contests(quick: bool) -> dict[str, Callable[[], Contest]]:
     """Name -> how to build it; built when its turn comes, so that no two sets of weights are held at a time."""
-    table = dict([*ops.listed(), *models.listed(quick)])
+    table = dict([*ops.listed(), *rerankers.listed(quick)])
     for name, build in table.items():
         if strict.chosen(name):
             bar = None if quick and name.startswith("bge") else strict.BAR
@@ -52,8 +52,8 @@ def studies(quick: bool) -> dict[str, tuple[str, Callable[[], Results]]]:
     """Name -> where the run's file keeps it, and how it is made."""
     layers, bar, cut = (2, None, " cut to 2 layers") if quick else (None, memory.BAR, "")
     return {
-        f"memory of bge-reranker-base{cut}": ("memory", functools.partial(memory.measure, models.BASE, layers, bar=bar)),
-        "bits of ms-marco-MiniLM-L6-v2 in MKL's strict mode": ("bits", functools.partial(strict.bits, models.MINILM)),
+        f"memory of bge-reranker-base{cut}": ("memory", functools.partial(memory.measure, rerankers.BASE, layers, bar=bar)),
+        "bits of ms-marco-MiniLM-L6-v2 in MKL's strict mode": ("bits", functools.partial(strict.bits, rerankers.MINILM)),
     }
 
 
@@ -224,7 +224,7 @@ def on_cpu(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if results is None:
         return 1
     facts["peak memory MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    models.forget()  # the studies' processes have the machine for themselves
+    rerankers.forget()  # the studies' processes have the machine for themselves
     ops.ffn_weights.cache_clear()
     for name in (n for n in wanted if n in more):
         with _status(out, name):
@@ -241,7 +241,7 @@ def on_cpu(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         said = f"bars: {reached} of {len(barred)} reached"
         out.print(said + f", {len(short)} FALL SHORT" * bool(short) + f", {without} not measured" * bool(without))
     if args.json is not None:
-        write_json(args.json, {"machine": facts, "quick": args.quick, "results": results, **found})
+        write_json(args.json, {"machine": facts, "quick": args.quick, "only": args.only, "results": results, **found})
         out.print(f"written: {args.json}", markup=False)
     return 1 if args.strict and short else 0
 

@@ -124,7 +124,7 @@ def model(name: str, lengths: Sequence[int], layers: int, *, bars: bool = True, 
 
 
 def listed(quick: bool) -> Iterator[tuple[str, Build]]:
-    """Quick runs cut every model to two layers: every path is walked, but the times are no model's, and no bar is held to them."""
+    """Quick runs cut every model to two layers: every path is walked, but the times are no model's and no bar is for them."""
     cut = " cut to 2 layers" if quick else ""
 
     def row(name: str, lengths: Sequence[int], bars: bool = False, with_engines: bool = True) -> tuple[str, Build]:
