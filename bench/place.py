@@ -31,7 +31,7 @@ def cpu(content: Content, models: bool) -> str:
     """A line for every rival, with its bar; who has no time says why."""
     rows = []
     for r in content["results"]:
-        if (r["group"] != "model") != models:
+        if (r["group"] == "model") == models:
             theirs = (r["why"], "-") if r["ratio"] is None else (f"{digits(r['theirs_ms'])} ms", f"{r['ratio']:.2f}")
             bar = "" if r["bar"] is None else f"{r['bar']:.2f}{', FALLS SHORT' if r['verdict'] == 'FALLS SHORT' else ''}"
             rows.append((r["case"], r["against"], f"{digits(r['ours_ms'])} ms", *theirs, bar))
@@ -86,14 +86,10 @@ def cpu_bits(content: Content) -> str:
 
 
 def cpu_memory(content: Content) -> str:
-    rows = [
-        (
-            f"{r['model'].partition('/')[2]}, {r['step']}",
-            *(f"{r[n]:.0f} MiB" for n in ("ours_mib", "stock_mib")),
-            f"{r['ratio']:.2f}",
-        )
-        for r in content["memory"]
-    ]
+    rows = []
+    for r in content["memory"]:
+        sizes = (f"{r[n]:.0f} MiB" for n in ("ours_mib", "stock_mib"))
+        rows.append((f"{r['model'].partition('/')[2]}, {r['step']}", *sizes, f"{r['ratio']:.2f}"))
     return markdown(("", "rerank_kernels", "stock", "ours / stock"), rows)
 
 
@@ -179,7 +175,7 @@ def placed(path: pathlib.Path, data: Mapping[str, Content], folder: pathlib.Path
     def table(match: re.Match[str]) -> str:
         begin, name, _, end = match.groups()
         if name.startswith(("figures-", "figure-")):
-            kind, *one, device = name.split("-")
+            one, device = name.split("-")[1:-1], name.rpartition("-")[2]
             drawn = figures(device, path, folder, one or FIGURES)
             said.append(f"{name}: {drawn.count('![')}")
             return begin + drawn + end if drawn else match.group(0)

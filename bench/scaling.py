@@ -91,11 +91,11 @@ def _point(place: device.Place, name: str, dtype: str, lengths_: Sequence[int]) 
     for way, logits in _ways(place, name, dtype):
         if way == "stock":
             runs["stock, padded"] = functools.partial(logits, whole)
-            if len(rows) > 1:
-                for words, of in (("sorted in 8s", 8), ("one by one", 1)):
-                    if words == "one by one" or (len({*map(len, rows)}) > 1 and len(rows) > of):
-                        each = [device.on(place, batch) for batch in shapes.batches(shape, rows, of)]
-                        runs[f"stock, {words}"] = functools.partial(_each, logits, each)
+            mixed = len({*map(len, rows)}) > 1
+            for words, of in (("sorted in 8s", 8), ("one by one", 1)):
+                if len(rows) > of and (mixed or of == 1):
+                    each = [device.on(place, batch) for batch in shapes.batches(shape, rows, of)]
+                    runs[f"stock, {words}"] = functools.partial(_each, logits, each)
         else:
             runs[way] = functools.partial(logits, whole)
     first = {way: _seconds(run, place) for way, run in runs.items()}
