@@ -17,7 +17,7 @@ from typing import Any
 NOT_MEASURED = "not measured"  # in this run: --device cuda measures it, on a machine with a GPU
 TURN = 0.002  # seconds a turn lasts at least: the clock's own cost and the hand-over are noise beside it
 MOST_ROUNDS = 200
-LONG, ENDLESS = 5.0, 30.0  # seconds of a round from which three rounds, and two, have to do
+LONG, ENDLESS = 10.0, 30.0  # seconds of a round from which three rounds, and two, have to do
 Turn = Callable[[int], float]  # makes so many calls, returns the seconds of one
 
 

@@ -29,7 +29,7 @@ import shapes
 import torch
 from clock import Missing, Turn, calls
 from torch import Tensor
-from workers import PAUSE, Ready, Worker, serve
+from workers import PAUSE, Died, Ready, Worker, serve
 
 ENGINES = {  # name -> how the model is exported, and the package
     "ONNX Runtime": ("plain", "onnxruntime"),
@@ -71,7 +71,11 @@ def ready(engine: str, asked: Question, right: Callable[[Mapping[int, Tensor]], 
     if engine not in _workers:
         arguments = ["serve", "--engine", engine, "--threads", str(torch.get_num_threads())]
         _workers[engine] = Worker([__file__, *arguments], pause=PAUSE)
-    said = _workers[engine].prepare({**dataclasses.asdict(asked), "file": str(file)})
+    try:
+        said = _workers[engine].prepare({**dataclasses.asdict(asked), "file": str(file)})
+    except Died as error:
+        del _workers[engine]
+        raise Missing(f"failed: {error}") from error
     if "error" in said:
         raise Missing(f"failed: {said['error']}")
     right({int(i): torch.tensor(logit) for i, logit in said["logits"].items()})

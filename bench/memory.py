@@ -24,7 +24,7 @@ from typing import Any
 
 import shapes
 import torch
-from clock import verdict
+from clock import Missing, verdict
 
 import rerank_kernels as rk
 
@@ -36,6 +36,8 @@ STATUS = pathlib.Path("/proc/self/status")
 
 def measure(name: str, layers: int | None = None, *, bar: float | None = BAR) -> list[dict[str, Any]]:
     """One record a step: MiB of stock and ours, and ours / stock."""
+    if not STATUS.exists():
+        raise Missing(f"there is no {STATUS}")
     shape = dataclasses.replace(shapes.RERANKERS[name], layers=layers or shapes.RERANKERS[name].layers)
     with tempfile.TemporaryDirectory() as folder:
         peaks = {}
@@ -44,7 +46,7 @@ def measure(name: str, layers: int | None = None, *, bar: float | None = BAR) ->
             command = [sys.executable, __file__, who, folder, what, "--threads", str(torch.get_num_threads())]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise SystemExit(f"memory of {name}, {who}: {done.stderr[-2000:]}")
+                raise Missing(f"{name}, {who}: the process ended with {done.returncode}: {done.stderr[-2000:]}")
             if who != "save":
                 peaks[who] = json.loads(done.stdout.splitlines()[-1])
     records = []

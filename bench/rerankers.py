@@ -110,8 +110,8 @@ def model(name: str, lengths: Sequence[int], layers: int, *, bars: bool = True, 
         for way, of in ways.items()
     ]
     if with_engines:
-        some = {i: rows[i] for i in telling(rows)}
-        asked = engines.Question(shape, layers, tuple(lengths), of=1 if mixed else len(rows), check=tuple(some))
+        check = tuple(telling(rows))
+        asked = engines.Question(shape, layers, tuple(lengths), of=1 if mixed else len(rows), check=check)
         for engine in engines.ENGINES:
 
             def right(logits: Mapping[int, Tensor], engine: str = engine) -> None:

@@ -31,9 +31,10 @@ import memory
 import ops
 import rerankers
 import strict
-from clock import Contest, measure
+from clock import Contest, Missing, measure
 from report import machine, write_json
 from results import digits
+from workers import Died
 
 Results = list[dict[str, Any]]
 
@@ -127,7 +128,10 @@ def run(table: Mapping[str, Callable[[], Contest]], *, budget: float, at_least: 
     results = []
     for name, build in table.items():
         with _status(console, f"timing: {name}"):
-            results += measure(name, build(), budget, at_least)
+            try:
+                results += measure(name, build(), budget, at_least)
+            except Died as error:  # in the middle of its turns: the other cases need not be lost
+                console.print(f"{name}: not measured: {error}", markup=False, soft_wrap=True)
     return results
 
 
@@ -228,7 +232,10 @@ def on_cpu(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     ops.ffn_weights.cache_clear()
     for name in (n for n in wanted if n in more):
         with _status(out, name):
-            found[more[name][0]] = more[name][1]()
+            try:
+                found[more[name][0]] = more[name][1]()
+            except (Died, Missing) as error:
+                out.print(f"{name}: not measured: {error}", markup=False, soft_wrap=True)
     if results:
         show(out, facts, results)
     for kind, records in found.items():

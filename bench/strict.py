@@ -25,7 +25,7 @@ import shapes
 import torch
 from clock import Away, Contest, Missing, Turn, calls
 from torch import Tensor
-from workers import PAUSE, Ready, Worker, serve
+from workers import PAUSE, Died, Ready, Worker, serve
 
 BAR = 1.0
 NAME = "MKL strict"
@@ -69,7 +69,11 @@ def ready(what: Mapping[str, Any]) -> Turn:
     if not _workers:
         arguments = ["--threads", str(torch.get_num_threads())]
         _workers.append(Worker([__file__, *arguments], {"MKL_CBWR": setting()}, pause=PAUSE))
-    said = _workers[0].prepare(what)
+    try:
+        said = _workers[0].prepare(what)
+    except Died as error:
+        _workers.clear()
+        raise Missing(f"failed: {error}") from error
     if "error" in said:
         raise Missing(f"failed: {said['error']}")
     return _workers[0].turn
@@ -100,7 +104,7 @@ def bits(name: str, layers: int | None = None, pairs: int = PAIRS) -> list[dict[
                 what = {"shape": dataclasses.asdict(shape), "dtype": dtype, "ours": way == "ours", "pairs": pairs}
                 said = worker.prepare({"bits": what})
                 if "error" in said:
-                    raise SystemExit(f"bits of {way}, {dtype}: {said['error']}")
+                    raise Missing(f"{way}, {dtype}: {said['error']}")
                 found.append({"model": name, "way": way, "dtype": dtype, "pairs": pairs, **said})
         finally:
             worker.close()

@@ -20,8 +20,12 @@ from typing import Any
 PAUSE = 0.02  # seconds after which no thread spins any more
 
 
+class Died(SystemExit):
+    """The other side's process ended. Who can do without it catches this; else the run ends."""
+
+
 class Worker:
-    """The asking side. SystemExit if the other one dies."""
+    """The asking side."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None, *, pause: float = 0.0) -> None:
         self.pause = pause
@@ -62,7 +66,7 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"a contestant's process ended with {self.process.wait()}; its message is above")
+            raise Died(f"a contestant's process ended with {self.process.wait()}; its message is above")
         return json.loads(line)
 
 

@@ -145,8 +145,33 @@ def test_memory_of_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert records[1]["verdict"] == ("ok" if records[1]["ratio"] <= 1.15 else "FALLS SHORT")
 
 
-def test_a_contestant_that_dies_ends_the_run() -> None:
+@pytest.fixture
+def dead() -> Iterator[workers.Worker]:
     worker = workers.Worker(["-c", "print('{}', flush=True); input(); raise SystemExit(7)"])
-    with pytest.raises(SystemExit, match="ended with 7"):
-        worker.prepare({})
+    yield worker
     worker.close()
+
+
+def test_a_contestant_that_dies_says_so(dead: workers.Worker) -> None:
+    with pytest.raises(SystemExit, match="ended with 7"):
+        dead.prepare({})
+
+
+def test_an_engine_that_dies_loses_its_own_rows_only(
+    dead: workers.Worker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engines, "missing", lambda _: None)
+    monkeypatch.setattr(engines, "_export", lambda *_: Path("x"))
+    monkeypatch.setattr(engines, "_workers", {"OpenVINO": dead})
+    asked = engines.Question(TINY, 1, (9,), 1, (0,))
+    with pytest.raises(clock.Missing, match="failed: a contestant's process ended with 7"):
+        engines.ready("OpenVINO", asked, lambda _: None)
+    assert not engines._workers
+
+    def dies() -> clock.Contest:
+        return clock.Contest(lambda: None, [clock.Away("dead", lambda: dead.turn)], lambda: None)
+
+    table = {"a": dies, "b": lambda: clock.Contest(lambda: None, [clock.Rival("r", lambda: None)], lambda: None)}
+    results = run.run(table, budget=0.0, at_least=1, console=run.console())
+    assert [r["case"] for r in results or ()] == ["b"]
+    assert "a: not measured: a contestant's process ended with 7" in capsys.readouterr().out
