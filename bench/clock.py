@@ -18,6 +18,7 @@ NOT_MEASURED = "not measured"  # in this run: --device cuda measures it, on a ma
 TURN = 0.002  # seconds a turn lasts at least: the clock's own cost and the hand-over are noise beside it
 MOST_ROUNDS = 200
 LONG, ENDLESS = 10.0, 30.0  # seconds of a round from which three rounds, and two, have to do
+AWAKE = 0.05  # seconds of work after which a core and its caches are as they were before it slept
 Turn = Callable[[int], float]  # makes so many calls, returns the seconds of one
 
 
@@ -30,9 +31,6 @@ class Rival:
     name: str
     call: Callable[[], object]
     bar: float | None = None
-
-    def ready(self) -> Turn:
-        return functools.partial(calls, self.call)
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,12 @@ def calls(call: Callable[[], object], n: int) -> float:
     return (time.perf_counter() - start) / n
 
 
+def calls_awake(call: Callable[[], object], n: int) -> float:
+    """`calls`, of a process that slept while another had its turn: short ones are made twice, and timed the second time."""
+    seconds = calls(call, n)
+    return seconds if seconds * n >= AWAKE else calls(call, n)
+
+
 def interleave(turns: Sequence[Turn], budget: float, at_least: int) -> list[list[float]]:
     """Seconds per call, one list a contestant, all of one length: rounds of one turn each until `budget` seconds are spent."""
     first = [turn(1) for turn in turns]
@@ -76,24 +80,30 @@ def interleave(turns: Sequence[Turn], budget: float, at_least: int) -> list[list
 
 
 def measure(name: str, contest: Contest, budget: float, at_least: int) -> list[dict[str, Any]]:
-    """One record a rival; who is missing or wrong has no time, and the record says why."""
+    """One record a rival; who is missing or wrong has no time, and the record says why.
+
+    Who is in this process takes turns with ours first; who is in another has turns of its own with ours, where both sleep.
+    """
+    made: dict[str, dict[str, Any]] = {}
+    here = [r for r in contest.rivals if isinstance(r, Rival)]
+    if here:
+        ours, *theirs = interleave(
+            [functools.partial(calls, c) for c in (contest.ours, *(r.call for r in here))], budget, at_least
+        )
+        made |= {r.name: record(name, r.name, ours, t, r.bar) for r, t in zip(here, theirs, strict=True)}
     turns: dict[str, Turn] = {}
-    lost: dict[str, str] = {}
-    for rival in contest.rivals:
+    away = [r for r in contest.rivals if isinstance(r, Away)]
+    for rival in away:
         try:
             turns[rival.name] = rival.ready()
-        except Missing as error:
-            lost[rival.name] = str(error)
-        except AssertionError as error:
-            lost[rival.name] = f"WRONG: {error}"
-    ours, *theirs = interleave([functools.partial(calls, contest.ours), *turns.values()], budget, at_least)
-    times = dict(zip(turns, theirs, strict=True))
-    return [
-        {**record(name, r.name, ours, times[r.name], r.bar), **contest.about}
-        if r.name in times
-        else {**absent(name, r.name, ours, lost[r.name], r.bar), **contest.about}
-        for r in contest.rivals
-    ]
+        except (Missing, AssertionError) as error:
+            why = f"WRONG: {error}" if isinstance(error, AssertionError) else str(error)
+            made[rival.name] = absent(name, rival.name, why, rival.bar)
+    if turns:
+        ours, *theirs = interleave([functools.partial(calls_awake, contest.ours), *turns.values()], budget, at_least)
+        times = dict(zip(turns, theirs, strict=True))
+        made |= {r.name: record(name, r.name, ours, times[r.name], r.bar) for r in away if r.name in times}
+    return [{**made[r.name], **contest.about} for r in contest.rivals]
 
 
 def record(case: str, rival: str, ours: Sequence[float], theirs: Sequence[float], bar: float | None) -> dict[str, Any]:
@@ -113,10 +123,11 @@ def record(case: str, rival: str, ours: Sequence[float], theirs: Sequence[float]
     }
 
 
-def absent(case: str, rival: str, ours: Sequence[float], why: str, bar: float | None) -> dict[str, Any]:
+def absent(case: str, rival: str, why: str, bar: float | None) -> dict[str, Any]:
     """`record` of a rival without a time."""
-    whole = record(case, rival, ours, ours, None)
-    return {**whole, "theirs_ms": None, "ratio": None, "bar": bar, "theirs_all_ms": [], "why": why}
+    timeless = dict.fromkeys(("ours_ms", "theirs_ms", "ratio", "verdict"))
+    lists: dict[str, Any] = {"rounds": 0, "ours_all_ms": [], "theirs_all_ms": []}
+    return {"case": case, "against": rival, **timeless, "bar": bar, **lists, "gpu": NOT_MEASURED, "why": why}
 
 
 def verdict(ratio: float, bar: float | None) -> str | None:

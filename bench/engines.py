@@ -27,7 +27,7 @@ from typing import Any
 
 import shapes
 import torch
-from clock import Missing, Turn, calls
+from clock import Missing, Turn, calls_awake
 from torch import Tensor
 from workers import PAUSE, Died, Ready, Worker, serve
 
@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = args.what
         export(shapes.Shape(**what["shape"]), what["layers"], what["how"], pathlib.Path(what["file"]))
         return 0
-    return serve(functools.partial(prepare, args.engine, args.threads), calls)
+    return serve(functools.partial(prepare, args.engine, args.threads), calls_awake)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,11 @@ def cpu(content: Content, models: bool) -> str:
     rows = []
     for r in content["results"]:
         if (r["group"] == "model") == models:
-            theirs = (r["why"], "-") if r["ratio"] is None else (f"{digits(r['theirs_ms'])} ms", f"{r['ratio']:.2f}")
             bar = "" if r["bar"] is None else f"{r['bar']:.2f}{', FALLS SHORT' if r['verdict'] == 'FALLS SHORT' else ''}"
-            rows.append((r["case"], r["against"], f"{digits(r['ours_ms'])} ms", *theirs, bar))
+            cells = ("-", r["why"], "-")
+            if r["ratio"] is not None:
+                cells = (f"{digits(r['ours_ms'])} ms", f"{digits(r['theirs_ms'])} ms", f"{r['ratio']:.2f}")
+            rows.append((r["case"], r["against"], *cells, bar))
     return markdown(("", "against", "rerank_kernels", "theirs", "theirs / ours", "bar"), rows)
 
 

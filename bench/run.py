@@ -71,7 +71,7 @@ def show(console: Console, facts: Mapping[str, Any], results: Sequence[Mapping[s
     for r in results:
         bar = "" if r["bar"] is None else f"{r['bar']:.2f}"
         if r["ratio"] is None:
-            table.add_row(r["case"], r["against"], digits(r["ours_ms"]), "-", "-", bar, r["why"][:40], r["gpu"])
+            table.add_row(r["case"], r["against"], "-", "-", "-", bar, r["why"][:40], r["gpu"])
             continue
         times = digits(r["ours_ms"]), digits(r["theirs_ms"])
         table.add_row(r["case"], r["against"], *times, f"{r['ratio']:.2f}", bar, VERDICTS[r["verdict"]], r["gpu"])

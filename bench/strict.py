@@ -23,7 +23,7 @@ from typing import Any
 
 import shapes
 import torch
-from clock import Away, Contest, Missing, Turn, calls
+from clock import Away, Contest, Missing, Turn, calls_awake
 from torch import Tensor
 from workers import PAUSE, Died, Ready, Worker, serve
 
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, required=True)
     torch.set_num_threads(parser.parse_args(argv).threads)
     with torch.no_grad():
-        return serve(prepare, calls)
+        return serve(prepare, calls_awake)
 
 
 if __name__ == "__main__":

@@ -210,11 +210,23 @@ def test_who_is_missing_or_wrong_has_a_row_and_no_time(capsys: pytest.CaptureFix
     rivals = [clock.Away("a", wrong, 1.0), clock.Rival("b", lambda: None, 0.0), clock.Away("c", missing, 1.0)]
     a, b, c = clock.measure("case", clock.Contest(lambda: None, rivals, lambda: None), 0.0, 1)
     assert a["theirs_ms"] is None and a["ratio"] is None and a["verdict"] is None and a["why"].startswith("WRONG: logit 1")
-    assert c["why"] == "not installed: engine" and c["theirs_all_ms"] == [] and c["ours_ms"] == b["ours_ms"]
+    assert c["why"] == "not installed: engine" and c["theirs_all_ms"] == [] and c["ours_ms"] is None
     assert b["verdict"] == "ok"
     run.show(Console(width=150), {}, [a, b, c])
     printed = capsys.readouterr().out
     assert "a: WRONG: logit 1 from float64's" in printed and "c: not installed: engine" in printed
+
+
+def test_who_is_away_has_turns_of_its_own_with_ours() -> None:
+    """Ours beside a sleeper is timed apart from ours beside a rival in this process."""
+    log: list[str] = []
+    away = clock.Away("away", lambda: lambda n: log.append(f"away {n}") or 1.0)
+    here = clock.Rival("here", lambda: log.append("here") or _wait())
+    ours = lambda: log.append("ours") or _wait()  # noqa: E731
+    records = clock.measure("case", clock.Contest(ours, [here, away], lambda: None), 0.0, 3)
+    assert [r["against"] for r in records] == ["here", "away"] and [r["rounds"] for r in records] == [3, 3]
+    first = log.index("away 1") - 2  # what sleeps begins again with calls that are not timed
+    assert log[first:] == ["ours", "ours", "away 1"] * 5 and set(log[:first]) == {"ours", "here"}
 
 
 def test_turns_alternate() -> None:
