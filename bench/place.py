@@ -33,8 +33,9 @@ def cpu(content: Content, models: bool) -> str:
     for r in content["results"]:
         if (r["group"] == "model") == models:
             bar = "" if r["bar"] is None else f"{r['bar']:.2f}{', FALLS SHORT' if r['verdict'] == 'FALLS SHORT' else ''}"
-            cells = ("-", r["why"], "-")
-            if r["ratio"] is not None:
+            if r["ratio"] is None:
+                cells = ("-", r["why"], "-")
+            else:
                 cells = (f"{digits(r['ours_ms'])} ms", f"{digits(r['theirs_ms'])} ms", f"{r['ratio']:.2f}")
             rows.append((r["case"], r["against"], *cells, bar))
     return markdown(("", "against", "rerank_kernels", "theirs", "theirs / ours", "bar"), rows)
@@ -82,7 +83,8 @@ def cpu_ops_short(content: Content) -> str:
 
 def cpu_bits(content: Content) -> str:
     rows = [
-        (f"{r['dtype']}, {r['way']}", *(f"{n}" for n in r["differ"].values()), f"{r['furthest']:.1e}") for r in content["bits"]
+        (f"{r['dtype']}, {r['way']}", *(f"{n}" for n in r["differ"].values()), f"{r['furthest']:.1e}" if r["furthest"] else "0")
+        for r in content["bits"]
     ]
     return markdown((f"of {content['bits'][0]['pairs']} pairs", *content["bits"][0]["differ"], "largest difference"), rows)
 

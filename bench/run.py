@@ -99,7 +99,11 @@ def show_bits(console: Console, records: Results) -> None:
     for name in ("", *records[0]["differ"], "largest difference"):
         table.add_column(name, justify="right" if name else "left")
     for r in records:
-        table.add_row(f"{r['dtype']}, {r['way']}", *(f"{n}" for n in r["differ"].values()), f"{r['furthest']:.1e}")
+        table.add_row(
+            f"{r['dtype']}, {r['way']}",
+            *(f"{n}" for n in r["differ"].values()),
+            f"{r['furthest']:.1e}" if r["furthest"] else "0",
+        )
     console.print(table)
 
 

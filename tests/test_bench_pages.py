@@ -32,7 +32,7 @@ FACTS = {
 
 def raced(case: str, against: str, ours: float, theirs: float | None, **more: Any) -> dict[str, Any]:
     ratio = theirs and theirs / ours
-    fixed = {"group": "linear", "bar": None, "verdict": None, "why": "not installed: it"}
+    fixed = {"group": "linear", "bar": None, "verdict": None, **({} if theirs else {"why": "not installed: it"})}
     return {"case": case, "against": against, "ours_ms": ours, "theirs_ms": theirs, "ratio": ratio, **fixed, **more}
 
 
