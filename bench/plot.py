@@ -20,6 +20,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 from results import ROOT, best_ratio, kept
 
 # text stays text, ids and dates stay the same: a figure of the same data is the same file
@@ -42,6 +43,13 @@ COLOURS = {
 
 def colour(way: str) -> str:
     return COLOURS.get(way) or COLOURS[way.rpartition(" ")[2]]
+
+
+def plain(axis: Any) -> None:
+    """Ticks of a logarithmic axis as 0.5, 1, 2, 5, 10 and not as powers of ten."""
+    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def machine(content: Mapping[str, Any]) -> str:
@@ -99,6 +107,7 @@ def price(content: Mapping[str, Any]) -> Any:
     axes.set_xscale("log")
     low, high = (f(v for p in prices.values() for v in p.values()) for f in (min, max))
     axes.set_xlim(min(0.5, low / 1.6), max(2.0, high * 1.6))
+    plain(axes.xaxis)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(prices)), list(prices))
     axes.invert_yaxis()
@@ -122,6 +131,7 @@ def throughput(content: Mapping[str, Any]) -> Any:
                 axes.plot(*zip(*line, strict=True), marker="o", markersize=3, color=colour(way), label=label)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            plain(axes.yaxis)
             ticks = sorted({p["x"] for p in here})
             axes.set_xticks(ticks, [f"{x}" for x in ticks])
             axes.set_xlabel("pairs in the batch, 16 to 512 tokens" if axis == "batch" else "tokens a pair, 16 pairs")

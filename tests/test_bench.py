@@ -253,6 +253,40 @@ def test_a_short_bar_is_said_and_fails_only_strict_runs(
     assert "FALLS SHORT" in printed and "0 of 1 reached, 1 FALL SHORT" in printed
 
 
+def test_studies_stand_beside_the_contests(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their tables, their part of the file, a bar that counts, and one that fails without taking the others along."""
+    held = {"model": "m", "step": "8x128", "stock_mib": 100.0, "ours_mib": 120.0, "ratio": 1.2, "bar": 1.15}
+    bits = {"model": "m", "way": "stock", "dtype": "fp32", "pairs": 8, "differ": {"padding": 5}, "furthest": 1e-7}
+
+    def missing() -> run.Results:
+        raise clock.Missing("there is no /proc")
+
+    made: dict[str, tuple[str, Callable[[], run.Results]]] = {
+        "memory small": ("memory", lambda: [{**held, "verdict": "FALLS SHORT"}]),
+        "bits small": ("bits", lambda: [bits]),
+        "lost": ("lost", missing),
+    }
+    monkeypatch.setattr(run, "contests", lambda quick: {"softmax small": SMALL["softmax small"]})
+    monkeypatch.setattr(run, "studies", lambda quick: made)
+    monkeypatch.setattr(ops, "ELEMENT_BAR", None)
+    out, threads = tmp_path / "a.json", torch.get_num_threads()
+    try:
+        assert run.main(["--quick", "--strict", "--json", str(out)]) == 1
+        printed = capsys.readouterr().out
+        assert "peak memory in MiB" in printed and "1.20" in printed and "FALLS SHORT" in printed
+        assert "those with other bits than alone" in printed and "0 of 1 reached, 1 FALL SHORT" in printed
+        assert "lost: not measured: there is no /proc" in printed
+        content = json.loads(out.read_text())
+        assert content["memory"][0]["ratio"] == 1.2 and content["bits"] == [bits] and "lost" not in content
+        assert run.main(["--quick", "--only", "bits small", "--json", str(out)]) == 0
+        content = json.loads(out.read_text())
+        assert content["results"] == [] and content["only"] == ["bits small"] and "memory" not in content
+    finally:
+        torch.set_num_threads(threads)
+
+
 def bars(quick: bool) -> dict[str, list[float | None]]:
     """Case -> bars, in the order of the rivals; ops are not built for it, nor are models."""
     table = {}
