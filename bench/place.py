@@ -82,10 +82,10 @@ def cpu_ops_short(content: Content) -> str:
 
 
 def cpu_bits(content: Content) -> str:
-    rows = [
-        (f"{r['dtype']}, {r['way']}", *(f"{n}" for n in r["differ"].values()), f"{r['furthest']:.1e}" if r["furthest"] else "0")
-        for r in content["bits"]
-    ]
+    rows = []
+    for r in content["bits"]:
+        furthest = f"{r['furthest']:.1e}" if r["furthest"] else "0"
+        rows.append((f"{r['dtype']}, {r['way']}", *(f"{n}" for n in r["differ"].values()), furthest))
     return markdown((f"of {content['bits'][0]['pairs']} pairs", *content["bits"][0]["differ"], "largest difference"), rows)
 
 

@@ -82,28 +82,26 @@ def show(console: Console, facts: Mapping[str, Any], results: Sequence[Mapping[s
 
 
 def show_memory(console: Console, records: Results) -> None:
-    table = Table(caption="peak memory in MiB of a fresh process; ratio: ours / stock, below 1 ours takes less")
+    table = Table()
     for name in ("model", "step", "ours", "stock", "ratio", "bar", ""):
         table.add_column(name, justify="right" if name in ("ours", "stock", "ratio", "bar") else "left")
     for r in records:
         sizes = f"{r['ours_mib']:.0f}", f"{r['stock_mib']:.0f}", f"{r['ratio']:.2f}"
         bar = "" if r["bar"] is None else f"{r['bar']:.2f}"
         table.add_row(r["model"], r["step"], *sizes, bar, VERDICTS[r["verdict"]])
+    console.print("peak memory in MiB of a fresh process; ratio: ours / stock, below 1 ours takes less", highlight=False)
     console.print(table)
 
 
 def show_bits(console: Console, records: Results) -> None:
-    table = Table(
-        caption=f"of {records[0]['pairs']} pairs of {records[0]['model']}, those with other bits than alone, by what changed"
-    )
+    table = Table()
     for name in ("", *records[0]["differ"], "largest difference"):
         table.add_column(name, justify="right" if name else "left")
     for r in records:
-        table.add_row(
-            f"{r['dtype']}, {r['way']}",
-            *(f"{n}" for n in r["differ"].values()),
-            f"{r['furthest']:.1e}" if r["furthest"] else "0",
-        )
+        furthest = f"{r['furthest']:.1e}" if r["furthest"] else "0"
+        table.add_row(f"{r['dtype']}, {r['way']}", *(f"{n}" for n in r["differ"].values()), furthest)
+    pairs, model = records[0]["pairs"], records[0]["model"]
+    console.print(f"of {pairs} pairs of {model}, those with other bits than alone, by what changed", highlight=False)
     console.print(table)
 
 
