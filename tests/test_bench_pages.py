@@ -157,6 +157,10 @@ def test_tables_stand_between_their_markers(data: Path, tmp_path: Path, capsys: 
         place.main(["--data", str(data), str(page)])
 
 
+def test_the_short_form_names_cases_that_there_are() -> None:
+    assert [name for name in place.SHORT_OPS if name not in run.contests(False)] == []
+
+
 def test_figures_that_are_drawn_stand_on_the_page(tmp_path: Path) -> None:
     docs, page = tmp_path / "docs", tmp_path / "page.md"
     docs.mkdir()
