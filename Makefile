@@ -58,11 +58,11 @@ gpu: $(VENV)/nvcc $(VENV)/installed  ## the CUDA and Triton backends on a real G
 	@$(BIN)/python -c 'import sys, rerank_kernels.native as n; sys.exit(n.missing_cuda())'
 	$(OFFLINE) $(BIN)/python -m pytest -m gpu --exhaustive $(ARGS)
 
-bench: $(VENV)/installed  ## correctness gate, then times beside PyTorch's (ARGS='--quick', '--only linear', '--json out.json')
+bench: $(VENV)/installed $(VENV)/engines  ## correctness gate, then times beside PyTorch's (ARGS='--quick', '--only linear', '--json out.json')
 	$(OFFLINE) $(BIN)/python bench/run.py $(ARGS)
 
 figures: $(VENV)/installed  ## draw the runs that bench/out holds, and write their tables into the pages
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'matplotlib>=3.8'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'rerank-kernels[bench]'
 	$(BIN)/python bench/plot.py
 	$(BIN)/python bench/place.py
 
@@ -118,4 +118,11 @@ $(VENV)/nvcc: $(VENV)/tools csrc/toolkit.py pyproject.toml
 	@lacking=$$($(BIN)/python csrc/toolkit.py --lacking); \
 	if [ -n "$$lacking" ]; then $(BIN)/python -m pip install --quiet --disable-pip-version-check $$lacking \
 	  || echo "no nvcc: GPU code will not be tested"; fi
+	@touch $@
+
+# ONNX Runtime and OpenVINO, for the benchmark alone. Ours is installed already, so pip adds what the extra names. Where they cannot
+# be had, their rows say "not installed".
+$(VENV)/engines: $(VENV)/installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'rerank-kernels[engines]' \
+	  || echo "no engines: their rows will say so"
 	@touch $@

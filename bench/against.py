@@ -10,9 +10,7 @@ case is made and timed once more.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
-import json
 import math
 import os
 import pathlib
@@ -29,6 +27,7 @@ import torch
 from results import ROOT, digits
 from rich.console import Console
 from rich.table import Table
+from workers import Ready, Worker, serve
 
 import rerank_kernels as rk
 
@@ -116,78 +115,29 @@ def show(console: Console, rev: str, records: Sequence[Mapping[str, Any]]) -> No
 # ---- the two processes -----------------------------------------------------------------------------------------------------
 
 
-class Process:
+class Process(Worker):
     """A Side in a process of its own, which imports rerank_kernels from `tree`."""
 
     def __init__(self, tree: pathlib.Path, arguments: Sequence[str]) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")])}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, str(tree), *arguments],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.cases: list[str] = self._answer()["cases"]
-
-    def prepare(self, case: str) -> dict[str, Any]:
-        return self._ask({"prepare": case})
-
-    def turn(self, calls: int) -> float:
-        return float(self._ask({"turn": calls})["seconds"])
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        self.process.wait()
-
-    def _ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(question) + "\n")
-            self.process.stdin.flush()
-        except OSError:
-            pass  # what it died of is in the answer that does not come
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a revision's process ended with {self.process.wait()}; its message is above")
-        return json.loads(line)
+        path = os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")])
+        super().__init__([__file__, str(tree), *arguments], {"PYTHONPATH": path})
+        self.cases: list[str] = self.said["cases"]
 
 
-def serve(args: argparse.Namespace) -> int:
-    """The process's side: answers on what was stdout, so that nothing a library prints comes between."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def say(**answer: Any) -> None:
-        out.write(json.dumps(answer) + "\n")
-        out.flush()
-
+def served(args: argparse.Namespace) -> int:
+    """The process's side."""
     if not pathlib.Path(rk.__file__).is_relative_to(args.tree):
         raise SystemExit(f"--against: {args.tree} was asked for, and {rk.__file__} was imported")
     torch.set_num_threads(args.threads)
-    prepare, names = (_on_gpu if args.device == "cuda" else _on_cpu)(args)
-    say(cases=[n for n in names if not args.only or any(o in n for o in args.only)])
-    call: Callable[[], Any] = lambda: None  # noqa: E731
+    made, names = (_on_gpu if args.device == "cuda" else _on_cpu)(args)
+
+    def prepare(case: str) -> Ready:
+        call = made(case)
+        bits = _bits(call())
+        return call, {"seconds": min(_seconds(call, 1) for _ in range(2)), "bits": bits}
+
     with torch.no_grad():
-        for line in sys.stdin:
-            question = json.loads(line)
-            if "turn" in question:
-                say(seconds=_seconds(call, question["turn"]))
-                continue
-            call = lambda: None  # noqa: E731, the last case's tensors go before the next one's come
-            try:
-                call = prepare(question["prepare"])
-                bits = _bits(call())
-                say(seconds=min(_seconds(call, 1) for _ in range(2)), bits=bits)
-            except Exception as error:
-                say(error=f"{type(error).__name__}: {error}"[:300])
-    return 0
+        return serve(prepare, _seconds, cases=[n for n in names if not args.only or any(o in n for o in args.only)])
 
 
 def _on_cpu(args: argparse.Namespace) -> tuple[Callable[[str], Callable[[], Any]], list[str]]:
@@ -317,4 +267,4 @@ if __name__ == "__main__":
     parser.add_argument("--device", required=True)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", action="append")
-    sys.exit(serve(parser.parse_args()))
+    sys.exit(served(parser.parse_args()))

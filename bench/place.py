@@ -1,8 +1,8 @@
 """Writes the tables of bench/out's runs into pages: python bench/place.py [--data FOLDER] [PAGE ...]
 
 A page holds `<!-- bench:NAME -->` and `<!-- /bench -->`, each on a line of its own; what stands between them is replaced, and
-nothing else. NAMEs: cpu-models, cpu-ops, cpu-machine, gpu-models, gpu-ops, gpu-machine, bits, and figures-cpu, figures-cuda for
-what bench/plot.py drew into docs. A table whose run is not there keeps what it had; a page without markers is left alone.
+nothing else. NAMEs: those of TABLES below; figures-cpu and figures-cuda for all that bench/plot.py drew into docs,
+figure-throughput-cpu for one of them. A table whose run is not there keeps what it had; a page without markers is left alone.
 """
 
 from __future__ import annotations
@@ -28,12 +28,73 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def cpu(content: Content, models: bool) -> str:
-    rows = [
-        (r["case"], r["against"], f"{digits(r['ours_ms'])} ms", f"{digits(r['theirs_ms'])} ms", f"{r['ratio']:.2f}")
-        for r in content["results"]
-        if r["case"].startswith("bge-reranker") == models
-    ]
-    return markdown(("", "against", "rerank_kernels", "theirs", "theirs / ours"), rows)
+    """A line for every rival, with its bar; who has no time says why."""
+    rows = []
+    for r in content["results"]:
+        if (r["group"] == "model") == models:
+            bar = "" if r["bar"] is None else f"{r['bar']:.2f}{', FALLS SHORT' if r['verdict'] == 'FALLS SHORT' else ''}"
+            if r["ratio"] is None:
+                cells = ("-", r["why"], "-")
+            else:
+                cells = (f"{digits(r['ours_ms'])} ms", f"{digits(r['theirs_ms'])} ms", f"{r['ratio']:.2f}")
+            rows.append((r["case"], r["against"], *cells, bar))
+    return markdown(("", "against", "rerank_kernels", "theirs", "theirs / ours", "bar"), rows)
+
+
+def cpu_models_short(content: Content) -> str:
+    """A line for every way of stock's; beside it the better ONNX Runtime, OpenVINO and MKL's strict mode, as ratios."""
+    by_case: dict[str, dict[str, Content]] = {}
+    for r in content["results"]:
+        if r["group"] == "model":
+            by_case.setdefault(r["case"], {})[r["against"]] = r
+    rows = []
+    for case, of in by_case.items():
+        stock = [n for n in of if n.startswith("stock") and not n.endswith("MKL strict")]
+        for name in stock:
+            # engines ran one by one where lengths are mixed, so they stand beside stock's one by one
+            beside = name == stock[-1]
+            engines = [_best_of(of, who) if beside else "" for who in ("ONNX Runtime", "OpenVINO")]
+            times = f"{digits(of[name]['ours_ms'])} ms", f"{digits(of[name]['theirs_ms'])} ms", f"{of[name]['ratio']:.2f}"
+            way = "" if len(stock) == 1 else f", {name.partition(', ')[2]}"
+            rows.append((f"{case}{way}", *times, *engines, _best_of(of, f"{name}, MKL strict")))
+    return markdown(
+        ("", "rerank_kernels", "stock", "stock / ours", "ONNX Runtime / ours", "OpenVINO / ours", "MKL strict / ours"), rows
+    )
+
+
+def _best_of(of: Mapping[str, Content], who: str) -> str:
+    ratios = [r["ratio"] for name, r in of.items() if name.startswith(who) and r["ratio"] is not None]
+    return f"{min(ratios):.2f}" if ratios else "-" if any(name.startswith(who) for name in of) else ""
+
+
+SHORT_OPS = (
+    *(f"linear {m}x768x3072" for m in (2048, 128, 1)),
+    *("linear 1x768x768", "linear 2048x1024x4096", "linear 2048x768x3072 float16", "linear 2048x768x3072 bfloat16"),
+    *("attention 16x128, 12 heads of 64", "attention 4x512, 12 heads of 64"),
+    *("layer_norm + residual 2048x768", "softmax 12288x128", "activation gelu 2048x3072"),
+    *("sparse_ffn ReLU 1x4096x11008, 10% active", "sparse_ffn ReLU 128x4096x11008, 10% active"),
+)
+
+
+def cpu_ops_short(content: Content) -> str:
+    chosen = {r["case"]: r for r in reversed(content["results"]) if r["case"] in SHORT_OPS}  # a case's first rival stays
+    return cpu({"results": [chosen[case] for case in SHORT_OPS if case in chosen]}, False)
+
+
+def cpu_bits(content: Content) -> str:
+    rows = []
+    for r in content["bits"]:
+        furthest = f"{r['furthest']:.1e}" if r["furthest"] else "0"
+        rows.append((f"{r['dtype']}, {r['way']}", *(f"{n}" for n in r["differ"].values()), furthest))
+    return markdown((f"of {content['bits'][0]['pairs']} pairs", *content["bits"][0]["differ"], "largest difference"), rows)
+
+
+def cpu_memory(content: Content) -> str:
+    rows = []
+    for r in content["memory"]:
+        sizes = (f"{r[n]:.0f} MiB" for n in ("ours_mib", "stock_mib"))
+        rows.append((f"{r['model'].partition('/')[2]}, {r['step']}", *sizes, f"{r['ratio']:.2f}"))
+    return markdown(("", "rerank_kernels", "stock", "ours / stock"), rows)
 
 
 def gpu(content: Content, models: bool) -> str:
@@ -62,7 +123,7 @@ def facts(content: Content) -> str:
     names = (
         ("gpu", "smi driver_version", "smi clocks.sm", "nvcc", "triton")
         if content.get("device") == "cuda"
-        else ("cpu", "threads", "isa")
+        else ("cpu", "threads", "isa", "mkl", "MKL_CBWR", "onnxruntime", "openvino")
     )
     said = [f"{name.removeprefix('smi ')} {m[name]}" for name in (*names, "torch", "revision") if m.get(name)]
     return "(" + ", ".join(said) + ")\n"
@@ -84,25 +145,30 @@ def bits(*contents: Content) -> str:
 # name -> the runs it needs, and how it is made of them
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "cpu-models": (("cpu",), lambda c: cpu(c, True)),
+    "cpu-models-short": (("cpu",), cpu_models_short),
     "cpu-ops": (("cpu",), lambda c: cpu(c, False)),
+    "cpu-ops-short": (("cpu",), cpu_ops_short),
+    "cpu-bits": (("cpu",), cpu_bits),
+    "cpu-memory": (("cpu",), cpu_memory),
     "cpu-machine": (("cpu",), facts),
     "gpu-models": (("cuda",), lambda c: gpu(c, True)),
     "gpu-ops": (("cuda",), lambda c: gpu(c, False)),
     "gpu-machine": (("cuda",), facts),
     "bits": (("scaling-cpu", "scaling-cuda"), bits),
 }
-
+HOLDS = {"cpu-bits": "bits", "cpu-memory": "memory"}  # what of a run a table is made of, if a run may lack it
 
 FIGURES = {
     "price": "how long the best of theirs takes, over ours",
     "throughput": "pairs per second over batch and length",
     "bits": "pairs whose bits hang on the batch",
+    "sparse": "time of a sparse FFN over the share of active neurons",
 }
 
 
-def figures(device: str, page: pathlib.Path, folder: pathlib.Path) -> str:
+def figures(device: str, page: pathlib.Path, folder: pathlib.Path, names: Iterable[str] = FIGURES) -> str:
     """A line for each figure that is there, as seen from the page."""
-    there = {name: p for name in FIGURES if (p := folder / f"{name}-{device}.svg").is_file()}
+    there = {name: p for name in names if (p := folder / f"{name}-{device}.svg").is_file()}
     return "".join(f"![{FIGURES[n]}]({os.path.relpath(p, page.resolve().parent)})\n\n" for n, p in there.items())
 
 
@@ -112,14 +178,15 @@ def placed(path: pathlib.Path, data: Mapping[str, Content], folder: pathlib.Path
 
     def table(match: re.Match[str]) -> str:
         begin, name, _, end = match.groups()
-        if name.startswith("figures-"):
-            drawn = figures(name.removeprefix("figures-"), path, folder)
+        if name.startswith(("figures-", "figure-")):
+            one, device = name.split("-")[1:-1], name.rpartition("-")[2]
+            drawn = figures(device, path, folder, one or FIGURES)
             said.append(f"{name}: {drawn.count('![')}")
             return begin + drawn + end if drawn else match.group(0)
         if name not in TABLES:
             raise SystemExit(f"there is no table {name!r}; there are {', '.join(TABLES)}")
         needs, make = TABLES[name]
-        have = [data[need] for need in needs if need in data]
+        have = [data[need] for need in needs if need in data and HOLDS.get(name, "machine") in data[need]]
         if not have:
             said.append(f"{name}: no run, left as it was")
             return match.group(0)

@@ -1,8 +1,9 @@
 """Draws the runs that bench/out holds: python bench/plot.py [--data FOLDER] [--out docs]
 
 price-DEVICE.svg       the price of invariance: how long the best of theirs takes for one op, over ours
-throughput-DEVICE.svg  pairs per second over batch and over length: ours, stock padded, stock one by one
+throughput-DEVICE.svg  pairs per second over batch and over length: ours, stock padded, sorted by length, one by one
 bits-DEVICE.svg        pairs whose logit has other bits than alone, over the size of the batch: stock and ours
+sparse-cpu.svg         time of a sparse FFN, one token, over the share of its neurons that are active, and dense beside it
 
 The data are what `bench/run.py --json` and `--scaling --json` wrote; a figure whose data are not there is not drawn.
 """
@@ -19,6 +20,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 from results import ROOT, best_ratio, kept
 
 # text stays text, ids and dates stay the same: a figure of the same data is the same file
@@ -31,6 +33,7 @@ matplotlib.rcParams |= {
 }
 COLOURS = {
     "stock, padded": "#b0b0b0",
+    "stock, sorted in 8s": "#c08080",
     "stock, one by one": "#606060",
     "stock": "#b03030",
     "portable": "#1f77b4",
@@ -42,18 +45,31 @@ def colour(way: str) -> str:
     return COLOURS.get(way) or COLOURS[way.rpartition(" ")[2]]
 
 
+def plain(axis: Any) -> None:
+    """Ticks of a logarithmic axis as 0.5, 1, 2, 5, 10 and not as powers of ten."""
+    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
 def machine(content: Mapping[str, Any]) -> str:
     facts = content["machine"]
     return f"{facts['gpu'] if content.get('device') == 'cuda' else facts['cpu']}, torch {facts['torch']}, {facts['revision']}"
 
 
 def cpu_prices(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Op -> {"portable": best of theirs / ours}."""
+    """Op -> {"portable": stock / ours}; of linear's many sizes some, of a sparse FFN's shares one."""
     prices: dict[str, dict[str, float]] = {}
     for r in content["results"]:
-        if "bge-reranker" not in r["case"]:
-            known = prices.setdefault(r["case"], {"portable": r["ratio"]})
-            known["portable"] = min(known["portable"], r["ratio"])
+        shown = r["group"] != "linear" or r["case"].split("x")[0] in (
+            "linear 1",
+            "linear 128",
+            "linear 2048",
+            "linear + gelu 2048",
+        )
+        strict = r["against"].endswith("MKL strict")
+        if r["group"] != "model" and shown and not strict and r["ratio"] is not None and r.get("active", 0.1) == 0.1:
+            prices[r["case"]] = {"portable": r["ratio"]}
     return prices
 
 
@@ -91,6 +107,7 @@ def price(content: Mapping[str, Any]) -> Any:
     axes.set_xscale("log")
     low, high = (f(v for p in prices.values() for v in p.values()) for f in (min, max))
     axes.set_xlim(min(0.5, low / 1.6), max(2.0, high * 1.6))
+    plain(axes.xaxis)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(prices)), list(prices))
     axes.invert_yaxis()
@@ -114,6 +131,7 @@ def throughput(content: Mapping[str, Any]) -> Any:
                 axes.plot(*zip(*line, strict=True), marker="o", markersize=3, color=colour(way), label=label)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            plain(axes.yaxis)
             ticks = sorted({p["x"] for p in here})
             axes.set_xticks(ticks, [f"{x}" for x in ticks])
             axes.set_xlabel("pairs in the batch, 16 to 512 tokens" if axis == "batch" else "tokens a pair, 16 pairs")
@@ -146,7 +164,23 @@ def bits(content: Mapping[str, Any]) -> Any:
     return figure
 
 
-FIGURES = {"price": ("", price), "throughput": ("scaling-", throughput), "bits": ("scaling-", bits)}
+def sparse(content: Mapping[str, Any]) -> Any:
+    rows = sorted((r for r in content["results"] if r.get("tokens") == 1 and " ReLU " in r["case"]), key=lambda r: r["active"])
+    if not rows:
+        return None
+    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
+    shares = [100 * r["active"] for r in rows]
+    axes.plot(shares, [r["ours_ms"] for r in rows], marker="o", markersize=3, color=COLOURS["portable"], label="ours")
+    axes.plot(shares, [r["theirs_ms"] for r in rows], color=COLOURS["stock"], label="stock, dense")
+    axes.set_xlabel("neurons that are active, %")
+    axes.set_ylabel("ms")
+    axes.set_ylim(bottom=0.0)
+    axes.set_title(f"ReLU FFN, one token: {rows[0]['case'].split(' ')[2].rstrip(',')}, fp32\n{machine(content)}", fontsize=9)
+    axes.legend(fontsize=7)
+    return figure
+
+
+FIGURES = {"price": ("", price), "throughput": ("scaling-", throughput), "bits": ("scaling-", bits), "sparse": ("", sparse)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,7 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if (content := data.get(kind + device)) is None:
                 print(f"{name}-{device}: no data in {args.data}")
                 continue
-            figure = draw(content)
+            if (name == "sparse" and device != "cpu") or (figure := draw(content)) is None:
+                continue
             path = args.out / f"{name}-{device}.svg"
             figure.savefig(path, metadata={"Date": None})
             plt.close(figure)

@@ -47,7 +47,13 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         return facts | gpu()
     active = backend.active("cpu")
     isa = torch.ops.rerank_kernels.force_isa("") if active.name == "cpu" else "PyTorch's"
-    return facts | {"backend": active.name, "isa": isa, "gpu": "not measured"}
+    rivals = {name: (_version(name) or "not installed").partition("-")[0] for name in ("onnxruntime", "openvino")}
+    return facts | {"backend": active.name, "isa": isa, "mkl": _mkl(), **rivals, "gpu": "not measured"}
+
+
+def _mkl() -> str | None:
+    match = re.search(r"Math Kernel Library Version ([\d.]+)", torch.__config__.show())
+    return match[1] if match else None
 
 
 def gpu() -> dict[str, Any]:

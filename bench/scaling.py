@@ -83,17 +83,19 @@ def _served(backend: str, model: Any, batch: dict[str, Tensor]) -> Tensor:
         return model(**batch).logits
 
 
-def _point(place: device.Place, name: str, dtype: str, of: Sequence[int]) -> list[dict[str, Any]]:
+def _point(place: device.Place, name: str, dtype: str, lengths_: Sequence[int]) -> list[dict[str, Any]]:
     shape = shapes.RERANKERS[name]
-    rows = shapes.tokens(shape, tuple(of))
+    rows = shapes.tokens(shape, tuple(lengths_))
     whole = device.on(place, shapes.padded(shape, rows))
     runs: dict[str, Run] = {}
     for way, logits in _ways(place, name, dtype):
         if way == "stock":
             runs["stock, padded"] = functools.partial(logits, whole)
-            if len(rows) > 1:
-                single = [device.on(place, shapes.padded(shape, [row])) for row in rows]
-                runs["stock, one by one"] = functools.partial(lambda f, each: [f(b) for b in each], logits, single)
+            mixed = len({*map(len, rows)}) > 1
+            for words, of in (("sorted in 8s", 8), ("one by one", 1)):
+                if len(rows) > of and (mixed or of == 1):
+                    each = [device.on(place, batch) for batch in shapes.batches(shape, rows, of)]
+                    runs[f"stock, {words}"] = functools.partial(_each, logits, each)
         else:
             runs[way] = functools.partial(logits, whole)
     first = {way: _seconds(run, place) for way, run in runs.items()}
@@ -104,6 +106,10 @@ def _point(place: device.Place, name: str, dtype: str, of: Sequence[int]) -> lis
                 times[way].append(_seconds(run, place))
     seconds = {way: statistics.median(t) for way, t in times.items()}
     return [{"way": way, "seconds": s, "pairs_per_s": len(rows) / s} for way, s in seconds.items()]
+
+
+def _each(logits: Logits, batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    return [logits(batch) for batch in batches]
 
 
 def _seconds(run: Run, place: device.Place) -> float:

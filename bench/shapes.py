@@ -7,6 +7,7 @@ ones, and they are what time and memory depend on.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,7 @@ MIXED_LENGTHS = (
     95, 299, 22, 196, 52, 115, 65, 71, 136, 172, 46, 260, 83, 450, 28, 34,
 )
 # fmt: on
+LONGEST = 512  # tokens that every one of these models takes
 
 
 def reranker(shape: Shape, *, layers: int | None = None, seed: int = 0) -> torch.nn.Module:
@@ -92,9 +94,9 @@ def tokens(shape: Shape, lengths: tuple[int, ...], seed: int = 0) -> list[Tensor
     return rows
 
 
-def padded(shape: Shape, rows: list[Tensor], *, left: bool = False) -> dict[str, Tensor]:
-    """The batch a tokenizer would make of `rows`: padded to the longest, with its mask."""
-    width = max(len(row) for row in rows)
+def padded(shape: Shape, rows: list[Tensor], *, left: bool = False, more: int = 0) -> dict[str, Tensor]:
+    """The batch a tokenizer would make of `rows`: padded to the longest and `more`, with its mask."""
+    width = max(len(row) for row in rows) + more
     ids = torch.full((len(rows), width), 0 if shape.kind == "bert" else 1)
     mask = torch.zeros(len(rows), width, dtype=torch.int64)
     for i, row in enumerate(rows):
@@ -102,3 +104,14 @@ def padded(shape: Shape, rows: list[Tensor], *, left: bool = False) -> dict[str,
         ids[i, place] = row
         mask[i, place] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def by_length(rows: Sequence[Tensor]) -> list[int]:
+    """The longest first; those of one length as they come."""
+    return sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+
+
+def batches(shape: Shape, rows: Sequence[Tensor], of: int) -> list[dict[str, Tensor]]:
+    """Sorted by length, so many in a batch, each padded to its longest."""
+    order = by_length(rows)
+    return [padded(shape, [rows[j] for j in order[i : i + of]]) for i in range(0, len(rows), of)]

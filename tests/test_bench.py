@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,22 +24,28 @@ from rerank_kernels import backend as registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
+import clock
+import memory
+import ops
+import rerankers
 import run
 import shapes
+import strict
 
 SMALL = {
-    "linear small": lambda: run.linear(40, 96, 48),
-    "layer_norm small": lambda: run.layer_norm(40, 64),
-    "softmax small": lambda: run.softmax(40, 50),
-    "gelu small": lambda: run.gelu(40, 33, torch.bfloat16),
-    "attention small": lambda: run.attention(2, 70, 2, 16),
-    "sparse_ffn small": lambda: run.sparse_ffn(64, 200, gate=True),
+    "linear small": lambda: ops.linear(40, 96, 48),
+    "layer_norm small": lambda: ops.layer_norm(40, 64),
+    "softmax small": lambda: ops.softmax(40, 50),
+    "gelu small": lambda: ops.gelu(40, 33, torch.bfloat16),
+    "attention small": lambda: ops.attention(2, 70, 2, 16),
+    "sparse_ffn small": lambda: ops.sparse_ffn(64, 200, gate=True),
 }
 TINY = shapes.Shape("xlm-roberta", 2, 32, 64, 2, 3000, 514)
 
 
-def bench(monkeypatch: pytest.MonkeyPatch, table: dict[str, Callable[[], run.Contest]], *argv: str) -> int:
+def bench(monkeypatch: pytest.MonkeyPatch, table: dict[str, Callable[[], clock.Contest]], *argv: str) -> int:
     monkeypatch.setattr(run, "contests", lambda quick: table)
+    monkeypatch.setattr(run, "studies", lambda quick: {})
     threads = torch.get_num_threads()
     try:
         return run.main(["--quick", *argv])
@@ -95,7 +103,7 @@ def test_small_cases_run_to_a_whole_file(
 
 def caught(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> str:
     """What the bench says of the kernel that is in place now: it must fail, time nothing and write nothing."""
-    monkeypatch.setattr(run, "interleave", lambda *_: pytest.fail("timed in spite of the gate"))
+    monkeypatch.setattr(clock, "interleave", lambda *_: pytest.fail("timed in spite of the gate"))
     assert bench(monkeypatch, {name: SMALL[name]}, "--json", str(tmp_path / "times.json")) == 1
     assert list(tmp_path.iterdir()) == []
     printed = capsys.readouterr().out
@@ -129,8 +137,8 @@ def test_gate_catches_a_kernel_that_looks_at_the_batch(
 def test_gate_catches_another_number_of_active_neurons(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def build() -> run.Contest:
-        contest = run.sparse_ffn(64, 200, gate=False)
+    def build() -> clock.Contest:
+        contest = ops.sparse_ffn(64, 200, gate=False)
         contest.rivals[0].call.keywords["up_bias"].add_(1.0)
         return contest
 
@@ -140,85 +148,192 @@ def test_gate_catches_another_number_of_active_neurons(
 
 @pytest.mark.parametrize("gate", [False, True])
 def test_sparse_and_dense_compute_the_same(gate: bool) -> None:
-    contest = run.sparse_ffn(64, 200, gate=gate)
+    contest = ops.sparse_ffn(64, 200, gate=gate)
     torch.testing.assert_close(contest.ours()[0], contest.rivals[0].call())
 
 
 @pytest.fixture
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setitem(shapes.RERANKERS, run.BASE, TINY)
-    run.models.cache_clear()
+    monkeypatch.setitem(shapes.RERANKERS, rerankers.BASE, TINY)
+    rerankers.models.cache_clear()
     yield
-    run.models.cache_clear()
+    rerankers.models.cache_clear()
 
 
 @pytest.mark.usefixtures("tiny_model")
 @torch.no_grad()
 def test_whole_model_and_its_three_rivals() -> None:
     lengths = (16, 40, 9, 30, 30, 8, 21, 12, 33)
-    contest = run.model(lengths, 2, mixed=True, bars=(3.0, 1.0))
+    contest = rerankers.model(rerankers.BASE, lengths, 2, with_engines=False)
     contest.gate()
     padded, eights, single = (r.call() for r in contest.rivals)
     order = sorted(range(9), key=lambda i: lengths[i], reverse=True)
     for ways in (eights, single):
-        torch.testing.assert_close(torch.cat(ways), padded[order], atol=1e-4, rtol=0)
-    torch.testing.assert_close(contest.ours(), padded, atol=1e-4, rtol=0)
-    stock, ours = run.models(run.BASE, 2)
+        torch.testing.assert_close(torch.cat(ways), padded[0][order], atol=1e-4, rtol=0)
+    torch.testing.assert_close(contest.ours(), padded[0], atol=1e-4, rtol=0)
+    stock, ours = rerankers.models(rerankers.BASE, 2)
     assert all(a is b for a, b in zip(stock.parameters(), ours.parameters(), strict=True)), "the weights are not shared"
+    rows = shapes.tokens(TINY, lengths)
     with pytest.raises(AssertionError, match="alone against in the batch"):
-        run.model_gate(run.BASE, stock, stock, shapes.tokens(TINY, lengths))
+        rerankers.model_gate(rerankers.BASE, 2, stock, rows)
+    right = {i: contest.ours()[i] for i in rerankers.telling(rows)}
+    rerankers.near_truth(rerankers.BASE, 2, rows, right, "an engine")
+    with pytest.raises(AssertionError, match=r"an engine, pair \d: logit 0.001 from float64"):
+        rerankers.near_truth(rerankers.BASE, 2, rows, {i: logit + 1e-3 for i, logit in right.items()}, "an engine")
 
 
-def records(monkeypatch: pytest.MonkeyPatch, ours: list[float], *theirs: list[float], **bars: Any) -> list[dict[str, Any]]:
-    monkeypatch.setattr(run, "interleave", lambda *_: [ours, *theirs])
-    rivals = [run.Rival(f"rival {i}", lambda: None, bars.get("bar")) for i in range(len(theirs))]
-    return run.measure("case", run.Contest(lambda: None, rivals, lambda: None, bars.get("best_bar")), 1.0, 1)
+def records(
+    monkeypatch: pytest.MonkeyPatch, ours: list[float], *theirs: list[float], bar: float | None = None
+) -> list[dict[str, Any]]:
+    monkeypatch.setattr(clock, "interleave", lambda *_: [ours, *theirs])
+    rivals = [clock.Rival(f"rival {i}", lambda: None, bar) for i in range(len(theirs))]
+    return clock.measure("case", clock.Contest(lambda: None, rivals, lambda: None, {"group": "g"}), 1.0, 1)
 
 
 def test_ratio_and_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = records(monkeypatch, [1.0, 2.0, 1.0], [3.0, 6.0, 2.0], bar=3.0)
     assert (line["ratio"], line["ours_ms"], line["theirs_ms"], line["verdict"]) == (3.0, 1000.0, 3000.0, "ok")
+    assert line["group"] == "g"
     (line,) = records(monkeypatch, [1.0], [2.9], bar=3.0)
     assert line["verdict"] == "FALLS SHORT"
     (line,) = records(monkeypatch, [1.0], [0.5])
     assert line["verdict"] is None
-    slow, fast, best = records(monkeypatch, [1.0], [4.0], [0.5], best_bar=1.0)
-    assert (slow["verdict"], fast["verdict"], best["verdict"]) == (None, None, "FALLS SHORT")
-    assert best["against"] == "the best: rival 1" and best["ratio"] == 0.5
+
+
+def test_who_is_missing_or_wrong_has_a_row_and_no_time(capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong() -> clock.Turn:
+        raise AssertionError("logit 1 from float64's")
+
+    def missing() -> clock.Turn:
+        raise clock.Missing("not installed: engine")
+
+    rivals = [clock.Away("a", wrong, 1.0), clock.Rival("b", lambda: None, 0.0), clock.Away("c", missing, 1.0)]
+    a, b, c = clock.measure("case", clock.Contest(lambda: None, rivals, lambda: None), 0.0, 1)
+    assert a["theirs_ms"] is None and a["ratio"] is None and a["verdict"] is None and a["why"].startswith("WRONG: logit 1")
+    assert c["why"] == "not installed: engine" and c["theirs_all_ms"] == [] and c["ours_ms"] is None
+    assert b["verdict"] == "ok"
+    run.show(Console(width=150), {}, [a, b, c])
+    printed = capsys.readouterr().out
+    assert "a: WRONG: logit 1 from float64's" in printed and "c: not installed: engine" in printed
+
+
+def test_who_is_away_has_turns_of_its_own_with_ours() -> None:
+    """Ours beside a sleeper is timed apart from ours beside a rival in this process."""
+    log: list[str] = []
+    away = clock.Away("away", lambda: lambda n: log.append(f"away {n}") or 1.0)
+    here = clock.Rival("here", lambda: log.append("here") or _wait())
+    ours = lambda: log.append("ours") or _wait()  # noqa: E731
+    records = clock.measure("case", clock.Contest(ours, [here, away], lambda: None), 0.0, 3)
+    assert [r["against"] for r in records] == ["here", "away"] and [r["rounds"] for r in records] == [3, 3]
+    first = log.index("away 1") - 2  # what sleeps begins again with calls that are not timed
+    assert log[first:] == ["ours", "ours", "away 1"] * 5 and set(log[:first]) == {"ours", "here"}
 
 
 def test_turns_alternate() -> None:
     turns: list[str] = []
-    times = run.interleave([lambda: turns.append("a") or _wait(), lambda: turns.append("b") or _wait()], 0.02, 4)
+    calls = [lambda: turns.append("a") or _wait(), lambda: turns.append("b") or _wait()]
+    times = clock.interleave([functools.partial(clock.calls, call) for call in calls], 0.02, 4)
     assert len(times[0]) == len(times[1]) >= 4
     assert "".join(turns)[4:] == "ab" * len(times[0])  # after two warm-up calls each
 
 
 def _wait() -> None:
-    end = run.time.perf_counter() + 0.003
-    while run.time.perf_counter() < end:
+    end = time.perf_counter() + 0.003
+    while time.perf_counter() < end:
         pass
 
 
-@pytest.mark.parametrize(("strict", "code"), [(False, 0), (True, 1)])
+@pytest.mark.parametrize(("held", "code"), [(False, 0), (True, 1)])
 def test_a_short_bar_is_said_and_fails_only_strict_runs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], strict: bool, code: int
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], held: bool, code: int
 ) -> None:
-    table = {"linear slow": lambda: run.linear(40, 96, 48, bar=1e9)}
-    assert bench(monkeypatch, table, *(["--strict"] if strict else [])) == code
+    table = {"linear slow": lambda: ops.linear(40, 96, 48, bar=1e9)}
+    assert bench(monkeypatch, table, *(["--strict"] if held else [])) == code
     printed = capsys.readouterr().out
     assert "FALLS SHORT" in printed and "0 of 1 reached, 1 FALL SHORT" in printed
 
 
+def test_studies_stand_beside_the_contests(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their tables, their part of the file, a bar that counts, and one that fails without taking the others along."""
+    held = {"model": "m", "step": "8x128", "stock_mib": 100.0, "ours_mib": 120.0, "ratio": 1.2, "bar": 1.15}
+    bits = {"model": "m", "way": "stock", "dtype": "fp32", "pairs": 8, "differ": {"padding": 5}, "furthest": 1e-7}
+
+    def missing() -> run.Results:
+        raise clock.Missing("there is no /proc")
+
+    made: dict[str, tuple[str, Callable[[], run.Results]]] = {
+        "memory small": ("memory", lambda: [{**held, "verdict": "FALLS SHORT"}]),
+        "bits small": ("bits", lambda: [bits]),
+        "lost": ("lost", missing),
+    }
+    monkeypatch.setattr(run, "contests", lambda quick: {"softmax small": SMALL["softmax small"]})
+    monkeypatch.setattr(run, "studies", lambda quick: made)
+    monkeypatch.setattr(ops, "ELEMENT_BAR", None)
+    out, threads = tmp_path / "a.json", torch.get_num_threads()
+    try:
+        assert run.main(["--quick", "--strict", "--json", str(out)]) == 1
+        printed = capsys.readouterr().out
+        assert "peak memory in MiB" in printed and "1.20" in printed and "FALLS SHORT" in printed
+        assert "those with other bits than alone" in printed and "0 of 1 reached, 1 FALL SHORT" in printed
+        assert "lost: not measured: there is no /proc" in printed
+        content = json.loads(out.read_text())
+        assert content["memory"][0]["ratio"] == 1.2 and content["bits"] == [bits] and "lost" not in content
+        assert run.main(["--quick", "--only", "bits small", "--json", str(out)]) == 0
+        content = json.loads(out.read_text())
+        assert content["results"] == [] and content["only"] == ["bits small"] and "memory" not in content
+    finally:
+        torch.set_num_threads(threads)
+
+
+def bars(quick: bool) -> dict[str, list[float | None]]:
+    """Case -> bars, in the order of the rivals; ops are not built for it, nor are models."""
+    table = {}
+    for name, build in run.contests(quick).items():
+        strict_bar: list[float | None] = []
+        if build.func is strict.away:
+            build, strict_bar = build.args[0], [build.args[3]]
+        given = build.keywords
+        if build.func is rerankers.model:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(rerankers, "models", lambda *_: (None, None))
+                table[name] = [r.bar for r in build().rivals] + strict_bar
+        else:
+            own = {ops.attention: ops.ATTENTION_BAR, ops.layer_norm: ops.ELEMENT_BAR}
+            own |= {ops.softmax: ops.ELEMENT_BAR, ops.gelu: ops.ELEMENT_BAR}
+            half = next((a for a in build.args if isinstance(a, torch.dtype) and a != torch.float32), None)
+            table[name] = [None if half else given.get("bar", own.get(build.func)), *strict_bar]
+    return table
+
+
 def test_every_bar_of_the_issue_is_in_the_list() -> None:
-    full = run.contests(False)
-    for name in ("linear 2048x768x768", "linear 2048x768x3072", "linear 2048x3072x768"):
-        assert full[name].keywords["bar"] == 0.90
-    assert [full[n].keywords["bar"] for n in full if n.startswith("sparse_ffn")] == [3.0, 3.0]
-    models = {n: b.keywords["bars"] for n, b in full.items() if n.startswith("bge-reranker-base")}
-    assert list(models.values()) == [(1.0, None), (1.0, None), (3.0, 1.0)]
-    quick = run.contests(True)
-    assert not any(any(b.keywords.get("bars", ())) for b in quick.values())
+    full = bars(False)
+    base, large = ((768, 768), (768, 3072), (3072, 768)), ((1024, 1024), (1024, 4096), (4096, 1024))
+    for k, n in (*base, *large):
+        for m, bar in ((2048, 0.95), (512, 0.95), (128, 0.95), (64, 0.95), (16, None), (8, 1.0), (4, 1.0), (1, 1.0)):
+            strictly = [1.0] if (k, n) in base and m in (2048, 128, 16, 1) else []
+            assert full.pop(f"linear {m}x{k}x{n}") == [bar, *strictly]
+    for name in ("16x128, 12", "8x256, 12", "5x384, 12", "4x512, 12", "4x512, 16"):
+        assert full.pop(f"attention {name} heads of 64") == [1.2]
+    for name in ("layer_norm + residual 2048x768", "layer_norm + residual 2048x1024", "layer_norm + residual 128x768"):
+        assert (full.pop(name), full.pop(f"{name} bfloat16")) == ([1.5], [None])
+    for name in ("activation gelu 2048x3072", "activation gelu 128x3072"):
+        assert (full.pop(name), full.pop(f"{name} bfloat16")) == ([1.5], [None])
+    for name in ("12288x128", "6144x512", "1536x128"):
+        assert full.pop(f"softmax {name}") == [1.5]
+    shares = {share: full.pop(f"sparse_ffn ReLU 1x4096x11008, {share}% active") for share in (2, 5, 10, 20, 50, 100)}
+    assert shares == {2: [None], 5: [None], 10: [4.0], 20: [None], 50: [None], 100: [None]}
+    assert full.pop("sparse_ffn ReLU 128x4096x11008, 10% active") == [1.0]
+    assert full.pop("sparse_ffn ReGLU 1x4096x11008, 10% active") == [4.0]
+    runtime = [1.15, 1.15, None]  # ONNX Runtime, its fused form, OpenVINO
+    assert full.pop("bge-reranker-base, 8x128") == full.pop("bge-reranker-base, 4x512") == [1.2, *runtime, 1.0]
+    assert full.pop("bge-reranker-base, 1x128") == [1.2, None, None, None]
+    assert full.pop("bge-reranker-base, 32 of 16 to 512") == [3.8, 1.6, 1.25, None, None, None, 1.0]
+    assert not any(bar for of in full.values() for bar in of), f"bars that the issue has not: {full}"
+    assert memory.BAR == 1.15
+    quick = bars(True)
+    assert not any(bar for name, of in quick.items() if "bge" in name or "MiniLM" in name for bar in of)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +351,18 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str], argv: list[str], says
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bars_of_ops_are_held_in_float32_only(dtype: torch.dtype) -> None:
+    built = [
+        ops.attention(1, 4, 2, 16, dtype),
+        ops.layer_norm(4, 8, dtype),
+        ops.gelu(4, 8, dtype),
+        ops.linear(4, 8, 8, dtype, 0.5),
+    ]
+    assert [c.rivals[0].bar for c in built] == ([1.2, 1.5, 1.5, 0.5] if dtype == torch.float32 else [None] * 4)
+    assert ops.softmax(4, 8).rivals[0].bar == 1.5
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     out = tmp_path / "times.json"
     run.write_json(out, {"a": 1})
@@ -246,12 +373,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_table_says_that_no_gpu_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    run.show(Console(width=150), {"cpu": "x"}, [run.record("a case", "F.linear", [1e-3], [2e-3], 1.0)])
+    run.show(Console(width=150), {"cpu": "x"}, [clock.record("a case", "F.linear", [1e-3], [2e-3], 1.0)])
     printed = capsys.readouterr().out
     assert "not measured" in printed and "2.00" in printed and "ok" in printed
 
 
 def test_rivals_are_stock_pytorch() -> None:
-    contest = run.linear(5, 32, 7)
+    contest = ops.linear(5, 32, 7)
     rows = contest.rivals[0].call.keywords
     assert torch.equal(contest.rivals[0].call(), F.linear(rows["x"], rows["weight"]))

@@ -28,9 +28,38 @@ FACTS = {
     "isa": "avx2",
     "smi driver_version": "7",
 }
+
+
+def raced(case: str, against: str, ours: float, theirs: float | None, **more: Any) -> dict[str, Any]:
+    ratio = theirs and theirs / ours
+    fixed = {"group": "linear", "bar": None, "verdict": None, **({} if theirs else {"why": "not installed: it"})}
+    return {"case": case, "against": against, "ours_ms": ours, "theirs_ms": theirs, "ratio": ratio, **fixed, **more}
+
+
+MODEL = {"group": "model"}
 CPU = [
-    {"case": "linear 1", "against": "F.linear", "ours_ms": 2.0, "theirs_ms": 3.0, "ratio": 1.5},
-    {"case": "bge-reranker-base, 1x8", "against": "stock", "ours_ms": 1000.0, "theirs_ms": 2340.0, "ratio": 2.34},
+    raced("linear 1", "F.linear", 2.0, 3.0, bar=1.2, verdict="ok"),
+    raced("linear 1", "F.linear, MKL strict", 2.0, 1.0, bar=1.0, verdict="FALLS SHORT"),
+    raced("linear 1x768x3072", "F.linear", 2.0, 5.0),
+    raced("linear 1x768x3072", "F.linear, MKL strict", 2.0, 7.0),
+    raced("linear 64x768x3072", "F.linear", 2.0, 5.0),
+    *(
+        raced(f"sparse_ffn ReLU 1x8x9, {a:.0%} active", "dense F.linear", a, 1.5, group="sparse_ffn", tokens=1, active=a)
+        for a in (0.5, 0.1)
+    ),
+    raced("bge-reranker-base, 1x8", "stock, SDPA", 1000.0, 2340.0, **MODEL),
+    raced("bge-reranker-base, 1x8", "ONNX Runtime", 1000.0, 1500.0, **MODEL),
+    raced("bge-reranker-base, 1x8", "ONNX Runtime, fused", 1000.0, 1200.0, **MODEL),
+    raced("bge-reranker-base, 1x8", "OpenVINO", 1000.0, None, **MODEL),
+    raced("bge-reranker-base, 1x8", "stock, SDPA, MKL strict", 1000.0, 3000.0, **MODEL),
+    raced("bge-reranker-base, 3 of 1 to 2", "stock, padded", 1000.0, 9000.0, **MODEL),
+    raced("bge-reranker-base, 3 of 1 to 2", "stock, one by one", 1000.0, 4000.0, **MODEL),
+    raced("bge-reranker-base, 3 of 1 to 2", "OpenVINO, one by one", 1000.0, 3000.0, **MODEL),
+]
+MEMORY = [{"model": "a/b", "step": "8x128", "stock_mib": 200.0, "ours_mib": 220.0, "ratio": 1.1, "bar": 1.15, "verdict": "ok"}]
+BITS = [
+    {"model": "m", "way": w, "dtype": "fp32", "pairs": 8, "differ": {"padding": d}, "furthest": d * 1e-7}
+    for w, d in (("stock", 5), ("ours", 0))
 ]
 
 
@@ -70,7 +99,8 @@ def data(tmp_path: Path) -> Path:
     ]
     files: dict[str, dict[str, Any]] = {
         "old": {"results": [{**CPU[0], "ratio": 9.0}]},
-        "new": {"results": CPU},
+        "new": {"results": CPU, "memory": MEMORY, "bits": BITS},
+        "only": {"results": [], "only": ["linear"]},
         "quick": {"results": [], "quick": True},
         "against": {"results": [], "against": "HEAD"},
         "gpu": {"results": CASES, "device": "cuda"},
@@ -90,15 +120,25 @@ def test_the_newest_whole_run_of_each_kind(data: Path) -> None:
 
 
 def test_tables_stand_between_their_markers(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ["cpu-models", "cpu-ops", "cpu-machine", "gpu-models", "gpu-ops", "gpu-machine", "bits"]
+    names = ["cpu-models", "cpu-models-short", "cpu-ops", "cpu-ops-short", "cpu-bits", "cpu-memory", "cpu-machine"]
+    names += ["gpu-models", "gpu-ops", "gpu-machine", "bits"]
     assert set(names) == set(place.TABLES)
     page = tmp_path / "page.md"
     page.write_text("before\n" + "".join(f"<!-- bench:{n} -->\nold {n}\n<!-- /bench -->\nkept {n}\n" for n in names))
     assert place.main(["--data", str(data), str(page)]) == 0
     text = page.read_text()
     assert "old" not in text and all(f"kept {n}\n" in text for n in names) and text.startswith("before\n")
-    assert "| bge-reranker-base, 1x8 | stock | 1000 ms | 2340 ms | 2.34 |" in text
-    assert "| linear 1 | F.linear | 2.00 ms | 3.00 ms | 1.50 |" in text
+    assert "| bge-reranker-base, 1x8 | stock, SDPA | 1000 ms | 2340 ms | 2.34 |  |" in text
+    assert "| bge-reranker-base, 1x8 | OpenVINO | - | not installed: it | - |  |" in text
+    assert "| linear 1 | F.linear | 2.00 ms | 3.00 ms | 1.50 | 1.20 |" in text
+    assert "| linear 1 | F.linear, MKL strict | 2.00 ms | 1.00 ms | 0.50 | 1.00, FALLS SHORT |" in text
+    # the short forms: the better ONNX Runtime, engines beside stock's last way, strict beside the way it is of
+    assert "| bge-reranker-base, 1x8 | 1000 ms | 2340 ms | 2.34 | 1.20 | - | 3.00 |" in text
+    assert "| bge-reranker-base, 3 of 1 to 2, padded | 1000 ms | 9000 ms | 9.00 |  |  |  |" in text
+    assert "| bge-reranker-base, 3 of 1 to 2, one by one | 1000 ms | 4000 ms | 4.00 |  | 3.00 |  |" in text
+    short = text.partition("<!-- bench:cpu-ops-short -->\n")[2].partition("<!-- /bench -->")[0]
+    assert short.splitlines()[2:] == ["| linear 1x768x3072 | F.linear | 2.00 ms | 5.00 ms | 2.50 |  |"]
+    assert "| b, 8x128 | 220 MiB | 200 MiB | 1.10 |" in text and "| fp32, stock | 5 | 5.0e-07 |" in text
     # 0.50: compile, the best of theirs, over cuda; 2.00: the median over the rounds, over triton; 3 TFLOP/s in 1 ms
     assert "| linear 1x8x8 fp16 | 2.00 ms, compile | 4.00 ms, cuda | 0.50 | 1.00 ms, triton | 2.00 | 3.0T |" in text
     assert "| base 1x8 fp16 | 2.00 ms, compile | 4.00 ms, cuda | 0.50 | 1.00 ms, triton | 2.00 | 3G |" in text
@@ -106,6 +146,8 @@ def test_tables_stand_between_their_markers(data: Path, tmp_path: Path, capsys: 
     assert "(cpu a CPU, threads 2, isa avx2, torch 2, revision abc)" in text and "driver_version 7" in text
     assert place.main(["--data", str(data), str(page)]) == 0 and page.read_text() == text
 
+    (data / "new.json").write_text(json.dumps({"machine": FACTS, "results": CPU}))  # without the studies: their tables stay
+    assert place.main(["--data", str(data), str(page)]) == 0 and page.read_text() == text
     for path in data.glob("*.json"):
         path.unlink()
     assert place.main(["--data", str(data), str(page)]) == 0 and page.read_text() == text
@@ -113,6 +155,10 @@ def test_tables_stand_between_their_markers(data: Path, tmp_path: Path, capsys: 
     page.write_text("<!-- bench:nothing -->\n<!-- /bench -->")
     with pytest.raises(SystemExit, match="there is no table 'nothing'"):
         place.main(["--data", str(data), str(page)])
+
+
+def test_the_short_form_names_cases_that_there_are() -> None:
+    assert [name for name in place.SHORT_OPS if name not in run.contests(False)] == []
 
 
 def test_figures_that_are_drawn_stand_on_the_page(tmp_path: Path) -> None:
@@ -123,6 +169,11 @@ def test_figures_that_are_drawn_stand_on_the_page(tmp_path: Path) -> None:
     (docs / "bits-cuda.svg").write_text("")
     text, _ = place.placed(page, {}, docs)
     assert "old" not in text and "](docs/bits-cuda.svg)" in text and "price" not in text
+    page.write_text("<!-- bench:figure-price-cuda -->\n<!-- /bench -->\n")
+    assert "svg" not in place.placed(page, {}, docs)[0]
+    (docs / "price-cuda.svg").write_text("")
+    text, _ = place.placed(page, {}, docs)
+    assert "](docs/price-cuda.svg)" in text and "bits" not in text
 
 
 def test_figures(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +184,10 @@ def test_figures(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out.mkdir()
     assert plot.main(["--data", str(data), "--out", str(out)]) == 0
     first = {p.name: p.read_bytes() for p in out.iterdir()}
-    assert set(first) == {"price-cpu.svg", "price-cuda.svg", "throughput-cpu.svg", "bits-cpu.svg"}
+    assert set(first) == {"price-cpu.svg", "price-cuda.svg", "throughput-cpu.svg", "bits-cpu.svg", "sparse-cpu.svg"}
+    drawn = plot.cpu_prices({"results": CPU})
+    assert list(drawn) == ["linear 1", "linear 1x768x3072", "sparse_ffn ReLU 1x8x9, 10% active"]
+    assert drawn["linear 1x768x3072"] == {"portable": 2.5}
     assert all(len(b) < 80_000 for b in first.values())
     price = first["price-cuda.svg"].decode()
     assert "linear 1x8x8 fp16" in price and "2.00" in price and "0.50" in price and "a GPU" in price and "base 1x8" not in price
@@ -145,7 +199,7 @@ def test_figures(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_scaling_counts_what_stock_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(shapes.RERANKERS, scaling.MINILM, TINY)
-    for name, value in (("BATCHES", (1, 3)), ("LENGTHS", (9,)), ("BITS", (1, 3, 8))):
+    for name, value in (("BATCHES", (1, 9)), ("LENGTHS", (9,)), ("BITS", (1, 3, 8))):
         monkeypatch.setattr(scaling, name, value)
     out = tmp_path / "s.json"
     threads = run.torch.get_num_threads()
@@ -157,9 +211,9 @@ def test_scaling_counts_what_stock_changes(monkeypatch: pytest.MonkeyPatch, tmp_
         scaling.device.patched_model.cache_clear()
     found = json.loads(out.read_text())["scaling"]
     assert {(p["axis"], p["x"], p["threads"]) for p in found["points"]} == {
-        (a, x, t) for a, x in (("batch", 1), ("batch", 3), ("length", 9)) for t in (1, 2)
+        (a, x, t) for a, x in (("batch", 1), ("batch", 9), ("length", 9)) for t in (1, 2)
     }
-    assert {p["way"] for p in found["points"]} == {"stock, padded", "stock, one by one", "cpu portable"}
+    assert {p["way"] for p in found["points"]} == {"stock, padded", "stock, sorted in 8s", "stock, one by one", "cpu portable"}
     assert all(p["pairs_per_s"] > 0 for p in found["points"])
     differ = {(p["way"], p["batch"]): p["differ"] for p in found["bits"]}
     assert all(differ["cpu portable", n] == 0 for n in (1, 3, 8)) and differ["stock", 1] == 0
