@@ -130,7 +130,7 @@ def test_sizes_of_zero_are_errors() -> None:
         with pytest.raises(ValueError, match="sparse_ffn: down_weight must be"):
             rk.sparse_ffn(torch.zeros(m, 4), torch.zeros(5, 4), torch.zeros(0, 5))
     with pytest.raises(RuntimeError, match="N and K must be > 0"):
-        torch.ops.rerank_kernels.linear(torch.zeros(2, 0), torch.zeros(1, 0, 32), 1, None, 0, None, torch.float32)
+        torch.ops.rerank_kernels.linear(torch.zeros(2, 0), torch.zeros(1, 0), None, 0, None, torch.float32)
 
 
 def test_screening_does_not_trust_a_subnormal_bound() -> None:
