@@ -97,6 +97,27 @@ def cpu_memory(content: Content) -> str:
     return markdown(("", "rerank_kernels", "stock", "ours / stock"), rows)
 
 
+def cpu_limits(content: Content) -> str:
+    top, *kernels = content["limits"]
+    said = f"{top['gflops']:.0f} GFLOP/s, {top['cache_gbs']:.0f} GB/s out of the last-level cache, {top['memory_gbs']:.0f} GB/s out of memory"
+    rows = []
+    for r in kernels:
+        limit = f"{digits(r['limit_ms'])} ms, {r['limited_by']}"
+        rows.append(
+            (
+                r["case"],
+                f"{r['fmas'] * 1e-6:.3g} M",
+                f"{r['bytes'] * 1e-6:.3g} MB",
+                limit,
+                f"{digits(r['ms'])} ms",
+                f"{r['reached']:.0%}",
+            )
+        )
+    return f"{top['threads']} threads of this machine: {said}.\n\n" + markdown(
+        ("", "fmas", "bytes", "limit", "taken", "reached"), rows
+    )
+
+
 def gpu(content: Content, models: bool) -> str:
     """Ours is the better of the two backends, named; theirs the best of all that ran."""
     rows = []
@@ -150,6 +171,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "cpu-ops-short": (("cpu",), cpu_ops_short),
     "cpu-bits": (("cpu",), cpu_bits),
     "cpu-memory": (("cpu",), cpu_memory),
+    "cpu-limits": (("limits",), cpu_limits),
     "cpu-machine": (("cpu",), facts),
     "gpu-models": (("cuda",), lambda c: gpu(c, True)),
     "gpu-ops": (("cuda",), lambda c: gpu(c, False)),

@@ -27,6 +27,7 @@ from rich.table import Table
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import engines
+import limits
 import memory
 import ops
 import rerankers
@@ -55,6 +56,10 @@ def studies(quick: bool) -> dict[str, tuple[str, Callable[[], Results]]]:
     return {
         f"memory of bge-reranker-base{cut}": ("memory", functools.partial(memory.measure, rerankers.BASE, layers, bar=bar)),
         "bits of ms-marco-MiniLM-L6-v2 in MKL's strict mode": ("bits", functools.partial(strict.bits, rerankers.MINILM)),
+        "limits of the machine, and what each kernel reaches": (
+            "limits",
+            functools.partial(limits.measure, 0.2 if quick else 1.0),
+        ),
     }
 
 
@@ -105,7 +110,22 @@ def show_bits(console: Console, records: Results) -> None:
     console.print(table)
 
 
-SHOWN = {"memory": show_memory, "bits": show_bits}
+def show_limits(console: Console, records: Results) -> None:
+    top, *kernels = records
+    table = Table()
+    for name in ("case", "fmas", "bytes", "limit ms", "by", "ms", "reached"):
+        table.add_column(name, justify="left" if name in ("case", "by") else "right")
+    for r in kernels:
+        work = f"{r['fmas']:.3g}", f"{r['bytes']:.3g}", digits(r["limit_ms"])
+        table.add_row(r["case"], *work, r["limited_by"], digits(r["ms"]), f"{r['reached']:.0%}")
+    can = (
+        f"{top['gflops']:.0f} GFLOP/s, {top['cache_gbs']:.0f} GB/s out of the cache, {top['memory_gbs']:.0f} GB/s out of memory"
+    )
+    console.print(f"this machine, {top['threads']} threads: {can}", highlight=False)
+    console.print(table)
+
+
+SHOWN = {"memory": show_memory, "bits": show_bits, "limits": show_limits}
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------------
