@@ -53,10 +53,7 @@ static void multiply(int64_t rounds) {
     for (int c = 0; c < CHAINS; ++c) acc[c] = Vec{} + float(c);
     for (int64_t i = 0; i < rounds; ++i)
 #pragma GCC unroll 12
-        for (int c = 0; c < CHAINS; ++c) {
-            acc[c] = acc[c] * a + b;
-            asm("" : "+x"(acc[c]));  // or the compiler would do two rounds in one
-        }
+        for (int c = 0; c < CHAINS; ++c) acc[c] = acc[c] * a + b;
     float sum = 0.0f;
     for (int c = 0; c < CHAINS; ++c) sum += acc[c][0];
     sink = sum;

@@ -11,7 +11,7 @@ namespace RK_ISA {
 constexpr int STRIP = TILE_VECS * W;  // columns of a tile; PANEL is a multiple of it
 
 // sums[r][c] = (first ? +0 : sums[r][c]) + the chunk sums over k in [k_begin, k_end) of a[r * lda + k] * b[k * PANEL + c],
-// c in [0, STRIP). b is a packed panel; chunks of SPAN are counted from k = 0.
+// c in [0, STRIP). b is a panel as lay_panel makes it; chunks of SPAN are counted from k = 0.
 template <int ROWS, int SPAN>
 static __attribute__((noinline)) void dot_tile(const float* a, int64_t lda, const float* b, int64_t k_begin, int64_t k_end,
                                                float* sums, int64_t ld_sums, bool first) {
@@ -224,15 +224,14 @@ constexpr int64_t GROUP = 4;
 constexpr int64_t ROW_GAP = 16;
 RK_INLINE bool in_place(const LinearArgs& g) { return g.x_dtype == Dtype::F32 && g.K % 512 != 0; }
 
-// `bytes` from each of `rows` rows, `stride` bytes apart, into the second-level cache: part `part` of `parts`, so that it takes
-// no more at a time than the products beside it hide.
-RK_INLINE void prefetch_part(const void* first, int64_t stride, int64_t rows, int64_t bytes, int64_t part, int64_t parts) {
-    const int64_t lines = (bytes + 63) / 64, begin = rows * lines * part / parts, end = rows * lines * (part + 1) / parts;
-    const char* row = static_cast<const char*>(first) + begin / lines * stride;
-    for (int64_t i = begin, line = begin % lines; i < end; ++i) {
-        __builtin_prefetch(row + line * 64, 0, 2);
-        if (++line == lines) line = 0, row += stride;
-    }
+// `bytes` from each of `rows` rows, `stride` bytes apart, into the second-level cache, to be read or written: part `part` of
+// `parts` of the rows, so that it takes no more at a time than the products beside it hide.
+template <int WRITE = 0>
+RK_INLINE void prefetch_part(const void* first, int64_t stride, int64_t rows, int64_t bytes, int64_t part = 0,
+                             int64_t parts = 1) {
+    const char* row = static_cast<const char*>(first) + rows * part / parts * stride;
+    for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i, row += stride)
+        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, WRITE, 2);
 }
 
 template <class T>
@@ -256,6 +255,8 @@ static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end,
         }
         return;
     }
+    const char *const x = static_cast<const char*>(g.x), *const out = static_cast<const char*>(g.out);
+    const int64_t x_bytes = bytes_of(g.x_dtype), out_bytes = bytes_of(g.out_dtype);
     float* const panels = scratch;
     float* const rows = panels + (p_end - p_begin < GROUP ? p_end - p_begin : GROUP) * step * PANEL;
     float* const sums = in_place(g) ? rows : rows + TILE_ROWS * lda;
@@ -268,8 +269,7 @@ static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end,
             // What is laid out next: further on in K, or other panels, in the end those of the next task.
             const bool deeper = k0 + deep < g.K;
             const int64_t then = deeper ? p0 : p0 + group < p_end ? p0 + group : p_then, then_k = deeper ? k0 + deep : 0;
-            const int64_t then_end = deeper || p0 + group >= p_end ? then + group : p_end;
-            const int64_t then_rows = (then_end * PANEL < g.N ? then_end * PANEL : g.N) - then * PANEL;
+            const int64_t then_end = (then + group) * PANEL, then_rows = (then_end < g.N ? then_end : g.N) - then * PANEL;
             for (int64_t m = 0; m < height; m += TILE_ROWS) {
                 const int some = int(height - m < TILE_ROWS ? height - m : TILE_ROWS);
                 const float* a = static_cast<const float*>(g.x) + (m_begin + m) * g.K + k0;
@@ -278,30 +278,37 @@ static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end,
                     a = rows;
                 }
                 for (int64_t p = p0; p < p0 + group; ++p) {
-                    const int64_t x_bytes = bytes_of(g.x_dtype), left = height - m - TILE_ROWS;
+                    const bool last = k0 + deep == g.K;
+                    const int64_t left = height - m - TILE_ROWS, part = p - p0;
                     if (left > 0)
-                        prefetch_part(static_cast<const char*>(g.x) + ((m_begin + m + TILE_ROWS) * g.K + k0) * x_bytes,
-                                      g.K * x_bytes, left < TILE_ROWS ? left : TILE_ROWS, deep * x_bytes, p - p0, group);
+                        prefetch_part(x + ((m_begin + m + TILE_ROWS) * g.K + k0) * x_bytes, g.K * x_bytes,
+                                      left < TILE_ROWS ? left : TILE_ROWS, deep * x_bytes, part, group);
                     if (then_rows > 0)
                         prefetch_part(weight + then * PANEL * g.K + then_k, g.K * int64_t(sizeof(T)), then_rows,
                                       (g.K - then_k < step ? g.K - then_k : step) * int64_t(sizeof(T)),
-                                      m / TILE_ROWS * group + p - p0, (height + TILE_ROWS - 1) / TILE_ROWS * group);
+                                      m / TILE_ROWS * group + part, (height + TILE_ROWS - 1) / TILE_ROWS * group);
+                    if (last)
+                        prefetch_part<1>(out + ((m_begin + m) * g.N + p * PANEL) * out_bytes, g.N * out_bytes, some,
+                                         columns_of(g, p) * out_bytes);
                     float* const tile = sums + (m * group + (p - p0) * TILE_ROWS) * PANEL;
                     const int columns = columns_of(g, p);
                     dot_panel<CHUNK>(some, a, lda, panels + (p - p0) * step * PANEL, 0, deep, tile, PANEL, columns, k0 == 0);
-                    if (k0 + deep == g.K) finish(g, tile, some, m_begin + m, p * PANEL, columns);
+                    if (last) finish(g, tile, some, m_begin + m, p * PANEL, columns);
                 }
             }
         }
     }
 }
 
-// Floats of scratch for a block.
+// Floats of scratch for a block of up to so many rows.
 [[maybe_unused]] static int64_t linear_scratch(const LinearArgs& g, int64_t rows, int64_t panels) {
-    if (rows <= FEW_ROWS) return g.x_dtype == Dtype::F32 ? 0 : rows * g.K;
+    // a block that is lower than the others, as the last may be, takes the way of few rows
+    const int64_t few = g.x_dtype == Dtype::F32 ? 0 : (rows < FEW_ROWS ? rows : FEW_ROWS) * g.K;
+    if (rows <= FEW_ROWS) return few;
     const int64_t step = g.K < CHUNK ? g.K : CHUNK, group = panels < GROUP ? panels : GROUP;
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    return group * step * PANEL + TILE_ROWS * (step + ROW_GAP) + tiles * TILE_ROWS * group * PANEL;
+    const int64_t tall = group * step * PANEL + TILE_ROWS * (step + ROW_GAP) + tiles * TILE_ROWS * group * PANEL;
+    return tall > few ? tall : few;
 }
 
 // Rows [m_begin, m_end) of panels [p_begin, p_end). p_then: the panel at which this thread is likely to go on.

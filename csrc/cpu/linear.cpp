@@ -7,8 +7,8 @@
 
 namespace rk {
 
-// Rows of a block, for M of them: few, if threads would idle otherwise, yet so many that laying out the weight, once a block,
-// is little beside the products. Blocks of about one height, so that the last is no tail.
+// Rows of a block, for M of them: so many that laying out the weight, once a block, is little beside the products. Blocks of
+// about one height, so that the last is no tail.
 static int64_t block_rows(int64_t M) {
     const int64_t tile = RK_CALL(tile_rows), most = tile * std::max<int64_t>(1, 512 / tile);
     return ceil_div(ceil_div(M, ceil_div(M, most)), tile) * tile;
@@ -71,7 +71,7 @@ static Tensor bmm(const Tensor& a, const Tensor& b, ScalarType out_dtype) {
                            K,
                            0};
         float* memory = scratch(size_t(RK_CALL(linear_scratch, g, std::min(M, rows), p_end - p)));
-        for (int64_t m = 0; m < M; m += rows) RK_CALL(linear_block, g, m, std::min(m + rows, M), p, p_end, panels, memory);
+        for (int64_t m = 0; m < M; m += rows) RK_CALL(linear_block, g, m, std::min(m + rows, M), p, p_end, p, memory);
     });
     return y;
 }

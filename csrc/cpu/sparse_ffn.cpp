@@ -81,15 +81,18 @@ static int64_t may_be_active(const Screen& screen, const float* x, float norm, c
         count += !screen.off(f, 1, biased, norm);
     }
     constexpr int64_t block = 64;
-    std::vector<float> more(count);
+    const int32_t* const listed = neurons.data();
+    thread_local std::vector<float> more;
+    more.resize(count);
+    float* const sums = more.data();  // of this thread, for all tasks
     for_each_task(ceil_div(count, block), [&](int64_t task) {
         const int64_t begin = task * block, end = std::min(begin + block, count);
-        RK_CALL(about_listed, x, K, screen.rest, neurons.data() + begin, end - begin, more.data() + begin);
+        RK_CALL(about_listed, x, K, screen.rest, listed + begin, end - begin, sums + begin);
     });
     int64_t left = 0;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t f = neurons[i];
-        const float value = values[i] + screen.bounds[4 * f + 2] * more[i], biased = bias ? value + bias[f] : value;
+        const float value = values[i] + screen.bounds[4 * f + 2] * sums[i], biased = bias ? value + bias[f] : value;
         neurons[left] = int32_t(f);
         left += !screen.off(f, 3, biased, norm);
     }
@@ -111,7 +114,11 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
                          const std::optional<Tensor>& down_bias) {
     const int64_t M = x.size(0), K = x.size(1), F = down_rows.size(0), D = down_rows.size(1);
     RK_CHECK(F > 0 && D > 0, "sparse_ffn", "F and D must be > 0");
+    for (const Tensor* weight : {&first_weight, up_weight ? &*up_weight : &first_weight})
+        RK_CHECK(weight->dim() == 2 && weight->size(0) == F && weight->size(1) == K && weight->is_contiguous(), "sparse_ffn",
+                 "the first weight and up_weight must be [F, K] and contiguous");
     const bool screened = coarse && rest && bounds;
+    RK_CHECK(screened || (!coarse && !rest && !bounds), "sparse_ffn", "coarse, rest and bounds go together");
     if (screened)
         for (const Tensor* copy : {&*coarse, &*rest})
             RK_CHECK(copy->scalar_type() == ScalarType::Char && copy->numel() == F * K && copy->is_contiguous(), "sparse_ffn",
@@ -143,8 +150,12 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
                         y.mutable_data_ptr(),
                         dtype_of(y, "sparse_ffn", "x"),
                         D};
-    std::vector<int32_t> neurons(F);
-    std::vector<float> h(F), up(up_weight ? F : 0);
+    // Kept from call to call: no allocation in the steady state. Tasks of other threads get pointers into them.
+    thread_local std::vector<int32_t> neurons;
+    thread_local std::vector<float> h, up;
+    neurons.resize(F);
+    h.resize(F);
+    up.resize(up_weight ? F : 0);
     for (int64_t m = 0; m < M; ++m) {
         const float *row = sums + m * F, *token = rows + m * K;
         int64_t count = F;
@@ -173,9 +184,11 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
         // Wide shares of the columns: a neuron's weights are read as long runs of memory.
         const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(D / 256, 2 * torch::stable::get_num_threads()));
         const int64_t width = ceil_div(ceil_div(D, shares), 64) * 64;
+        const int32_t* const listed = neurons.data();
+        const float* const hidden = h.data();
         for_each_task(ceil_div(D, width), [&](int64_t task) {
             const int64_t begin = task * width, end = std::min(begin + width, D);
-            RK_CALL(axpy_block, args, m, begin, end, neurons.data(), active, h.data(), scratch(size_t(2 * (width + PANEL))));
+            RK_CALL(axpy_block, args, m, begin, end, listed, active, hidden, scratch(size_t(2 * (width + PANEL))));
         });
     }
     return y;

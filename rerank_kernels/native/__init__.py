@@ -1,4 +1,4 @@
-"""The compiled backends' Python side: loads the libraries, calls torch.ops.rerank_kernels, keeps what sparse_ffn wants of its weights.
+"""The compiled backends' Python side: loads the libraries, calls torch.ops.rerank_kernels, keeps sparse_ffn's layouts.
 
 PyTorch's dispatcher picks cpu or cuda by the tensors; the six files here only add what a dispatcher cannot know.
 """

@@ -1,7 +1,8 @@
 """Other layouts of weights, made once per weight and kept as long as the weight lives.
 
 Kernels read a weight as nn.Linear holds it, so there are few: of sparse_ffn the down-projection with a neuron's values side by
-side, and on the CPU a copy in half the bytes that shows which neurons are off; and a contiguous copy of a weight that is not.
+side, and on the CPU two copies of the first matrix in 8 bits that show which neurons are off; and a contiguous copy of a weight
+that is not.
 
 A weight is recognised by its identity, memory, version, and a sample of its bits: an optimiser step, load_state_dict, .half()
 or .to() lead to a new layout at the next call. PyTorch's version counter does not see writes through `weight.data` and fused
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-SCREENS_ON: tuple[str, ...] = ("cpu",)  # the devices whose sparse_ffn wants its own layouts
+SCREENS_ON: tuple[str, ...] = ("cpu",)  # the devices whose sparse_ffn screens, and turns weights by an op of the library
 
 
 @dataclass
@@ -49,17 +50,18 @@ def check_finite(weight: Tensor) -> None:
 
 
 def screen(weight: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """[N, K] in 8 bits a weight, twice: coarse and rest, int8 [N, K], and bounds, float32 [N, 4]; of float32 weights on the CPU.
+    """[N, K] in 8 bits a weight, twice: coarse and rest, int8 [N, K], and bounds, float32 [N, 4]. Of float32 weights on the CPU.
 
     Row n is about bounds[n, 0] * coarse[n], off by |dot(x, w) - dot(x, that)| <= bounds[n, 1] |x|, both as computed; and about
     bounds[n, 0] * coarse[n] + bounds[n, 2] * rest[n], off by at most bounds[n, 3] |x|.
 
-    The bounds, by Cauchy and Schwarz: |w - copy| for what the copy leaves out, and for the arithmetic u * steps * |x| |w|, as
-    many steps as the longest chain of additions, which for a `dot` of K terms is a chunk and the number of chunks, and for the
-    copies' sums, whose order is free, K. Norms are taken in float64; 1.01 covers the copies' own, 1.0001 what is left.
+    By Cauchy and Schwarz: |w - copy| for what a copy leaves out; and for the arithmetic n u / (1 - n u) |x| |v| for a sum of
+    products with v in which a term passes through n roundings: for w's own `dot` a chunk and the number of chunks, for the
+    copies', whose order is free, K. Norms are taken in float64, where 1.0001 covers their own errors, and a process that has
+    subnormals set to zero may hide so much of each weight as is added.
     """
-    if weight.dtype != torch.float32 or weight.device.type not in SCREENS_ON:
-        return None
+    if weight.dtype != torch.float32 or weight.device.type not in SCREENS_ON or weight.is_inference():
+        return None  # half precision is no larger than the copies; what cannot be kept is not worth making
     return _cached("screen", weight, _screened)
 
 
@@ -67,16 +69,22 @@ def _screened(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n, k = weight.shape
     coarse, rest = (weight.new_empty(n, k, dtype=torch.int8) for _ in range(2))
     bounds = weight.new_empty(n, 4)
-    steps = min(k, 512) + -(-k // 512) + k + 16
+
+    def rounding(steps: int, of: Tensor) -> Tensor:
+        u = 2.0**-24
+        return steps * u / max(1.0 - steps * u, 0.25) * of.norm(dim=1)
+
     for at in range(0, n, 512):  # in float64, so not all at once
         rows = slice(at, min(at + 512, n))
-        exact = weight[rows].double()
-        left, arithmetic = exact, steps * 2.0**-24 * 1.01 * exact.norm(dim=1)
+        left = weight[rows].double()
+        arithmetic = rounding(min(k, 512) + -(-k // 512) + 8, left) + k**0.5 * 2.0**-126
         for i, copy in ((0, coarse), (2, rest)):
             scale = (left.abs().amax(dim=1) / 127.0).float()
-            steps_of = (left / scale.double().clamp_min(1e-300)[:, None]).round().clamp(-127, 127).nan_to_num(0.0)
-            copy[rows] = steps_of.to(torch.int8)
-            left = left - steps_of * scale.double()[:, None]
+            whole = (left / scale.double().clamp_min(1e-300)[:, None]).round().clamp(-127, 127).nan_to_num(0.0)
+            copy[rows] = whole.to(torch.int8)
+            share = whole * scale.double()[:, None]
+            left = left - share
+            arithmetic = arithmetic + rounding(k + 8, share)
             bounds[rows, i] = scale
             bounds[rows, i + 1] = (1.0001 * (left.norm(dim=1) + arithmetic)).float()
     return coarse, rest, bounds
