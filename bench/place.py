@@ -99,7 +99,8 @@ def cpu_memory(content: Content) -> str:
 
 def cpu_limits(content: Content) -> str:
     top, *kernels = content["limits"]
-    said = f"{top['gflops']:.0f} GFLOP/s, {top['cache_gbs']:.0f} GB/s out of the last-level cache, {top['memory_gbs']:.0f} GB/s out of memory"
+    reading = f"{top['cache_gbs']:.0f} GB/s out of the last-level cache, {top['memory_gbs']:.0f} GB/s out of memory"
+    said = f"{top['gflops']:.0f} GFLOP/s, {reading}"
     rows = []
     for r in kernels:
         limit = f"{digits(r['limit_ms'])} ms, {r['limited_by']}"
@@ -171,14 +172,18 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "cpu-ops-short": (("cpu",), cpu_ops_short),
     "cpu-bits": (("cpu",), cpu_bits),
     "cpu-memory": (("cpu",), cpu_memory),
-    "cpu-limits": (("limits",), cpu_limits),
+    "cpu-limits": (("cpu",), cpu_limits),
     "cpu-machine": (("cpu",), facts),
     "gpu-models": (("cuda",), lambda c: gpu(c, True)),
     "gpu-ops": (("cuda",), lambda c: gpu(c, False)),
     "gpu-machine": (("cuda",), facts),
     "bits": (("scaling-cpu", "scaling-cuda"), bits),
 }
-HOLDS = {"cpu-bits": "bits", "cpu-memory": "memory"}  # what of a run a table is made of, if a run may lack it
+HOLDS = {
+    "cpu-bits": "bits",
+    "cpu-memory": "memory",
+    "cpu-limits": "limits",
+}  # what of a run a table is made of, if a run may lack it
 
 FIGURES = {
     "price": "how long the best of theirs takes, over ours",

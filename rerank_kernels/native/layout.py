@@ -50,7 +50,7 @@ def check_finite(weight: Tensor) -> None:
 
 
 def screen(weight: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """[N, K] in 8 bits a weight, twice: coarse and rest, int8 [N, K], and bounds, float32 [N, 4]. Of float32 weights on the CPU.
+    """[N, K] in 8 bits a weight, twice: coarse and rest, int8 [N, K]; bounds, float32 [N, 4]. Of float32 weights on the CPU.
 
     Row n is about bounds[n, 0] * coarse[n], off by |dot(x, w) - dot(x, that)| <= bounds[n, 1] |x|, both as computed; and about
     bounds[n, 0] * coarse[n] + bounds[n, 2] * rest[n], off by at most bounds[n, 3] |x|.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rerank_kernels.native.linear import CODES
 from rerank_kernels.native.layout import contiguous
+from rerank_kernels.native.linear import CODES
 
 
 def pool(x: Tensor, cu_seqlens: Tensor, mode: str, out_dtype: torch.dtype) -> Tensor:
