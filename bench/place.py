@@ -172,7 +172,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "cpu-ops-short": (("cpu",), cpu_ops_short),
     "cpu-bits": (("cpu",), cpu_bits),
     "cpu-memory": (("cpu",), cpu_memory),
-    "cpu-limits": (("cpu",), cpu_limits),
+    "cpu-limits": (("limits",), cpu_limits),
     "cpu-machine": (("cpu",), facts),
     "gpu-models": (("cuda",), lambda c: gpu(c, True)),
     "gpu-ops": (("cuda",), lambda c: gpu(c, False)),

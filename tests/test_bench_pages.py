@@ -103,8 +103,9 @@ def data(tmp_path: Path) -> Path:
     ]
     files: dict[str, dict[str, Any]] = {
         "old": {"results": [{**CPU[0], "ratio": 9.0}]},
-        "new": {"results": CPU, "memory": MEMORY, "bits": BITS, "limits": LIMITS},
+        "new": {"results": CPU, "memory": MEMORY, "bits": BITS},
         "only": {"results": [], "only": ["linear"]},
+        "limits": {"results": [], "only": ["limits"], "limits": LIMITS},
         "quick": {"results": [], "quick": True},
         "against": {"results": [], "against": "HEAD"},
         "gpu": {"results": CASES, "device": "cuda"},
@@ -119,7 +120,7 @@ def data(tmp_path: Path) -> Path:
 
 def test_the_newest_whole_run_of_each_kind(data: Path) -> None:
     found = results.kept(data)
-    assert set(found) == {"cpu", "cuda", "scaling-cpu"}
+    assert set(found) == {"cpu", "cuda", "scaling-cpu", "limits"}
     assert found["cpu"]["results"] == CPU
 
 
