@@ -255,27 +255,34 @@ def mixed(dtype: torch.dtype) -> list[tuple[torch.dtype, torch.dtype]]:
 
 @pytest.mark.parametrize("k", [1024, 1100], ids=["rows copied", "rows in place"])
 def test_blocks_and_shares(isa: str, dtype: torch.dtype, k: int) -> None:
-    """Two blocks of rows (avx512: above 504 rows, avx2: 510), ten panels of columns that one thread takes in two shares."""
+    """Two blocks of rows (avx512: above 504, avx2: 510); ten panels of columns in shares of up to four, which are laid out at
+    once, and nineteen in shares that take more than one turn."""
     for of_x, of_w in mixed(dtype):
-        x, w = numbers("x", (530, k), of_x), numbers("w", (300, k), of_w)
+        x, w = numbers("x", (530, k), of_x), numbers("w", (600, k), of_w)
         want = by_threes(x, w)
-        for threads, rows in itertools.product((1, 3), (505, 530)):
-            (got,) = invariants.with_threads(threads, lambda x=x[:rows], w=w: (linear(x, w, out_dtype=torch.float32),))
-            same(got, want[:rows], f"{isa}, {of_x} x {of_w}, {rows} rows, {threads} threads, against three rows at a time")
+        for threads, rows, columns in itertools.product((1, 3), (505, 530), (300, 600)):
+            (got,) = invariants.with_threads(
+                threads, lambda x=x[:rows], w=w[:columns]: (linear(x, w, out_dtype=torch.float32),)
+            )
+            what = f"{isa}, {of_x} x {of_w}, {rows} rows, {columns} columns, {threads} threads"
+            same(got, want[:rows, :columns], f"{what}, against three rows at a time")
 
 
-def test_blocks_of_the_scalar_kernel(isa: str) -> None:
+def test_blocks_of_the_scalar_kernel(isa: str, dtype: torch.dtype) -> None:
     """The same for the slowest: two blocks above 512 rows."""
-    x, w = numbers("x", (530, 520), torch.float32), numbers("w", (100, 520), torch.float32)
-    want = by_threes(x, w)
-    invariants.force_isa("scalar")
-    same(linear(x, w), want, f"530 rows, scalar, against three at a time, {isa}")
+    for of_x, of_w in mixed(dtype):
+        x, w = numbers("x", (530, 520), of_x), numbers("w", (100, 520), of_w)
+        invariants.force_isa(isa)
+        want = by_threes(x, w)
+        invariants.force_isa("scalar")
+        got = linear(x, w, out_dtype=torch.float32)
+        same(got, want, f"{of_x} x {of_w}, 530 rows, scalar, against three at a time, {isa}")
 
 
 def test_blocks_and_shares_of_bmm(isa: str, dtype: torch.dtype) -> None:
     """Two blocks of rows, and five panels, of which one task takes all, in two groups, where it has enough entries."""
     for of_a, of_b in mixed(dtype):
-        a, b = numbers("a", (4, 505, 520), of_a), numbers("b", (4, 140, 520), of_b)
+        a, b = numbers("a", (4, 530, 520), of_a), numbers("b", (4, 140, 520), of_b)
         want = torch.stack([by_threes(x, w) for x, w in zip(a, b, strict=True)])
         for threads in (1, 3):
             (got,) = invariants.with_threads(threads, lambda a=a, b=b: (bmm(a, b.transpose(1, 2), out_dtype=torch.float32),))
