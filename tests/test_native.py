@@ -54,18 +54,17 @@ class Layer(nn.Module):
         hidden = rk.linear(x, w.get("gate", w["up"]), activation="relu")
         return rk.linear(hidden * rk.linear(x, w["up"]) if "gate" in w else hidden, w["down"])
 
-    def write_unseen(self, x: Tensor) -> None:
-        """Through .data, a row or a column that is not in the sample: of sparse_ffn's matrices a neuron whose weights count."""
-        data, (_, columns) = self.changed().data, sampled(self.changed())
+    def write_outside_the_sample(self, x: Tensor, weight: Tensor) -> None:
+        """To what was `changed`, or its .data: rows or columns between those looked at; of sparse_ffn neurons that then count."""
+        rows, columns = sampled(weight)
         if self.kept == "strided":
-            off = torch.arange(K) % columns != 0
-            data[:, off] = -data[:, off]
+            weight[:, torch.arange(K) % columns != 0] *= -1.0
             return
         active = rk.linear(x, self.get_parameter("gate" if self.kept == "gate" else "up").detach())[0] > 0
-        across = data if self.kept != "down" else data.t()
-        step = sampled(self.changed())[self.kept == "down"]
-        wanted = [f for f in range(F) if f % step and bool(active[f]) == (self.kept == "down")]
-        across[wanted] = -across[wanted]  # of the first matrix those that are off, and now come on
+        if self.kept == "down":
+            weight[:, active & (torch.arange(F) % columns != 0)] *= -1.0
+        else:  # those that are off come on
+            weight[~active & (torch.arange(F) % rows != 0)] *= -1.0
 
 
 def sampled(weight: Tensor) -> tuple[int, int]:
@@ -125,12 +124,22 @@ def test_a_changed_weight_is_laid_out_again(kept: str, write) -> None:
     same(layer(x), layer.dense(x), f"{write.__name__} to {kept}")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_counted_write_needs_no_sample(kept: str) -> None:
+    x, layer = numbers("x", (1, K), torch.float32), Layer(kept)
+    before = layer(x)
+    layer.write_outside_the_sample(x, layer.changed())
+    assert not torch.equal(before, layer.dense(x)), "the write changes nothing: the case has no power"
+    same(layer(x), layer.dense(x), "a counted write outside the sample")
+
+
 @pytest.mark.parametrize("whole", [True, False], ids=["model", "weight"])
 @pytest.mark.parametrize("kept", KEPT)
 def test_forget_is_for_what_nobody_can_see(kept: str, whole: bool) -> None:
     x, layer = numbers("x", (1, K), torch.float32), Layer(kept)
     before = layer(x)
-    layer.write_unseen(x)
+    layer.write_outside_the_sample(x, layer.changed().data)
     assert not torch.equal(before, layer.dense(x)), "the write changes nothing: the case has no power"
     same(layer(x), before, "a write that nobody sees: stale, as rk.forget's words say")
     rk.forget(layer if whole else layer.changed())
@@ -155,7 +164,7 @@ def test_inference_tensors_are_never_kept(kept: str) -> None:
         layer._parameters[kept] = nn.Parameter(layer.changed().clone(), requires_grad=False)
         assert layer.changed().is_inference()
         before = layer(x)
-        layer.write_unseen(x)
+        layer.write_outside_the_sample(x, layer.changed())
         assert not torch.equal(before, layer.dense(x)), "the write changes nothing: the case has no power"
         same(layer(x), layer.dense(x), "a weight made and changed in inference mode")
 
