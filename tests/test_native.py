@@ -55,7 +55,7 @@ class Layer(nn.Module):
         return rk.linear(hidden * rk.linear(x, w["up"]) if "gate" in w else hidden, w["down"])
 
     def write_outside_the_sample(self, x: Tensor, weight: Tensor) -> None:
-        """To what was `changed`, or its .data: rows or columns between those looked at; of sparse_ffn neurons that then count."""
+        """`weight`: `changed` or its .data. Between the rows or columns looked at; of sparse_ffn neurons that count."""
         rows, columns = sampled(weight)
         if self.kept == "strided":
             weight[:, torch.arange(K) % columns != 0] *= -1.0
