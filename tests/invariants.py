@@ -294,12 +294,16 @@ class Promises:
             thread_invariant(case, dtype)
 
     def test_portable(self, isa: str, case: Case, dtype: torch.dtype) -> None:
-        """avx512 = avx2 = scalar: three kernels from one source, bit for bit."""
+        """avx512 = avx2 = scalar: three kernels from one source, bit for bit; so are each one's ways for few rows."""
         rows, shared = case.make_rows(dtype), case.make_shared(dtype)
         force_isa("scalar")
         want = case.call(rows, shared)
-        force_isa(isa)
-        all_same(case.call(rows, shared), want, f"{case}, {isa} against scalar")
+        for name in ("scalar", isa):
+            force_isa(name)
+            all_same(case.call(rows, shared), want, f"{case}, {name} against scalar")
+            for few in () if case.lengths else (1, 3, 7):
+                part = {n: t[:few] for n, t in rows.items()}
+                all_same(case.call(part, shared), want, f"{case}, {few} rows, {name} against scalar", slice(few))
 
     @pytest.mark.promise("repeatable")
     def test_more_dimensions(self, backend: registry.Backend, case: Case) -> None:

@@ -117,6 +117,31 @@ def test_large_scores_do_not_overflow(backend: Backend) -> None:
     assert y.isfinite().all()
 
 
+def under_scales(sign: float) -> list[torch.Tensor]:
+    """-s * (q k) and s * (-q k) are the same numbers to the bit; the maximum may not be taken before a negative scale."""
+    q, k, v = qkv(104)
+    cu = offsets((70, 33, 1))
+    return [
+        attention(q * sign, k, v, cu_seqlens=cu, scale=scale * sign, window=window)
+        for scale in (0.5, 0.3)
+        for window in ((-1, -1), (7, 3), (-1, 0))
+    ]
+
+
+def test_negative_scale(backend: Backend) -> None:
+    for got, want in zip(under_scales(-1.0), under_scales(1.0), strict=True):
+        same(got, want, "-q and a negative scale against both positive")
+
+
+def test_negative_scale_on_every_instruction_set(isa: str) -> None:
+    invariants.force_isa("scalar")
+    wanted = under_scales(1.0)
+    for name in ("scalar", isa):
+        invariants.force_isa(name)
+        for got, want in zip(under_scales(-1.0), wanted, strict=True):
+            same(got, want, f"-q and a negative scale, {name}, against both positive, scalar")
+
+
 def test_visible_nan_and_inf_reach_their_rows(backend: Backend) -> None:
     """What a row does see must not be swept under the carpet."""
     q, k, v = qkv(10)

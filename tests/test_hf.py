@@ -18,6 +18,7 @@ from torch import nn
 
 import rerank_kernels as rk
 from models import FAMILIES, POSITIONS, config, minilm, padded, rows, tiny
+from rerank_kernels import encoders
 from rerank_kernels.binding import Forward
 from rerank_kernels.encoders import _ready, packed_embeddings, packed_logits
 
@@ -150,6 +151,27 @@ def test_bits_with_holes_are_the_bits_without():
     mask = torch.tensor([0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 0])
     got = model(input_ids=ids[None], attention_mask=mask[None]).logits
     assert_same_bits(got, model(input_ids=ids[mask.bool()][None]).logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bits_do_not_depend_on_how_many_tokens_at_once(family, dtype, monkeypatch):
+    """On a CPU the feed-forward layer takes the batch in parts."""
+    model, batch = tiny(family, dtype), padded(rows(LENGTHS), PAD[family])
+    rk.patch(model)
+    want = model(**batch, output_hidden_states=True)
+    honest, seen = encoders._norm, []
+    monkeypatch.setattr(encoders, "_norm", lambda m, x, *residual: (seen.append(len(x)), honest(m, x, *residual))[1])
+    for most in (100, 3, 1):
+        monkeypatch.setattr(encoders, "TOKENS_AT_ONCE", most)
+        seen.clear()
+        got = model(**batch, output_hidden_states=True)
+        parts = -(-sum(LENGTHS) // most)
+        assert seen == [sum(LENGTHS)] + 2 * [sum(LENGTHS), *[most] * (parts - 1), sum(LENGTHS) - most * (parts - 1)]
+        assert_same_bits(got.logits, want.logits, f"{most} tokens at once")
+        assert len(got.hidden_states) == len(want.hidden_states) == 3
+        for n, (ours, theirs) in enumerate(zip(got.hidden_states, want.hidden_states, strict=True)):
+            assert_same_bits(ours, theirs, f"{most} tokens at once, hidden state {n}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

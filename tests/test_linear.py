@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -89,13 +94,14 @@ def test_arguments_stay_as_they_are(backend: Backend, dtype: torch.dtype) -> Non
 
 
 def test_changed_weight_is_seen(backend: Backend, dtype: torch.dtype) -> None:
-    """A prepacked copy must not outlive the values it was made from."""
-    x, w = numbers("x", (3, 40), dtype), numbers("w", (33, 40), dtype)
-    linear(x, w)
-    w.mul_(2.0)
-    same(linear(x, w), linear(x, w.clone()), "after an in-place change")
-    w.copy_(numbers("another", (33, 40), dtype))
-    same(linear(x, w), linear(x, w.clone()), "after a copy into it")
+    """A contiguous copy of a weight that is not must not outlive the values it was made from; of others there is none."""
+    x = numbers("x", (3, 40), dtype)
+    for w in (numbers("w", (33, 40), dtype), numbers("w", (40, 33), dtype).t()):
+        linear(x, w)
+        w.mul_(2.0)
+        same(linear(x, w), linear(x, w.contiguous().clone()), "after an in-place change")
+        w.copy_(numbers("another", (33, 40), dtype))
+        same(linear(x, w), linear(x, w.contiguous().clone()), "after a copy into it")
 
 
 def test_activation_special_values(backend: Backend, dtype: torch.dtype) -> None:
@@ -108,6 +114,23 @@ def test_activation_special_values(backend: Backend, dtype: torch.dtype) -> None
         assert y[1] == want.get(kind, [0, INF])[1], f"{kind}(inf) = {y[1]}"
         if kind in want:
             assert y[2] == want[kind][2], f"{kind}(-inf) = {y[2]}"
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activation_is_of_each_value_alone(isa: str, kind: str, dtype: torch.dtype) -> None:
+    """Registers, several at a time, tails: every value at every place in them, the special ones too."""
+    info = torch.finfo(dtype)
+    special = [NAN, INF, -INF, 0.0, -0.0, 1e38, -1e38, 89.0, -104.0, 0.625, -16.0]
+    small = [info.smallest_normal, -info.smallest_normal, info.smallest_normal * info.eps, -info.smallest_normal * info.eps]
+    x = torch.cat([torch.tensor(special + small).to(dtype), numbers("x", (52,), dtype)])
+    assert len(x) == 67, "prime, so that each value comes to every place in 64"
+    assert bool((x[13:15] != 0).all())
+    for name in ("scalar", isa):
+        invariants.force_isa(name)
+        alone = torch.cat([activation(v[None], kind) for v in x])
+        for length in (67 * 70, 67, 63):
+            many = x.repeat(70)[:length]
+            same(activation(many, kind), alone.repeat(70)[:length], f"{kind}, {name}, {length} values against each alone")
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
@@ -213,6 +236,84 @@ def test_bmm_errors(backend: Backend) -> None:
         bmm(a, torch.zeros(2, 4, 5, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"bmm: mode must be one of 'portable', 'tensor', got 'fast'"):
         bmm(a, torch.zeros(2, 4, 5), mode="fast")
+
+
+# ---- the cpu's ways through a product: the rows choose blocks, tiles and the way of few rows, threads choose shares of columns
+
+
+def by_threes(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Three rows at a time, so that none of what is below is chosen; the first also alone."""
+    got = torch.cat([linear(part, w, out_dtype=torch.float32) for part in x.split(3)])
+    same(linear(x[:1], w, out_dtype=torch.float32), got[:1], "one row against three")
+    return got
+
+
+def mixed(dtype: torch.dtype) -> list[tuple[torch.dtype, torch.dtype]]:
+    """Dtypes of rows and of a weight."""
+    return [(dtype, dtype)] if dtype == torch.float32 else [(dtype, torch.float32), (torch.float32, dtype)]
+
+
+@pytest.mark.parametrize("k", [1024, 1100], ids=["rows copied", "rows in place"])
+def test_blocks_and_shares(isa: str, dtype: torch.dtype, k: int) -> None:
+    """Two blocks of rows (avx512: above 504, avx2: 510); ten panels of columns in shares of up to four, which are laid out at
+    once, and nineteen in shares that take more than one turn."""
+    for of_x, of_w in mixed(dtype):
+        x, w = numbers("x", (530, k), of_x), numbers("w", (600, k), of_w)
+        want = by_threes(x, w)
+        for threads, rows, columns in itertools.product((1, 3), (505, 530), (300, 600)):
+            (got,) = invariants.with_threads(
+                threads, lambda x=x[:rows], w=w[:columns]: (linear(x, w, out_dtype=torch.float32),)
+            )
+            what = f"{isa}, {of_x} x {of_w}, {rows} rows, {columns} columns, {threads} threads"
+            same(got, want[:rows, :columns], f"{what}, against three rows at a time")
+
+
+def test_blocks_of_the_scalar_kernel(isa: str, dtype: torch.dtype) -> None:
+    """The same for the slowest: two blocks above 512 rows."""
+    for of_x, of_w in mixed(dtype):
+        x, w = numbers("x", (530, 520), of_x), numbers("w", (100, 520), of_w)
+        invariants.force_isa(isa)
+        want = by_threes(x, w)
+        invariants.force_isa("scalar")
+        got = linear(x, w, out_dtype=torch.float32)
+        same(got, want, f"{of_x} x {of_w}, 530 rows, scalar, against three at a time, {isa}")
+
+
+def test_blocks_and_shares_of_bmm(isa: str, dtype: torch.dtype) -> None:
+    """Two blocks of rows, and five panels, of which one task takes all, in two groups, where it has enough entries."""
+    for of_a, of_b in mixed(dtype):
+        a, b = numbers("a", (4, 530, 520), of_a), numbers("b", (4, 140, 520), of_b)
+        want = torch.stack([by_threes(x, w) for x, w in zip(a, b, strict=True)])
+        for threads in (1, 3):
+            (got,) = invariants.with_threads(threads, lambda a=a, b=b: (bmm(a, b.transpose(1, 2), out_dtype=torch.float32),))
+            same(got, want, f"{isa}, {of_a} x {of_b}, {threads} threads, against linear of three rows at a time")
+
+
+LAST_BLOCK_OF_FOUR = """
+import rerank_kernels as rk
+import torch
+from rerank_kernels.backend import use
+rows = torch.arange(4.0 * 11000).view(4, 11000) % 29 - 14
+a = torch.zeros(1, 35 * 504 + 4, 11000, dtype=torch.float16)
+a[0, -4:] = rows
+b = torch.ones(1, 11000, 8, dtype=torch.float16) * torch.arange(1.0, 9.0)
+with use("cpu"):
+    torch.ops.rerank_kernels.force_isa("avx512")
+    y = rk.bmm(a, b.half(), out_dtype=torch.float32)
+    assert torch.equal(y[0, -4:], rows.sum(1)[:, None] * torch.arange(1.0, 9.0)) and not y[0, :-4].any()
+later = [torch.ones(n * 1000) for n in range(1, 100)]  # what lies beside the scratch memory is looked at
+"""
+
+
+@pytest.mark.parametrize("isa", ["avx512"], indirect=True)
+def test_memory_of_a_last_block_of_few_rows(isa: str) -> None:
+    """36 blocks, the last of 4 rows, which are widened whole: 44000 floats, where a block of 504 rows needs 39904.
+
+    In a process of its own whose heap holds the scratch memory, since glibc then sees that what follows was overwritten.
+    """
+    environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4194304", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", LAST_BLOCK_OF_FOUR], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_case_table_covers_the_edges() -> None:

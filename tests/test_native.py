@@ -1,4 +1,4 @@
-"""What is particular to the compiled backend: packed weights that must not go stale, and the process it finds itself in."""
+"""What is particular to the compiled backend: what it keeps of a weight, and the process that it finds itself in."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from conftest import require
 from invariants import same
 
 K, N = 40, 33
+F, D = 70, 8
 
 
 @pytest.fixture(autouse=True)
@@ -19,67 +20,168 @@ def _cpu() -> None:
     require("cpu")
 
 
-@pytest.fixture
-def weight() -> nn.Parameter:
-    return nn.Parameter(numbers("w", (N, K), torch.float32))
+# ---- what is kept of a weight must not go stale ---------------------------------------------------------------------------
 
 
-def fresh(x: Tensor, weight: Tensor) -> Tensor:
-    """The product with a weight that no cache has seen."""
-    return rk.linear(x, weight.detach().clone())
+class Layer(nn.Module):
+    """One row through what keeps something of a weight: sparse_ffn of its first matrix (up, or gate) and of its last (down),
+    linear of a weight that is not contiguous (strided)."""
+
+    def __init__(self, kept: str) -> None:
+        super().__init__()
+        shapes = {"strided": {"strided": (K, D)}, "gate": {"gate": (F, K), "up": (F, K), "down": (D, F)}}
+        for name, shape in shapes.get(kept, {"up": (F, K), "down": (D, F)}).items():
+            w = numbers(name, shape, torch.float32)
+            self.register_parameter(name, nn.Parameter(w.t() if name == "strided" else w))
+        self.kept = kept
+
+    def changed(self) -> nn.Parameter:
+        return self.get_parameter(self.kept)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        w = dict(self.named_parameters())
+        if self.kept == "strided":
+            return rk.linear(x, w["strided"])
+        return rk.sparse_ffn(x, w["up"], w["down"], gate_weight=w.get("gate"))
+
+    @torch.no_grad()
+    def dense(self, x: Tensor) -> Tensor:
+        """The same by contiguous products, which keep nothing."""
+        w = {name: p.contiguous() for name, p in self.named_parameters()}
+        if self.kept == "strided":
+            return rk.linear(x, w["strided"])
+        hidden = rk.linear(x, w.get("gate", w["up"]), activation="relu")
+        return rk.linear(hidden * rk.linear(x, w["up"]) if "gate" in w else hidden, w["down"])
+
+    def write_outside_the_sample(self, x: Tensor, weight: Tensor) -> None:
+        """`weight`: `changed` or its .data. Between the rows or columns looked at; of sparse_ffn neurons that count."""
+        rows, columns = sampled(weight)
+        if self.kept == "strided":
+            weight[:, torch.arange(K) % columns != 0] *= -1.0
+            return
+        active = rk.linear(x, self.get_parameter("gate" if self.kept == "gate" else "up").detach())[0] > 0
+        if self.kept == "down":
+            weight[:, active & (torch.arange(F) % columns != 0)] *= -1.0
+        else:  # those that are off come on
+            weight[~active & (torch.arange(F) % rows != 0)] *= -1.0
 
 
-def through_data(weight: nn.Parameter) -> None:
-    weight.data.mul_(1.5)
+def sampled(weight: Tensor) -> tuple[int, int]:
+    """Every how many rows and columns layout.py looks at a value."""
+    return -(-weight.shape[0] // 32), -(-weight.shape[1] // 32)
 
 
-def fused_optimiser(weight: nn.Parameter) -> None:
+KEPT = ["up", "gate", "down", "strided"]
+
+
+def in_place(layer: Layer) -> None:
+    with torch.no_grad():
+        layer.changed().neg_()
+
+
+def through_data(layer: Layer) -> None:
+    """No counter sees this; the sample does."""
+    layer.changed().data.neg_()
+
+
+def optimiser(layer: Layer, fused: bool = False) -> None:
+    weight = layer.changed()
+    weight.grad = weight.detach().clone()
+    torch.optim.SGD([weight], lr=2.0, fused=fused).step()  # w - 2 w
+
+
+def fused_optimiser(layer: Layer) -> None:
     """PyTorch's fused CPU optimisers do not count their writes."""
-    weight.grad = torch.ones_like(weight)
-    torch.optim.AdamW([weight], lr=0.1, fused=True).step()
+    optimiser(layer, fused=True)
 
 
-def plain_optimiser(weight: nn.Parameter) -> None:
-    weight.grad = torch.ones_like(weight)
-    torch.optim.SGD([weight], lr=0.1).step()
+def load_state_dict(layer: Layer) -> None:
+    layer.load_state_dict({name: -t if name == layer.kept else t for name, t in layer.state_dict().items()})
 
 
-def through_half_and_back(weight: nn.Parameter) -> None:
-    """As module.half().float() does it: new memory each time, and the old address may come again."""
-    weight.data = weight.data.half()
-    weight.data = weight.data.float()
+def to_half(layer: Layer) -> None:
+    layer.half()
 
 
-@pytest.mark.parametrize("write", [through_data, fused_optimiser, plain_optimiser, through_half_and_back])
-def test_a_changed_weight_is_packed_again(write, weight: nn.Parameter) -> None:
-    x = numbers("x", (5, K), torch.float32)
-    with torch.no_grad():
-        before = rk.linear(x, weight)
-    write(weight)
-    with torch.no_grad():
-        after = rk.linear(x, weight)
-        assert not torch.equal(before, after)
-        same(after, fresh(x, weight), write.__name__)
+def through_half_and_back(layer: Layer) -> None:
+    """New memory each time, and the old address may come again."""
+    layer.half()
+    layer.float()
+    through_data(layer)
 
 
-def test_inference_tensors_are_never_kept() -> None:
+@pytest.mark.parametrize(
+    "write", [in_place, through_data, optimiser, fused_optimiser, load_state_dict, to_half, through_half_and_back]
+)
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_changed_weight_is_laid_out_again(kept: str, write) -> None:
+    x, layer = numbers("x", (1, K), torch.float32), Layer(kept)
+    before = layer(x)
+    same(before, layer.dense(x), "before the write")
+    write(layer)
+    assert not torch.equal(before, layer.dense(x)), "the write changes nothing: the case has no power"
+    same(layer(x), layer.dense(x), f"{write.__name__} to {kept}")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_counted_write_needs_no_sample(kept: str) -> None:
+    x, layer = numbers("x", (1, K), torch.float32), Layer(kept)
+    before = layer(x)
+    layer.write_outside_the_sample(x, layer.changed())
+    assert not torch.equal(before, layer.dense(x)), "the write changes nothing: the case has no power"
+    same(layer(x), layer.dense(x), "a counted write outside the sample")
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "weight"])
+@pytest.mark.parametrize("kept", KEPT)
+def test_forget_is_for_what_nobody_can_see(kept: str, whole: bool) -> None:
+    x, layer = numbers("x", (1, K), torch.float32), Layer(kept)
+    before = layer(x)
+    layer.write_outside_the_sample(x, layer.changed().data)
+    assert not torch.equal(before, layer.dense(x)), "the write changes nothing: the case has no power"
+    same(layer(x), before, "a write that nobody sees: stale, as rk.forget's words say")
+    rk.forget(layer if whole else layer.changed())
+    same(layer(x), layer.dense(x), "after forget")
+
+
+def test_forget_looks_for_infinities_again() -> None:
+    """Many rows keep no layout of down_weight, only that it is finite."""
+    x, layer = numbers("x", (8, K), torch.float32), Layer("down")
+    same(layer(x), layer.dense(x), "eight rows")
+    layer.down.data[0, 1] = float("inf")
+    layer(x)
+    rk.forget(layer)
+    with pytest.raises(ValueError, match="sparse_ffn: weights must be finite"):
+        layer(x)
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_inference_tensors_are_never_kept(kept: str) -> None:
     with torch.inference_mode():
-        x, w = numbers("x", (5, K), torch.float32).clone(), numbers("w", (N, K), torch.float32).clone()
-        assert w.is_inference()
-        rk.linear(x, w)
-        w[3, 5] += 1.0  # no counter sees this
-        same(rk.linear(x, w), fresh(x, w), "a weight made and changed in inference mode")
+        x, layer = numbers("x", (1, K), torch.float32), Layer(kept)
+        layer._parameters[kept] = nn.Parameter(layer.changed().clone(), requires_grad=False)
+        assert layer.changed().is_inference()
+        before = layer(x)
+        layer.write_outside_the_sample(x, layer.changed())
+        assert not torch.equal(before, layer.dense(x)), "the write changes nothing: the case has no power"
+        same(layer(x), layer.dense(x), "a weight made and changed in inference mode")
 
 
-def test_forget_is_for_what_nobody_can_see(weight: nn.Parameter) -> None:
-    x = numbers("x", (5, K), torch.float32)
-    layer = nn.Linear(K, N, bias=False)
-    layer.weight = weight
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_linear_keeps_nothing(rows: int) -> None:
+    """Of a contiguous weight: one value that no counter and no sample sees is there at the next call."""
+    x, w = numbers("x", (rows, K), torch.float32), nn.Parameter(numbers("w", (N, K), torch.float32))
     with torch.no_grad():
-        rk.linear(x, weight)
-        weight.data[1, 1] += 1.0  # one value, not in the sample
-        rk.forget(layer)
-        same(rk.linear(x, weight), fresh(x, weight), "after forget")
+        want = rk.linear(x, w)
+        w.data[1, 1] += 1.0
+        got = rk.linear(x, w)
+        same(got, rk.linear(x, w.detach().clone()), "after a write through .data")
+        assert bool((got[:, 1] != want[:, 1]).all())
+
+
+# ---- the process that it finds itself in ----------------------------------------------------------------------------------
 
 
 def test_flush_to_zero_cannot_reach_a_bit() -> None:

@@ -93,6 +93,17 @@ def on_the_edge() -> tuple[torch.Tensor, ...]:
 @pytest.mark.promise("portable")
 def test_screening_costs_no_bit(backend: Backend) -> None:
     """One row is screened with copies in 8 bits a weight, which take most of these neurons for the wrong side of 0."""
+    screening_costs_no_bit()
+
+
+def test_screening_on_every_instruction_set(isa: str) -> None:
+    for name in ("scalar", isa):
+        invariants.force_isa(name)
+        screening_costs_no_bit()
+        screening_of_huge_inputs_and_infinite_weights()
+
+
+def screening_costs_no_bit() -> None:
     x, up, bias, down = on_the_edge()
     exact = linear(x, up, bias)
     rough = linear(x, up.bfloat16(), bias)  # closer than the copies are
@@ -118,7 +129,7 @@ def test_screening_without_its_bound_is_caught(column: int, monkeypatch: pytest.
 
     monkeypatch.setattr(native, "screen", without)
     with registry.use("cpu"), pytest.raises(AssertionError, match="sparse against dense"):
-        test_screening_costs_no_bit(registry.BACKENDS["cpu"])
+        screening_costs_no_bit()
 
 
 def test_screening_bounds_hold() -> None:
@@ -144,14 +155,18 @@ def test_screening_bounds_hold() -> None:
 
 
 def test_screening_of_huge_inputs_and_infinite_weights() -> None:
-    """What would overflow in the copies' sums is looked at exactly."""
     require("cpu")
     with registry.use("cpu"):
-        x, up, down = torch.full((1, 64), 1e37), torch.full((3, 64), -1e-36), torch.ones(2, 3)
-        up[1] = 1e-36
-        same(sparse_ffn(x, up, down), linear(linear(x, up, activation="relu"), down), "huge inputs, tiny weights")
-        up[2, 5] = -math.inf
-        same(sparse_ffn(torch.ones(1, 64), up, down), linear(linear(torch.ones(1, 64), up, activation="relu"), down), "-inf")
+        screening_of_huge_inputs_and_infinite_weights()
+
+
+def screening_of_huge_inputs_and_infinite_weights() -> None:
+    """What would overflow in the copies' sums is looked at exactly."""
+    x, up, down = torch.full((1, 64), 1e37), torch.full((3, 64), -1e-36), torch.ones(2, 3)
+    up[1] = 1e-36
+    same(sparse_ffn(x, up, down), linear(linear(x, up, activation="relu"), down), "huge inputs, tiny weights")
+    up[2, 5] = -math.inf
+    same(sparse_ffn(torch.ones(1, 64), up, down), linear(linear(torch.ones(1, 64), up, activation="relu"), down), "-inf")
 
 
 def test_errors(backend: Backend) -> None:
