@@ -60,9 +60,12 @@ def calls(call: Callable[[], object], n: int) -> float:
 
 
 def calls_awake(call: Callable[[], object], n: int) -> float:
-    """`calls`, of a process that slept while another had its turn: short ones are made twice, and timed the second time."""
-    seconds = calls(call, n)
-    return seconds if seconds * n >= AWAKE else calls(call, n)
+    """`calls`, of a process that slept while another had its turn: made again until it is awake, and the last are timed."""
+    awake = time.perf_counter() + AWAKE
+    while True:
+        seconds = calls(call, n)
+        if time.perf_counter() >= awake:
+            return seconds
 
 
 def interleave(turns: Sequence[Turn], budget: float, at_least: int) -> list[list[float]]:

@@ -38,7 +38,7 @@ Build = Callable[[], Contest]
 
 @dataclass(frozen=True)
 class Held(cases.Case):
-    """A case of the tests whose tensors are made once: gate and clock see the same ones, and a weight is packed once."""
+    """A case of the tests whose tensors are made once: gate and clock see the same ones."""
 
     dtype: torch.dtype = torch.float32
     held: dict[str, cases.Tensors] = field(default_factory=dict)

@@ -3,7 +3,8 @@
 First the gate: every op of the run is compared with its float64 truth and for batch invariance, on the very tensors that are
 timed; if one fails, no time is printed. Then the contestants take turns (bench/clock.py). A bar is the least ratio this project
 asks of itself (fp32, cpu backend, 2 threads); a ratio below its bar is reported as such and changes the exit code only with
---strict. Besides the contests there are two studies: peak memory, and the bits that MKL's strict mode leaves unfixed.
+--strict. Besides the contests there are three studies: peak memory, the bits that MKL's strict mode leaves unfixed, and what
+each kernel reaches of what the machine can do.
 
 Exit code: 0, or 1 if the gate fails (or, with --strict, a ratio falls short), 2 for bad arguments.
 """

@@ -218,15 +218,24 @@ def test_who_is_missing_or_wrong_has_a_row_and_no_time(capsys: pytest.CaptureFix
 
 
 def test_who_is_away_has_turns_of_its_own_with_ours() -> None:
-    """Ours beside a sleeper is timed apart from ours beside a rival in this process."""
-    log: list[str] = []
-    away = clock.Away("away", lambda: lambda n: log.append(f"away {n}") or 1.0)
-    here = clock.Rival("here", lambda: log.append("here") or _wait())
-    ours = lambda: log.append("ours") or _wait()  # noqa: E731
+    """Ours beside a sleeper is timed apart from ours beside a rival in this process, and once it is awake again."""
+    log: list[tuple[str, float]] = []
+
+    def called(name: str) -> None:
+        log.append((name, time.perf_counter()))
+
+    away = clock.Away("away", lambda: lambda n: called(f"away {n}") or 1.0)
+    here = clock.Rival("here", lambda: called("here") or _wait())
+    ours = lambda: called("ours") or _wait()  # noqa: E731
     records = clock.measure("case", clock.Contest(ours, [here, away], lambda: None), 0.0, 3)
     assert [r["against"] for r in records] == ["here", "away"] and [r["rounds"] for r in records] == [3, 3]
-    first = log.index("away 1") - 2  # what sleeps begins again with calls that are not timed
-    assert log[first:] == ["ours", "ours", "away 1"] * 5 and set(log[:first]) == {"ours", "here"}
+    names, times = zip(*log, strict=True)
+    turns = [i for i, name in enumerate(names) if name == "away 1"]
+    begins = [len(names) - 1 - names[::-1].index("here"), *turns]  # before the first: the last of those who are here
+    assert len(turns) == 5 and turns[-1] == len(names) - 1
+    for begin, turn in zip(begins, turns, strict=False):
+        assert set(names[begin + 1 : turn]) == {"ours"}
+        assert times[turn] - times[begin + 1] >= clock.AWAKE, "ours was timed before it was awake"
 
 
 def test_turns_alternate() -> None:

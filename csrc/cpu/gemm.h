@@ -320,7 +320,6 @@ static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end,
 }
 
 [[maybe_unused]] static int tile_rows() { return TILE_ROWS; }
-[[maybe_unused]] static int few_rows() { return FEW_ROWS; }
 
 }  // namespace RK_ISA
 }  // namespace rk

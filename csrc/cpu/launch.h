@@ -7,7 +7,6 @@
 #include <new>
 #include <optional>
 #include <string>
-#include <vector>
 
 #ifdef __x86_64__
 #include <immintrin.h>

@@ -16,6 +16,8 @@
 #include "each_isa.h"
 #include "linear.h"
 
+#include <vector>
+
 namespace rk {
 
 // nn.Linear's [D, F] as [F, D]: the weights of one neuron side by side.
