@@ -85,6 +85,7 @@ BACKENDS = {
 }
 
 _asked: ContextVar[tuple[str, str] | None] = ContextVar("rerank_kernels_backend", default=None)  # (backend, who asked)
+_before: ContextVar[dict[Any, Callable[..., Any]] | None] = ContextVar("rerank_kernels_settled", default=None)
 
 
 @contextlib.contextmanager
@@ -122,6 +123,27 @@ def active(device: torch.device | str = "cpu") -> Backend:
 
 def select(op: str, device: torch.device, mode: str = "portable") -> Callable[..., Any]:
     """The function that computes `op` on `device`; in mode "tensor", for an op of TENSOR_OPS, the one named <op>_tensor."""
+    before = _before.get()
+    if before is None:
+        return _select(op, device, mode)
+    asked = op, device, mode, _asked.get()
+    function = before.get(asked)
+    if function is None:
+        function = before[asked] = _select(op, device, mode)
+    return function
+
+
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """Inside the block the environment is asked once an op and device: a model's forward asks for the same few all the time."""
+    token = _before.set({})
+    try:
+        yield
+    finally:
+        _before.reset(token)
+
+
+def _select(op: str, device: torch.device, mode: str) -> Callable[..., Any]:
     chosen = active(device)
     if mode == "portable":
         return _load(chosen.name, op)

@@ -57,6 +57,7 @@ class Forward:
             if self.backend is not None:
                 asked_by = f"patch(model, backend={self.backend!r})"
                 stack.enter_context(registry.use(self.backend, asked_by=asked_by))
+            stack.enter_context(registry.settled())
             stack.enter_context(of_the_model(self.mode))
             stack.enter_context(torch.no_grad())
             yield

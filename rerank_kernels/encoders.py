@@ -6,7 +6,9 @@ residuals are summed in float32, positions count valid tokens, hidden states at 
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -175,9 +177,14 @@ def _ready(m: Any) -> None:
             f"{class_of(m)}.forward: the model is in training mode and rerank_kernels is forward only, without dropout; "
             "call model.eval(), or rk.unpatch(model) to train"
         )
-    for inner in m.modules():
-        if inner is not m and hooked(inner):
-            _refuse_hooks(m, inner)
+    below, seen = list(m._modules.values()), {m, None}
+    while below:  # and not m.modules(), which makes names too and takes three times as long
+        inner = below.pop()
+        if inner not in seen:
+            if hooked(inner):
+                _refuse_hooks(m, inner)
+            seen.add(inner)
+            below += inner._modules.values()
 
 
 def _refuse_hooks(m: nn.Module, inner: nn.Module) -> NoReturn:
@@ -263,7 +270,8 @@ def _as_patched(m: object, cls: type[nn.Module]) -> None:
 
 def _pack(m: Any, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
     """Stock arguments to packed tokens; an argument that would have to be ignored is an error."""
-    op, given = f"{class_of(m)}.forward", inspect.signature(m.forward).bind(*args, **kwargs).arguments
+    op, given = f"{class_of(m)}.forward", _signature(m.__class__).bind(None, *args, **kwargs).arguments
+    given.pop("self")
     given |= given.pop("kwargs", {})
     ids, mask, embeds = (given.pop(name, None) for name in ("input_ids", "attention_mask", "inputs_embeds"))
     types, positions = given.pop("token_type_ids", None), given.pop("position_ids", None)
@@ -282,7 +290,8 @@ def _pack(m: Any, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if not isinstance(mask, Tensor) or tuple(mask.shape) != (b, t):
         came = check.shape_of(mask) if isinstance(mask, Tensor) else type(mask).__name__
         check.fail(op, "attention_mask", f"[B, T] = [{b}, {t}], nonzero where a token is", came, "causal masks are not served")
-    if mask.dtype != torch.bool and bool((mask < 0).any()):  # 0 for tokens, -10000 for padding: `!= 0` would turn it around
+    # 0 for tokens and -10000 for padding: `!= 0` would turn it around
+    if mask.dtype != torch.bool and mask.numel() and mask.min() < 0:
         check.fail(op, "attention_mask", "nonzero where a token is", "negative values", "additive masks are not served")
     place, cu = check.mask_to_cu_seqlens(op, mask != 0, b, t)
 
@@ -302,6 +311,11 @@ def _pack(m: Any, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return Batch(words, packed("token_type_ids", types), own, cu, place, (b, t), states, as_dict)
 
 
+@functools.cache
+def _signature(cls: Any) -> inspect.Signature:
+    return inspect.signature(cls.forward)
+
+
 def _warn_of_pads(op: str, ids: Tensor | None, pad: int | None) -> None:
     if ids is not None and pad is not None and ids.numel() and bool((ids[:, [0, -1]] == pad).any()):
         # Stock transformers takes them as tokens too; guessing a mask would be worse than saying what happens.
@@ -318,18 +332,19 @@ def _positions(encoder: Any, cu: Tensor, total: int) -> Tensor:
     Stock RoBERTa counts tokens that differ from the pad id instead. The two agree except for a pad id that the mask keeps:
     it is counted here like every other token.
     """
-    lengths = (cu[1:] - cu[:-1]).long()
     first, limit = _family(encoder).first_position(encoder), max_tokens(encoder)
     # One look, on a GPU too: there wrong offsets would end in an assertion that takes the process's context with it.
-    ends = torch.cat([cu[:1], cu[-1:], *((lengths.min()[None], lengths.max()[None]) if lengths.numel() else ())]).tolist()
-    begin, end, shortest, longest = ends if lengths.numel() else (*ends, 0, 0)
-    if begin != 0 or end != total or shortest < 0:
-        check.fail(class_of(encoder), "cu_seqlens", f"ascending from 0 to {total}, the number of tokens", cu.tolist()[:8])
+    offsets = cu.tolist()
+    if offsets[0] != 0 or offsets[-1] != total or offsets != sorted(offsets):
+        check.fail(class_of(encoder), "cu_seqlens", f"ascending from 0 to {total}, the number of tokens", offsets[:8])
+    longest = max((end - begin for begin, end in itertools.pairwise(offsets)), default=0)
     if longest > limit:
         wanted = f"at most {limit} tokens a sequence, for config.max_position_embeddings = {limit + first}"
         check.fail(class_of(encoder), "input_ids", wanted, longest, f"tokenise with truncation=True, max_length={limit}")
-    start = torch.repeat_interleave(cu[:-1].long(), lengths, output_size=total)
-    return torch.arange(total, device=cu.device) - start + first
+    if len(offsets) == 2:
+        return torch.arange(first, first + total, device=cu.device)
+    start = torch.repeat_interleave(cu[:-1].long(), (cu[1:] - cu[:-1]).long(), output_size=total)
+    return torch.arange(first, first + total, device=cu.device) - start
 
 
 def _lookup(op: str, name: str, ids: Tensor, table: nn.Embedding) -> Tensor:

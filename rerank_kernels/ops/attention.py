@@ -7,6 +7,7 @@ length of the padding, and whatever the padded places hold (NaN included), canno
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -70,7 +71,7 @@ def attention(
         check.fail("attention", "window", "(left, right) with -1 for no limit", window)
     total = q.shape[:-2].numel()
     left, right = min(left, total), 0 if causal else min(right, total)  # sys.maxsize is a natural "no limit"
-    scale = torch.tensor(1.0 / math.sqrt(d) if scale is None else scale, dtype=torch.float32, device="cpu").item()
+    scale = _float32(1.0 / math.sqrt(d) if scale is None else scale)
     if not math.isfinite(scale) or scale == 0.0:
         check.fail("attention", "scale", "finite and not 0 as a float32", scale)
 
@@ -93,6 +94,11 @@ def attention(
     packed = serve(*(z.flatten(0, 1).index_select(0, index) for z in (q, k, v)), cu, left, right, scale)
     out = q.new_zeros(batch * length, h, d)
     return out.index_copy_(0, index, packed).view(q.shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32, device="cpu").item()
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -65,13 +65,13 @@ def linear(
     check.choice("linear", "activation", activation, (None, *ACTIVATIONS))
     out_dtype = out_dtype or x.dtype
     check.choice("linear", "out_dtype", out_dtype, check.FLOATS)
-    rows = x.reshape(-1, k).contiguous()
+    rows = x.contiguous() if x.dim() == 2 else x.reshape(-1, k).contiguous()
     if residual is not None:
         check.shape("linear", "residual", residual, *x.shape[:-1], n)
         residual = residual.reshape(-1, n).contiguous()
     mode = numeric.resolve("linear", mode, x=x, weight=weight)
     y = backend.select("linear", x.device, mode)(rows, weight, bias, activation, residual, out_dtype)
-    return y.view(*x.shape[:-1], n)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
 def _bmm_result(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, mode: str | None = None) -> Tensor:

@@ -33,12 +33,12 @@ def layer_norm(
         check.shape("layer_norm", "bias", bias, d)
     if not eps >= 0.0:
         check.fail("layer_norm", "eps", "a number >= 0", eps)
-    rows = x.reshape(-1, d).contiguous()
+    rows = x.contiguous() if x.dim() == 2 else x.reshape(-1, d).contiguous()
     if residual is not None:
         check.shape("layer_norm", "residual", residual, *x.shape)
         residual = residual.reshape(-1, d).contiguous()
     y = backend.select("layer_norm", x.device)(rows, weight.contiguous(), bias, float(eps), residual)
-    return y.view(x.shape)
+    return y if x.dim() == 2 else y.view(x.shape)
 
 
 def layer_norm_truth(
