@@ -371,4 +371,5 @@ ENCODERS: dict[str, Callable[..., Any]] = {
 }
 # Read by an encoder's forward, which takes their weights and never calls them; nothing by themselves.
 _PARTS = "Embeddings Encoder Layer Attention SelfAttention SelfOutput Intermediate Output Pooler ClassificationHead"
+_PARTS += " SdpaSelfAttention"  # transformers 4 has a class for each way of stock attention; the weights are the same
 PARTS = {f"{module}.{f.prefix}{part}" for module, f in FAMILIES.items() for part in _PARTS.split()}

@@ -70,7 +70,7 @@ class Report:
 def patch(model: nn.Module, mode: str = "portable", strict: bool = True, *, backend: str | None = None) -> Report:
     """Bind rerank_kernels forwards to `model`, in place. Patching twice does nothing more; in another way it is an error.
 
-    Served: BERT, RoBERTa and XLM-RoBERTa (transformers >= 5), the encoders and their *ForSequenceClassification; and the
+    Served: BERT, RoBERTa and XLM-RoBERTa (transformers 4.57 and 5), the encoders and their *ForSequenceClassification; and the
     leaves of LEAVES (nn.Linear, nn.LayerNorm, activations) in plain containers. What differs from stock: logits are float32
     whatever the body's dtype, hidden states at padding are 0, positions are counted over the tokens that attention_mask
     keeps (a left-padded pair gets the bits it gets alone), forwards of modules inside the encoder do not run, hooks on them are
@@ -195,6 +195,8 @@ def _problem(m: Any) -> str | None:
         return "has a forward of its own in its __dict__"
     if name in ENCODERS and (m.config.is_decoder or getattr(m.config, "add_cross_attention", False)):
         return "config.is_decoder or config.add_cross_attention is set"
+    if name in ENCODERS and getattr(m.config, "position_embedding_type", "absolute") != "absolute":  # an option of transformers 4
+        return f"config.position_embedding_type is {m.config.position_embedding_type!r}, and only 'absolute' is served"
     if name == "torch.nn.modules.activation.Softmax" and m.dim is None:
         return "dim is None"
     if hasattr(m, "intermediate_act_fn") and name_of(m.intermediate_act_fn) not in ACTIVATIONS:

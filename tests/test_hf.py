@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import rerank_kernels as rk
@@ -562,6 +563,8 @@ def test_forward_refuses_what_it_would_have_to_ignore():
     model = tiny("bert")
     rk.patch(model)
     batch = padded(rows((5, 3)), 0)
+    stock = inspect.signature(type(model).forward).parameters
+    takes = stock.get("kwargs")
     for name, value in {
         "labels": torch.zeros(2),
         "output_attentions": True,
@@ -570,10 +573,14 @@ def test_forward_refuses_what_it_would_have_to_ignore():
         "use_cache": True,
         "surprise": 3,
     }.items():
+        if takes is None and name not in stock:  # transformers 4, whose classifiers take no other arguments
+            with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+                model(**batch, **{name: value})
+            continue
         with pytest.raises(ValueError, match=rf"BertForSequenceClassification\.forward: {name} is not served"):
             model(**batch, **{name: value})
         model(**batch, **{name: None})
-    model(**batch, use_cache=False, output_attentions=False)
+    model.bert(**batch, use_cache=False, output_attentions=False)
     with pytest.raises(ValueError, match="encoder_hidden_states is not served"):
         model.bert(**batch, encoder_hidden_states=torch.zeros(2, 5, 64))
     with pytest.raises(ValueError, match="exactly one of input_ids"):
@@ -597,6 +604,13 @@ def test_forward_refuses_what_it_would_have_to_ignore():
     model.train()
     with pytest.raises(RuntimeError, match=r"training mode .* call model\.eval\(\), or rk\.unpatch\(model\)"):
         model(**batch)
+
+
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) > 4, reason="transformers 5 has absolute positions only")
+@pytest.mark.parametrize("kind", ["relative_key", "relative_key_query"])
+def test_relative_positions_are_refused(kind):
+    with pytest.raises(rk.PatchError, match=rf"BertModel \(config\.position_embedding_type is '{kind}', and only 'absolute'"):
+        rk.patch(tiny("bert", position_embedding_type=kind))
 
 
 def test_no_gradients_even_if_asked_for():
