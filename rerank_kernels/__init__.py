@@ -2,7 +2,8 @@
 
 from rerank_kernels.backend import BackendError, backends, use
 from rerank_kernels.binding import PatchError
-from rerank_kernels.hf import Report, patch, unpatch
+from rerank_kernels.hf import Report
+from rerank_kernels.integrations import patch, unpatch
 from rerank_kernels.native.layout import forget
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import activation, bmm, linear

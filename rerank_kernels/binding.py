@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,18 +53,55 @@ class Forward:
     def serving(self) -> Iterator[None]:
         """Ops inside the block are this forward's: counted, in its mode, on its backend, without gradients."""
         self.calls += 1
-        with contextlib.ExitStack() as stack:
-            if self.backend is not None:
-                asked_by = f"patch(model, backend={self.backend!r})"
-                stack.enter_context(registry.use(self.backend, asked_by=asked_by))
-            stack.enter_context(of_the_model(self.mode))
-            stack.enter_context(torch.no_grad())
+        with serving(self.mode, self.backend):
             yield
 
     @property
     def __signature__(self) -> inspect.Signature:
         """Callers that filter arguments by inspect.signature(model.forward) see the class's own signature."""
         return inspect.signature(type(self.module).forward.__get__(self.module))
+
+
+class Method:
+    """A method of an object that holds a model, in place of its class's own; found in integrations.METHODS by `key`.
+
+    It stands in the __dict__ of its holder, and copies and pickles with it, for the same reason as Forward does. `key` ends in
+    the method's name. `report` is what patch() returned.
+    """
+
+    def __init__(self, holder: Any, key: str, mode: str, strict: bool, backend: str | None, report: Any) -> None:
+        self.holder = holder
+        self.key = key
+        self.mode = mode
+        self.strict = strict
+        self.backend = backend
+        self.report = report
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from rerank_kernels.integrations import METHODS  # the table imports this file
+
+        return METHODS[self.key](self, *args, **kwargs)
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The class's own."""
+        bound: Callable[..., Any] = getattr(type(self.holder), self.key.rpartition(".")[2]).__get__(self.holder)
+        return bound
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+
+@contextlib.contextmanager
+def serving(mode: str, backend: str | None) -> Iterator[None]:
+    """Ops inside the block compute in `mode`, on `backend` where one was chosen, without gradients."""
+    with contextlib.ExitStack() as stack:
+        if backend is not None:
+            stack.enter_context(registry.use(backend, asked_by=f"patch(model, backend={backend!r})"))
+        stack.enter_context(of_the_model(mode))
+        stack.enter_context(torch.no_grad())
+        yield
 
 
 def _serve_eagerly(self: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -143,7 +143,12 @@ def packed_embeddings(
     with _entered(model, encoder_forward):
         x = _encode_packed(model, ids, cu_seqlens, token_types)
         y = pool(x, pooling, cu_seqlens=cu_seqlens, out_dtype=torch.float32)
-        return y / row_sum(y * y, -1, keepdim=True).sqrt().clamp_min(1e-12) if normalise else y
+        return unit(y) if normalise else y
+
+
+def unit(y: Tensor) -> Tensor:
+    """y / max(|y|, 1e-12), float32, along the last dimension."""
+    return y / row_sum(y * y, -1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
 def max_tokens(model: Any) -> int:
@@ -371,4 +376,5 @@ ENCODERS: dict[str, Callable[..., Any]] = {
 }
 # Read by an encoder's forward, which takes their weights and never calls them; nothing by themselves.
 _PARTS = "Embeddings Encoder Layer Attention SelfAttention SelfOutput Intermediate Output Pooler ClassificationHead"
+_PARTS += " SdpaSelfAttention"  # transformers 4 has a class for each way of stock attention; the weights are the same
 PARTS = {f"{module}.{f.prefix}{part}" for module, f in FAMILIES.items() for part in _PARTS.split()}

@@ -29,6 +29,8 @@ from rerank_kernels.ops import check
 from rerank_kernels.ops.linear import activation, linear
 from rerank_kernels.ops.norm import layer_norm
 from rerank_kernels.ops.softmax import softmax
+from rerank_kernels.sentence import FORWARDS as SENTENCE
+from rerank_kernels.sentence import TRANSFORMERS, sentence_problem
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -40,6 +42,9 @@ class Report:
     replaced: computed by rerank_kernels, with a forward of its own or inside the forward of a module above it.
     exact: nothing to compute (Dropout in eval, containers) or a plain copy (Embedding): the same bits anyway.
     unknown: left as it was, with the reason; empty if strict.
+
+    Of an object that holds a model also: its system; overrides: which of its methods are ours and why; notes: what stays its
+    own, or the user's to set.
     """
 
     mode: str
@@ -48,6 +53,9 @@ class Report:
     unknown: dict[str, str]
     forwards: dict[str, Forward] = field(repr=False)
     backend: str | None = None
+    system: str | None = None
+    overrides: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def calls(self) -> dict[str, int]:
         """Module path -> calls of its bound forward so far. Zeros after a run: something went around the patch."""
@@ -59,32 +67,31 @@ class Report:
         names = sorted({name for c in counts.values() for name in c}, key=lambda n: (*(-c[n] for c in counts.values()), n))
         wide = max([len(n) for n in names] + [5]) + 2
         served_by = f", backend {self.backend}" if self.backend else ""
-        lines = [f"mode {self.mode}{served_by}", "class".ljust(wide) + "".join(kind.rjust(10) for kind in kinds)]
+        of = f"{self.system}, " if self.system else ""
+        lines = [f"{of}mode {self.mode}{served_by}", "class".ljust(wide) + "".join(kind.rjust(10) for kind in kinds)]
         lines += [name.ljust(wide) + "".join(str(c[name] or "-").rjust(10) for c in counts.values()) for name in names]
         lines += [f"unknown: {path or '(the model)'}: {what}" for path, what in self.unknown.items()]
+        lines += [f"override: {path}: {why}" for path, why in self.overrides.items()]
+        lines += [f"note: {note}" for note in self.notes]
         calls = [f"{path or '(the model)'} {n}" for path, n in self.calls().items()]
         lines.append("calls: " + ", ".join(calls[:8]) + (f" and {len(calls) - 8} more" if len(calls) > 8 else ""))
         return "\n".join(lines)
 
 
 def patch(model: nn.Module, mode: str = "portable", strict: bool = True, *, backend: str | None = None) -> Report:
-    """Bind rerank_kernels forwards to `model`, in place. Patching twice does nothing more; in another way it is an error.
+    """patch of integrations/, which says what is promised, for an nn.Module of PyTorch or transformers and nothing around it."""
+    report = prepare(model, mode, strict, backend=backend)
+    bind(report)
+    return report
 
-    Served: BERT, RoBERTa and XLM-RoBERTa (transformers >= 5), the encoders and their *ForSequenceClassification; and the
-    leaves of LEAVES (nn.Linear, nn.LayerNorm, activations) in plain containers. What differs from stock: logits are float32
-    whatever the body's dtype, hidden states at padding are 0, positions are counted over the tokens that attention_mask
-    keeps (a left-padded pair gets the bits it gets alone), forwards of modules inside the encoder do not run, hooks on them are
-    an error, and a row without tokens gives the head's value for a zero vector.
 
-    mode: "portable", the same bits on every CPU and GPU; or "tensor", for float16 and bfloat16 models: products on a GPU's
-    tensor cores, the same bits on one GPU architecture. It needs a GPU here, but the model may be moved there later.
-    strict: raise PatchError if any module is unknown, and change nothing; otherwise leave those modules, and the encoder that
-    holds them, as they are, and list them in the report.
-    backend: the one that serves this model, "triton" for instance, whatever rk.use() and the environment say around it; the
-    device's default, or what they say, if not given.
-    Raises TypeError if model is not a torch.nn.Module, ValueError for another mode, BackendError for a backend that is not
-    here, PatchError for all else that stands in the way.
-    """
+def bind(report: Report) -> None:
+    for forward in report.forwards.values():
+        forward.module.__dict__["forward"] = forward
+
+
+def prepare(model: nn.Module, mode: str = "portable", strict: bool = True, *, backend: str | None = None) -> Report:
+    """What patch would do, with the forwards that bind() puts in place, and patch's errors; changes nothing."""
     if not isinstance(model, nn.Module):
         hint = "; pass its .model, which is one" if isinstance(getattr(model, "model", None), nn.Module) else ""
         raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}{hint}")
@@ -107,9 +114,12 @@ def patch(model: nn.Module, mode: str = "portable", strict: bool = True, *, back
             f"Served are {families} encoders, with or without ForSequenceClassification, and {leaves}. "
             "With strict=False the modules above, and the encoder that holds them, keep stock arithmetic."
         )
-    for forward in report.forwards.values():
-        forward.module.__dict__["forward"] = forward
     return report
+
+
+def unknown(model: nn.Module) -> dict[str, str]:
+    """The modules of `model` that cannot be served, path -> why."""
+    return _plan(model, "portable", None)[0].unknown
 
 
 def unpatch(model: nn.Module) -> None:
@@ -195,8 +205,12 @@ def _problem(m: Any) -> str | None:
         return "has a forward of its own in its __dict__"
     if name in ENCODERS and (m.config.is_decoder or getattr(m.config, "add_cross_attention", False)):
         return "config.is_decoder or config.add_cross_attention is set"
+    if name in ENCODERS and getattr(m.config, "position_embedding_type", "absolute") != "absolute":  # an option of transformers 4
+        return f"config.position_embedding_type is {m.config.position_embedding_type!r}, and only 'absolute' is served"
     if name == "torch.nn.modules.activation.Softmax" and m.dim is None:
         return "dim is None"
+    if name in SENTENCE and (problem := sentence_problem(m)) is not None:
+        return problem
     if hasattr(m, "intermediate_act_fn") and name_of(m.intermediate_act_fn) not in ACTIVATIONS:
         return f"activation {getattr(m.intermediate_act_fn, '__name__', class_of(m.intermediate_act_fn))} is unknown"
     return None if name in FORWARDS or name in EXACT or name in PARTS else ""
@@ -231,6 +245,7 @@ LEAVES: dict[str, Callable[..., Any]] = {
     "torch.nn.modules.normalization.LayerNorm": _layer_norm,
     "torch.nn.modules.activation.Softmax": _softmax,
     **dict.fromkeys(ACTIVATIONS, _activation),
+    **SENTENCE,
 }
 FORWARDS = LEAVES | ENCODERS
 EXACT = {
@@ -241,10 +256,10 @@ EXACT = {
     "torch.nn.modules.container.Sequential",
     "torch.nn.modules.container.ModuleDict",
     "torch.nn.modules.flatten.Flatten",
+    *TRANSFORMERS,
 }
 WRAPPERS = {
     "SentenceTransformer": "pass model[0].auto_model",
-    "CrossEncoder": "call rk.patch(model.model) and rk.patch(model.activation_fn)",  # predict() applies the second itself
     "OptimizedModule": "pass model._orig_mod and run it uncompiled, for compilers reorder arithmetic",
     "DataParallel": "pass model.module",
     "DistributedDataParallel": "pass model.module",

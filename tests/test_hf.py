@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import inspect
 import os
 import pickle
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import rerank_kernels as rk
+from conftest import require
 from models import FAMILIES, POSITIONS, config, minilm, padded, rows, tiny
 from rerank_kernels import encoders
 from rerank_kernels.binding import Forward
@@ -25,6 +28,7 @@ from rerank_kernels.encoders import _ready, packed_embeddings, packed_logits
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LENGTHS = (7, 1, 70, 23, 64, 2, 65, 23)  # around one key tile of 64, and equal ones
 PAD = {"bert": 0, "roberta": 1, "xlm-roberta": 1}
+HASHES = {"bert": "6606d6874a67e6ed", "roberta": "baa9ec9efcce8a5b", "xlm-roberta": "baa9ec9efcce8a5b"}
 
 
 def bits(t):
@@ -142,6 +146,20 @@ def test_bits_do_not_depend_on_the_batch(family, dtype):
     }.items():
         assert_same_bits(got, want, what)
     assert_same_bits(model(**padded(shuffled, pad)).logits, want[order], "shuffled")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bits_do_not_depend_on_the_version_of_transformers(family):
+    """One hash, whatever version runs the tests; `make stacks` runs 4.57 too."""
+    model, draw = tiny(family), torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for _, p in sorted(model.named_parameters()):  # their order is another one in transformers 4
+            p.copy_(torch.randn(p.shape, generator=draw) * 0.15)
+    rk.patch(model)
+    require("cpu")
+    with rk.use("cpu"):
+        logits = model(**padded(rows(LENGTHS), PAD[family])).logits
+    assert hashlib.sha256(logits.numpy().tobytes()).hexdigest()[:16] == HASHES[family]
 
 
 def test_bits_with_holes_are_the_bits_without():
@@ -562,6 +580,8 @@ def test_forward_refuses_what_it_would_have_to_ignore():
     model = tiny("bert")
     rk.patch(model)
     batch = padded(rows((5, 3)), 0)
+    stock = inspect.signature(type(model).forward).parameters
+    takes = stock.get("kwargs")
     for name, value in {
         "labels": torch.zeros(2),
         "output_attentions": True,
@@ -570,10 +590,14 @@ def test_forward_refuses_what_it_would_have_to_ignore():
         "use_cache": True,
         "surprise": 3,
     }.items():
+        if takes is None and name not in stock:  # transformers 4, whose classifiers take no other arguments
+            with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+                model(**batch, **{name: value})
+            continue
         with pytest.raises(ValueError, match=rf"BertForSequenceClassification\.forward: {name} is not served"):
             model(**batch, **{name: value})
         model(**batch, **{name: None})
-    model(**batch, use_cache=False, output_attentions=False)
+    model.bert(**batch, use_cache=False, output_attentions=False)
     with pytest.raises(ValueError, match="encoder_hidden_states is not served"):
         model.bert(**batch, encoder_hidden_states=torch.zeros(2, 5, 64))
     with pytest.raises(ValueError, match="exactly one of input_ids"):
@@ -597,6 +621,13 @@ def test_forward_refuses_what_it_would_have_to_ignore():
     model.train()
     with pytest.raises(RuntimeError, match=r"training mode .* call model\.eval\(\), or rk\.unpatch\(model\)"):
         model(**batch)
+
+
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) > 4, reason="transformers 5 has absolute positions only")
+@pytest.mark.parametrize("kind", ["relative_key", "relative_key_query"])
+def test_relative_positions_are_refused(kind):
+    with pytest.raises(rk.PatchError, match=rf"BertModel \(config\.position_embedding_type is '{kind}', and only 'absolute'"):
+        rk.patch(tiny("bert", position_embedding_type=kind))
 
 
 def test_no_gradients_even_if_asked_for():

@@ -1,0 +1,147 @@
+"""patch(obj) for what a user holds: a transformers model, also behind torch.compile, or an object of a system that holds one.
+
+One table: SYSTEMS, from a class to the resolver that knows its insides. It is looked up by package and name, along the class's
+own ancestors: no system is imported here, and subclasses are served where they leave alone what the resolver knows. A resolver
+changes nothing. It says which modules are to be patched (hf.patch does that), which methods of the object are to be put in
+place of its own, what stands in the way, and what stays the system's own. Nothing outside the object is ever changed.
+
+A new system is a file beside this one with its resolver and its methods, and its rows in the two tables below.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rerank_kernels import backend as registry
+from rerank_kernels import hf
+from rerank_kernels.binding import Method, PatchError, class_of
+from rerank_kernels.hf import Report
+from rerank_kernels.integrations import compiled, flagembedding, haystack, infinity, sentence_transformers
+from rerank_kernels.integrations.resolved import Resolved, joined
+from rerank_kernels.ops import check
+
+SYSTEMS: dict[tuple[str, str], Callable[[Any, type], Resolved]] = {
+    ("sentence_transformers", "CrossEncoder"): sentence_transformers.cross_encoder,
+    ("sentence_transformers", "SentenceTransformer"): sentence_transformers.embedder,
+    ("FlagEmbedding", "BaseReranker"): flagembedding.reranker,
+    ("FlagEmbedding", "BaseLLMReranker"): flagembedding.decoder,
+    ("FlagEmbedding", "LayerWiseLLMReranker"): flagembedding.decoder,
+    ("FlagEmbedding", "LightweightLLMReranker"): flagembedding.decoder,
+    ("haystack", "TransformersSimilarityRanker"): haystack.similarity_ranker,
+    ("haystack", "SentenceTransformersSimilarityRanker"): haystack.cross_encoder_ranker,
+    ("haystack_integrations", "SentenceTransformersSimilarityRanker"): haystack.cross_encoder_ranker,
+    ("infinity_emb", "AsyncEngineArray"): infinity.array,
+    ("infinity_emb", "AsyncEmbeddingEngine"): infinity.engine,
+}
+METHODS: dict[str, Callable[..., Any]] = sentence_transformers.METHODS | haystack.METHODS | infinity.METHODS
+
+
+def resolve(obj: Any) -> Resolved | None:
+    """What a system's object holds; None if `obj` is of no system."""
+    if (model := compiled.inner(obj)) is not None:
+        return resolve(model) or Resolved(compiled.SYSTEM, {"_orig_mod": model})
+    for cls in type(obj).__mro__:
+        if (found := SYSTEMS.get((cls.__module__.partition(".")[0], cls.__qualname__))) is not None:
+            return found(obj, cls)
+    return None
+
+
+def patch(obj: Any, mode: str = "portable", strict: bool = True, *, backend: str | None = None) -> Report:
+    """Make what `obj` holds compute with rerank_kernels, in place. Twice does nothing more; in another way it is an error.
+
+    obj: a transformers model (BERT, RoBERTa, XLM-RoBERTa, with or without ForSequenceClassification), also behind torch.compile;
+    a container of plain leaves (nn.Linear, nn.LayerNorm, activations); sentence-transformers' CrossEncoder and
+    SentenceTransformer; FlagEmbedding's FlagReranker; Haystack's TransformersSimilarityRanker and
+    SentenceTransformersSimilarityRanker, before warm_up() or after it; Infinity's AsyncEngineArray and AsyncEmbeddingEngine.
+    What is changed is in `print(report)`: modules, methods of the object, and what stays the system's own.
+
+    What differs from a stock model: logits are float32 whatever the body's dtype, hidden states at padding are 0, positions are
+    counted over the tokens that attention_mask keeps (a left-padded pair gets the bits it gets alone), forwards of modules
+    inside the encoder do not run, hooks on them are an error, and a row without tokens gives the head's value for a zero vector.
+    Rankings go by logit: scores tie near 1.0.
+
+    mode: "portable", the same bits on every CPU and GPU; or "tensor", for float16 and bfloat16 models: products on a GPU's
+    tensor cores, the same bits on one GPU architecture. It needs a GPU here, but the model may be moved there later.
+    strict: raise PatchError if anything is unknown or would break the promise, and change nothing; otherwise leave it as it is,
+    with the encoder that holds it, and list it in the report.
+    backend: the one that serves this model, "triton" for instance, whatever rk.use() and the environment say around it; the
+    device's default, or what they say, if not given.
+    Raises TypeError if obj is nothing of these, ValueError for another mode, BackendError for a backend that is not here,
+    PatchError for all else that stands in the way.
+    """
+    check.choice("patch", "mode", mode, registry.MODES)
+    found = resolve(obj)
+    if found is None:
+        return hf.patch(obj, mode, strict, backend=backend)
+    if found.problems and (strict or not (found.modules or found.overrides)):
+        raise PatchError(f"patch: {found.system} cannot be served; nothing was patched:" + "".join(f"\n  {p}" for p in found.problems))
+    _as_before(found, mode, backend)
+    reports = {path: _prepared(found, path, mode, strict, backend) for path in found.modules}
+    report = _merged(found, reports, mode, backend)
+    for one in reports.values():
+        hf.bind(one)
+    for override in found.overrides.values():
+        held = vars(override.holder)
+        name = override.key.rpartition(".")[2]
+        if name not in held:
+            held[name] = Method(override.holder, override.key, mode, strict, backend, report)
+    return report
+
+
+def unpatch(obj: Any) -> None:
+    """Undo patch: every module and method of `obj` gets its class's own back, and nothing else was ever changed."""
+    found = resolve(obj)
+    if found is None:
+        return hf.unpatch(obj)
+    for module in found.modules.values():
+        hf.unpatch(module)
+    for held in [vars(obj), *(vars(override.holder) for override in found.overrides.values())]:
+        for name in [name for name, value in held.items() if isinstance(value, Method)]:
+            del held[name]
+
+
+def _as_before(found: Resolved, mode: str, backend: str | None) -> None:
+    for path, override in found.overrides.items():
+        before = vars(override.holder).get(override.key.rpartition(".")[2])
+        if isinstance(before, Method) and (before.mode, before.backend) != (mode, backend):
+            raise PatchError(
+                f"patch: {path} of {class_of(override.holder)} is patched already, in mode {before.mode!r}, backend "
+                f"{before.backend!r}, and mode {mode!r}, backend {backend!r}, was asked for; call rk.unpatch() with it first"
+            )
+
+
+def _prepared(found: Resolved, path: str, mode: str, strict: bool, backend: str | None) -> Report:
+    try:
+        return hf.prepare(found.modules[path], mode, strict, backend=backend)
+    except PatchError as error:
+        raise PatchError(f"patch: {found.system}, {path}: {str(error).removeprefix('patch: ')}") from None
+
+
+def _merged(found: Resolved, reports: dict[str, Report], mode: str, backend: str | None) -> Report:
+    report = Report(mode, {}, {}, {}, {}, backend, found.system)
+    for path, one in reports.items():
+        for kind in ("replaced", "exact", "unknown", "forwards"):
+            getattr(report, kind).update({joined(path, p): value for p, value in getattr(one, kind).items()})
+    report.overrides |= {path: override.about for path, override in found.overrides.items()}
+    report.notes += [*found.problems, *found.notes]
+    if _tf32(backend):
+        warnings.warn(_TF32, stacklevel=3)
+        report.notes.append(_TF32)
+    return report
+
+
+_TF32 = (
+    "allow_tf32 is set, and backend 'pytorch' computes its products on a GPU with PyTorch's, in the fewer digits that it allows; "
+    "set torch.backends.cuda.matmul.allow_tf32 = False, or take backend cuda or triton, which do not read it"
+)
+
+
+def _tf32(backend: str | None) -> bool:
+    """Whether the setting, which is everyone's in the process (infinity_emb sets it), can reach a bit of ours."""
+    if not torch.cuda.is_available() or not torch.backends.cuda.matmul.allow_tf32:
+        return False
+    return (backend or registry.active("cuda").name) == "pytorch"

@@ -1,0 +1,29 @@
+"""FlagEmbedding's FlagReranker: the model that it holds. All else may stay.
+
+It calls .half() and .to() for each list (a patched model goes with them), sorts by length, takes smaller batches when memory
+runs out, and applies its sigmoid in float64, one value at a time: none of it can reach a bit of a patched model's score. With
+several devices it pickles itself to workers that it spawns, and its model arrives patched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rerank_kernels.integrations.resolved import Resolved, own_methods
+
+SYSTEM = "FlagEmbedding FlagReranker"
+
+
+def reranker(obj: Any, cls: type) -> Resolved:
+    found = Resolved(SYSTEM, {"model": obj.model}, notes=["several devices: workers get the model as it is when they start"])
+    found.problems += own_methods(obj, cls, ("compute_score", "compute_score_single_gpu"))
+    if getattr(obj, "pool", None) is not None:
+        found.problems.append("its worker processes run already, with the model as it was; call stop_self_pool() first")
+    return found
+
+
+def decoder(obj: Any, cls: type) -> Resolved:
+    return Resolved(
+        f"FlagEmbedding {type(obj).__name__}",
+        problems=["its model is a decoder, and decoders are not served yet; FlagReranker, whose model is an encoder, is"],
+    )

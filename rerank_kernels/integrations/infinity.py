@@ -1,0 +1,96 @@
+"""Infinity's engines: the model of every replica, and the order in which rerank() answers.
+
+Its sigmoid is numpy's and it ranks by that score, which ties near 1.0 where logits do not: rerank() is asked for
+logits instead, and sigmoid, order and top_n are ours. Batches are made by the clock and by what other clients ask: none of it
+can reach a bit of a patched model's score.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+
+from rerank_kernels.binding import Method, class_of, serving
+from rerank_kernels.encoders import unit
+from rerank_kernels.integrations import sentence_transformers
+from rerank_kernels.integrations.resolved import Override, Resolved, own_methods
+from rerank_kernels.ops.pooling import sigmoid
+
+SYSTEM = "Infinity"
+TORCH = 'load it with engine="torch" (--engine torch)'
+OPTIONS = {  # the package that a replaced module comes from -> what would work
+    "optimum": "bettertransformer=False (--no-bettertransformer)",
+    "infinity_emb": "a dtype that is not quantised (--dtype float32, float16 or bfloat16)",
+}
+
+
+def array(obj: Any, cls: type) -> Resolved:
+    found = Resolved(f"{SYSTEM} {cls.__qualname__}", problems=own_methods(obj, cls, ("rerank", "embed")))
+    for name, one in obj.engines_dict.items():
+        found.take(f"engines_dict[{name!r}]", engine(one, next(c for c in type(one).__mro__ if _is_engine(c))))
+    return found
+
+
+def _is_engine(cls: type) -> bool:
+    return cls.__qualname__ == "AsyncEmbeddingEngine"
+
+
+def engine(obj: Any, cls: type) -> Resolved:
+    found = Resolved(f"{SYSTEM} {cls.__qualname__}", problems=own_methods(obj, cls, ("rerank", "embed")))
+    for i, replica in enumerate(obj._model_replicas):
+        found.take(f"_model_replicas[{i}]", _replica(replica))
+    if "rerank" in obj.capabilities:
+        about = "sigmoid in float32; documents by logit, ties in the order given"
+        found.overrides["rerank"] = Override(obj, "infinity.rerank", about)
+    if obj.engine_args.vector_disk_cache_path:
+        found.problems.append(
+            "its disk cache may answer with what was computed before; load it with vector_disk_cache_path='' "
+            "(--no-vector-disk-cache)"
+        )
+    return found
+
+
+def _replica(replica: Any) -> Resolved:
+    name = class_of(replica)
+    if name == "CrossEncoderPatched":
+        found = sentence_transformers.resolve_cross_encoder(replica)
+    elif name == "SentenceTransformerPatched" and not replica.mode_colbert:
+        found = sentence_transformers.resolve_embedder(replica)
+        found.overrides["encode_post"] = Override(replica, "infinity.encode_post", "vectors of length 1, in float32")
+    else:
+        what = "a ColBERT model" if name == "SentenceTransformerPatched" else f"a {name}"
+        return Resolved(SYSTEM, problems=[f"{what} is not served; rerankers and embedding models are: {TORCH}"])
+    for path, module in found.modules.items():
+        packages = {type(m).__module__.partition(".")[0]: class_of(m) for m in module.modules()}
+        found.problems += [f"{path} has a {packages[p]}; load it with {option}" for p, option in OPTIONS.items() if p in packages]
+    return found
+
+
+async def rerank(
+    method: Method, *, query: str, docs: list[str], raw_scores: bool = False, top_n: int | None = None
+) -> tuple[list[Any], int]:
+    if raw_scores:
+        return await method.original(query=query, docs=docs, raw_scores=True, top_n=top_n)
+    ranked, usage = await method.original(query=query, docs=docs, raw_scores=True, top_n=None)
+    device = next(method.holder._model_replicas[0].model.parameters()).device
+    logits = torch.tensor([float(one.relevance_score) for one in ranked], dtype=torch.float32, device=device)
+    with serving(method.mode, method.backend):
+        scores = sigmoid(logits).cpu().numpy()
+    best = [dataclasses.replace(one, relevance_score=score) for one, score in zip(ranked, scores, strict=True)]
+    return best[:top_n] if top_n is not None and top_n > 0 else best, usage
+
+
+def encode_post(method: Method, out_features: Any) -> Any:
+    """Its own, but for the vectors' length: that is normalised here, and its own is told not to."""
+    bare = copy.copy(method.holder)
+    bare.normalize_embeddings = False
+    if method.holder.normalize_embeddings:
+        with serving(method.mode, method.backend):
+            out_features = unit(out_features.float())
+    return type(bare).encode_post(bare, out_features)
+
+
+METHODS = {"infinity.rerank": rerank, "infinity.encode_post": encode_post}

@@ -1,0 +1,55 @@
+"""What a resolver found in an object that holds a model; the files beside this one fill it, one for each system."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from rerank_kernels.binding import Method, class_of
+
+
+class Override(NamedTuple):
+    """A method to put in place of `holder`'s own; `key` finds it in METHODS and ends in the method's name."""
+
+    holder: Any
+    key: str
+    about: str  # why, for the report
+
+
+@dataclass
+class Resolved:
+    """Paths are attributes as one would write them behind the object that was given.
+
+    problems: what stands in the way of the promise, each with what would work; an error in strict mode.
+    notes: what stays the system's own, or the user's to set.
+    """
+
+    system: str
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    overrides: dict[str, Override] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def take(self, path: str, inner: Resolved) -> None:
+        """What was found in the object at `path`."""
+        self.modules |= {joined(path, p): module for p, module in inner.modules.items()}
+        self.overrides |= {joined(path, p): override for p, override in inner.overrides.items()}
+        self.problems += [f"{path}: {problem}" for problem in inner.problems]
+        self.notes += [note for note in inner.notes if note not in self.notes]
+
+
+def joined(path: str, inner: str) -> str:
+    return f"{path}.{inner}" if path and inner else path or inner
+
+
+def own_methods(obj: Any, cls: type, names: tuple[str, ...]) -> list[str]:
+    """A problem for each of the methods that the subclass of `obj`, or `obj` itself, has in place of those of `cls`."""
+    problems = []
+    for name in names:
+        theirs = inspect.getattr_static(type(obj), name, None) is not inspect.getattr_static(cls, name, None)
+        if theirs or not isinstance(vars(obj).get(name), Method | None):
+            problems.append(f"{class_of(obj)} has a {name} of its own, and only that of {cls.__qualname__} is known")
+    return problems

@@ -1,0 +1,209 @@
+"""sentence-transformers 3 to 6: CrossEncoder and SentenceTransformer, and what other systems subclass of them.
+
+CrossEncoder: the model; predict() applies its activation with our ops, whether it is the stored one or handed in with the call;
+rank() sorts by logit, for near 1.0 scores tie where logits do not, and gives the score of each.
+SentenceTransformer: the transformer, Pooling, Normalize and Dense (rerank_kernels/sentence.py), and encode()'s own
+normalisation.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rerank_kernels import hf
+from rerank_kernels.binding import Method, class_of, name_of, serving
+from rerank_kernels.encoders import unit
+from rerank_kernels.integrations.resolved import Override, Resolved, own_methods
+from rerank_kernels.ops.pooling import sigmoid
+from rerank_kernels.sentence import TRANSFORMERS
+
+SIGMOID = "torch.nn.modules.activation.Sigmoid"
+SIGMOIDS = (torch.sigmoid, F.sigmoid, torch.special.expit)
+ACTIVATION = ("activation_fn", "activation_fct")  # predict's and rank's argument, since version 4 and before
+STORED = ("activation_fn", "default_activation_function")
+POOLS = "a pool of worker processes has the model as it was when the pool was started: patch before start_multi_process_pool()"
+
+
+def resolve_cross_encoder(obj: Any) -> Resolved:
+    return cross_encoder(obj, next(c for c in type(obj).__mro__ if c.__qualname__ == "CrossEncoder"))
+
+
+def resolve_embedder(obj: Any) -> Resolved:
+    return embedder(obj, next(c for c in type(obj).__mro__ if c.__qualname__ == "SentenceTransformer"))
+
+
+def cross_encoder(obj: Any, cls: type) -> Resolved:
+    found = Resolved("sentence-transformers CrossEncoder", problems=own_methods(obj, cls, ("predict", "rank", "_inference")))
+    if getattr(obj, "backend", "torch") != "torch":
+        found.problems.append(_backend(obj))
+    elif isinstance(obj, nn.Sequential):
+        _modules(obj, found)
+    else:
+        found.modules["model"] = obj.model
+    if obj.__dict__.get("keep_in_fp32_modules"):
+        found.problems.append("keep_in_fp32_modules is set; call set_keep_in_fp32_modules([]): a patched head is float32 anyway")
+    stored = _stored(obj)
+    if not _known(stored):
+        found.problems.append(
+            f"its activation {getattr(stored, '__qualname__', class_of(stored))} is unknown; set {_stored_name(obj)} to "
+            "torch.nn.Sigmoid() or torch.nn.Identity()"
+        )
+    found.overrides["predict"] = Override(obj, "sentence_transformers.predict", "its activation, in float32")
+    found.overrides["rank"] = Override(obj, "sentence_transformers.rank", "documents by logit, ties in the order given")
+    found.notes += [POOLS, "an activation of your own, handed to predict() or rank(), computes as it is"]
+    return found
+
+
+def embedder(obj: Any, cls: type) -> Resolved:
+    found = Resolved("sentence-transformers SentenceTransformer", problems=own_methods(obj, cls, ("encode", "_inference", "forward")))
+    if getattr(obj, "backend", "torch") != "torch":
+        found.problems.append(_backend(obj))
+    else:
+        _modules(obj, found)
+    found.overrides["encode"] = Override(obj, "sentence_transformers.encode", "normalize_embeddings=True, in float32")
+    found.notes += [POOLS, "similarity() is PyTorch's product; rk.linear(a, b) is the same with one set of bits"]
+    return found
+
+
+def _backend(obj: Any) -> str:
+    return f"backend={obj.backend!r} runs no PyTorch model; load it with backend='torch'"
+
+
+def _modules(obj: Any, found: Resolved) -> None:
+    """The children of a sequence of modules; of a CrossEncoder's Transformer what `.model` is."""
+    for i, child in enumerate(obj):
+        if getattr(child, "can_flatten_inputs", False):
+            found.problems.append(f"[{i}] joins the texts of a batch to one; set model[{i}].unpad_inputs = False")
+        if name_of(child) in TRANSFORMERS and class_of(obj) != "SentenceTransformer" and getattr(obj, "model", None) is not None:
+            found.modules["model"] = obj.model
+        else:
+            found.modules[str(i)] = child
+
+
+# ---- the activation ---------------------------------------------------------------------------------------------------------
+
+
+def _stored_name(obj: Any) -> str:
+    return next(name for name in STORED if name in vars(obj) or name in getattr(obj, "_modules", ()))
+
+
+def _stored(obj: Any) -> Any:
+    return getattr(obj, _stored_name(obj))
+
+
+def _known(activation: Any) -> bool:
+    """Whether `activation` can be served whole."""
+    if not isinstance(activation, nn.Module):
+        return activation in SIGMOIDS
+    return not hf.unknown(activation)
+
+
+def _is_sigmoid(activation: Any) -> bool:
+    return activation in SIGMOIDS or name_of(activation) == SIGMOID
+
+
+def _served(activation: Any, method: Method) -> Any:
+    """`activation` on our ops: a copy, for it is the user's; as it is if it is no module, or unknown."""
+    if activation in SIGMOIDS:
+        activation = nn.Sigmoid()
+    if isinstance(activation, nn.Module):
+        activation = copy.deepcopy(activation)
+        hf.unpatch(activation)
+        hf.patch(activation, method.mode, strict=False, backend=method.backend)
+    return activation
+
+
+class _Call:
+    """Arguments of one call, in which some are looked up and replaced, by place or by name."""
+
+    def __init__(self, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.places = {name: i for i, name in enumerate(inspect.signature(method.original).parameters)}
+        self.args, self.kwargs = list(args), dict(kwargs)
+
+    def get(self, *names: str) -> Any:
+        """The first of `names` that was given and is not None."""
+        given = [self.kwargs.get(name) for name in names]
+        given += [self.args[i] for name in names if (i := self.places.get(name, len(self.args))) < len(self.args)]
+        return next((value for value in given if value is not None), None)
+
+    def set(self, names: tuple[str, ...], value: Any) -> None:
+        """Give `value` to the one of `names` that the method takes."""
+        name = next(name for name in names if name in self.places)
+        for other in names:
+            self.kwargs.pop(other, None)
+        if self.places[name] < len(self.args):
+            self.args[self.places[name]] = value
+        else:
+            self.kwargs[name] = value
+
+
+def predict(method: Method, *args: Any, **kwargs: Any) -> Any:
+    call = _Call(method, args, kwargs)
+    activation = call.get(*ACTIVATION)
+    activation = _stored(method.holder) if activation is None else activation
+    if call.get("apply_softmax"):
+        call.set(("apply_softmax",), False)
+        if _labels(method.holder) > 1:
+            activation = nn.Sequential(activation, nn.Softmax(-1))
+    call.set(ACTIVATION, _served(activation, method))
+    return method.original(*call.args, **call.kwargs)
+
+
+def _labels(obj: Any) -> int:
+    return int(obj.num_labels if hasattr(obj, "num_labels") else obj.config.num_labels)
+
+
+def rank(method: Method, *args: Any, **kwargs: Any) -> Any:
+    call = _Call(method, args, kwargs)
+    activation = call.get(*ACTIVATION)
+    if not _is_sigmoid(_stored(method.holder) if activation is None else activation):
+        return method.original(*args, **kwargs)  # which calls predict above
+    call.set(ACTIVATION, nn.Identity())
+    ranked = method.original(*call.args, **call.kwargs)
+    logits = torch.tensor([float(one["score"]) for one in ranked], dtype=torch.float32, device=method.holder.model.device)
+    with serving(method.mode, method.backend):
+        scores = sigmoid(logits)
+    for one, score in zip(ranked, scores, strict=True):
+        one["score"] = _like(one["score"], score)
+    return ranked
+
+
+def _like(was: Any, score: Tensor) -> Any:
+    """`score` as the type that rank() has: a float, numpy's or a tensor, by version and argument."""
+    if isinstance(was, Tensor):
+        return score.to(was.device)
+    return np.float32(score.item()) if isinstance(was, np.generic | np.ndarray) else score.item()
+
+
+# ---- embeddings -------------------------------------------------------------------------------------------------------------
+
+
+def encode(method: Method, *args: Any, **kwargs: Any) -> Any:
+    call = _Call(method, args, kwargs)
+    if not call.get("normalize_embeddings") or call.get("output_value") not in (None, "sentence_embedding"):
+        return method.original(*args, **kwargs)
+    if (precision := call.get("precision")) not in (None, "float32"):
+        raise ValueError(
+            f"encode: precision must be float32 with normalize_embeddings=True, got {precision!r}; end the model with a "
+            "Normalize module and leave normalize_embeddings out"
+        )
+    call.set(("normalize_embeddings",), False)
+    made = method.original(*call.args, **call.kwargs)
+    with serving(method.mode, method.backend):
+        if isinstance(made, np.ndarray):
+            return unit(torch.from_numpy(made)).numpy() if made.size else made
+        return [unit(one) for one in made] if isinstance(made, list) else unit(made)
+
+
+METHODS = {
+    "sentence_transformers.predict": predict,
+    "sentence_transformers.rank": rank,
+    "sentence_transformers.encode": encode,
+}
