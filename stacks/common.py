@@ -1,4 +1,4 @@
-"""What the tests of all systems share: the 200 pairs, the ways to ask for them, bits, and what a run leaves for stacks/compare.py.
+"""What the tests of all systems share: 200 pairs, the ways to ask for them, bits, and what a run leaves for stacks/compare.py.
 
 A system is a function (query, documents, batch) -> logits in the order of the documents; some also take all 200 pairs at once.
 """
@@ -115,7 +115,7 @@ def apart(ways: dict[str, list[int]]) -> dict[str, int]:
 
 
 class Tokens:
-    """The tokens that a transformers model was given, each sequence by itself: what the mask keeps, and the types if there are any.
+    """The tokens that a transformers model was given, by sequence: what the mask keeps, and the types if there are any.
 
     Stands before the model's forward, stock or patched; a hook would not do, for some systems call forward itself.
     """
@@ -155,7 +155,7 @@ class Tokens:
 
 
 class Results:
-    """Notes by name, kept in a file for stacks/compare.py; written after each note, so that a run cut short shows how far it came."""
+    """Notes by name, in a file for stacks/compare.py that is written at each note: a run cut short shows how far it came."""
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path = path

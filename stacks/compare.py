@@ -1,7 +1,7 @@
 """Holds the systems' logits against one another and shows what a run found: python stacks/compare.py [NAME ...] [--place]
 
-Every system has to give the bits that rk.Reranker gives, pair by pair, from the same tokens. --place writes the figures into the
-pages, between `<!-- stacks:NAME -->` and `<!-- /stacks -->`; what stands there is never typed by hand.
+Every system has to give the bits that rk.Reranker gives, pair by pair, from the same tokens. --place writes the figures into
+the pages, between `<!-- stacks:NAME -->` and `<!-- /stacks -->`; what stands there is never typed by hand.
 """
 
 from __future__ import annotations
@@ -27,28 +27,37 @@ MARKED = re.compile(r"(<!-- stacks:([\w-]+) -->\n)(.*?)(<!-- /stacks -->)", re.D
 Found = Mapping[str, Any]
 
 
+TESTS = {  # stack -> its file of tests
+    "st6": "test_sentence_transformers.py",
+    "st3": "test_sentence_transformers.py",
+    "flag": "test_flagembedding.py",
+    "haystack2": "test_haystack.py",
+    "haystack3": "test_haystack.py",
+    "infinity": "test_infinity.py",
+}
+
+
 class Row(NamedTuple):
     """A system that users hold, in one stack."""
 
     stack: str
     system: str  # as in the results
     section: str  # of docs/WORKS_WITH.md
-    test: str
     pins: tuple[str, ...]  # what a reader needs to know; stacks/pins has them all
 
 
+ST = "sentence-transformers"
 ROWS = (
-    Row("st6", "CrossEncoder", "sentence-transformers", "test_sentence_transformers.py", ("sentence-transformers", "transformers")),
-    Row("st3", "CrossEncoder", "sentence-transformers", "test_sentence_transformers.py", ("sentence-transformers", "transformers")),
-    Row("st6", "SentenceTransformer", "sentence-transformers", "test_sentence_transformers.py", ("sentence-transformers", "transformers")),
-    Row("st3", "SentenceTransformer", "sentence-transformers", "test_sentence_transformers.py", ("sentence-transformers", "transformers")),
-    Row("flag", "FlagReranker", "flagembedding", "test_flagembedding.py", ("FlagEmbedding", "transformers")),
-    Row("haystack2", "TransformersSimilarityRanker", "haystack", "test_haystack.py", ("haystack-ai", "transformers")),
-    Row("haystack3", "SentenceTransformersSimilarityRanker", "haystack", "test_haystack.py",
-        ("haystack-ai", "sentence-transformers-haystack", "transformers")),
-    Row("infinity", "AsyncEngineArray", "infinity", "test_infinity.py", ("infinity_emb", "sentence-transformers", "transformers")),
-    Row("infinity", "infinity-server", "infinity", "test_infinity.py", ("infinity_emb", "sentence-transformers", "transformers")),
-)  # fmt: skip
+    Row("st6", "CrossEncoder", ST, (ST, "transformers")),
+    Row("st3", "CrossEncoder", ST, (ST, "transformers")),
+    Row("st6", "SentenceTransformer", ST, (ST, "transformers")),
+    Row("st3", "SentenceTransformer", ST, (ST, "transformers")),
+    Row("flag", "FlagReranker", "flagembedding", ("FlagEmbedding", "transformers")),
+    Row("haystack2", "TransformersSimilarityRanker", "haystack", ("haystack-ai", "transformers")),
+    Row("haystack3", "SentenceTransformersSimilarityRanker", "haystack", ("haystack-ai", f"{ST}-haystack", "transformers")),
+    Row("infinity", "AsyncEngineArray", "infinity", ("infinity_emb", ST, "transformers")),
+    Row("infinity", "infinity-server", "infinity", ("infinity_emb", ST, "transformers")),
+)
 SAVED = {"CrossEncoder": "CrossEncoder.rank"}  # under which name the order of a saturated list was noted, if under another
 
 
@@ -95,7 +104,7 @@ def stock_rows(results: Mapping[str, Found], section: str | None = None) -> Iter
 
 
 def section(name: str, results: Mapping[str, Found]) -> str:
-    """Of 200 pairs, or texts: how many have other bits than alone in a batch, stock. Patched it is none, or there is no table."""
+    """Of 200 pairs or texts, how many have other bits than alone: stock. Patched it is none, or there is no table."""
     rows = [
         (
             f"{row.system}, {pins_of(row, results)}",
@@ -139,7 +148,9 @@ def overview(results: Mapping[str, Found]) -> str:
                 n for r, case, ways in stock_rows(results) if r == row and case.endswith("float32") for n in ways.values()
             )
         link = f"[{row.system}](docs/WORKS_WITH.md#{row.section})"
-        rows.append((link, pins_of(row, results), f"[`make stacks STACKS={row.stack}`](stacks/{row.test})", f"{stock}", "0"))
+        rows.append(
+            (link, pins_of(row, results), f"[`make stacks STACKS={row.stack}`](stacks/{TESTS[row.stack]})", f"{stock}", "0")
+        )
     return markdown(("", "pins", "its test", "stock: pairs of 200 whose bits hang on the batch", "patched"), rows)
 
 
@@ -188,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="all that there are if none is given")
     parser.add_argument("--place", action="store_true", help="write the figures into the pages")
     args = parser.parse_args(argv)
-    every = list(dict.fromkeys(row.stack for row in ROWS))
+    every = list(TESTS)
     try:
         results = kept(args.names or every)
     except OSError as error:

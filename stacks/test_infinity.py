@@ -1,4 +1,4 @@
-"""Infinity: its engine in this process, and `rerank-kernels infinity-server` as a live server on the loopback beside a stock one.
+"""Infinity: its engine in this process, and `rerank-kernels infinity-server` as a live server beside a stock one.
 
 What is in a batch of the server depends on which clients ask at the same time; a patched one must give a pair one score anyway.
 """

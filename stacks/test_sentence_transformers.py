@@ -58,7 +58,7 @@ def test_order(results: common.Results) -> None:
 
 @pytest.mark.parametrize("given", [False, True], ids=["its own sigmoid", "a sigmoid handed in"])
 def test_scores_do_not_depend_on_the_batch(given: bool) -> None:
-    """PyTorch's sigmoid gives a value other bits inside a full vector than in its tail; and logits that tie as scores stay apart."""
+    """PyTorch's sigmoid gives a value other bits inside a full vector than in its tail."""
     encoder = load(str(common.data() / "minilm"), torch.float32)
     rk.patch(encoder)
     how = {ACTIVATION: torch.nn.Sigmoid()} if given else {}
