@@ -14,7 +14,7 @@ import pytest
 import torch
 
 PINS = Path(__file__).parent / "pins"
-CASES = [("minilm", dtype) for dtype in common.DTYPES] + [("xlmr", "float32")]
+CASES = [(model, dtype) for model in ("minilm", "xlmr") for dtype in common.DTYPES if (model, dtype) != ("xlmr", "bfloat16")]
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -25,10 +25,12 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def versions(name: str) -> dict[str, str]:
-    """Of what the stack pins, as installed."""
-    lines = (PINS / f"{name}.txt").read_text().splitlines()
-    named = [line.partition("==")[0].partition("[")[0] for line in lines if "==" in line and not line.startswith("#")]
-    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in named}
+    """Of what the stack pins, as installed, which has to be what it pins."""
+    lines = [line for line in (PINS / f"{name}.txt").read_text().splitlines() if not line.startswith("#")]
+    wanted = {line.partition("==")[0].partition("[")[0]: line.partition("==")[2] for line in lines}
+    found = {n: importlib.metadata.version(n).partition("+")[0] for n in wanted}
+    assert found == wanted, "what is installed is not what is pinned; remove .stacks, and make stacks builds it anew"
+    return {"python": platform.python_version()} | found
 
 
 @pytest.fixture(scope="session")

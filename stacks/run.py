@@ -61,7 +61,7 @@ def stamp_of(*paths: Path) -> str:
     hashed = hashlib.sha256()
     for path in paths:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file() and file.suffix not in (".so", ".pyc"):
+            if file.suffix in (".py", ".h", ".cpp", ".cu", ".cuh", ".toml", ".txt") and not file.name.startswith("_no"):
                 hashed.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
     return hashed.hexdigest()
 
@@ -71,14 +71,22 @@ def unless(stamp: Path, wanted: str) -> bool:
 
 
 def wheel() -> tuple[Path, str]:
-    """A wheel of this checkout with the C++ library, built by the main venv's tools; and the hash of what is in it."""
-    folder, hashed = (
-        KEPT / "wheel",
-        stamp_of(ROOT / "rerank_kernels", ROOT / "csrc", ROOT / "setup.py", ROOT / "pyproject.toml"),
-    )
+    """A wheel of this checkout with the C++ library, built by the main venv's tools; and the hash of what it is made of.
+
+    From a copy: a build leaves files in its tree, and says there why it left a library out.
+    """
+    folder, parts = KEPT / "wheel", [ROOT / name for name in ("rerank_kernels", "csrc", "setup.py", "pyproject.toml")]
+    hashed = stamp_of(*parts)
     if unless(folder / "stamp", hashed):
         shutil.rmtree(folder, ignore_errors=True)
-        pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT]
+        source = folder / "source"
+        source.mkdir(parents=True)
+        for part in (*parts, *(ROOT / name for name in ("README.md", "LICENSE", "MANIFEST.in", "NUMERICS.md"))):
+            if part.is_dir():
+                shutil.copytree(part, source / part.name, ignore=shutil.ignore_patterns("*.so", "_no*.txt", "__pycache__"))
+            else:
+                shutil.copy(part, source)
+        pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source]
         call("wheel", pip, RERANK_KERNELS_BUILD_CPU="1", RERANK_KERNELS_BUILD_CUDA="0")
         (folder / "stamp").write_text(hashed)
     (found,) = folder.glob("*.whl")
@@ -93,19 +101,16 @@ def build(name: str, torch: str, built: Path, hashed: str) -> Path:
     if unless(folder / "stamp", wanted):
         shutil.rmtree(folder, ignore_errors=True)
         call(f"{name}: environment", [sys.executable, "-m", "venv", folder])
-        install = [python, "-m", "pip", "install", "--quiet"]
+        install = [python, "-m", "pip", "install", "--quiet", "--no-compile"]  # of most files nobody will ask for the bytecode
         # first, and by itself: TORCH may name an index of its own
         call(f"{name}: {torch.split()[0]}", [*install, *shlex.split(torch)])
         call(f"{name}: pins", [*install, "-r", pins, "-r", tests])
         (folder / "stamp").write_text(wanted)
     if unless(folder / "wheel", hashed):
-        call(f"{name}: rerank_kernels", [python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", built])
+        # with what it depends on, as a user would: conftest.py sees to it that this moved no pin
+        install = f"{python} -m pip uninstall --quiet --yes rerank-kernels; exec {python} -m pip install --quiet {built}"
+        call(f"{name}: rerank_kernels", ["sh", "-c", install])
         (folder / "wheel").write_text(hashed)
-    # --no-deps leaves the stack's pins alone, so the package's own wishes are asked for here
-    wishes = "import importlib.metadata as m, sys; from packaging.requirements import Requirement as R; " \
-        "w = [R(r) for r in m.requires('rerank-kernels')]; " \
-        "sys.exit([str(r) for r in w if not r.marker and not r.specifier.contains(m.version(r.name))] or None)"  # fmt: skip
-    call(f"{name}: fits rerank_kernels", [python, "-c", wishes])
     return python
 
 

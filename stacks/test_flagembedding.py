@@ -50,7 +50,7 @@ def test_order(results: common.Results) -> None:
 
 def test_batch_that_memory_makes_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     """compute_score takes a RuntimeError for lack of memory and tries three quarters of the batch."""
-    reranker = load(str(common.data() / "minilm"))
+    reranker = load(str(common.data() / "xlmr"))
     rk.patch(reranker)
     wanted = common.bits_of(logits(reranker, common.pairs(), 32))
     sizes: list[int] = []
@@ -68,7 +68,7 @@ def test_batch_that_memory_makes_smaller(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_pickled() -> None:
-    reranker = load(str(common.data() / "minilm"))
+    reranker = load(str(common.data() / "xlmr"))
     rk.patch(reranker)
     wanted = common.bits_of(logits(reranker, common.pairs(), 32))
     assert common.bits_of(logits(pickle.loads(pickle.dumps(reranker)), common.pairs(), 7)) == wanted
@@ -76,7 +76,7 @@ def test_pickled() -> None:
 
 def test_workers_arrive_patched() -> None:
     """With several devices it sends itself to spawned workers."""
-    alone, several = (load(str(common.data() / "minilm"), devices=["cpu"] * n) for n in (1, 2))
+    alone, several = (load(str(common.data() / "xlmr"), devices=["cpu"] * n) for n in (1, 2))
     rk.patch(alone)
     rk.patch(several)
     try:
