@@ -79,13 +79,17 @@ class Report:
 
 
 def patch(model: nn.Module, mode: str = "portable", strict: bool = True, *, backend: str | None = None) -> Report:
-    """patch of integrations/, which says what is promised, for an nn.Module of PyTorch or transformers and nothing around it."""
+    """patch of integrations/, which says what is promised, for a model of PyTorch or transformers with nothing around it."""
+    for cls in type(model).__mro__:
+        if cls.__name__ in HOLDERS:
+            raise PatchError(f"model is a {cls.__name__}, a wrapper around the model to take; pass {HOLDERS[cls.__name__]}")
     report = prepare(model, mode, strict, backend=backend)
     bind(report)
     return report
 
 
 def bind(report: Report) -> None:
+    """Put the forwards of a report in place."""
     for forward in report.forwards.values():
         forward.module.__dict__["forward"] = forward
 
@@ -201,12 +205,12 @@ def _plan(model: nn.Module, mode: str, backend: str | None) -> tuple[Report, dic
 def _problem(m: Any) -> str | None:
     """Why module m, by itself, cannot be served; "" if its class is in no table, None if it can."""
     name = name_of(m)
-    if not isinstance(m.__dict__.get("forward", None), Forward | None):
+    if not isinstance(m.__dict__.get("forward", None), Forward | None) and name != COMPILED:
         return "has a forward of its own in its __dict__"
     if name in ENCODERS and (m.config.is_decoder or getattr(m.config, "add_cross_attention", False)):
         return "config.is_decoder or config.add_cross_attention is set"
-    if name in ENCODERS and getattr(m.config, "position_embedding_type", "absolute") != "absolute":  # an option of transformers 4
-        return f"config.position_embedding_type is {m.config.position_embedding_type!r}, and only 'absolute' is served"
+    if name in ENCODERS and (positions := getattr(m.config, "position_embedding_type", "absolute")) != "absolute":
+        return f"config.position_embedding_type is {positions!r}, and only 'absolute' is served"  # transformers 4 has others
     if name == "torch.nn.modules.activation.Softmax" and m.dim is None:
         return "dim is None"
     if name in SENTENCE and (problem := sentence_problem(m)) is not None:
@@ -258,9 +262,12 @@ EXACT = {
     "torch.nn.modules.flatten.Flatten",
     *TRANSFORMERS,
 }
+# torch.compile's: it runs the forward below it, and takes compiled code for it only while that forward is the one it compiled.
+COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
+EXACT.add(COMPILED)
 WRAPPERS = {
-    "SentenceTransformer": "pass model[0].auto_model",
-    "OptimizedModule": "pass model._orig_mod and run it uncompiled, for compilers reorder arithmetic",
     "DataParallel": "pass model.module",
     "DistributedDataParallel": "pass model.module",
 }
+# patch of integrations/ takes these
+HOLDERS = {"SentenceTransformer": "model[0].auto_model", "OptimizedModule": "model._orig_mod"}

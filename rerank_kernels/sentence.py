@@ -68,8 +68,11 @@ def dense_forward(m: Any, features: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-_POOLING = ("sentence_transformers.models.Pooling.Pooling", "sentence_transformers.sentence_transformer.modules.pooling.Pooling")
-_NORMALIZE = ("sentence_transformers.models.Normalize.Normalize", "sentence_transformers.base.modules.normalize.Normalize")
+_POOLING = (
+    "sentence_transformers.models.Pooling.Pooling",
+    "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+)
+NORMALIZES = ("sentence_transformers.models.Normalize.Normalize", "sentence_transformers.base.modules.normalize.Normalize")
 _DENSE = ("sentence_transformers.models.Dense.Dense", "sentence_transformers.base.modules.dense.Dense")
 # Nothing to compute: it calls the model that it holds.
 TRANSFORMERS = (
@@ -78,6 +81,6 @@ TRANSFORMERS = (
 )
 FORWARDS = {
     **dict.fromkeys(_POOLING, pooling_forward),
-    **dict.fromkeys(_NORMALIZE, normalize_forward),
+    **dict.fromkeys(NORMALIZES, normalize_forward),
     **dict.fromkeys(_DENSE, dense_forward),
 }

@@ -18,9 +18,9 @@ import torch
 
 from rerank_kernels import backend as registry
 from rerank_kernels import hf
-from rerank_kernels.binding import Method, PatchError, class_of
+from rerank_kernels.binding import Method, PatchError, class_of, name_of
 from rerank_kernels.hf import Report
-from rerank_kernels.integrations import compiled, flagembedding, haystack, infinity, sentence_transformers
+from rerank_kernels.integrations import flagembedding, haystack, infinity, sentence_transformers
 from rerank_kernels.integrations.resolved import Resolved, joined
 from rerank_kernels.ops import check
 
@@ -37,13 +37,13 @@ SYSTEMS: dict[tuple[str, str], Callable[[Any, type], Resolved]] = {
     ("infinity_emb", "AsyncEngineArray"): infinity.array,
     ("infinity_emb", "AsyncEmbeddingEngine"): infinity.engine,
 }
-METHODS: dict[str, Callable[..., Any]] = sentence_transformers.METHODS | haystack.METHODS | infinity.METHODS
+METHODS: dict[str, Callable[..., Any]] = {**sentence_transformers.METHODS, **haystack.METHODS, **infinity.METHODS}
 
 
 def resolve(obj: Any) -> Resolved | None:
     """What a system's object holds; None if `obj` is of no system."""
-    if (model := compiled.inner(obj)) is not None:
-        return resolve(model) or Resolved(compiled.SYSTEM, {"_orig_mod": model})
+    if name_of(obj) == hf.COMPILED:
+        return resolve(obj._orig_mod)
     for cls in type(obj).__mro__:
         if (found := SYSTEMS.get((cls.__module__.partition(".")[0], cls.__qualname__))) is not None:
             return found(obj, cls)
@@ -53,16 +53,16 @@ def resolve(obj: Any) -> Resolved | None:
 def patch(obj: Any, mode: str = "portable", strict: bool = True, *, backend: str | None = None) -> Report:
     """Make what `obj` holds compute with rerank_kernels, in place. Twice does nothing more; in another way it is an error.
 
-    obj: a transformers model (BERT, RoBERTa, XLM-RoBERTa, with or without ForSequenceClassification), also behind torch.compile;
-    a container of plain leaves (nn.Linear, nn.LayerNorm, activations); sentence-transformers' CrossEncoder and
+    obj: a model of transformers 4.57 or 5 (BERT, RoBERTa, XLM-RoBERTa, with or without ForSequenceClassification), also behind
+    torch.compile; a container of plain leaves (nn.Linear, nn.LayerNorm, activations); sentence-transformers' CrossEncoder and
     SentenceTransformer; FlagEmbedding's FlagReranker; Haystack's TransformersSimilarityRanker and
     SentenceTransformersSimilarityRanker, before warm_up() or after it; Infinity's AsyncEngineArray and AsyncEmbeddingEngine.
     What is changed is in `print(report)`: modules, methods of the object, and what stays the system's own.
 
-    What differs from a stock model: logits are float32 whatever the body's dtype, hidden states at padding are 0, positions are
-    counted over the tokens that attention_mask keeps (a left-padded pair gets the bits it gets alone), forwards of modules
-    inside the encoder do not run, hooks on them are an error, and a row without tokens gives the head's value for a zero vector.
-    Rankings go by logit: scores tie near 1.0.
+    What differs from stock: logits are float32 whatever the body's dtype, hidden states at padding are 0, positions are counted
+    over the tokens that attention_mask keeps (a left-padded pair gets the bits it gets alone), forwards of modules inside the
+    encoder do not run, hooks on them are an error, and a row without tokens gives the head's value for a zero vector. Rankings
+    go by logit, for scores tie near 1.0.
 
     mode: "portable", the same bits on every CPU and GPU; or "tensor", for float16 and bfloat16 models: products on a GPU's
     tensor cores, the same bits on one GPU architecture. It needs a GPU here, but the model may be moved there later.
@@ -76,9 +76,12 @@ def patch(obj: Any, mode: str = "portable", strict: bool = True, *, backend: str
     check.choice("patch", "mode", mode, registry.MODES)
     found = resolve(obj)
     if found is None:
-        return hf.patch(obj, mode, strict, backend=backend)
+        report = hf.prepare(obj, mode, strict, backend=backend)
+        hf.bind(report)
+        return report
     if found.problems and (strict or not (found.modules or found.overrides)):
-        raise PatchError(f"patch: {found.system} cannot be served; nothing was patched:" + "".join(f"\n  {p}" for p in found.problems))
+        lines = "".join(f"\n  {problem}" for problem in found.problems)
+        raise PatchError(f"patch: {found.system} cannot be served; nothing was patched:{lines}")
     _as_before(found, mode, backend)
     reports = {path: _prepared(found, path, mode, strict, backend) for path in found.modules}
     report = _merged(found, reports, mode, backend)
@@ -99,9 +102,9 @@ def unpatch(obj: Any) -> None:
         return hf.unpatch(obj)
     for module in found.modules.values():
         hf.unpatch(module)
-    for held in [vars(obj), *(vars(override.holder) for override in found.overrides.values())]:
-        for name in [name for name, value in held.items() if isinstance(value, Method)]:
-            del held[name]
+    for holder in found.holders:
+        for name in [name for name, value in vars(holder).items() if isinstance(value, Method)]:
+            del vars(holder)[name]
 
 
 def _as_before(found: Resolved, mode: str, backend: str | None) -> None:
@@ -135,8 +138,8 @@ def _merged(found: Resolved, reports: dict[str, Report], mode: str, backend: str
 
 
 _TF32 = (
-    "allow_tf32 is set, and backend 'pytorch' computes its products on a GPU with PyTorch's, in the fewer digits that it allows; "
-    "set torch.backends.cuda.matmul.allow_tf32 = False, or take backend cuda or triton, which do not read it"
+    "allow_tf32 is set, and backend 'pytorch' computes its products on a GPU with PyTorch's, in the fewer digits that it "
+    "allows; set torch.backends.cuda.matmul.allow_tf32 = False, or take backend cuda or triton, which do not read it"
 )
 
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from rerank_kernels.binding import Forward
 from rerank_kernels.integrations.resolved import Resolved, own_methods
 
 SYSTEM = "FlagEmbedding FlagReranker"
 
 
 def reranker(obj: Any, cls: type) -> Resolved:
-    found = Resolved(SYSTEM, {"model": obj.model}, notes=["several devices: workers get the model as it is when they start"])
+    found = Resolved(SYSTEM, obj, {"model": obj.model})
+    found.notes.append("several devices: workers get the model as it is when they start")
     found.problems += own_methods(obj, cls, ("compute_score", "compute_score_single_gpu"))
-    if getattr(obj, "pool", None) is not None:
+    patched = isinstance(vars(obj.model).get("forward"), Forward)
+    if getattr(obj, "pool", None) is not None and not patched:
         found.problems.append("its worker processes run already, with the model as it was; call stop_self_pool() first")
     return found
 
@@ -25,5 +28,6 @@ def reranker(obj: Any, cls: type) -> Resolved:
 def decoder(obj: Any, cls: type) -> Resolved:
     return Resolved(
         f"FlagEmbedding {type(obj).__name__}",
+        obj,
         problems=["its model is a decoder, and decoders are not served yet; FlagReranker, whose model is an encoder, is"],
     )

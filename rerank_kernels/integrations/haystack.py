@@ -11,13 +11,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from rerank_kernels.binding import Method, serving
 from rerank_kernels.integrations import sentence_transformers
-from rerank_kernels.integrations.resolved import Override, Resolved, own_methods
+from rerank_kernels.integrations.resolved import Override, Resolved, ancestor, own_methods
 from rerank_kernels.ops.pooling import sigmoid
 
 RELOADED = "a ranker made from its serialised form is a stock one: patch it again"
@@ -36,12 +37,13 @@ def similarity_ranker(obj: Any, cls: type) -> Resolved:
 def cross_encoder_ranker(obj: Any, cls: type) -> Resolved:
     found = _ranker(obj, cls)
     if obj._cross_encoder is not None:
-        found.take("_cross_encoder", sentence_transformers.resolve_cross_encoder(obj._cross_encoder))
+        inner = obj._cross_encoder
+        found.take("_cross_encoder", sentence_transformers.cross_encoder(inner, ancestor(inner, "CrossEncoder")))
     return found
 
 
 def _ranker(obj: Any, cls: type) -> Resolved:
-    found = Resolved(f"Haystack {cls.__qualname__}", problems=own_methods(obj, cls, ("run", "warm_up")), notes=[RELOADED])
+    found = Resolved(f"Haystack {cls.__qualname__}", obj, problems=own_methods(obj, cls, ("run", "warm_up")), notes=[RELOADED])
     if getattr(obj, MODEL[cls.__qualname__]) is None:
         about = "loads the model, then patches it: errors about the model come there"
         found.overrides["warm_up"] = Override(obj, "haystack.warm_up", about)
@@ -100,4 +102,4 @@ def run(
     return {**result, "documents": ranked[:count]}
 
 
-METHODS = {"haystack.run": run, "haystack.warm_up": warm_up}
+METHODS: dict[str, Callable[..., Any]] = {"haystack.run": run, "haystack.warm_up": warm_up}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from rerank_kernels.binding import Method, class_of, serving
 from rerank_kernels.encoders import unit
 from rerank_kernels.integrations import sentence_transformers
-from rerank_kernels.integrations.resolved import Override, Resolved, own_methods
+from rerank_kernels.integrations.resolved import Override, Resolved, ancestor, own_methods
 from rerank_kernels.ops.pooling import sigmoid
 
 SYSTEM = "Infinity"
@@ -28,18 +29,14 @@ OPTIONS = {  # the package that a replaced module comes from -> what would work
 
 
 def array(obj: Any, cls: type) -> Resolved:
-    found = Resolved(f"{SYSTEM} {cls.__qualname__}", problems=own_methods(obj, cls, ("rerank", "embed")))
+    found = Resolved(f"{SYSTEM} {cls.__qualname__}", obj, problems=own_methods(obj, cls, ("rerank", "embed")))
     for name, one in obj.engines_dict.items():
-        found.take(f"engines_dict[{name!r}]", engine(one, next(c for c in type(one).__mro__ if _is_engine(c))))
+        found.take(f"engines_dict[{name!r}]", engine(one, ancestor(one, "AsyncEmbeddingEngine")))
     return found
 
 
-def _is_engine(cls: type) -> bool:
-    return cls.__qualname__ == "AsyncEmbeddingEngine"
-
-
 def engine(obj: Any, cls: type) -> Resolved:
-    found = Resolved(f"{SYSTEM} {cls.__qualname__}", problems=own_methods(obj, cls, ("rerank", "embed")))
+    found = Resolved(f"{SYSTEM} {cls.__qualname__}", obj, problems=own_methods(obj, cls, ("rerank", "embed")))
     for i, replica in enumerate(obj._model_replicas):
         found.take(f"_model_replicas[{i}]", _replica(replica))
     if "rerank" in obj.capabilities:
@@ -54,18 +51,19 @@ def engine(obj: Any, cls: type) -> Resolved:
 
 
 def _replica(replica: Any) -> Resolved:
-    name = class_of(replica)
+    """It calls the model, or the modules of a SentenceTransformer, without the methods of either."""
+    found, name = Resolved(SYSTEM, replica), class_of(replica)
     if name == "CrossEncoderPatched":
-        found = sentence_transformers.resolve_cross_encoder(replica)
+        sentence_transformers.find_modules(replica, found)
     elif name == "SentenceTransformerPatched" and not replica.mode_colbert:
-        found = sentence_transformers.resolve_embedder(replica)
+        sentence_transformers.find_modules(replica, found)
         found.overrides["encode_post"] = Override(replica, "infinity.encode_post", "vectors of length 1, in float32")
     else:
-        what = "a ColBERT model" if name == "SentenceTransformerPatched" else f"a {name}"
-        return Resolved(SYSTEM, problems=[f"{what} is not served; rerankers and embedding models are: {TORCH}"])
+        what = "ColBERT" if name == "SentenceTransformerPatched" else name
+        found.problems.append(f"{what} is not served; rerankers and embedding models of PyTorch are: {TORCH}")
     for path, module in found.modules.items():
         packages = {type(m).__module__.partition(".")[0]: class_of(m) for m in module.modules()}
-        found.problems += [f"{path} has a {packages[p]}; load it with {option}" for p, option in OPTIONS.items() if p in packages]
+        found.problems += [f"{path} has a {packages[p]}; load it with {what}" for p, what in OPTIONS.items() if p in packages]
     return found
 
 
@@ -87,10 +85,10 @@ def encode_post(method: Method, out_features: Any) -> Any:
     """Its own, but for the vectors' length: that is normalised here, and its own is told not to."""
     bare = copy.copy(method.holder)
     bare.normalize_embeddings = False
-    if method.holder.normalize_embeddings:
+    if method.holder.normalize_embeddings and not sentence_transformers.of_length_one(method.holder):
         with serving(method.mode, method.backend):
             out_features = unit(out_features.float())
     return type(bare).encode_post(bare, out_features)
 
 
-METHODS = {"infinity.rerank": rerank, "infinity.encode_post": encode_post}
+METHODS: dict[str, Callable[..., Any]] = {"infinity.rerank": rerank, "infinity.encode_post": encode_post}

@@ -28,10 +28,16 @@ class Resolved:
     """
 
     system: str
+    obj: Any
     modules: dict[str, nn.Module] = field(default_factory=dict)
     overrides: dict[str, Override] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def holders(self) -> list[Any]:
+        """Every object that may carry methods of ours, now or before."""
+        return [self.obj, *(override.holder for override in self.overrides.values())]
 
     def take(self, path: str, inner: Resolved) -> None:
         """What was found in the object at `path`."""
@@ -43,6 +49,11 @@ class Resolved:
 
 def joined(path: str, inner: str) -> str:
     return f"{path}.{inner}" if path and inner else path or inner
+
+
+def ancestor(obj: Any, name: str) -> type:
+    """The class called `name` that `obj` is of."""
+    return next(cls for cls in type(obj).__mro__ if cls.__qualname__ == name)
 
 
 def own_methods(obj: Any, cls: type, names: tuple[str, ...]) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from rerank_kernels.binding import Method, class_of, name_of, serving
 from rerank_kernels.encoders import unit
 from rerank_kernels.integrations.resolved import Override, Resolved, own_methods
 from rerank_kernels.ops.pooling import sigmoid
-from rerank_kernels.sentence import TRANSFORMERS
+from rerank_kernels.sentence import NORMALIZES
 
 SIGMOID = "torch.nn.modules.activation.Sigmoid"
 SIGMOIDS = (torch.sigmoid, F.sigmoid, torch.special.expit)
@@ -31,24 +32,10 @@ STORED = ("activation_fn", "default_activation_function")
 POOLS = "a pool of worker processes has the model as it was when the pool was started: patch before start_multi_process_pool()"
 
 
-def resolve_cross_encoder(obj: Any) -> Resolved:
-    return cross_encoder(obj, next(c for c in type(obj).__mro__ if c.__qualname__ == "CrossEncoder"))
-
-
-def resolve_embedder(obj: Any) -> Resolved:
-    return embedder(obj, next(c for c in type(obj).__mro__ if c.__qualname__ == "SentenceTransformer"))
-
-
 def cross_encoder(obj: Any, cls: type) -> Resolved:
-    found = Resolved("sentence-transformers CrossEncoder", problems=own_methods(obj, cls, ("predict", "rank", "_inference")))
-    if getattr(obj, "backend", "torch") != "torch":
-        found.problems.append(_backend(obj))
-    elif isinstance(obj, nn.Sequential):
-        _modules(obj, found)
-    else:
-        found.modules["model"] = obj.model
-    if obj.__dict__.get("keep_in_fp32_modules"):
-        found.problems.append("keep_in_fp32_modules is set; call set_keep_in_fp32_modules([]): a patched head is float32 anyway")
+    system = "sentence-transformers CrossEncoder"
+    found = Resolved(system, obj, problems=own_methods(obj, cls, ("predict", "rank", "_inference")))
+    find_modules(obj, found)
     stored = _stored(obj)
     if not _known(stored):
         found.problems.append(
@@ -62,29 +49,28 @@ def cross_encoder(obj: Any, cls: type) -> Resolved:
 
 
 def embedder(obj: Any, cls: type) -> Resolved:
-    found = Resolved("sentence-transformers SentenceTransformer", problems=own_methods(obj, cls, ("encode", "_inference", "forward")))
-    if getattr(obj, "backend", "torch") != "torch":
-        found.problems.append(_backend(obj))
-    else:
-        _modules(obj, found)
+    system = "sentence-transformers SentenceTransformer"
+    found = Resolved(system, obj, problems=own_methods(obj, cls, ("encode", "_inference", "forward")))
+    find_modules(obj, found)
     found.overrides["encode"] = Override(obj, "sentence_transformers.encode", "normalize_embeddings=True, in float32")
     found.notes += [POOLS, "similarity() is PyTorch's product; rk.linear(a, b) is the same with one set of bits"]
     return found
 
 
-def _backend(obj: Any) -> str:
-    return f"backend={obj.backend!r} runs no PyTorch model; load it with backend='torch'"
-
-
-def _modules(obj: Any, found: Resolved) -> None:
-    """The children of a sequence of modules; of a CrossEncoder's Transformer what `.model` is."""
-    for i, child in enumerate(obj):
-        if getattr(child, "can_flatten_inputs", False):
-            found.problems.append(f"[{i}] joins the texts of a batch to one; set model[{i}].unpad_inputs = False")
-        if name_of(child) in TRANSFORMERS and class_of(obj) != "SentenceTransformer" and getattr(obj, "model", None) is not None:
-            found.modules["model"] = obj.model
-        else:
-            found.modules[str(i)] = child
+def find_modules(obj: Any, found: Resolved) -> None:
+    """The model of a CrossEncoder, which is a sequence of modules since version 5.4; those of a SentenceTransformer."""
+    if getattr(obj, "backend", "torch") != "torch":
+        found.problems.append(f"backend={obj.backend!r} runs no model of PyTorch; load it with backend='torch'")
+    elif not isinstance(obj, nn.Sequential):
+        found.modules["model"] = obj.model
+    else:
+        for i, child in enumerate(obj):
+            if getattr(child, "can_flatten_inputs", False):
+                found.problems.append(f"[{i}] joins the texts of a batch to one; set model[{i}].unpad_inputs = False")
+            model = getattr(obj, "model", None) if i == 0 else None  # of a CrossEncoder
+            found.modules |= {str(i): child} if model is None else {"model": model}
+    if vars(obj).get("keep_in_fp32_modules"):
+        found.problems.append("keep_in_fp32_modules: call set_keep_in_fp32_modules([]), for a patched head is float32 anyway")
 
 
 # ---- the activation ---------------------------------------------------------------------------------------------------------
@@ -185,6 +171,11 @@ def _like(was: Any, score: Tensor) -> Any:
 # ---- embeddings -------------------------------------------------------------------------------------------------------------
 
 
+def of_length_one(obj: Any) -> bool:
+    """Whether a SentenceTransformer ends in Normalize: once more would move last bits, and away from Reranker.encode's."""
+    return name_of(list(obj.children())[-1]) in NORMALIZES
+
+
 def encode(method: Method, *args: Any, **kwargs: Any) -> Any:
     call = _Call(method, args, kwargs)
     if not call.get("normalize_embeddings") or call.get("output_value") not in (None, "sentence_embedding"):
@@ -195,6 +186,9 @@ def encode(method: Method, *args: Any, **kwargs: Any) -> Any:
             "Normalize module and leave normalize_embeddings out"
         )
     call.set(("normalize_embeddings",), False)
+    cut = call.get("truncate_dim") or getattr(method.holder, "truncate_dim", None)
+    if of_length_one(method.holder) and cut is None:
+        return method.original(*call.args, **call.kwargs)
     made = method.original(*call.args, **call.kwargs)
     with serving(method.mode, method.backend):
         if isinstance(made, np.ndarray):
@@ -202,7 +196,7 @@ def encode(method: Method, *args: Any, **kwargs: Any) -> Any:
         return [unit(one) for one in made] if isinstance(made, list) else unit(made)
 
 
-METHODS = {
+METHODS: dict[str, Callable[..., Any]] = {
     "sentence_transformers.predict": predict,
     "sentence_transformers.rank": rank,
     "sentence_transformers.encode": encode,
