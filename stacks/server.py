@@ -85,7 +85,7 @@ def serving(patched: bool, models: dict[str, str]) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind((HOST, 0))
         port = free.getsockname()[1]
-    arguments = ["--host", HOST, "--port", str(port), "--log-level", "warning"]
+    arguments = ["--host", HOST, "--port", str(port), "--log-level", "info"]
     arguments += ["--engine", "torch", "--device", "cpu", "--no-bettertransformer", "--no-model-warmup"]
     for name, folder in models.items():
         arguments += ["--model-id", folder, "--served-model-name", name]

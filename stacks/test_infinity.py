@@ -118,6 +118,8 @@ def stock() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def ours() -> Iterator[Server]:
     with serving(True, models()) as server:
+        said = server.log.read_text()
+        assert [name for name in models() if f"rerank_kernels: {name}," not in " ".join(said.split())] == [], said
         yield server
 
 
@@ -210,16 +212,12 @@ def mistakes() -> dict[str, tuple[bytes, str, str]]:
         "20,000 documents": right | {"documents": ["x"] * 20_000},
         "a list": [right],
     }
-    found = {name: (json.dumps(body).encode(), "/rerank", "POST") for name, body in wanted_bodies(wrong)}
+    found = {name: (json.dumps(body).encode(), "/rerank", "POST") for name, body in wrong.items()}
     found |= {
         name: (body, "/rerank", "POST")
         for name, body in (("no body", b""), ("no JSON", b"{"), ("no UTF-8", b'{"query": "\xff"}'))
     }
     return found | {"another path": (b"{}", "/reranks", "POST"), "another method": (b"", "/rerank", "GET")}
-
-
-def wanted_bodies(wrong: dict[str, Any]) -> list[tuple[str, Any]]:
-    return list(wrong.items())
 
 
 def test_errors_are_infinitys_own(results: common.Results, stock: Server, ours: Server) -> None:
