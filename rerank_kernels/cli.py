@@ -1,8 +1,8 @@
-"""The command `rerank-kernels`: score, rank, verify, bench, info.
+"""The command `rerank-kernels`: score, rank, verify, bench, info, infinity-server.
 
-Exit codes: 0 done, 1 a promise fell (verify and bench, and nothing else), 2 bad input or an environment that cannot serve, 130
-interrupted. A file is written beside its place and renamed into it when it is whole: whatever happens, what stood there before
-is intact.
+Exit codes: 0 done, 1 a promise fell (verify and bench) or cannot be given (infinity-server, which then does not start), 2 bad
+input or an environment that cannot serve, 130 interrupted. A file is written beside its place and renamed into it when it is
+whole: whatever happens, what stood there before is intact.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 STDOUT = "<stdout>"
 NEEDS = " It needs at least 8 different texts, to put in one batch."  # verify.HOME; --help does not wait for an import
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 a promise fell (verify and bench only); 2 bad input, or a machine or environment that cannot serve; "
-    "130 interrupted."
+    "Exit codes: 0 done; 1 a promise fell (verify and bench) or cannot be given (infinity-server); 2 bad input, or a machine "
+    "or environment that cannot serve; 130 interrupted."
 )
 
 
@@ -195,6 +195,23 @@ def _parser() -> argparse.ArgumentParser:
         help="about how long it takes, three rounds at least (default: %(default)s)",
     )
     bench.add_argument("--json", metavar="FILE", help="write every time to FILE as well")
+
+    server = command(
+        "infinity-server",
+        _infinity_server,
+        "Run Infinity's server with every model patched before the first request.",
+        " A model that cannot be served keeps it from starting, with exit code 1; else the exit code is Infinity's.",
+    )
+    server.add_argument("--mode", choices=("portable", "tensor"), default="portable", help="as in score (default: %(default)s)")
+    server.add_argument(
+        "--backend", metavar="B", help="the one that serves the models, triton for instance (default: the device's)"
+    )
+    server.add_argument(
+        "arguments",
+        nargs=argparse.REMAINDER,
+        metavar="-- ARGUMENTS",
+        help="infinity_emb's own command line: -- v2 --model-id MODEL ...",
+    )
 
     info = command("info", _info, "Say what is installed, what can run here, and why the rest cannot.")
     info.add_argument(
@@ -360,6 +377,24 @@ def _bench(args: argparse.Namespace) -> int:
         if out is not None:
             out.write(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
     return 0 if report.ok else 1
+
+
+def _infinity_server(args: argparse.Namespace) -> int:
+    arguments = args.arguments[1:] if args.arguments[:1] == ["--"] else args.arguments
+    if not arguments:
+        raise InputError(
+            "infinity-server: Infinity's own command line is missing; give it after --, as in -- v2 --model-id MODEL"
+        )
+    from rerank_kernels.binding import PatchError
+    from rerank_kernels.integrations.infinity_server import serve
+
+    try:
+        return serve(arguments, args.mode, args.backend)
+    except ModuleNotFoundError as error:
+        _fail_with(error)
+    except PatchError as error:
+        _say(str(error))
+        return 1
 
 
 def _plan(args: argparse.Namespace) -> int:
