@@ -34,7 +34,8 @@ def files() -> tuple[Path, ...]:
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if listed.returncode == 0:
             return tuple(p for name in listed.stdout.split("\0") if name and (p := ROOT / name).is_file())
-    left_out = {".git", ".venv", ".stacks", "build", "dist", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", "out"}
+    left_out = {".git", ".venv", ".stacks", "build", "dist", "out"}
+    left_out |= {"__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
     found = []
     for folder, below, names in os.walk(ROOT):
         below[:] = [d for d in below if d not in left_out and not d.endswith(".egg-info")]
