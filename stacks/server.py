@@ -149,7 +149,7 @@ def terminated_under_load(server: Server, model: str, work: Sequence[Asked]) -> 
     All of them are the server's by then: the first answer takes it much longer than to read what has come in.
     """
     found: list[Answer | OSError | None] = [None] * len(work)
-    sent = threading.Barrier(len(work) + 1)
+    sent = threading.Barrier(len(work) + 1, timeout=START)
     first = threading.Event()
 
     def client(i: int) -> None:
