@@ -205,11 +205,13 @@ def hold(
     results.note(f"tokens {system}", name, tokens.hash())
 
 
-def hold_order(results: Results, system: str, holder: Any, ranking: Callable[[str, list[str]], list[int]]) -> None:
+def hold_order(
+    results: Results, system: str, holder: Any, ranking: Callable[[str, list[str]], list[int]], stock_ties: bool = True
+) -> None:
     """Patched, a list of 200 documents whose logits lie in 8..16 is ranked by logit, equal ones as they came.
 
     ranking: the indices of the documents, best first, as the system's user gets them with its own defaults: by score.
-    What stock makes of the list is noted: where its scores tie, it cannot know the order.
+    Where stock's scores tie it cannot know the order, so it must be wrong somewhere: or, stock_ties=False, nowhere.
     """
     import rerank_kernels as rk
 
@@ -224,4 +226,5 @@ def hold_order(results: Results, system: str, holder: Any, ranking: Callable[[st
     ours = ranking(query, texts)
     rk.unpatch(holder)
     results.note("order", system, {"stock": differ(stock, wanted), "ours": differ(ours, wanted)})
+    assert (stock != wanted) == stock_ties, f"{system}: stock has {differ(stock, wanted)} of {PAIRS} places wrong"
     assert ours == wanted, f"{system}: {differ(ours, wanted)} of {PAIRS} places differ from the order of the logits"

@@ -60,7 +60,6 @@ ROWS = (
 )
 CASES = ("minilm float32", "minilm bfloat16", "minilm float16", "xlmr float32", "xlmr float16")
 OTHER_CASES = {"SentenceTransformer": ("embeddings float32",), "infinity-server": ("minilm float32",)}
-SAVED = {"CrossEncoder": "CrossEncoder.rank"}  # under which name the order of a saturated list was noted, if under another
 
 
 def kept(names: Sequence[str]) -> dict[str, Found]:
@@ -121,7 +120,7 @@ def section(name: str, results: Mapping[str, Found]) -> str:
 def order(results: Mapping[str, Found]) -> str:
     rows = []
     for row in ROWS:
-        found = results.get(row.stack, {}).get("order", {}).get(SAVED.get(row.system, row.system))
+        found = results.get(row.stack, {}).get("order", {}).get(row.system)
         if found:
             rows.append((f"{row.system}, {pins_of(row, results)}", f"{found['stock']}", f"{found['ours']}"))
     return markdown(("places of 200 that are wrong", "stock", "patched"), rows)

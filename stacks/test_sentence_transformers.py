@@ -58,7 +58,7 @@ def test_order(results: common.Results) -> None:
     def ranking(query: str, documents: list[str]) -> list[int]:
         return [hit["corpus_id"] for hit in encoder.rank(query, documents, show_progress_bar=False)]
 
-    common.hold_order(results, "CrossEncoder.rank", encoder, ranking)
+    common.hold_order(results, "CrossEncoder", encoder, ranking)
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["its own sigmoid", "a sigmoid handed in"])
