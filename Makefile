@@ -10,6 +10,7 @@
 #   PYTHON     the interpreter the venv is made from
 #   VENV       where the venv is
 #   WORKERS    how many processes share the tests: auto (one a core, at most 8) or a number; 0: all in one, for a debugger
+#   STACKS     for make stacks: which of those in stacks/pins, all if it is empty
 #   ARGS       passed on to the program behind the target: make test ARGS='-k linear', make bench ARGS='--quick'
 
 TORCH ?= torch==2.13.0
@@ -18,11 +19,12 @@ BUILD_CUDA ?= auto
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= auto
+STACKS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all cuda-check gpu bench figures lint format verify build clean FORCE
+.PHONY: help demo test test-all cuda-check gpu bench stacks figures lint format verify build clean FORCE
 
 # Absolute, so that a recipe may use them from any directory.
 BIN := $(abspath $(VENV))/bin
@@ -61,6 +63,9 @@ gpu: $(VENV)/nvcc $(VENV)/installed  ## the CUDA and Triton backends on a real G
 bench: $(VENV)/installed $(VENV)/engines  ## correctness gate, then times beside PyTorch's (ARGS='--quick', '--only linear', '--json out.json')
 	$(OFFLINE) $(BIN)/python bench/run.py $(ARGS)
 
+stacks: $(VENV)/installed  ## sentence-transformers, FlagEmbedding, Haystack, Infinity, each with its own pins (STACKS='st6 flag')
+	$(OFFLINE) $(BIN)/python stacks/run.py --torch '$(TORCH)' $(STACKS) $(ARGS)
+
 figures: $(VENV)/installed  ## draw the runs that bench/out holds, and write their tables into the pages
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'rerank-kernels[bench]'
 	$(BIN)/python bench/plot.py
@@ -86,7 +91,7 @@ build: $(VENV)/installed  ## install into the venv, then say which backends ther
 	$(BIN)/python -c 'import rerank_kernels; print(rerank_kernels.backends())'
 
 clean:  ## remove the venv, the built library and every cache
-	rm -rf $(VENV) build dist *.egg-info rerank_kernels/*.so bench/out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .stacks build dist *.egg-info rerank_kernels/*.so bench/out .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Two stamps: PyTorch and the build tools, which take minutes, and our own package, which takes seconds. Each depends on a file

