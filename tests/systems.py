@@ -1,6 +1,7 @@
-"""What stands for the systems of rerank_kernels/integrations where they are not installed: classes with the real ones' modules and
-names, by which they are found, and with those lines of the real ones that decide about a bit: sigmoids, sorts, batches. `installed`
-makes them importable, for pickle. The real ones are tested in stacks/.
+"""What stands for the systems of rerank_kernels/integrations where they are not installed; the real ones are in stacks/.
+
+Classes with the real ones' modules and names, by which they are found, and with those lines of the real ones that decide about
+a bit: sigmoids, sorts, batches. `installed` makes them importable, for pickle.
 """
 
 from __future__ import annotations
@@ -377,6 +378,9 @@ class AsyncEmbeddingEngine:
     def __init__(self, *replicas: Any, vector_disk_cache_path: str = "") -> None:
         self._model_replicas, self.capabilities = list(replicas), replicas[0].capabilities
         self.engine_args = types.SimpleNamespace(vector_disk_cache_path=vector_disk_cache_path, served_model_name="one")
+
+    async def astart(self) -> None:
+        print("started", flush=True)
 
     async def rerank(self, *, query: str, docs: Any, raw_scores: bool = False, top_n: Any = None) -> Any:
         scores = self._model_replicas[0].scores([[query, document] for document in docs])
