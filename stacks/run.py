@@ -120,7 +120,17 @@ def test(name: str, python: Path, arguments: Sequence[str]) -> bool:
     (KEPT / "results" / f"{name}.json").unlink(missing_ok=True)
     said = {"STACKS_NAME": name, "STACKS_DATA": str(KEPT / "data"), "STACKS_RESULTS": str(KEPT / "results")}
     # Not `python -m pytest`, which would put this checkout before what is installed. -W: the systems' own warnings fill pages.
-    command = [python.with_name("pytest"), HERE / TESTS[name], "-q", "-W", "ignore", "--durations=3", *arguments]
+    command = [
+        python.with_name("pytest"),
+        HERE / TESTS[name],
+        "-o",
+        "addopts=",
+        "-rs",
+        "-W",
+        "ignore",
+        "--durations=3",
+        *arguments,
+    ]
     return subprocess.run([str(part) for part in command], cwd=ROOT, env=environment(**said)).returncode == 0
 
 
