@@ -390,7 +390,7 @@ def _infinity_server(args: argparse.Namespace) -> int:
 
     try:
         return serve(arguments, args.mode, args.backend)
-    except ModuleNotFoundError as error:
+    except ImportError as error:  # Infinity, or an extra of it
         _fail_with(error)
     except PatchError as error:
         _say(str(error))

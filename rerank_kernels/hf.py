@@ -128,6 +128,8 @@ def unknown(model: nn.Module) -> dict[str, str]:
 
 def unpatch(model: nn.Module) -> None:
     """Undo patch: every module of `model` gets its class's own forward back, and nothing else was ever changed."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unpatch: model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), Forward):
             del module.__dict__["forward"]

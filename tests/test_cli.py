@@ -510,6 +510,66 @@ def test_an_embedding_model_scores_by_cosine(capsys, pairs, tmp_path) -> None:
     assert code == 0 and all(-1.001 <= json.loads(line)["logit"] <= 1.001 for line in out.splitlines())
 
 
+# ---- infinity-server ---------------------------------------------------------------------------------------------------------
+
+INFINITY = {
+    "engine.py": "from systems import AsyncEmbeddingEngine",
+    "log_handler.py": "import logging\nlogging.basicConfig(level='INFO', format='%(message)s')\nlogger = logging.getLogger()",
+    "cli.py": """
+import asyncio, signal, sys, systems
+
+def cli():
+    model = systems.CrossEncoderPatched(systems.model())
+    engine = systems.AsyncEmbeddingEngine(model, vector_disk_cache_path="--cache" in sys.argv)
+    try:
+        asyncio.run(engine.astart())
+    except Exception:
+        sys.exit(3)  # as uvicorn does, after its own lines
+    print(*sys.argv, type(vars(engine).get("rerank")).__name__, flush=True)
+    if "--wait" in sys.argv:
+        signal.raise_signal(signal.SIGTERM)
+    sys.exit(5)
+""",
+}
+
+
+@pytest.fixture
+def infinity(tmp_path) -> dict[str, str]:
+    """An environment with something that starts like infinity_emb; the real one is tested in stacks/."""
+    package = tmp_path / "with" / "infinity_emb"
+    package.mkdir(parents=True)
+    for name, content in {"__init__.py": "", **INFINITY}.items():
+        (package / name).write_text(content)
+    return {"PYTHONPATH": os.pathsep.join([str(package.parent), environment()["PYTHONPATH"]])}
+
+
+def test_infinity_server(infinity) -> None:
+    for dashes in (["--"], []):
+        ran = process("infinity-server", *dashes, "v2", "--model-id", "m", stdout=subprocess.PIPE, **infinity)
+        assert ran.returncode == 5, ran.stderr
+        assert ran.stdout.decode().splitlines() == ["started", "infinity_emb v2 --model-id m Method"]
+        line = "rerank_kernels: one, mode portable: _model_replicas[0].model (XLMRobertaForSequenceClassification)"
+        assert any(logged.startswith(line) for logged in ran.stderr.decode().splitlines())
+
+
+def test_infinity_server_ends_as_its_own_does(infinity) -> None:
+    assert process("infinity-server", "--", "v2", "--wait", stdout=subprocess.PIPE, **infinity).returncode == -signal.SIGTERM
+
+
+def test_infinity_server_does_not_start_with_a_model_that_is_refused(infinity) -> None:
+    ran = process("infinity-server", "--", "v2", "--cache", stdout=subprocess.PIPE, **infinity)
+    assert (ran.returncode, ran.stdout) == (1, b"") and b"its disk cache may answer" in ran.stderr.splitlines()[-1]
+    ran = process("infinity-server", "--backend", "rocm", "--", "v2", stdout=subprocess.PIPE, **infinity)
+    assert (ran.returncode, ran.stdout) == (2, b"") and b"unknown backend 'rocm'" in ran.stderr.splitlines()[-1]
+
+
+def test_infinity_server_without_infinity(capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "infinity_emb", None)
+    said = bad(capsys, "infinity-server", "--", "v2")
+    assert said.startswith('infinity-server: infinity_emb is not installed; run: pip install "infinity_emb[torch,server]"')
+    assert "give it after --" in bad(capsys, "infinity-server")
+
+
 def process(*argv: object, **options) -> subprocess.CompletedProcess:
     """The command in a process of its own; names in capitals are for its environment."""
     own = {name: options.pop(name) for name in list(options) if name.isupper()}

@@ -35,6 +35,7 @@ SYSTEMS: dict[tuple[str, str], Callable[[Any, type], Resolved]] = {
     ("haystack", "SentenceTransformersSimilarityRanker"): haystack.cross_encoder_ranker,
     ("haystack_integrations", "SentenceTransformersSimilarityRanker"): haystack.cross_encoder_ranker,
     ("infinity_emb", "AsyncEngineArray"): infinity.array,
+    ("infinity_emb", "SyncEngineArray"): infinity.sync_array,
     ("infinity_emb", "AsyncEmbeddingEngine"): infinity.engine,
 }
 METHODS: dict[str, Callable[..., Any]] = {**sentence_transformers.METHODS, **haystack.METHODS, **infinity.METHODS}
@@ -56,7 +57,8 @@ def patch(obj: Any, mode: str = "portable", strict: bool = True, *, backend: str
     obj: a model of transformers 4.57 or 5 (BERT, RoBERTa, XLM-RoBERTa, with or without ForSequenceClassification), also behind
     torch.compile; a container of plain leaves (nn.Linear, nn.LayerNorm, activations); sentence-transformers' CrossEncoder and
     SentenceTransformer; FlagEmbedding's FlagReranker; Haystack's TransformersSimilarityRanker and
-    SentenceTransformersSimilarityRanker, before warm_up() or after it; Infinity's AsyncEngineArray and AsyncEmbeddingEngine.
+    SentenceTransformersSimilarityRanker, before warm_up() or after it; Infinity's AsyncEngineArray, SyncEngineArray and
+    AsyncEmbeddingEngine.
     What is changed is in `print(report)`: modules, methods of the object, and what stays the system's own.
 
     What differs from stock: logits are float32 whatever the body's dtype, hidden states at padding are 0, positions are counted
@@ -145,6 +147,6 @@ _TF32 = (
 
 def _tf32(backend: str | None) -> bool:
     """Whether the setting, which is everyone's in the process (infinity_emb sets it), can reach a bit of ours."""
-    if not torch.cuda.is_available() or not torch.backends.cuda.matmul.allow_tf32:
+    if not torch.cuda.is_available() or torch.backends.cuda.matmul.fp32_precision != "tf32":
         return False
     return (backend or registry.active("cuda").name) == "pytorch"

@@ -29,8 +29,8 @@ def similarity_ranker(obj: Any, cls: type) -> Resolved:
     found = _ranker(obj, cls)
     if obj.model is not None:
         found.modules["model"] = obj.model
-        about = "sigmoid in float32; documents by logit, ties in the order given"
-        found.overrides["run"] = Override(obj, "haystack.run", about)
+    about = "sigmoid in float32; documents by logit, ties in the order given"
+    found.overrides["run"] = Override(obj, "haystack.run", about)
     return found
 
 
@@ -76,6 +76,8 @@ def run(
     score_threshold: float | None = None,
 ) -> Any:
     ranker = method.holder
+    if ranker.model is None:
+        ranker.warm_up()
     # As its own run reads them: `or`, so that 0 and False mean "as the component has it".
     count = top_k or ranker.top_k
     scale = scale_score or ranker.scale_score

@@ -35,6 +35,12 @@ def array(obj: Any, cls: type) -> Resolved:
     return found
 
 
+def sync_array(obj: Any, cls: type) -> Resolved:
+    inner, found = obj.async_engine_array, Resolved(f"{SYSTEM} {cls.__qualname__}", obj)
+    found.take("async_engine_array", array(inner, ancestor(inner, "AsyncEngineArray")))
+    return found
+
+
 def engine(obj: Any, cls: type) -> Resolved:
     found = Resolved(f"{SYSTEM} {cls.__qualname__}", obj, problems=own_methods(obj, cls, ("rerank", "embed")))
     for i, replica in enumerate(obj._model_replicas):

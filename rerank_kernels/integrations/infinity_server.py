@@ -10,27 +10,26 @@ import signal
 import sys
 from typing import Any
 
-from rerank_kernels.binding import PatchError
 from rerank_kernels.integrations import patch
 
 INSTALL = 'infinity-server: infinity_emb is not installed; run: pip install "infinity_emb[torch,server]"'
 
 
 def serve(arguments: list[str], mode: str, backend: str | None) -> int:
-    """Run infinity_emb's command line until it ends; its exit code. Raises PatchError if an engine cannot be patched."""
+    """Run infinity_emb's command line until it ends; its exit code. Raises what patch raises if an engine cannot be patched."""
     try:
         from infinity_emb import cli
         from infinity_emb.engine import AsyncEmbeddingEngine
         from infinity_emb.log_handler import logger
     except ImportError as error:
         raise ModuleNotFoundError(f"{INSTALL} ({error})") from error
-    refused: list[PatchError] = []
+    refused: list[Exception] = []
     start = AsyncEmbeddingEngine.astart
 
     async def astart(engine: Any) -> None:
         try:
             report = patch(engine, mode, backend=backend)
-        except PatchError as error:
+        except Exception as error:
             refused.append(error)
             raise
         what = ", ".join(f"{path} ({report.replaced[path]})" for path in report.forwards if path in report.replaced)

@@ -39,7 +39,7 @@ def cross_encoder(obj: Any, cls: type) -> Resolved:
     stored = _stored(obj)
     if not _known(stored):
         found.problems.append(
-            f"its activation {getattr(stored, '__qualname__', class_of(stored))} is unknown; set {_stored_name(obj)} to "
+            f"its activation {getattr(stored, '__name__', class_of(stored))} is unknown; set {_stored_name(obj)} to "
             "torch.nn.Sigmoid() or torch.nn.Identity()"
         )
     found.overrides["predict"] = Override(obj, "sentence_transformers.predict", "its activation, in float32")
