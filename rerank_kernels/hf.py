@@ -98,8 +98,9 @@ def prepare(model: nn.Module, mode: str = "portable", strict: bool = True, *, ba
     """What patch would do, with the forwards that bind() puts in place, and patch's errors; changes nothing."""
     if not isinstance(model, nn.Module):
         inside = isinstance(getattr(model, "model", None), nn.Module)
-        hint = "pass its .model, which is one" if inside else "what rk.patch takes besides is in its help"
-        raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}; {hint}")
+        hint = "if that is all of it that computes, pass its .model" if inside else NO_MODEL.get(type(model).__name__, HELP)
+        wanted = "a torch.nn.Module, or an object of a system that is served"
+        raise TypeError(f"patch: model must be {wanted}, got {type(model).__name__}; {hint}")
     check.choice("patch", "mode", mode, registry.MODES)
     for cls in type(model).__mro__:
         if cls.__name__ in WRAPPERS:
@@ -272,5 +273,12 @@ WRAPPERS = {
     "DataParallel": "pass model.module",
     "DistributedDataParallel": "pass model.module",
 }
+NO_MODEL = {
+    "str": "load it first, or take rk.Reranker(path)",
+    "PosixPath": "load it first, or take rk.Reranker(path)",
+    "list": "patch one at a time",
+    "Pipeline": "pass its ranker, pipeline.get_component(name)",
+}
+HELP = "help(rk.patch) names what is taken"
 # patch of integrations/ takes these
 HOLDERS = {"SentenceTransformer": "model[0].auto_model", "OptimizedModule": "model._orig_mod"}

@@ -12,7 +12,7 @@ import math
 import operator
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,8 +157,8 @@ class Reranker:
         documents = _list("rank", "documents", documents, "str", "pass [document]")
         scores = self.score([(query, document) for document in documents])
         logits = scores.logit.tolist()
-        order = sorted(range(len(logits)), key=lambda i: (True, 0.0, i) if math.isnan(logits[i]) else (False, -logits[i], i))
-        return [Ranked(i, documents[i], logits[i], float(scores.score[i]), float(scores.complement[i])) for i in order[:top_k]]
+        order = descending(logits)[:top_k]
+        return [Ranked(i, documents[i], logits[i], float(scores.score[i]), float(scores.complement[i])) for i in order]
 
     def encode(self, texts: Iterable[str], *, progress: bool | None = None, batch_tokens: int = 16384) -> Array:
         """Embeddings, float32 [n, D], of an embedding model, of length 1 unless its modules.json has no Normalize."""
@@ -223,6 +223,13 @@ class Reranker:
             wanted = f"an integer in [{special + 1}, {table}], from the special tokens to the model's positions"
             check.fail("Reranker", "max_length", wanted, repr(asked))
         return asked
+
+
+def descending(logits: Sequence[float], places: Sequence[int] | None = None) -> list[int]:
+    """The indices of `logits`, largest first; equal ones by ascending place (their index, if not given), NaN last."""
+    places = range(len(logits)) if places is None else places
+    keys = [(True, 0.0, place) if math.isnan(x) else (False, -x, place) for x, place in zip(logits, places, strict=True)]
+    return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -375,9 +375,10 @@ class SentenceClassifier:
 
 @of("infinity_emb.engine")
 class AsyncEmbeddingEngine:
-    def __init__(self, *replicas: Any, vector_disk_cache_path: str = "") -> None:
+    def __init__(self, *replicas: Any, **settings: Any) -> None:
         self._model_replicas, self.capabilities = list(replicas), replicas[0].capabilities
-        self.engine_args = types.SimpleNamespace(vector_disk_cache_path=vector_disk_cache_path, served_model_name="one")
+        usual = {"vector_disk_cache_path": "", "served_model_name": "one", "dtype": types.SimpleNamespace(value="float32")}
+        self.engine_args = types.SimpleNamespace(**(usual | settings))
 
     async def astart(self) -> None:
         print("started", flush=True)

@@ -204,6 +204,62 @@ def test_subclasses_are_served_where_they_leave_the_known_methods_alone():
 # ---- patched, copied, undone ------------------------------------------------------------------------------------------------
 
 
+class Shared(systems.CrossEncoder):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class Odd(systems.CrossEncoder3):
+    def predict(self, *args, **kwargs):
+        return super().predict(*args, **kwargs)
+
+
+def test_a_forward_of_its_own_is_refused():
+    with pytest.raises(rk.PatchError, match="Shared has a forward of its own, and only that of CrossEncoder is known"):
+        rk.patch(Shared(systems.model()))
+
+
+def test_not_strict_leaves_a_method_of_its_own():
+    encoder = Odd(systems.model())
+    report = rk.patch(encoder, strict=False)
+    assert "predict" not in vars(encoder) and list(report.overrides) == ["rank"]
+    assert any("Odd has a predict of its own" in note for note in report.notes)
+    assert len(encoder.predict(PAIRS)) == len(PAIRS) and len(encoder.rank(QUERY, TEXTS, top_k=2)) == 2
+
+
+def test_another_model_put_in_later_is_an_error():
+    encoder = systems.CrossEncoder3(systems.model())
+    rk.patch(encoder)
+    encoder.model = systems.model()
+    for call in (lambda: encoder.predict(PAIRS), lambda: encoder.rank(QUERY, TEXTS)):
+        with pytest.raises(rk.PatchError, match=r"its model is not the one that rk\.patch\(\) saw"):
+            call()
+    rk.unpatch(encoder)
+    rk.patch(encoder)
+    assert len(encoder.predict(PAIRS)) == len(PAIRS)
+    rk.unpatch(encoder.model)
+    with pytest.raises(rk.PatchError, match="or was unpatched by itself"):
+        encoder.predict(PAIRS)
+
+
+def test_nan_ranks_last(version):
+    inner = systems.model()
+    encoder = VERSIONS[version](inner)
+    rk.patch(encoder)
+    honest = [one["corpus_id"] for one in encoder.rank(QUERY, TEXTS)]
+    predict = encoder.predict
+
+    def with_nans(pairs, *args, **kwargs):
+        scores = np.array([float(score) for score in predict(pairs, *args, **kwargs)], np.float32)
+        scores[[honest[0], honest[3]]] = np.nan
+        return scores
+
+    vars(encoder)["predict"] = with_nans
+    want = [i for i in honest if i not in (honest[0], honest[3])] + sorted((honest[0], honest[3]))
+    assert [one["corpus_id"] for one in encoder.rank(QUERY, TEXTS)] == want
+    assert [one["corpus_id"] for one in encoder.rank(QUERY, TEXTS, top_k=2)] == want[:2]
+
+
 def test_unpatch_restores_everything(version):
     encoder = VERSIONS[version](systems.model())
     before, stock = set(vars(encoder)), encoder.predict(PAIRS)
@@ -254,16 +310,24 @@ def test_report_says_what_is_whose():
     report = rk.patch(systems.CrossEncoder(systems.model()))
     lines = str(report).splitlines()
     assert lines[0] == "sentence-transformers CrossEncoder, mode portable"
-    assert "override: rank: documents by logit, ties in the order given" in lines
+    assert "override: rank: documents by logit, ties in the order given, NaN last" in lines
     assert any(line.startswith("note: a pool of worker processes") for line in lines)
     assert lines[-1] == "calls: model 0, model.roberta 0"
     assert report.replaced["model.classifier.out_proj"] == "Linear"
 
 
 def test_what_is_no_model():
-    for call in (rk.patch, rk.unpatch):
-        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
-            call("bge-reranker-base")
+    with pytest.raises(TypeError, match=r"unpatch: model must be a torch\.nn\.Module, got str"):
+        rk.unpatch("bge-reranker-base")
+    pipeline = type("Pipeline", (), {})()
+    for obj, hint in (
+        ("bge-reranker-base", r"got str; load it first, or take rk\.Reranker\(path\)"),
+        ([systems.model()], "got list; patch one at a time"),
+        (pipeline, r"got Pipeline; pass its ranker, pipeline\.get_component\(name\)"),
+        (None, r"got NoneType; help\(rk\.patch\) names what is taken"),
+    ):
+        with pytest.raises(TypeError, match=f"must be a torch.nn.Module, or an object of a system that is served, {hint}"):
+            rk.patch(obj)
     with pytest.raises(ValueError, match="patch: mode must be one of 'portable', 'tensor', got 'fast'"):
         rk.patch(systems.CrossEncoder(systems.model()), mode="fast")
 
@@ -631,6 +695,8 @@ def test_infinity_modules_that_are_refused(module, option):
 def test_infinity_engines_that_are_refused():
     with pytest.raises(rk.PatchError, match=r"its disk cache .* \(--no-vector-disk-cache\)"):
         rk.patch(engines(vector_disk_cache_path="cache"))
+    with pytest.raises(rk.PatchError, match=r"dtype='int8' is quantised; load it with .* \(--dtype float32, "):
+        rk.patch(engines(dtype=SimpleNamespace(value="int8")))
     classifier = systems.AsyncEmbeddingEngine(systems.SentenceClassifier())
     with pytest.raises(
         rk.PatchError, match=r'SentenceClassifier is not served.*load it with engine="torch" \(--engine torch\)'
@@ -726,7 +792,7 @@ def many_scores(version, activation=None):
 def test_mutant_is_caught(monkeypatch, key, mutant, check):
     check()
     monkeypatch.setitem(integrations.METHODS, key, mutant)
-    with pytest.raises(AssertionError, match=r"differ|order"):
+    with pytest.raises((AssertionError, rk.PatchError), match=r"differ|order|its model is not the one"):
         check()
 
 
@@ -745,6 +811,6 @@ def test_every_system_has_its_row():
     }
     stranger = type("CrossEncoder", (), {"__module__": "elsewhere"})()
     stranger.model = systems.model()
-    with pytest.raises(TypeError, match=r"got CrossEncoder; pass its \.model"):
+    with pytest.raises(TypeError, match=r"got CrossEncoder; .*, pass its \.model"):
         rk.patch(stranger)
     assert integrations.resolve(SimpleNamespace()) is None and hf.unknown(systems.model()) == {}

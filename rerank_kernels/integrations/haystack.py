@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +17,9 @@ import torch
 
 from rerank_kernels.binding import Method, serving
 from rerank_kernels.integrations import sentence_transformers
-from rerank_kernels.integrations.resolved import Override, Resolved, ancestor, own_methods
+from rerank_kernels.integrations.resolved import Resolved, ancestor, own_methods, see_patched
 from rerank_kernels.ops.pooling import sigmoid
+from rerank_kernels.reranker import descending
 
 RELOADED = "a ranker made from its serialised form is a stock one: patch it again"
 MODEL = {"TransformersSimilarityRanker": "model", "SentenceTransformersSimilarityRanker": "_cross_encoder"}  # None till warm_up
@@ -29,8 +29,7 @@ def similarity_ranker(obj: Any, cls: type) -> Resolved:
     found = _ranker(obj, cls)
     if obj.model is not None:
         found.modules["model"] = obj.model
-    about = "sigmoid in float32; documents by logit, ties in the order given"
-    found.overrides["run"] = Override(obj, "haystack.run", about)
+    found.override(cls, "haystack.run", "sigmoid in float32; documents by logit, ties in the order given, NaN last")
     return found
 
 
@@ -45,8 +44,7 @@ def cross_encoder_ranker(obj: Any, cls: type) -> Resolved:
 def _ranker(obj: Any, cls: type) -> Resolved:
     found = Resolved(f"Haystack {cls.__qualname__}", obj, problems=own_methods(obj, cls, ("run", "warm_up")), notes=[RELOADED])
     if getattr(obj, MODEL[cls.__qualname__]) is None:
-        about = "loads the model, then patches it: errors about the model come there"
-        found.overrides["warm_up"] = Override(obj, "haystack.warm_up", about)
+        found.override(cls, "haystack.warm_up", "loads the model, then patches it: errors about the model come there")
     return found
 
 
@@ -78,6 +76,7 @@ def run(
     ranker = method.holder
     if ranker.model is None:
         ranker.warm_up()
+    see_patched(method, ranker.model)
     # As its own run reads them: `or`, so that 0 and False mean "as the component has it".
     count = top_k or ranker.top_k
     scale = scale_score or ranker.scale_score
@@ -93,12 +92,12 @@ def run(
     scores = torch.tensor([document.score for document in found], dtype=torch.float32, device=ranker.model.device)
     if scale:
         scores = scores * factor
-    order = sorted(enumerate(scores.tolist()), key=lambda pair: (math.isnan(pair[1]), -pair[1]))
+    order = descending(scores.tolist())
     if scale:
         with serving(method.mode, method.backend):
             scores = sigmoid(scores)
     final = scores.tolist()
-    ranked = [dataclasses.replace(found[i], score=final[i]) for i, _ in order]
+    ranked = [dataclasses.replace(found[i], score=final[i]) for i in order]
     if threshold is not None:
         ranked = [document for document in ranked if document.score >= threshold]
     return {**result, "documents": ranked[:count]}

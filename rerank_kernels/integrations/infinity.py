@@ -17,14 +17,17 @@ import torch
 from rerank_kernels.binding import Method, class_of, serving
 from rerank_kernels.encoders import unit
 from rerank_kernels.integrations import sentence_transformers
-from rerank_kernels.integrations.resolved import Override, Resolved, ancestor, own_methods
+from rerank_kernels.integrations.resolved import Override, Resolved, ancestor, own_methods, see_patched
 from rerank_kernels.ops.pooling import sigmoid
+from rerank_kernels.reranker import descending
 
 SYSTEM = "Infinity"
+QUANTISED = ("int8", "fp8")
+QUANTISED_HINT = "a dtype that is not quantised (--dtype float32, float16 or bfloat16)"
 TORCH = 'load it with engine="torch" (--engine torch)'
 OPTIONS = {  # the package that a replaced module comes from -> what would work
     "optimum": "bettertransformer=False (--no-bettertransformer)",
-    "infinity_emb": "a dtype that is not quantised (--dtype float32, float16 or bfloat16)",
+    "infinity_emb": QUANTISED_HINT,
 }
 
 
@@ -46,8 +49,9 @@ def engine(obj: Any, cls: type) -> Resolved:
     for i, replica in enumerate(obj._model_replicas):
         found.take(f"_model_replicas[{i}]", _replica(replica))
     if "rerank" in obj.capabilities:
-        about = "sigmoid in float32; documents by logit, ties in the order given"
-        found.overrides["rerank"] = Override(obj, "infinity.rerank", about)
+        found.override(cls, "infinity.rerank", "sigmoid in float32; documents by logit, ties in the order given, NaN last")
+    if (dtype := getattr(obj.engine_args.dtype, "value", "")) in QUANTISED:
+        found.problems.append(f"dtype={dtype!r} is quantised; load it with {QUANTISED_HINT}")
     if obj.engine_args.vector_disk_cache_path:
         found.problems.append(
             "its disk cache may answer with what was computed before; load it with vector_disk_cache_path='' "
@@ -78,8 +82,11 @@ async def rerank(
 ) -> tuple[list[Any], int]:
     if raw_scores:
         return await method.original(query=query, docs=docs, raw_scores=True, top_n=top_n)
+    models = [replica.model for replica in method.holder._model_replicas]
+    see_patched(method, *models)
     ranked, usage = await method.original(query=query, docs=docs, raw_scores=True, top_n=None)
-    device = next(method.holder._model_replicas[0].model.parameters()).device
+    ranked = [ranked[i] for i in descending([one.relevance_score for one in ranked], [one.index for one in ranked])]
+    device = next(models[0].parameters()).device
     logits = torch.tensor([float(one.relevance_score) for one in ranked], dtype=torch.float32, device=device)
     with serving(method.mode, method.backend):
         scores = sigmoid(logits).cpu().numpy()

@@ -10,6 +10,7 @@ import signal
 import sys
 from typing import Any
 
+from rerank_kernels import backend as registry
 from rerank_kernels.integrations import patch
 
 INSTALL = 'infinity-server: infinity_emb is not installed; run: pip install "infinity_emb[torch,server]"'
@@ -23,6 +24,8 @@ def serve(arguments: list[str], mode: str, backend: str | None) -> int:
         from infinity_emb.log_handler import logger
     except ImportError as error:
         raise ModuleNotFoundError(f"{INSTALL} ({error})") from error
+    if backend is not None:  # before the models are loaded
+        registry.get(backend, f"--backend {backend}")
     refused: list[Exception] = []
     start = AsyncEmbeddingEngine.astart
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from rerank_kernels.binding import Method, class_of
+from rerank_kernels.binding import Forward, Method, PatchError, class_of
 
 
 class Override(NamedTuple):
@@ -39,6 +39,12 @@ class Resolved:
         """Every object that may carry methods of ours, now or before."""
         return [self.obj, *(override.holder for override in self.overrides.values())]
 
+    def override(self, cls: type, key: str, about: str) -> None:
+        """Put METHODS[key] in place of the method that `obj` has from `cls`; a subclass's own, a problem by then, stays."""
+        name = key.rpartition(".")[2]
+        if not _has_its_own(self.obj, cls, name):
+            self.overrides[name] = Override(self.obj, key, about)
+
     def take(self, path: str, inner: Resolved) -> None:
         """What was found in the object at `path`."""
         self.modules |= {joined(path, p): module for p, module in inner.modules.items()}
@@ -58,9 +64,19 @@ def ancestor(obj: Any, name: str) -> type:
 
 def own_methods(obj: Any, cls: type, names: tuple[str, ...]) -> list[str]:
     """A problem for each of the methods that the subclass of `obj`, or `obj` itself, has in place of those of `cls`."""
-    problems = []
-    for name in names:
-        theirs = inspect.getattr_static(type(obj), name, None) is not inspect.getattr_static(cls, name, None)
-        if theirs or not isinstance(vars(obj).get(name), Method | None):
-            problems.append(f"{class_of(obj)} has a {name} of its own, and only that of {cls.__qualname__} is known")
-    return problems
+    known = f"of its own, and only that of {cls.__qualname__} is known"
+    return [f"{class_of(obj)} has a {name} {known}" for name in names if _has_its_own(obj, cls, name)]
+
+
+def _has_its_own(obj: Any, cls: type, name: str) -> bool:
+    theirs = inspect.getattr_static(type(obj), name, None) is not inspect.getattr_static(cls, name, None)
+    return theirs or not isinstance(vars(obj).get(name), Method | None)
+
+
+def see_patched(method: Method, *models: nn.Module) -> None:
+    """Raise if a model was put in after patch(), or unpatched by itself: ours around it would look like the whole promise."""
+    if method.strict and not all(any(isinstance(vars(m).get("forward"), Forward) for m in model.modules()) for model in models):
+        raise PatchError(
+            f"{class_of(method.holder)}: its model is not the one that rk.patch() saw, or was unpatched by itself; "
+            "call rk.unpatch() and rk.patch() with the whole object again"
+        )

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from rerank_kernels import hf
 from rerank_kernels.binding import Method, class_of, name_of, serving
 from rerank_kernels.encoders import unit
-from rerank_kernels.integrations.resolved import Override, Resolved, own_methods
+from rerank_kernels.integrations.resolved import Resolved, own_methods, see_patched
 from rerank_kernels.ops.pooling import sigmoid
+from rerank_kernels.reranker import descending
 from rerank_kernels.sentence import NORMALIZES
 
 SIGMOID = "torch.nn.modules.activation.Sigmoid"
@@ -34,7 +35,7 @@ POOLS = "a pool of worker processes has the model as it was when the pool was st
 
 def cross_encoder(obj: Any, cls: type) -> Resolved:
     system = "sentence-transformers CrossEncoder"
-    found = Resolved(system, obj, problems=own_methods(obj, cls, ("predict", "rank", "_inference")))
+    found = Resolved(system, obj, problems=own_methods(obj, cls, ("predict", "rank", "forward", "_inference")))
     find_modules(obj, found)
     stored = _stored(obj)
     if not _known(stored):
@@ -42,8 +43,8 @@ def cross_encoder(obj: Any, cls: type) -> Resolved:
             f"its activation {getattr(stored, '__name__', class_of(stored))} is unknown; set {_stored_name(obj)} to "
             "torch.nn.Sigmoid() or torch.nn.Identity()"
         )
-    found.overrides["predict"] = Override(obj, "sentence_transformers.predict", "its activation, in float32")
-    found.overrides["rank"] = Override(obj, "sentence_transformers.rank", "documents by logit, ties in the order given")
+    found.override(cls, "sentence_transformers.predict", "its activation, in float32")
+    found.override(cls, "sentence_transformers.rank", "documents by logit, ties in the order given, NaN last")
     found.notes += [POOLS, "an activation of your own, handed to predict() or rank(), computes as it is"]
     return found
 
@@ -52,7 +53,7 @@ def embedder(obj: Any, cls: type) -> Resolved:
     system = "sentence-transformers SentenceTransformer"
     found = Resolved(system, obj, problems=own_methods(obj, cls, ("encode", "_inference", "forward")))
     find_modules(obj, found)
-    found.overrides["encode"] = Override(obj, "sentence_transformers.encode", "normalize_embeddings=True, in float32")
+    found.override(cls, "sentence_transformers.encode", "normalize_embeddings=True, in float32")
     found.notes += [POOLS, "similarity() is PyTorch's product; rk.linear(a, b) is the same with one set of bits"]
     return found
 
@@ -130,6 +131,11 @@ class _Call:
         given += [self.args[i] for name in names if (i := self.places.get(name, len(self.args))) < len(self.args)]
         return next((value for value in given if value is not None), None)
 
+    def gives(self, name: str, value: Any) -> bool:
+        """Whether the argument `name` was given, as `value` itself."""
+        place = self.places.get(name, len(self.args))
+        return (name in self.kwargs and self.kwargs[name] is value) or (place < len(self.args) and self.args[place] is value)
+
     def set(self, names: tuple[str, ...], value: Any) -> None:
         """Give `value` to the one of `names` that the method takes."""
         name = next(name for name in names if name in self.places)
@@ -142,6 +148,7 @@ class _Call:
 
 
 def predict(method: Method, *args: Any, **kwargs: Any) -> Any:
+    see_patched(method, method.holder.model)
     call = _Call(method, args, kwargs)
     activation = call.get(*ACTIVATION)
     activation = _served(_stored(method.holder) if activation is None else activation, method)
@@ -162,8 +169,12 @@ def rank(method: Method, *args: Any, **kwargs: Any) -> Any:
     activation = call.get(*ACTIVATION)
     if not _is_sigmoid(_stored(method.holder) if activation is None else activation):
         return method.original(*args, **kwargs)  # which calls predict above
+    count = call.get("top_k")
     call.set(ACTIVATION, nn.Identity())
+    call.set(("top_k",), None)
     ranked = method.original(*call.args, **call.kwargs)
+    order = descending([float(one["score"]) for one in ranked], [one["corpus_id"] for one in ranked])
+    ranked = [ranked[i] for i in order[:count]]
     logits = torch.tensor([float(one["score"]) for one in ranked], dtype=torch.float32, device=method.holder.model.device)
     with serving(method.mode, method.backend):
         scores = sigmoid(logits)
@@ -188,8 +199,10 @@ def of_length_one(obj: Any) -> bool:
 
 
 def encode(method: Method, *args: Any, **kwargs: Any) -> Any:
+    see_patched(method, method.holder)
     call = _Call(method, args, kwargs)
-    if not call.get("normalize_embeddings") or call.get("output_value") not in (None, "sentence_embedding"):
+    other = call.get("output_value") not in (None, "sentence_embedding") or call.gives("output_value", None)
+    if not call.get("normalize_embeddings") or other:  # its own normalises nothing else
         return method.original(*args, **kwargs)
     if (precision := call.get("precision")) not in (None, "float32"):
         raise ValueError(
