@@ -97,8 +97,9 @@ def bind(report: Report) -> None:
 def prepare(model: nn.Module, mode: str = "portable", strict: bool = True, *, backend: str | None = None) -> Report:
     """What patch would do, with the forwards that bind() puts in place, and patch's errors; changes nothing."""
     if not isinstance(model, nn.Module):
-        hint = "; pass its .model, which is one" if isinstance(getattr(model, "model", None), nn.Module) else ""
-        raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}{hint}")
+        inside = isinstance(getattr(model, "model", None), nn.Module)
+        hint = "pass its .model, which is one" if inside else "what rk.patch takes besides is in its help"
+        raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}; {hint}")
     check.choice("patch", "mode", mode, registry.MODES)
     for cls in type(model).__mro__:
         if cls.__name__ in WRAPPERS:

@@ -140,6 +140,10 @@ def softmax_is_ours(version, model):
 
 def test_several_labels(version):
     softmax_is_ours(version, systems.model(num_labels=3))
+    encoder = VERSIONS[version](systems.model(num_labels=3))
+    rk.patch(encoder)
+    got = encoder.predict(PAIRS, apply_softmax=True, **{ACTIVATION[version]: lambda x: x * 0})
+    assert set(np.ravel(got)) == {np.float32(1 / 3)}, "after an activation of the user's own"
 
 
 def test_an_activation_of_ones_own_computes_as_it_is(version):

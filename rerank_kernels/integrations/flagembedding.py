@@ -18,6 +18,9 @@ SYSTEM = "FlagEmbedding FlagReranker"
 def reranker(obj: Any, cls: type) -> Resolved:
     found = Resolved(SYSTEM, obj, {"model": obj.model})
     found.notes.append("several devices: workers get the model as it is when they start")
+    found.notes.append(
+        "it takes any RuntimeError for a lack of memory: an error of ours about the model may show as one of its own"
+    )
     found.problems += own_methods(obj, cls, ("compute_score", "compute_score_single_gpu"))
     patched = isinstance(vars(obj.model).get("forward"), Forward)
     if getattr(obj, "pool", None) is not None and not patched:

@@ -106,6 +106,17 @@ def _served(activation: Any, method: Method) -> Any:
     return activation
 
 
+class _Softmax:
+    """An activation, any callable, and then a softmax over the labels; a class, for it is pickled to worker processes."""
+
+    def __init__(self, activation: Any, softmax: Any) -> None:
+        self.activation, self.softmax = activation, softmax
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        made: Tensor = self.softmax(self.activation(scores))
+        return made
+
+
 class _Call:
     """Arguments of one call, in which some are looked up and replaced, by place or by name."""
 
@@ -133,12 +144,12 @@ class _Call:
 def predict(method: Method, *args: Any, **kwargs: Any) -> Any:
     call = _Call(method, args, kwargs)
     activation = call.get(*ACTIVATION)
-    activation = _stored(method.holder) if activation is None else activation
+    activation = _served(_stored(method.holder) if activation is None else activation, method)
     if call.get("apply_softmax"):
         call.set(("apply_softmax",), False)
         if _labels(method.holder) > 1:
-            activation = nn.Sequential(activation, nn.Softmax(-1))
-    call.set(ACTIVATION, _served(activation, method))
+            activation = _Softmax(activation, _served(nn.Softmax(-1), method))
+    call.set(ACTIVATION, activation)
     return method.original(*call.args, **call.kwargs)
 
 
