@@ -176,7 +176,7 @@ def hold(
     score: Score,
     score_pairs: ScorePairs | None = None,
 ) -> None:
-    """Stock, then patched, and the small model stock again: patched, no way may move a bit; stock, some must, or there is no power.
+    """Stock, then patched, and the small model stock again: patched, no way may move a bit; stock, some way must.
 
     system: what the user holds, as the tables name it. inner: the transformers model in it, to see its tokens.
     """
