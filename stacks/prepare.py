@@ -49,7 +49,7 @@ LOWEST, HIGHEST = 8.0, 16.0  # a float32 sigmoid has one value for many logits t
 def pairs() -> list[tuple[str, list[str]]]:
     """Each query with 20 documents, short and long ones."""
     queries, each = QUERIES_BY_DOCUMENTS
-    documents = sorted((d for d in docstrings() if 20 <= len(d) <= 500), key=lambda text: (len(text), text))
+    documents = sorted((d for d in docstrings() if 20 <= len(d) <= 300), key=lambda text: (len(text), text))
     chosen = [documents[int(i * len(documents) / (queries * each))] for i in range(queries * each)]
     return [(query, chosen[j::queries]) for j, query in enumerate(QUERIES)]
 
