@@ -242,6 +242,18 @@ def test_another_model_put_in_later_is_an_error():
         encoder.predict(PAIRS)
 
 
+def test_a_shallow_copy_is_patched_by_itself():
+    ranker = systems.TransformersSimilarityRanker(systems.model)
+    ranker.warm_up()
+    rk.patch(ranker)
+    other = copy.copy(ranker)
+    other.top_k = 2
+    rk.patch(other)
+    documents = [systems.Document(text, text) for text in TEXTS]
+    assert len(other.run(QUERY, documents)["documents"]) == 2
+    assert len(ranker.run(QUERY, documents)["documents"]) > 2
+
+
 def test_nan_ranks_last(version):
     inner = systems.model()
     encoder = VERSIONS[version](inner)

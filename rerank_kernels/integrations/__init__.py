@@ -92,7 +92,7 @@ def patch(obj: Any, mode: str = "portable", strict: bool = True, *, backend: str
     for override in found.overrides.values():
         held = vars(override.holder)
         name = override.key.rpartition(".")[2]
-        if name not in held:
+        if name not in held or held[name].holder is not override.holder:  # copy.copy took it along from another
             held[name] = Method(override.holder, override.key, mode, strict, backend, report)
     return report
 
