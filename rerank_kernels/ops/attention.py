@@ -71,7 +71,7 @@ def attention(
         check.fail("attention", "window", "(left, right) with -1 for no limit", window)
     total = q.shape[:-2].numel()
     left, right = min(left, total), 0 if causal else min(right, total)  # sys.maxsize is a natural "no limit"
-    scale = _float32(1.0 / math.sqrt(d) if scale is None else scale)
+    scale = _float32(1.0 / math.sqrt(d) if scale is None else float(scale))  # a tensor as a key would go stale when written to
     if not math.isfinite(scale) or scale == 0.0:
         check.fail("attention", "scale", "finite and not 0 as a float32", scale)
 
