@@ -99,7 +99,7 @@ def test_the_output_may_be_the_input(capsys, folder, pairs) -> None:
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_field_of_the_input_is_never_overwritten(capsys, folder, tmp_path, monkeypatch, name) -> None:
     scored = []
-    monkeypatch.setattr(cli, "_reranker", lambda args: scored.append(args))
+    monkeypatch.setattr(cli.models, "reranker", lambda args: scored.append(args))
     path = write(tmp_path / "pairs.jsonl", GOOD, json.dumps({**PAIRS[1], "a_" + name: 1, name: None}))
     for prefix in ("", "a_"):
         said = bad(capsys, "score", folder, path, "--prefix", prefix)
@@ -190,7 +190,7 @@ def test_a_run_that_fails_half_way_leaves_the_old_file(capsys, folder, pairs, tm
             raise error
         return rk.Scores(*np.zeros((3, len(pairs)), np.float32))
 
-    monkeypatch.setattr(cli, "CHUNK", 1)
+    monkeypatch.setattr(cli.score, "CHUNK", 1)
     monkeypatch.setattr(rk.Reranker, "score", score)
     out = write(tmp_path / "out.jsonl", "old")
     if isinstance(error, KeyboardInterrupt):
@@ -363,7 +363,7 @@ def test_errors_of_the_machine_are_one_line(capsys, folder, pairs, monkeypatch, 
     def fail(args):
         raise error
 
-    monkeypatch.setattr(cli, "_reranker", fail)
+    monkeypatch.setattr(cli.models, "reranker", fail)
     assert bad(capsys, "score", folder, pairs) == said
 
 

@@ -1,0 +1,37 @@
+"""The command `rerank-kernels`: score, rank, verify, bench, info, infinity-server.
+
+Exit codes: 0 done, 1 a promise fell (verify and bench) or cannot be given (infinity-server, which then does not start), 2 bad
+input or an environment that cannot serve, 130 interrupted. A file is written beside its place and renamed into it when it is
+whole: whatever happens, what stood there before is intact.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rerank_kernels.cli.errors import message, say
+from rerank_kernels.cli.interrupt import terminated_as_interrupted
+from rerank_kernels.cli.parser import parser
+from rerank_kernels.cli.writing import STDOUT, drop_stdout, flush_or_drop_stdout, naming
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        with terminated_as_interrupted():
+            code = int(args.run(args))
+            if sys.stdout is not None:
+                with naming(STDOUT):  # what cannot be written is known now, not when Python has ended
+                    sys.stdout.flush()
+            return code
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except BrokenPipeError:  # the reader of our output has seen enough
+        drop_stdout()
+        return 0
+    except Exception as error:
+        say(message(error))
+        flush_or_drop_stdout()
+        return 2

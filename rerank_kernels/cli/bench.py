@@ -1,0 +1,65 @@
+"""`bench`: a user's own model, stock beside patched."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+
+from rerank_kernels.cli import models, reading, terminal, writing
+from rerank_kernels.cli.errors import fail_with
+from rerank_kernels.cli.options import model_options, positive
+
+ABOUT = "Time the model, stock beside patched, and check that the bits hold."
+
+
+def options(sub: argparse.ArgumentParser) -> None:
+    model_options(sub, "a local model folder, or shape:bge-reranker-base (random weights)")
+    sub.add_argument("--pairs", metavar="FILE", help="JSON Lines of your own pairs (default: docstrings of Python's library)")
+    sub.add_argument("--limit", type=positive, default=64, metavar="N", help="use the first N pairs (default: %(default)s)")
+    sub.add_argument("--batch-size", type=positive, default=32, metavar="N", help="texts in a batch (default: %(default)s)")
+    sub.add_argument(
+        "--seconds",
+        type=positive,
+        default=20,
+        metavar="S",
+        help="about how long it takes, three rounds at least (default: %(default)s)",
+    )
+    sub.add_argument("--json", metavar="FILE", help="write every time to FILE as well")
+
+
+def run(args: argparse.Namespace) -> int:
+    pairs = None
+    if args.pairs is not None:
+        pairs = [(r["query"], r["document"]) for r in reading.records(args.pairs, ("query", "document"))]
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(writing.writer(args.json)) if args.json else None
+        from rerank_kernels.bench import bench
+        from rerank_kernels.binding import PatchError
+        from rerank_kernels.verify import load
+        from rerank_kernels.verify.models import default_pairs
+
+        models.quiet()
+        try:
+            loaded = load(args.model, models.dtype(args.dtype))
+            if (device := models.device(args.device)) is not None:
+                loaded.model.to(device)
+            with terminal.progress("timing", 1.0) as advance:
+                report = bench(
+                    loaded.model,
+                    loaded.tokenizer,
+                    (default_pairs() if pairs is None else pairs)[: args.limit],
+                    batch_size=args.batch_size,
+                    max_length=args.max_length,
+                    pooling=loaded.pooling,
+                    mode=args.mode,
+                    seconds=args.seconds,
+                    progress=advance,
+                )
+        except (ValueError, PatchError) as error:
+            fail_with(error)
+        with writing.naming(writing.STDOUT):
+            report.print(terminal.console())
+        if out is not None:
+            out.write(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    return 0 if report.ok else 1

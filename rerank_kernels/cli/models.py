@@ -1,0 +1,50 @@
+"""The model that the options name."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rerank_kernels.cli.errors import InputError, fail_with
+
+
+def reranker(args: argparse.Namespace) -> Any:
+    from rerank_kernels.binding import PatchError
+    from rerank_kernels.reranker import Reranker
+
+    quiet()
+    try:
+        return Reranker(
+            args.model, max_length=args.max_length, dtype=dtype(args.dtype), device=device(args.device), mode=args.mode
+        )
+    except (ValueError, PatchError) as error:
+        fail_with(error)
+
+
+def dtype(name: str | None) -> Any:
+    import torch
+
+    return {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+def device(name: str | None) -> Any:
+    """A device that this machine has, None as it is."""
+    import torch
+
+    if name is None:
+        return None
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # torch's own for a name, a missing driver, a CPU-only build
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return found
+
+
+def quiet() -> None:
+    """transformers' own bars and load reports would stand between the lines of our output."""
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

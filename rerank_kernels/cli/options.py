@@ -1,0 +1,29 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def model_options(sub: argparse.ArgumentParser, what: str = "a local model folder, as save_pretrained writes it") -> None:
+    sub.add_argument("model", metavar="MODEL", help=what)
+    sub.add_argument("--max-length", type=positive, metavar="N", help="tokens a text is cut to (default: what the model takes)")
+    sub.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="type of the weights (default: as stored)")
+    sub.add_argument("--device", metavar="D", help="where the model goes, cuda for instance (default: cpu)")
+    sub.add_argument(
+        "--mode",
+        choices=("portable", "tensor"),
+        default="portable",
+        help="portable: the same bits on every CPU and GPU (default); tensor: a GPU's tensor cores, the same bits on one "
+        "GPU architecture, for fp16 and bf16",
+    )
+
+
+def positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    return number

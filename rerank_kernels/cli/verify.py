@@ -1,0 +1,74 @@
+"""`verify`: is every promise true for this model, here?"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+
+from rerank_kernels.cli import models, reading, terminal, writing
+from rerank_kernels.cli.errors import fail_with
+from rerank_kernels.cli.options import model_options, positive
+
+ABOUT = "Check every promise on this machine; exit code 1 if one falls."
+MORE = " It needs at least 8 different texts, to put in one batch."  # verify.HOME; --help does not wait for an import
+
+
+def options(sub: argparse.ArgumentParser) -> None:
+    model_options(sub, "a local model folder, or shape:bge-reranker-base (random weights)")
+    sub.add_argument("--stock", action="store_true", help="measure the model without rerank_kernels")
+    sub.add_argument(
+        "--pairs", metavar="FILE", help="JSON Lines of your own pairs, 8 or more (default: docstrings of Python's library)"
+    )
+    sub.add_argument(
+        "--limit",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="use the first N different texts, at least 8 (default: %(default)s)",
+    )
+    sub.add_argument("--json", metavar="FILE", help="write everything measured to FILE as well")
+    sub.add_argument(
+        "--no-process", action="store_true", help="leave out the check in a fresh process, which loads the model again"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    pairs = None
+    if args.pairs is not None:
+        pairs = [(r["query"], r["document"]) for r in reading.records(args.pairs, ("query", "document"))]
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(writing.writer(args.json)) if args.json else None
+        from rerank_kernels.binding import PatchError
+        from rerank_kernels.verify import load, verify
+
+        models.quiet()
+        try:
+            loaded = load(args.model, models.dtype(args.dtype))
+            if (device := models.device(args.device)) is not None:
+                loaded.model.to(device)
+            with terminal.progress("verifying", 1.0) as advance:
+                report = verify(
+                    loaded.model,
+                    loaded.tokenizer,
+                    pairs,
+                    stock=args.stock,
+                    max_length=args.max_length,
+                    limit=args.limit,
+                    pooling=loaded.pooling,
+                    source=None if args.no_process else args.model,
+                    mode=args.mode,
+                    progress=advance,
+                )
+        except (ValueError, PatchError) as error:
+            fail_with(error)
+        try:
+            with writing.naming(writing.STDOUT):
+                report.print(terminal.console())
+                sys.stdout.flush()
+        except BrokenPipeError:  # whoever stops reading does not change the verdict
+            writing.drop_stdout()
+        if out is not None:
+            out.write(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    return 0 if report.ok else 1
