@@ -31,6 +31,8 @@ STABLE_TORCH_LIBRARY(RK_LIBRARY, m) {
     m.def("sparse_ffn_tensor(Tensor x, Tensor first_weight, Tensor? first_bias, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias) -> Tensor");
     // which instruction set the cpu kernels use: "auto", "avx512", "avx2", "scalar"; "" only asks. For tests and info.
     m.def("force_isa(str name) -> str");
+    // makes PyTorch's own operations on this thread run on it alone; csrc/cpu/threads.cpp
+    m.def("hold_threads(int count) -> int");
     // the CUDA launchers that have several ways to serve a call, "linear 7, attention 2"; force_launch: which of them one takes,
     // -1 for its own choice. For tests.
     m.def("launchers() -> str");

@@ -121,6 +121,14 @@ def active(device: torch.device | str = "cpu") -> Backend:
     raise BackendError(f"no backend serves {kind} tensors; {_who(kind)}; move the tensors with .to('cpu')")
 
 
+def serves_cpu(name: str) -> bool:
+    """Whether it is backend `name` that serves CPU tensors now."""
+    try:
+        return active("cpu").name == name
+    except BackendError:  # one was asked for that has no CPU
+        return False
+
+
 def select(op: str, device: torch.device, mode: str = "portable") -> Callable[..., Any]:
     """The function that computes `op` on `device`; in mode "tensor", for an op of TENSOR_OPS, the one named <op>_tensor."""
     before = _before.get()

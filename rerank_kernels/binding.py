@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rerank_kernels import backend as registry
+from rerank_kernels import native
 from rerank_kernels.ops.mode import of_the_model
 
 NOT_COMPILED = (
@@ -102,6 +103,8 @@ def serving(mode: str, backend: str | None) -> Iterator[None]:
         stack.enter_context(registry.settled())
         stack.enter_context(of_the_model(mode))
         stack.enter_context(torch.no_grad())
+        if registry.serves_cpu("cpu"):
+            stack.enter_context(native.holding_threads())
         yield
 
 

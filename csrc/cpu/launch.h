@@ -1,8 +1,10 @@
 // launch.h: what every CPU launcher needs: tasks over threads, floats as the contract wants them, scratch. Not seen by kernels.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <exception>
 #include <memory>
 #include <new>
 #include <optional>
@@ -13,6 +15,7 @@
 #endif
 
 #include "../tensors.h"
+#include "pool.h"
 #include "types.h"
 
 namespace rk {
@@ -35,21 +38,34 @@ class ContractFloats {
 };
 
 // f(task) for each task in [0, tasks), handed out one at a time: which thread takes which task is the only thing that
-// depends on timing, and no task reads what another writes.
+// depends on timing, and no task reads what another writes. What f throws stops the rest and reaches the caller.
 template <class F>
 void for_each_task(int64_t tasks, const F& f) {
-    const int64_t threads = torch::stable::get_num_threads();
-    if (tasks <= 1 || threads <= 1) {
+    const int64_t threads = std::min(tasks, rk::threads());
+    if (threads <= 1) {
         const ContractFloats floats;
         for (int64_t i = 0; i < tasks; ++i) f(i);
         return;
     }
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, threads < tasks ? threads : tasks, 1, [&](int64_t begin, int64_t end) {
+    struct Tasks {
+        const F& f;
+        const int64_t count;
+        std::atomic<int64_t> next{0};
+        std::atomic<bool> failed{false};
+        std::exception_ptr error{};
+    } all{f, tasks};
+    const auto claim = [](void* state) {
+        auto& of = *static_cast<Tasks*>(state);
         const ContractFloats floats;
-        for (int64_t worker = begin; worker < end; ++worker)
-            for (int64_t i = next.fetch_add(1); i < tasks; i = next.fetch_add(1)) f(i);
-    });
+        try {
+            for (int64_t i = of.next.fetch_add(1); i < of.count; i = of.next.fetch_add(1)) of.f(i);
+        } catch (...) {
+            of.next.store(of.count);
+            if (!of.failed.exchange(true)) of.error = std::current_exception();
+        }
+    };
+    run_shared({claim, &all}, threads - 1);
+    if (all.failed) std::rethrow_exception(all.error);
 }
 
 // Memory of this thread that only grows, on a cache line: no allocation in the steady state.

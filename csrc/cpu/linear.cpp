@@ -16,7 +16,7 @@ static int64_t block_rows(int64_t M) {
 
 void run_linear(const LinearArgs& g) {
     if (g.M == 0) return;
-    const int64_t panels = ceil_div(g.N, PANEL), threads = torch::stable::get_num_threads();
+    const int64_t panels = ceil_div(g.N, PANEL), threads = rk::threads();
     const int64_t rows = block_rows(g.M), row_blocks = ceil_div(g.M, rows);
     // The panels of a row of blocks are shared out too: by eights, for the rows are read again with each share, by less where
     // threads would idle or wait for the last of them.
@@ -51,7 +51,7 @@ static Tensor bmm(const Tensor& a, const Tensor& b, ScalarType out_dtype) {
     const auto *left = static_cast<const char*>(a.const_data_ptr()), *right = static_cast<const char*>(b.const_data_ptr());
     auto* out = static_cast<char*>(y.mutable_data_ptr());
     if (M == 0) return y;
-    const int64_t panels = ceil_div(N, PANEL), threads = torch::stable::get_num_threads(), rows = block_rows(M);
+    const int64_t panels = ceil_div(N, PANEL), threads = rk::threads(), rows = block_rows(M);
     const int64_t shares = std::min(panels, std::max(B > 0 ? ceil_div(4 * threads, B) : 1, ceil_div(panels, 24)));
     for_each_task(B * shares, [&](int64_t task) {
         const int64_t entry = task / shares, share = task % shares;

@@ -184,7 +184,7 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
             for (int64_t i = 0; i < active; ++i) h[i] = h[i] * up[i];
         }
         // Wide shares of the columns: a neuron's weights are read as long runs of memory.
-        const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(D / 256, 2 * torch::stable::get_num_threads()));
+        const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(D / 256, 2 * rk::threads()));
         const int64_t width = ceil_div(ceil_div(D, shares), 64) * 64;
         const int32_t* const listed = neurons.data();
         const float* const hidden = h.data();

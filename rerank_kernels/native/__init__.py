@@ -5,8 +5,10 @@ PyTorch's dispatcher picks cpu or cuda by the tensors; the six files here only a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
+from collections.abc import Iterator
 
 import torch
 
@@ -31,6 +33,26 @@ def missing_cuda() -> str | None:
         return "no GPU: torch.cuda.is_available() is False"
     best = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
     return None if best >= (8, 0) else f"the kernels need compute capability 8.0, this GPU has {best[0]}.{best[1]}"
+
+
+@contextlib.contextmanager
+def holding_threads() -> Iterator[None]:
+    """Inside the block PyTorch's own operations run on this thread alone, and ours on as many as before; re-entrant.
+
+    What PyTorch does between our ops is short, but its OpenMP threads spin for milliseconds after each, on the cores that ours
+    want next, and in a forked child they are waited for for ever. Other threads of the program notice nothing.
+    """
+    before = torch.ops.rerank_kernels.hold_threads(0)
+    try:
+        yield
+    finally:
+        if before:
+            torch.ops.rerank_kernels.hold_threads(before)
+
+
+def threads() -> int:
+    """How many threads an op on CPU tensors may use now: torch.get_num_threads(), or what that was when the block above began."""
+    return int(torch.ops.rerank_kernels.hold_threads(-1)) if missing() is None else torch.get_num_threads()
 
 
 def _load(stem: str, what: str, reason: str) -> str | None:
