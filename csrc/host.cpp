@@ -9,6 +9,7 @@
 
 #define RK_FILE "../host_kernels.h"
 #include "cpu/each_isa.h"
+#include "cpu/detect.h"
 
 namespace py = pybind11;
 using Array = py::array_t<float, py::array::c_style | py::array::forcecast>;
@@ -16,16 +17,8 @@ using Array = py::array_t<float, py::array::c_style | py::array::forcecast>;
 namespace {
 
 bool has(const std::string& isa) {
-    if (isa == "scalar") return true;
-#ifdef __x86_64__
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (isa == "avx2") return avx2;
-    if (isa == "avx512")
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#endif
-    return false;
+    const rk::Isa best = rk::detect_isa();
+    return isa == "scalar" || (isa == "avx2" && best >= rk::Isa::AVX2) || (isa == "avx512" && best >= rk::Isa::AVX512);
 }
 
 int code_of(const std::string& name) {

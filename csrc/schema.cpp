@@ -2,12 +2,39 @@
 // Arguments are what rerank_kernels/ops/<family>.py has checked and laid out; weights are [N, K], contiguous, as
 // nn.Linear holds them, but for sparse_ffn's (rerank_kernels/native/layout.py).
 
-#include <torch/csrc/stable/library.h>
+#include <dlfcn.h>
+
+#include <cstdio>
 
 #include "library.h"
 
+namespace rk {
+
+const char* loaded_from() {
+    Dl_info here{};
+    return dladdr(reinterpret_cast<void*>(&loaded_from), &here) != 0 ? here.dli_fname : "a file that is not known";
+}
+
+bool first_copy() {
+    static const bool first = [] {
+        TorchLibraryHandle probe = nullptr;
+        if (aoti_torch_library_init_def(RK_STRING(RK_LIBRARY), __FILE__, __LINE__, &probe) == AOTI_TORCH_SUCCESS) {
+            aoti_torch_delete_library_object(probe);
+            return true;
+        }
+        std::fprintf(stderr,
+                     "rerank_kernels: %s is a second copy of the C++ library in this process; it stays idle, and the copy "
+                     "that was loaded first goes on serving\n",
+                     loaded_from());
+        return false;
+    }();
+    return first;
+}
+
+}  // namespace rk
+
 // clang-format off
-STABLE_TORCH_LIBRARY(RK_LIBRARY, m) {
+RK_TORCH_LIBRARY(m) {
     // norm
     m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
     // softmax
@@ -33,6 +60,10 @@ STABLE_TORCH_LIBRARY(RK_LIBRARY, m) {
     m.def("force_isa(str name) -> str");
     // makes PyTorch's own operations on this thread run on it alone; csrc/cpu/threads.cpp
     m.def("hold_threads(int count) -> int");
+    // NUMERICS_VERSION of numerics.h: the Python side asks whether it is its own.
+    m.def("numerics_version() -> int");
+    // the library's file, for the message about a second copy.
+    m.def("loaded_from() -> str");
     // the CUDA launchers that have several ways to serve a call, "linear 7, attention 2"; force_launch: which of them one takes,
     // -1 for its own choice. For tests.
     m.def("launchers() -> str");

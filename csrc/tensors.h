@@ -1,7 +1,6 @@
 // tensors.h: what the launchers of every backend take from torch: tensors, dtypes, sizes. Not seen by kernels.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "library.h"
 #include "types.h"
 
 namespace rk {

@@ -1,17 +1,26 @@
-"""rerank_kernels: the score of a query-document pair is the same bits whatever the batch, padding, threads or run."""
+"""rerank_kernels: the score of a query-document pair is the same bits whatever the batch, padding, threads or run.
 
-from rerank_kernels.backend import BackendError, backends, use
-from rerank_kernels.binding import PatchError
-from rerank_kernels.hf import Report
-from rerank_kernels.integrations import patch, unpatch
-from rerank_kernels.native.layout import forget
-from rerank_kernels.ops.attention import attention
-from rerank_kernels.ops.linear import activation, bmm, linear
-from rerank_kernels.ops.norm import layer_norm
-from rerank_kernels.ops.pooling import HeadOutput, pool, score_head, sigmoid
-from rerank_kernels.ops.softmax import mean, softmax, sum  # noqa: A004  torch's name
-from rerank_kernels.ops.sparse_ffn import sparse_ffn
-from rerank_kernels.reranker import Ranked, Reranker, Scores
+A public name loads its module, and with it torch, when it is first asked for: `rerank-kernels --help` does without.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and editors; _NAMES says the same to Python
+    from rerank_kernels.backend import BackendError, FallbackWarning, backends, use
+    from rerank_kernels.binding import PatchError
+    from rerank_kernels.hf import Report
+    from rerank_kernels.integrations import patch, unpatch
+    from rerank_kernels.native.layout import forget
+    from rerank_kernels.ops.attention import attention
+    from rerank_kernels.ops.linear import activation, bmm, linear
+    from rerank_kernels.ops.norm import layer_norm
+    from rerank_kernels.ops.pooling import HeadOutput, pool, score_head, sigmoid
+    from rerank_kernels.ops.softmax import mean, softmax, sum  # noqa: A004  torch's name
+    from rerank_kernels.ops.sparse_ffn import sparse_ffn
+    from rerank_kernels.reranker import Ranked, Reranker, Scores
 
 __version__ = "0.1.0"
 NUMERICS_VERSION = 1
@@ -19,6 +28,7 @@ NUMERICS_VERSION = 1
 __all__ = [
     "NUMERICS_VERSION",
     "BackendError",
+    "FallbackWarning",
     "HeadOutput",
     "PatchError",
     "Ranked",
@@ -43,3 +53,31 @@ __all__ = [
     "unpatch",
     "use",
 ]
+
+_NAMES = {
+    "backend": ("BackendError", "FallbackWarning", "backends", "use"),
+    "binding": ("PatchError",),
+    "hf": ("Report",),
+    "integrations": ("patch", "unpatch"),
+    "native.layout": ("forget",),
+    "ops.attention": ("attention",),
+    "ops.linear": ("activation", "bmm", "linear"),
+    "ops.norm": ("layer_norm",),
+    "ops.pooling": ("HeadOutput", "pool", "score_head", "sigmoid"),
+    "ops.softmax": ("mean", "softmax", "sum"),
+    "ops.sparse_ffn": ("sparse_ffn",),
+    "reranker": ("Ranked", "Reranker", "Scores"),
+}
+_HOME = {name: home for home, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

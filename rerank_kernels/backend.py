@@ -2,7 +2,8 @@
 
 The choice depends on the op, the device, the mode and the user's word, never on a shape: default by device (cpu: "cpu", else
 "pytorch"; cuda: "cuda", else "triton"), changed by RERANK_KERNELS_BACKEND, by `with use("pytorch")`, and for one model by
-patch(model, backend="triton"); the narrower word wins. Asked for and missing is an error; nothing falls back quietly.
+patch(model, backend="triton"); the narrower word wins. Asked for and missing is an error; nothing falls back quietly: where
+pytorch serves because the C++ library is missing, a FallbackWarning says so, once a process.
 A new backend is one folder with the six family names and one entry in BACKENDS.
 """
 
@@ -12,6 +13,9 @@ import contextlib
 import functools
 import importlib
 import os
+import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -44,6 +48,10 @@ ENVIRONMENT = "RERANK_KERNELS_BACKEND"
 
 class BackendError(RuntimeError):
     """No backend can serve the op on the device, or the one asked for is not there; the message says who can and why not."""
+
+
+class FallbackWarning(RuntimeWarning):
+    """The C++ library is missing, so the pytorch backend serves: slower, and with other bits. Given once a process."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +111,18 @@ def use(name: str, *, asked_by: str | None = None) -> Iterator[None]:
         _asked.reset(token)
 
 
-def active(device: torch.device | str = "cpu") -> Backend:
-    """The backend that serves `device` now."""
-    kind = torch.device(device).type
+def _word() -> tuple[str, str] | None:
+    """(backend, who asked), None where nobody did."""
     asked = _asked.get()
     if asked is None and (name := os.environ.get(ENVIRONMENT)):
         asked = name, ENVIRONMENT
-    if asked is not None:
+    return asked
+
+
+def active(device: torch.device | str = "cpu") -> Backend:
+    """The backend that serves `device` now."""
+    kind = torch.device(device).type
+    if (asked := _word()) is not None:
         name, asked_by = asked
         chosen = get(name, asked_by)
         if kind not in chosen.devices:
@@ -153,6 +166,8 @@ def settled() -> Iterator[None]:
 
 def _select(op: str, device: torch.device, mode: str) -> Callable[..., Any]:
     chosen = active(device)
+    if chosen.name == "pytorch" and _word() is None:
+        _fall_back()
     if mode == "portable":
         return _load(chosen.name, op)
     if not chosen.tensor:
@@ -162,6 +177,34 @@ def _select(op: str, device: torch.device, mode: str) -> Callable[..., Any]:
             f"tensors without; move them to a GPU for backend {having}, or take mode='portable'"
         )
     return _load(chosen.name, f"{op}_tensor")
+
+
+_said_fallback = threading.Lock()
+
+
+def _fall_back() -> None:
+    """Before the first op that pytorch serves in the place of cpu: a warning that says why and what cures it."""
+    from rerank_kernels import native
+
+    if other := native.second_copy():
+        raise BackendError(other)
+    if not _said_fallback.acquire(blocking=False):
+        return
+    try:
+        frame, level = sys._getframe(1), 2
+        inside = ("rerank_kernels", "torch", "transformers")  # the warning points at the user's line
+        while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in inside:
+            frame, level = frame.f_back, level + 1
+        warnings.warn(
+            f"rerank_kernels: no backend cpu, so pytorch serves, about three times slower and with other bits than the C++ "
+            f"library's, which is what the documented digits are of. Reason: {missing('cpu')}. To keep pytorch without this "
+            f"warning: {ENVIRONMENT}=pytorch",
+            FallbackWarning,
+            stacklevel=level,
+        )
+    except FallbackWarning:  # made an error by the user's filter: each op is one
+        _said_fallback.release()
+        raise
 
 
 @functools.cache

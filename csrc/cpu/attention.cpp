@@ -43,7 +43,7 @@ static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const
     return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rerank_kernels, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+RK_TORCH_LIBRARY_IMPL(CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
 
 }  // namespace rk
 

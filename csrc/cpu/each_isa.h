@@ -30,25 +30,41 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
+#endif
 #define RK_ISA avx2
 #define RK_ISA_AVX2 1
 #include "isa.h"
 #include RK_FILE
 #undef RK_ISA
 #undef RK_ISA_AVX2
+#ifdef __clang__
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
 #define RK_ISA avx512
 #define RK_ISA_AVX512 1
 #include "isa.h"
 #include RK_FILE
 #undef RK_ISA
 #undef RK_ISA_AVX512
+#ifdef __clang__
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
 #define RK_CALL(function, ...)                                              \
     (::rk::isa() == ::rk::Isa::AVX512 ? ::rk::avx512::function(__VA_ARGS__) \

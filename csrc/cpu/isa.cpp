@@ -1,23 +1,16 @@
-// isa.cpp: which instruction set the kernels use. One answer for every op and shape: the CPU's best, or what a test forced.
+// isa.cpp: which instruction set the kernels use. One answer for every op and shape: the CPU's best, or what a test forced. And
+// which numerics version they were compiled with, in which file.
 
 #include <cstdlib>
 #include <string>
 
+#include "../numerics.h"
+#include "detect.h"
 #include "launch.h"
 
 namespace rk {
 
-Isa best_isa() {
-#ifdef __x86_64__
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        return Isa::AVX512;
-    if (avx2) return Isa::AVX2;
-#endif
-    return Isa::SCALAR;
-}
+Isa best_isa() { return detect_isa(); }
 
 static std::atomic<Isa> in_force{best_isa()};
 
@@ -40,6 +33,13 @@ static std::string force_isa_op(std::string name) {
     return name_of(isa());
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rerank_kernels, CompositeExplicitAutograd, m) { m.impl("force_isa", TORCH_BOX(&force_isa_op)); }
+static int64_t numerics_version() { return NUMERICS_VERSION; }
+static std::string loaded_from_op() { return loaded_from(); }
+
+RK_TORCH_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
+    m.impl("force_isa", TORCH_BOX(&force_isa_op));
+    m.impl("numerics_version", TORCH_BOX(&numerics_version));
+    m.impl("loaded_from", TORCH_BOX(&loaded_from_op));
+}
 
 }  // namespace rk

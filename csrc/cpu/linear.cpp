@@ -89,7 +89,7 @@ static Tensor activation(const Tensor& x, int64_t kind, ScalarType out_dtype) {
     return y;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rerank_kernels, CPU, m) {
+RK_TORCH_LIBRARY_IMPL(CPU, m) {
     m.impl("linear", TORCH_BOX(&linear));
     m.impl("bmm", TORCH_BOX(&bmm));
     m.impl("activation", TORCH_BOX(&activation));

@@ -31,7 +31,7 @@ static Tensor layer_norm(const Tensor& x, const Tensor& weight, const std::optio
     return y;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rerank_kernels, CPU, m) { m.impl("layer_norm", TORCH_BOX(&layer_norm)); }
+RK_TORCH_LIBRARY_IMPL(CPU, m) { m.impl("layer_norm", TORCH_BOX(&layer_norm)); }
 
 }  // namespace rk
 

@@ -41,7 +41,7 @@ static std::tuple<Tensor, Tensor, Tensor> score_head(const Tensor& pooled, const
     return {logit, score, complement};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rerank_kernels, CPU, m) {
+RK_TORCH_LIBRARY_IMPL(CPU, m) {
     m.impl("pool", TORCH_BOX(&pool));
     m.impl("score_head", TORCH_BOX(&score_head));
 }

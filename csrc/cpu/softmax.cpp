@@ -36,7 +36,7 @@ static Tensor row_sum(const Tensor& x, bool mean) {
     return y;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rerank_kernels, CPU, m) {
+RK_TORCH_LIBRARY_IMPL(CPU, m) {
     m.impl("softmax", TORCH_BOX(&softmax));
     m.impl("row_sum", TORCH_BOX(&row_sum));
 }

@@ -196,7 +196,7 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
     return y;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rerank_kernels, CPU, m) {
+RK_TORCH_LIBRARY_IMPL(CPU, m) {
     m.impl("transpose_weight", TORCH_BOX(&transpose_weight));
     m.impl("sparse_ffn", TORCH_BOX(&sparse_ffn));
 }

@@ -1,9 +1,9 @@
 // threads.cpp: how many threads an op may use, and the hold on PyTorch's own.
 
-#include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "../library.h"
 #include "openmp.h"
 #include "pool.h"
 
@@ -35,6 +35,6 @@ static int64_t hold_threads(int64_t count) {
     return held = before;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rerank_kernels, CompositeExplicitAutograd, m) { m.impl("hold_threads", TORCH_BOX(&hold_threads)); }
+RK_TORCH_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("hold_threads", TORCH_BOX(&hold_threads)); }
 
 }  // namespace rk

@@ -31,7 +31,7 @@ static Tensor attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, 
     return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, RK_KEY, m) {
+RK_TORCH_LIBRARY_IMPL(RK_KEY, m) {
     m.impl("attention", TORCH_BOX(&attention_cuda<attention>));
     m.impl("attention_tensor", TORCH_BOX(&attention_cuda<attention_tensor>));
 }

@@ -28,7 +28,7 @@ static std::string force_launch(std::string kernel, int64_t way) {
     return launchers();
 }
 
-STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, CompositeExplicitAutograd, m) {
+RK_TORCH_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
     m.impl("launchers", TORCH_BOX(&launchers));
     m.impl("force_launch", TORCH_BOX(&force_launch));
 }

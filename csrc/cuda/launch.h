@@ -2,7 +2,6 @@
 // made without asking the device. Not seen by kernels.
 #pragma once
 
-#include "../library.h"
 #include "../tensors.h"
 #include "kernels.h"
 

@@ -82,7 +82,7 @@ static Tensor activation_cuda(const Tensor& x, int64_t kind, ScalarType out_dtyp
     return y;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, RK_KEY, m) {
+RK_TORCH_LIBRARY_IMPL(RK_KEY, m) {
     m.impl("linear", TORCH_BOX(&linear_cuda));
     m.impl("linear_tensor", TORCH_BOX(&linear_tensor_cuda));
     m.impl("bmm", TORCH_BOX(&bmm_cuda));

@@ -24,6 +24,6 @@ static Tensor layer_norm_cuda(const Tensor& x, const Tensor& weight, const std::
     return y;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, RK_KEY, m) { m.impl("layer_norm", TORCH_BOX(&layer_norm_cuda)); }
+RK_TORCH_LIBRARY_IMPL(RK_KEY, m) { m.impl("layer_norm", TORCH_BOX(&layer_norm_cuda)); }
 
 }  // namespace rk

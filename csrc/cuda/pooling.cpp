@@ -33,7 +33,7 @@ static std::tuple<Tensor, Tensor, Tensor> score_head_cuda(const Tensor& pooled, 
     return {logit, probability, complement};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, RK_KEY, m) {
+RK_TORCH_LIBRARY_IMPL(RK_KEY, m) {
     m.impl("pool", TORCH_BOX(&pool_cuda));
     m.impl("score_head", TORCH_BOX(&score_head_cuda));
 }

@@ -18,7 +18,7 @@ static Tensor row_sum_cuda(const Tensor& x, bool mean) {
     return y;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, RK_KEY, m) {
+RK_TORCH_LIBRARY_IMPL(RK_KEY, m) {
     m.impl("softmax", TORCH_BOX(&softmax_cuda));
     m.impl("row_sum", TORCH_BOX(&row_sum_cuda));
 }

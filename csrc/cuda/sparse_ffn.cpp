@@ -56,7 +56,7 @@ static Tensor sparse_ffn_tensor_cuda(const Tensor& x, const Tensor& first, const
     return sparse_ffn_in(true, x, first, first_bias, up, up_bias, down_rows, down_bias);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(RK_LIBRARY, RK_KEY, m) {
+RK_TORCH_LIBRARY_IMPL(RK_KEY, m) {
     m.impl("sparse_ffn", TORCH_BOX(&sparse_ffn_cuda));
     m.impl("sparse_ffn_tensor", TORCH_BOX(&sparse_ffn_tensor_cuda));
 }

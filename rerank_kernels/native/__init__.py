@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import pathlib
+import re
+import shlex
 from collections.abc import Iterator
 
 import torch
+
+from rerank_kernels import NUMERICS_VERSION
 
 PACKAGE = pathlib.Path(__file__).parent.parent
 
@@ -61,8 +66,63 @@ def _load(stem: str, what: str, reason: str) -> str | None:
         said = PACKAGE / reason  # by setup.py
         why = said.read_text(encoding="utf-8").strip() if said.exists() else "this is a checkout that was never installed"
         return f"{what} was not built: {why}"
+    if other := second_copy():
+        return other
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         return f"{what} does not load with torch {torch.__version__}: {error}"
+    if unfit := _unfit("CUDA" if stem == "_cuda" else "CPU"):
+        return f"{what} at {found[0]} does not fit this package: {unfit}; run: {build_command()}"
     return None
+
+
+def second_copy() -> str | None:
+    """Which other copy of the C++ library serves this process already, None if none does: its ops can be registered once only."""
+    namespace = torch.ops.rerank_kernels
+    if not hasattr(namespace, "force_isa"):
+        return None
+    first = namespace.loaded_from() if hasattr(namespace, "loaded_from") else "an older version"
+    if any(os.path.realpath(first) == os.path.realpath(path) for path in PACKAGE.glob("_C*.so")):
+        return None
+    return (
+        f"two copies of rerank_kernels are in one process: the C++ library of {first} was loaded first and serves, "
+        f"the Python files are of {PACKAGE}; import only one of them in a process"
+    )
+
+
+def _unfit(key: str) -> str | None:
+    """What the library lacks of what the Python side asks of it."""
+    namespace = torch.ops.rerank_kernels
+
+    def there(op: str) -> bool:
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        return hasattr(namespace, op) and (
+            (key == "CPU" and op.endswith("_tensor")) or has_kernel(f"rerank_kernels::{op}", key)
+        )
+
+    if lost := [op for op in called() if not there(op)]:
+        return f"it has no {', '.join(lost)}"
+    if not hasattr(namespace, "numerics_version"):
+        return f"it does not say its numerics version, and the package has {NUMERICS_VERSION}"
+    if (built := namespace.numerics_version()) != NUMERICS_VERSION:
+        return f"it was compiled for numerics version {built}, and the package has {NUMERICS_VERSION}"
+    return None
+
+
+def build_command() -> str:
+    """What a user runs to get the C++ library."""
+    tools = "pip install 'setuptools>=77' ninja && pip install --no-build-isolation"
+    sources = PACKAGE.parent
+    return (
+        f"{tools} -e {shlex.quote(str(sources))}"
+        if (sources / "setup.py").exists()
+        else f"{tools} ., in the folder of its sources"
+    )
+
+
+@functools.cache
+def called() -> tuple[str, ...]:
+    """The library's ops that the files beside this one call: what a library must have."""
+    sources = (path.read_text(encoding="utf-8") for path in sorted(pathlib.Path(__file__).parent.glob("*.py")))
+    return tuple(sorted({op for text in sources for op in re.findall(r"torch\.ops\.rerank_kernels\.(\w+)\(", text)}))
