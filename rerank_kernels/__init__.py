@@ -7,7 +7,7 @@ from rerank_kernels.integrations import patch, unpatch
 from rerank_kernels.native.layout import forget
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import activation, bmm, linear
-from rerank_kernels.ops.norm import layer_norm
+from rerank_kernels.ops.norm import layer_norm, normalize
 from rerank_kernels.ops.pooling import HeadOutput, pool, score_head, sigmoid
 from rerank_kernels.ops.softmax import mean, softmax, sum  # noqa: A004  torch's name
 from rerank_kernels.ops.sparse_ffn import sparse_ffn
@@ -33,6 +33,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "mean",
+    "normalize",
     "patch",
     "pool",
     "score_head",
