@@ -37,6 +37,7 @@ bool first_copy() {
 RK_TORCH_LIBRARY(m) {
     // norm
     m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
+    m.def("normalize(Tensor x, float eps) -> Tensor");
     // softmax
     m.def("softmax(Tensor x) -> Tensor");
     m.def("row_sum(Tensor x, bool mean) -> Tensor");

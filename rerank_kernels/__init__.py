@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # for type checkers and editors; _NAMES says the same to Pyth
     from rerank_kernels.native.layout import forget
     from rerank_kernels.ops.attention import attention
     from rerank_kernels.ops.linear import activation, bmm, linear
-    from rerank_kernels.ops.norm import layer_norm
+    from rerank_kernels.ops.norm import layer_norm, normalize
     from rerank_kernels.ops.pooling import HeadOutput, pool, score_head, sigmoid
     from rerank_kernels.ops.softmax import mean, softmax, sum  # noqa: A004  torch's name
     from rerank_kernels.ops.sparse_ffn import sparse_ffn
@@ -43,6 +43,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "mean",
+    "normalize",
     "patch",
     "pool",
     "score_head",
@@ -62,7 +63,7 @@ _NAMES = {
     "native.layout": ("forget",),
     "ops.attention": ("attention",),
     "ops.linear": ("activation", "bmm", "linear"),
-    "ops.norm": ("layer_norm",),
+    "ops.norm": ("layer_norm", "normalize"),
     "ops.pooling": ("HeadOutput", "pool", "score_head", "sigmoid"),
     "ops.softmax": ("mean", "softmax", "sum"),
     "ops.sparse_ffn": ("sparse_ffn",),

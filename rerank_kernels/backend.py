@@ -26,6 +26,7 @@ import torch
 # op -> the family file that holds it in every backend's folder
 OPS = {
     "layer_norm": "norm",
+    "normalize": "norm",
     "softmax": "softmax",
     "sum": "softmax",
     "mean": "softmax",

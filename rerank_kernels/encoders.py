@@ -23,9 +23,8 @@ from rerank_kernels.binding import Forward, PatchError, class_of, hooked, name_o
 from rerank_kernels.ops import check
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import linear
-from rerank_kernels.ops.norm import layer_norm
+from rerank_kernels.ops.norm import layer_norm, normalize
 from rerank_kernels.ops.pooling import HeadOutput, pool, score_head
-from rerank_kernels.ops.softmax import sum as row_sum
 
 _TORCH = {"GELU": "gelu", "Tanh": "tanh", "ReLU": "relu", "SiLU": "silu", "Sigmoid": "sigmoid"}
 _HF = {"GELUActivation": "gelu", "SiLUActivation": "silu"} | dict.fromkeys(
@@ -145,12 +144,7 @@ def packed_embeddings(
     with _entered(model, encoder_forward):
         x = _encode_packed(model, ids, cu_seqlens, token_types)
         y = pool(x, pooling, cu_seqlens=cu_seqlens, out_dtype=torch.float32)
-        return unit(y) if normalise else y
-
-
-def unit(y: Tensor) -> Tensor:
-    """y / max(|y|, 1e-12), float32, along the last dimension."""
-    return y / row_sum(y * y, -1, keepdim=True).sqrt().clamp_min(1e-12)
+        return normalize(y) if normalise else y
 
 
 def max_tokens(model: Any) -> int:

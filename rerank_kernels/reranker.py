@@ -135,8 +135,8 @@ class Reranker:
         if self.kind == "embedding":
             texts = list(dict.fromkeys((*queries, *documents)))
             row = {text: i for i, text in enumerate(texts)}
-            unit = torch.from_numpy(self._encode(texts, True, progress, batch_tokens)).to(self._device)
-            logit = row_sum(unit[[row[q] for q in queries]] * unit[[row[d] for d in documents]], -1).cpu().numpy()
+            vectors = torch.from_numpy(self._encode(texts, True, progress, batch_tokens)).to(self._device)
+            logit = row_sum(vectors[[row[q] for q in queries]] * vectors[[row[d] for d in documents]], -1).cpu().numpy()
             return Scores(logit, logit.copy(), np.float32(1.0) - logit)
 
         def run(ids: Tensor, cu: Tensor, types: Tensor | None) -> Tensor:

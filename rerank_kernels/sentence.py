@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rerank_kernels.binding import name_of
-from rerank_kernels.encoders import unit
+from rerank_kernels.ops.norm import normalize
 from rerank_kernels.ops.pooling import POOL_MODES, pool
 
 REFUSED = ("cls_token_embeddings", "token_weights_sum", "cu_seq_lens_q")  # features of modules that are not served
@@ -54,7 +54,7 @@ def normalize_forward(m: Any, features: dict[str, Any]) -> dict[str, Any]:
     name = getattr(m, "module_input_name", "sentence_embedding")  # both since version 5
     x = features.get(name)
     if x is not None:
-        features[getattr(m, "module_output_name", name)] = unit(x.float())
+        features[getattr(m, "module_output_name", name)] = normalize(x.float())
     return features
 
 

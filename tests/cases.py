@@ -184,6 +184,12 @@ def _near_layer_norm(case: Case, a: Tensors) -> tuple[Near, ...]:
     return (Near(value, slack),)
 
 
+def _near_normalize(case: Case, a: Tensors) -> tuple[Near, ...]:
+    """Squares are positive, so nothing cancels; the root halves the sum's error."""
+    value = TRUTHS["normalize"](a["x"], **case.options)
+    return (Near(value, steps(a["x"].shape[-1] // 32 + 8) * U * value.abs()),)
+
+
 def _near_softmax(case: Case, a: Tensors) -> tuple[Near, ...]:
     x, dim = a["x"], case.options["dim"]
     value = TRUTHS["softmax"](x, dim)
@@ -267,6 +273,7 @@ def _near_sparse_ffn(case: Case, a: Tensors) -> tuple[Near, ...]:
 
 _NEAR: dict[str, Callable[[Case, Tensors], tuple[Near, ...]]] = {
     "layer_norm": _near_layer_norm,
+    "normalize": _near_normalize,
     "softmax": _near_softmax,
     "sum": _near_sum,
     "mean": _near_sum,
@@ -365,6 +372,8 @@ CASES: list[Case] = [
     _layer_norm(384, residual=True),
     _layer_norm(1000, bias=False),
     _layer_norm(1024, residual=True, eps=1e-12),
+    *(Case("normalize", f"{d}", {"x": (d,)}) for d in (1, 7, 32, 33, 384, 1000)),
+    Case("normalize", "100-eps=12.5", {"x": (100,)}, options={"eps": 12.5}),  # the length of some rows, not of others
     *(_reduce(op, d) for op in ("softmax", "sum", "mean") for d in (1, 5, 32, 33, 100, 1000)),
     _linear(1, 1),
     _linear(1, 5, bias=False),

@@ -55,3 +55,11 @@ def layer_norm(s: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     variance = row_sum(torch.from_numpy(c), squares=True).numpy() / d
     rstd = np.float32(1.0) / np.sqrt(variance + np.float32(eps))
     return torch.from_numpy(fma(c * rstd[:, None], weight.numpy()[None], bias.numpy()[None]))
+
+
+def normalize(x: Tensor, eps: float) -> Tensor:
+    """float32 throughout: squares rounded before they are added, IEEE square root and division."""
+    v = x.numpy()
+    with np.errstate(all="ignore"):
+        length = np.sqrt(row_sum(torch.from_numpy(v * v)).numpy())
+        return torch.from_numpy(v / np.where(length < np.float32(eps), np.float32(eps), length)[:, None])

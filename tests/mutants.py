@@ -27,6 +27,7 @@ from rerank_kernels.pytorch import sparse_ffn as honest_sparse_ffn
 
 HONEST: dict[str, Callable[..., Any]] = {
     "layer_norm": honest_norm.layer_norm,
+    "normalize": honest_norm.normalize,
     "softmax": honest_softmax.softmax,
     "sum": honest_softmax.sum,
     "mean": honest_softmax.mean,
@@ -121,6 +122,19 @@ def layer_norm_approximate_rsqrt(
     plain = honest_norm.layer_norm(rows.float(), weight.float(), None, eps, None if residual is None else residual.float())
     y = plain * (1.0 + 2.0**-12)
     return (y if bias is None else y + bias.float()).to(rows.dtype)
+
+
+def normalize_length_in_half(rows: Tensor, eps: float) -> Tensor:
+    """The length is rounded to the rows' dtype before it divides."""
+    x = rows.float()
+    length = honest_norm.square_root(honest_softmax.row_sum(x * x)).to(rows.dtype).float()
+    return (x / length.clamp_min(eps)[:, None]).to(rows.dtype)
+
+
+def normalize_over_the_batch(rows: Tensor, eps: float) -> Tensor:
+    """Scaled by the batch's largest element first, against overflow."""
+    largest = rows.float().abs().max() if rows.numel() else 1.0
+    return honest_norm.normalize((rows.float() / largest).to(rows.dtype), eps)
 
 
 def activation_gelu_from_erf(x: Tensor, kind: str) -> Tensor:
@@ -270,6 +284,8 @@ MUTANTS = [
     Mutant("linear", linear_rounds_before_bias, invariants.right, "linear-512x16", torch.float16),
     Mutant("linear", linear_rounds_before_bias, invariants.right, "linear-512x16", torch.bfloat16),
     Mutant("layer_norm", layer_norm_approximate_rsqrt, invariants.right, "layer_norm-768"),
+    Mutant("normalize", normalize_length_in_half, invariants.right, "normalize-384", torch.bfloat16),
+    Mutant("normalize", normalize_over_the_batch, invariants.batch_invariant, "normalize-384"),
     Mutant("activation", activation_other_tail, invariants.batch_invariant, "activation-sigmoid"),
     Mutant("activation", activation_gelu_from_erf, invariants.right, "activation-gelu"),
     Mutant("softmax", softmax_batch_maximum, invariants.batch_invariant, "softmax-33"),

@@ -17,7 +17,7 @@ from rerank_kernels.backend import BACKENDS, OPS, PROMISES, TENSOR_OPS
 PAGE = Path(__file__).parent.parent / "NUMERICS.md"
 BEGIN, END = "<!-- written by tests/promises.py --write: do not edit -->", "<!-- end of the table of promises -->"
 CLASSES = {
-    "norm": "TestLayerNorm",
+    "norm": "TestNorm",
     "softmax": "TestSoftmax",
     "linear": "TestLinear",
     "attention": "TestAttention",

@@ -425,7 +425,7 @@ def lengths_are_ours():
         raw = copy.deepcopy(model)
         rk.patch(model)
         rk.patch(raw)
-        want = rk.integrations.sentence_transformers.unit(torch.from_numpy(raw.encode(TEXTS)))
+        want = rk.normalize(torch.from_numpy(raw.encode(TEXTS)))
         same(model.encode(TEXTS, normalize_embeddings=True), want)
         same(model.encode(TEXTS[0], normalize_embeddings=True), want[0])
         same(np.stack(model.encode(TEXTS, normalize_embeddings=True, convert_to_numpy=False)), want)

@@ -61,7 +61,8 @@ def test_every_invariant_has_a_mutant() -> None:
         "sparse_is_dense",
     }
     assert used == wanted
-    assert {m.op for m in MUTANTS} >= {"layer_norm", "softmax", "linear", "attention", "pool", "score_head", "sparse_ffn"}
+    ops = {"layer_norm", "normalize", "softmax", "linear", "attention", "pool", "score_head", "sparse_ffn"}
+    assert {m.op for m in MUTANTS} >= ops
 
 
 def test_differences_are_reported_in_full() -> None:

@@ -1,4 +1,4 @@
-"""layer_norm: y = (s - mean) / sqrt(var + eps) * weight + bias with s = x + residual."""
+"""layer_norm: y = (s - mean) / sqrt(var + eps) * weight + bias with s = x + residual; normalize: y = x / max(|x|, eps)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import invariants
 from cases import numbers
 from invariants import same
 from rerank_kernels.backend import Backend
-from rerank_kernels.ops.norm import layer_norm, layer_norm_truth
+from rerank_kernels.ops.norm import layer_norm, layer_norm_truth, normalize, normalize_truth
 
 CASES = cases.of("norm")
 
 
-class TestLayerNorm(invariants.Promises):
+class TestNorm(invariants.Promises):
     pass
 
 
@@ -67,3 +67,37 @@ def test_errors(backend: Backend) -> None:
         layer_norm(x, w, residual=torch.zeros(3))
     with pytest.raises(TypeError, match=r"layer_norm: x must be float32, float16 or bfloat16, got torch.float64"):
         layer_norm(x.double(), w)
+
+
+@pytest.mark.parametrize("d", [1, 5, 32, 33, 384, 1000])
+def test_normalize_is_the_stated_order(backend: Backend, d: int) -> None:
+    """On the pytorch backend too, whose steps are the same: its square root is rounded like the others'."""
+    x = numbers("x", (500, d), torch.float32)
+    same(normalize(x), contract.normalize(x, 1e-12), f"D = {d}, kernel against the contract in NumPy")
+
+
+def test_normalize_at_the_edges(backend: Backend) -> None:
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([[0.0, -0.0], [3e-13, -4e-13], [nan, 1.0], [inf, 1.0], [3e19, 4e19], [3e-23, 4e-23], [2.0**-149, 0.0]])
+    want = [[0.0, -0.0], [0.3, -0.4], [nan, nan], [nan, 0.0], [0.0, 0.0]]
+    got = normalize(x)
+    torch.testing.assert_close(got[:5], torch.tensor(want), rtol=1e-6, atol=0.0, equal_nan=True)
+    assert got[0].signbit().tolist() == [False, True], "the sign of a zero"
+    same(normalize(x[5:], eps=0.0), contract.normalize(x[5:], 0.0), "a sum of squares below 2^-126, and of 0")
+    same(got[5:], contract.normalize(x[5:], 1e-12), "eps where the squares vanish")
+
+
+def test_normalize_over_dtypes_and_dimensions(backend: Backend, dtype: torch.dtype) -> None:
+    x = numbers("x", (2, 3, 40), dtype)
+    same(normalize(x), normalize(x.float()).to(dtype), "one rounding, at the store")
+    same(normalize(x[1, 2]), normalize(x)[1, 2], "a single vector")
+    assert float((normalize(x).double() - normalize_truth(x)).abs().max()) < 2.0**-8
+
+
+def test_normalize_errors(backend: Backend) -> None:
+    with pytest.raises(ValueError, match=r"normalize: x must be \[\.\.\., D\] with D > 0, got \[2, 0\]"):
+        normalize(torch.zeros(2, 0))
+    with pytest.raises(ValueError, match=r"normalize: eps must be a number >= 0, got -1"):
+        normalize(torch.zeros(2, 3), eps=-1.0)
+    with pytest.raises(TypeError, match=r"normalize: x must be float32, float16 or bfloat16, got torch.float64"):
+        normalize(torch.zeros(2, 3).double())

@@ -107,6 +107,7 @@ def calls(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
         x, few, weight, bias = zeros(dtype, 256, 768), zeros(dtype, 2, 768), zeros(dtype, 1024, 768), zeros(dtype, 1024)
         full: dict[str, Any] = {"activation": "gelu", "residual": zeros(dtype, 256, 1024)}
         if dtype == torch.float32:
+            yield t, partial(rk.normalize, x)
             yield t, partial(rk.softmax, x, -1)
             yield t, partial(rk.mean, x, -1)
             yield f"{t}, gelu", partial(rk.activation, x, "gelu")

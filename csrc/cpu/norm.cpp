@@ -1,5 +1,6 @@
-// norm.cpp: layer_norm on the CPU. s = x + residual; mean and var by row_sum; y = fma((s - mean) * (1 / sqrt(var + eps)), w,
-// b). Order as NUMERICS.md, "layer_norm". One row at a time: rows are for the threads, only features shape the work.
+// norm.cpp: layer_norm and normalize on the CPU. One row at a time: rows are for the threads, only features shape the work.
+// layer_norm: s = x + residual; mean and var by row_sum; y = fma((s - mean) * (1 / sqrt(var + eps)), w, b).
+// normalize: y = x / max(sqrt(row_sum(x * x)), eps), each square rounded. Orders as NUMERICS.md, "layer_norm", "normalize".
 
 #ifndef RK_ISA
 #define RK_FILE "norm.cpp"
@@ -31,7 +32,24 @@ static Tensor layer_norm(const Tensor& x, const Tensor& weight, const std::optio
     return y;
 }
 
-RK_TORCH_LIBRARY_IMPL(CPU, m) { m.impl("layer_norm", TORCH_BOX(&layer_norm)); }
+static Tensor normalize(const Tensor& x, double eps) {
+    const int64_t rows = x.size(0), d = x.size(1);
+    const Dtype dtype = dtype_of(x, "normalize", "x");
+    Tensor y = empty(x, {rows, d}, x.scalar_type());
+    const void* from = x.const_data_ptr();
+    void* to = y.mutable_data_ptr();
+    const int64_t block = 1 + 16384 / (d + 1);
+    for_each_task(ceil_div(rows, block), [&](int64_t task) {
+        const int64_t end = (task + 1) * block < rows ? (task + 1) * block : rows;
+        RK_CALL(normalize_rows, from, dtype, d, float(eps), task * block, end, to, scratch(size_t(d + PANEL)));
+    });
+    return y;
+}
+
+RK_TORCH_LIBRARY_IMPL(CPU, m) {
+    m.impl("layer_norm", TORCH_BOX(&layer_norm));
+    m.impl("normalize", TORCH_BOX(&normalize));
+}
 
 }  // namespace rk
 
@@ -123,6 +141,43 @@ static void layer_norm_rows(const NormArgs& a, int64_t begin, int64_t end, float
     if (a.x_dtype == Dtype::F32) return layer_norm_rows_of<float>(a, begin, end, memory);
     if (a.x_dtype == Dtype::F16) return layer_norm_rows_of<f16>(a, begin, end, memory);
     layer_norm_rows_of<bf16>(a, begin, end, memory);
+}
+
+// in[i] = x[i], and the sum of x[i] * x[i], a product that is rounded by itself, in the 32-lane order.
+template <class T>
+RK_INLINE float rounded_squares(const T* x, int64_t d, float* in) {
+    Lanes sum = zero_lanes();
+    for (int64_t i = 0; i < d; i += LANES)
+#pragma GCC unroll 4
+        for (int v = 0; v < LANES / W; ++v) {
+            const int64_t at = i + v * W;
+            const int some = d - at >= W ? W : d - at > 0 ? int(d - at) : 0;
+            const Vec s = some > 0 ? load_some(x + at, some) : all(0.0f);
+            store(in + at, s);
+            sum.v[v] = sum.v[v] + s * s;
+        }
+    return fold(sum);
+}
+
+// memory holds one row: D + PANEL floats.
+template <class T>
+static void normalize_rows_of(const T* x, int64_t d, float eps, int64_t begin, int64_t end, T* y, float* memory) {
+    for (int64_t row = begin; row < end; ++row) {
+        const float length = at_least(eps, sqrt_of(rounded_squares(x + row * d, d, memory)));
+        T* to = y + row * d;
+        int64_t i = 0;
+        for (; i + W <= d; i += W) store(to + i, load(memory + i) / all(length));
+        if (i < d) store_some(to + i, load(memory + i) / all(length), int(d - i));
+    }
+}
+
+static void normalize_rows(const void* x, Dtype dtype, int64_t d, float eps, int64_t begin, int64_t end, void* y,
+                           float* memory) {
+    if (dtype == Dtype::F32)
+        return normalize_rows_of(static_cast<const float*>(x), d, eps, begin, end, static_cast<float*>(y), memory);
+    if (dtype == Dtype::F16)
+        return normalize_rows_of(static_cast<const f16*>(x), d, eps, begin, end, static_cast<f16*>(y), memory);
+    normalize_rows_of(static_cast<const bf16*>(x), d, eps, begin, end, static_cast<bf16*>(y), memory);
 }
 
 }  // namespace RK_ISA

@@ -28,6 +28,7 @@ class Choice {
 
 // ---- norm
 void layer_norm(const NormArgs& args, int64_t rows, Stream stream);
+void normalize(const void* x, Dtype dtype, void* y, int64_t rows, int64_t D, float eps, Stream stream);  // x, y [rows, D]
 
 // ---- softmax: x, y [rows, D] in `dtype`; row_sum: y [rows]
 void softmax(const void* x, Dtype dtype, void* y, int64_t rows, int64_t D, Stream stream);

@@ -1,4 +1,4 @@
-// norm.cpp: layer_norm on CUDA tensors.
+// norm.cpp: layer_norm and normalize on CUDA tensors.
 
 #include "launch.h"
 
@@ -24,6 +24,17 @@ static Tensor layer_norm_cuda(const Tensor& x, const Tensor& weight, const std::
     return y;
 }
 
-RK_TORCH_LIBRARY_IMPL(RK_KEY, m) { m.impl("layer_norm", TORCH_BOX(&layer_norm_cuda)); }
+static Tensor normalize_cuda(const Tensor& x, double eps) {
+    const Call call(x);
+    const int64_t rows = x.size(0), D = x.size(1);
+    Tensor y = call.empty({rows, D}, x.scalar_type());
+    normalize(call.read(x), dtype_of(x, "normalize", "x"), call.write(y), rows, D, float(eps), call.stream());
+    return y;
+}
+
+RK_TORCH_LIBRARY_IMPL(RK_KEY, m) {
+    m.impl("layer_norm", TORCH_BOX(&layer_norm_cuda));
+    m.impl("normalize", TORCH_BOX(&normalize_cuda));
+}
 
 }  // namespace rk

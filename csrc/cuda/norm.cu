@@ -1,5 +1,6 @@
-// norm.cu: layer_norm over the last dimension of [R, D]. s = x + residual; mean and var by row_sum; y = fma((s - mean) * (1 /
-// sqrt(var + eps)), w, b). Order as NUMERICS.md, "layer_norm".
+// norm.cu: layer_norm and normalize over the last dimension of [R, D].
+// layer_norm: s = x + residual; mean and var by row_sum; y = fma((s - mean) * (1 / sqrt(var + eps)), w, b).
+// normalize: y = x / max(sqrt(row_sum(x * x)), eps), each square rounded. Orders as NUMERICS.md, "layer_norm", "normalize".
 //
 // A warp or a block takes a row: x and residual are read once, s waits in shared memory as float32, where lane l of a warp
 // reads s[l], s[l + 32], ... as row_sum wants it. A row that does not fit (D above some 25,000) is read again for every pass.
@@ -104,9 +105,58 @@ __global__ void __launch_bounds__(32 * TEAM_WARPS) layer_norm_long_kernel(const 
     }
 }
 
-// ---- launcher ------------------------------------------------------------------------------------------------------------
+// ---- normalize -----------------------------------------------------------------------------------------------------------
+
+// The divisor of a row: its length, but not below eps; a NaN passes.
+__device__ __forceinline__ float length_of(float sum_of_squares, float eps) { return at_least(eps, sqrt_of(sum_of_squares)); }
+
+template <class T, int WARPS, int N>
+__device__ __forceinline__ void normalize_row(const T* x, T* y, int D, float eps, float* row, float* slots) {
+    stage_sum<T, NoResidual, WARPS, N>(x, nullptr, D, row);
+    team_barrier<WARPS>();
+    const float length =
+        length_of(team_row_sum<WARPS>(D, slots, [&](float sum, int64_t i) { return sum + row[i] * row[i]; }), eps);
+#pragma unroll 2
+    for (int g = rank_in_team<WARPS>(); g < D / N; g += 32 * WARPS) {
+        float v[N];
+        get_group<N>(row, g, v);
+#pragma unroll
+        for (int j = 0; j < N; ++j) v[j] = v[j] / length;
+        store_group<N>(y + g * N, v);
+    }
+}
+
+// `stride` and `vectors` as in layer_norm_kernel.
+template <class T, int WARPS>
+__global__ void __launch_bounds__(32 * TEAM_WARPS)
+    normalize_kernel(const T* x, T* y, int64_t rows, int64_t D, float eps, int stride, bool vectors) {
+    extern __shared__ float4 memory[];
+    float* const shared = reinterpret_cast<float*>(memory);
+    const int team = WARPS == 1 ? int(threadIdx.x / 32) : 0, teams = WARPS == 1 ? int(blockDim.x / 32) : 1;
+    const int64_t r = int64_t(blockIdx.x) * teams + team;
+    if (r >= rows) return;
+    float *row = shared + team * stride, *slots = shared + stride;
+    if (vectors) normalize_row<T, WARPS, VECTOR<T>>(x + r * D, y + r * D, int(D), eps, row, slots);
+    else normalize_row<T, WARPS, 1>(x + r * D, y + r * D, int(D), eps, row, slots);
+}
+
+// Any D: one block a row, whose first warp sums.
+__global__ void __launch_bounds__(32 * TEAM_WARPS)
+    normalize_long_kernel(const void* x, Dtype dtype, void* y, int64_t D, float eps) {
+    __shared__ float slot;
+    const int64_t at = int64_t(blockIdx.x) * D;
+    const float squares = team_row_sum<TEAM_WARPS>(D, &slot, [&](float sum, int64_t i) {
+        const float v = load_as(dtype, x, at + i);
+        return sum + v * v;
+    });
+    const float length = length_of(squares, eps);
+    for (int64_t i = threadIdx.x; i < D; i += blockDim.x) store_as(dtype, y, at + i, load_as(dtype, x, at + i) / length);
+}
+
+// ---- launchers -----------------------------------------------------------------------------------------------------------
 
 static Choice layer_norm_choice("layer_norm", 2);
+static Choice normalize_choice("normalize", 2);
 
 template <class T>
 static void layer_norm_of(const NormArgs& a, int64_t rows, Stream stream) {
@@ -125,6 +175,25 @@ void layer_norm(const NormArgs& a, int64_t rows, Stream stream) {
     if (a.x_dtype == Dtype::F32) return layer_norm_of<float>(a, rows, stream);
     if (a.x_dtype == Dtype::F16) return layer_norm_of<f16>(a, rows, stream);
     layer_norm_of<bf16>(a, rows, stream);
+}
+
+template <class T>
+static void normalize_of(const T* x, T* y, int64_t rows, int64_t D, float eps, Stream stream) {
+    const int way = normalize_choice.take(row_way(rows, D));
+    const RowLaunch shape = row_launch(way, rows, D);
+    const bool vectors = D % VECTOR<T> == 0 && aligned(x, 16) && aligned(y, 16);
+    launch("normalize", way == BLOCK_A_ROW ? normalize_kernel<T, TEAM_WARPS> : normalize_kernel<T, 1>,
+           checked_blocks("normalize", shape.blocks), shape.threads, size_t(shape.shared), stream, x, y, rows, D, eps,
+           int(row_stride(D)), vectors);
+}
+
+void normalize(const void* x, Dtype dtype, void* y, int64_t rows, int64_t D, float eps, Stream stream) {
+    if (!row_fits(D))
+        return launch("normalize", normalize_long_kernel, checked_blocks("normalize", rows), 32 * TEAM_WARPS, 0, stream, x,
+                      dtype, y, D, eps);
+    if (dtype == Dtype::F32) return normalize_of(static_cast<const float*>(x), static_cast<float*>(y), rows, D, eps, stream);
+    if (dtype == Dtype::F16) return normalize_of(static_cast<const f16*>(x), static_cast<f16*>(y), rows, D, eps, stream);
+    normalize_of(static_cast<const bf16*>(x), static_cast<bf16*>(y), rows, D, eps, stream);
 }
 
 }  // namespace rk

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from rerank_kernels.binding import Method, class_of, serving
-from rerank_kernels.encoders import unit
 from rerank_kernels.integrations import sentence_transformers
 from rerank_kernels.integrations.resolved import Override, Resolved, ancestor, own_methods, see_patched
+from rerank_kernels.ops.norm import normalize
 from rerank_kernels.ops.pooling import sigmoid
 from rerank_kernels.reranker import descending
 
@@ -100,7 +100,7 @@ def encode_post(method: Method, out_features: Any) -> Any:
     bare.normalize_embeddings = False
     if method.holder.normalize_embeddings and not sentence_transformers.of_length_one(method.holder):
         with serving(method.mode, method.backend):
-            out_features = unit(out_features.float())
+            out_features = normalize(out_features.float())
     return type(bare).encode_post(bare, out_features)
 
 

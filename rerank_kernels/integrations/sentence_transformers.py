@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from rerank_kernels import hf
 from rerank_kernels.binding import Method, class_of, name_of, serving
-from rerank_kernels.encoders import unit
 from rerank_kernels.integrations.resolved import Resolved, own_methods, see_patched
+from rerank_kernels.ops.norm import normalize
 from rerank_kernels.ops.pooling import sigmoid
 from rerank_kernels.reranker import descending
 from rerank_kernels.sentence import NORMALIZES
@@ -216,8 +216,8 @@ def encode(method: Method, *args: Any, **kwargs: Any) -> Any:
     made = method.original(*call.args, **call.kwargs)
     with serving(method.mode, method.backend):
         if isinstance(made, np.ndarray):
-            return unit(torch.from_numpy(made)).numpy() if made.size else made
-        return [unit(one) for one in made] if isinstance(made, list) else unit(made)
+            return normalize(torch.from_numpy(made)).numpy() if made.size else made
+        return [normalize(one) for one in made] if isinstance(made, list) else normalize(made)
 
 
 METHODS: dict[str, Callable[..., Any]] = {

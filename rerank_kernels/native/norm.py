@@ -1,4 +1,4 @@
-"""layer_norm, compiled."""
+"""layer_norm and normalize, compiled."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ from torch import Tensor
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     return torch.ops.rerank_kernels.layer_norm(x, weight, bias, eps, residual)
+
+
+def normalize(x: Tensor, eps: float) -> Tensor:
+    return torch.ops.rerank_kernels.normalize(x, eps)

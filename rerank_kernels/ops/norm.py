@@ -1,6 +1,8 @@
-"""layer_norm: y = (s - mean) / sqrt(var + eps) * weight + bias with s = x + residual, over the last dimension.
+"""layer_norm: y = (s - mean) / sqrt(var + eps) * weight + bias with s = x + residual, over the last dimension;
+normalize: y = x / max(|x|, eps), likewise.
 
-x [..., D] -> y [..., D]. mean and var by `row_sum` (NUMERICS.md), in float32, s never rounded to half in between.
+x [..., D] -> y [..., D]. mean, var and the sum of squares by `row_sum` (NUMERICS.md), in float32; s is never rounded to
+half in between.
 """
 
 from __future__ import annotations
@@ -48,3 +50,25 @@ def layer_norm_truth(
     c = s - s.mean(-1, keepdim=True)
     y = c / (c.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
     return y if bias is None else y + bias.double()
+
+
+@opaque("(Tensor x, float eps=1e-12) -> Tensor", lambda x, *_, **__: x.new_empty(x.shape))
+def normalize(x: Tensor, eps: float = 1e-12) -> Tensor:
+    """Vectors of length 1: x divided by its Euclidean length over the last dimension, or by eps where that is larger.
+
+    x: [..., D]; float32, float16 or bfloat16. Returns [..., D] in x.dtype. Where squares leave float32's range (elements above
+    1.8e19 or all below 1e-23) the length is inf or 0, as in torch.nn.functional.normalize.
+    """
+    check.floating("normalize", x=x)
+    if x.dim() < 1 or x.shape[-1] == 0:
+        check.fail("normalize", "x", "[..., D] with D > 0", check.shape_of(x))
+    if not eps >= 0.0:
+        check.fail("normalize", "eps", "a number >= 0", eps)
+    rows = x.contiguous() if x.dim() == 2 else x.reshape(-1, x.shape[-1]).contiguous()
+    y = backend.select("normalize", x.device)(rows, float(eps))
+    return y if x.dim() == 2 else y.view(x.shape)
+
+
+def normalize_truth(x: Tensor, eps: float = 1e-12) -> Tensor:
+    wide = x.double()
+    return wide / wide.square().sum(-1, keepdim=True).sqrt().clamp_min(eps)

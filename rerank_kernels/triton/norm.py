@@ -1,6 +1,9 @@
-"""layer_norm over rows [R, D]. s = x + residual; mean and var by row_sum; y = fma((s - mean) * (1 / sqrt(var + eps)), w, b).
+"""layer_norm and normalize over rows [R, D].
 
-Order as NUMERICS.md, "layer_norm". A warp takes a row, a thread a lane of the sum. A row is read three times, then from caches.
+layer_norm: s = x + residual; mean and var by row_sum; y = fma((s - mean) * (1 / sqrt(var + eps)), w, b).
+normalize: y = x / max(sqrt(row_sum(x * x)), eps), each square rounded.
+Orders as NUMERICS.md, "layer_norm", "normalize". A warp takes a row, a thread a lane of the sum. A row is read for every pass,
+after the first from caches.
 """
 
 from __future__ import annotations
@@ -61,6 +64,29 @@ def _sum_of(x, residual, at, i, there):
     return s
 
 
+@triton.jit(do_not_specialize=["rows", "D"])
+def normalize_kernel(x, y, rows, D: tl.int64, eps, ROWS: tl.constexpr, AHEAD: tl.constexpr):
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    at = row * D
+
+    squares = tl.zeros((ROWS, LANES), tl.float32)
+    for begin in range(0, D, LANES * AHEAD):
+        for step in tl.static_range(AHEAD):
+            i = begin + step * LANES + lane
+            v = tl.load(x + at + i, mask=(row < rows) & (i < D), other=0.0).to(tl.float32)
+            squares = squares + v * v
+    length = tl.sqrt_rn(fold_lanes(squares, ROWS))
+    length = tl.broadcast_to(tl.where(length < eps, eps, length), (ROWS, LANES))
+
+    for begin in range(0, D, LANES * AHEAD):
+        for step in tl.static_range(AHEAD):
+            i = begin + step * LANES + lane
+            there = (row < rows) & (i < D)
+            v = tl.load(x + at + i, mask=there, other=0.0).to(tl.float32)
+            tl.store(y + at + i, tl.div_rn(v, length).to(y.dtype.element_ty), mask=there)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None) -> Tensor:
     rows, d = x.shape
     y = torch.empty_like(x)
@@ -80,4 +106,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, resid
         AHEAD=AHEAD,
         num_warps=ROWS,
     )
+    return y
+
+
+def normalize(x: Tensor, eps: float) -> Tensor:
+    rows, d = x.shape
+    y = torch.empty_like(x)
+    start(normalize_kernel, (blocks(rows, ROWS),), x, y, rows, d, eps, ROWS=ROWS, AHEAD=AHEAD, num_warps=ROWS)
     return y

@@ -1,0 +1,221 @@
+"""Every served way from text, or token ids, to the numbers that a user reads: models, Reranker, the systems' stand-ins, ops.
+
+For what must hold of all of them: what PyTorch and NumPy compute in between (test_between.py), and yesterday's hashes
+(test_golden.py). Weights are drawn by cases.py, for torch.randn has other bits without AVX2. A way is made first (`WAYS`),
+which loads and patches, and run after that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import models
+import rerank_kernels as rk
+import systems
+from cases import DTYPES, numbers
+from models import CORPUS, FAMILIES, padded
+from rerank_kernels import encoders
+
+Run = Callable[[], list[Tensor]]
+
+QUERY, TEXTS = CORPUS[0], list(CORPUS)
+PAIRS = [(query, text) for query in CORPUS[:2] for text in CORPUS]
+LENGTHS = (5, 1, 33, 70, 64)
+
+
+def model(family: str = "xlm-roberta", *, head: bool = True, labels: int = 1, dtype: torch.dtype = torch.float32) -> Any:
+    """models.tiny with the vocabulary of models.tokenizer, and weights that are the same on every machine."""
+    own = tokenizer(family)
+    made = models.tiny(family, head=head, vocab_size=len(own), pad_token_id=own.pad_token_id, num_labels=labels)
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            p.copy_(numbers(name, tuple(p.shape), torch.float32, 2.0**-3))
+            if "LayerNorm.weight" in name:
+                p.add_(1.0)
+    return made.to(dtype)
+
+
+tokenizer = functools.cache(models.tokenizer)
+
+
+def _tensors(*values: Any) -> list[Tensor]:
+    return [v if isinstance(v, Tensor) else torch.from_numpy(np.asarray(v, np.float32)) for v in values]
+
+
+# ---- models by themselves ---------------------------------------------------------------------------------------------------
+
+
+def _forward(family: str, head: bool, dtype: torch.dtype) -> Run:
+    """Each argument that a patched forward takes, and the packed entry."""
+    own = model(family, head=head, dtype=dtype)
+    rk.patch(own)
+    pad = own.config.pad_token_id
+    rows = [ids % (models.VOCABULARY - 8) + 8 for ids in models.rows(LENGTHS)]
+    long = [(torch.arange(120) * 7 + i) % 150 + 5 for i in range(10)]  # so many tokens are not taken at once
+    flat, cu = torch.cat(rows), torch.tensor([0, *np.cumsum(LENGTHS)], dtype=torch.int32)
+    right, left, alone = padded(rows, pad), padded(rows, pad, left=True, to=80), rows[3][None]
+    types = torch.zeros_like(right["input_ids"])
+
+    def run() -> list[Tensor]:
+        out = [own(**inputs) for inputs in (right, left, padded(long, pad), {"input_ids": alone})]
+        out.append(own(**right, token_type_ids=types, output_hidden_states=True))
+        out.append(own(input_ids=alone, position_ids=torch.arange(2, 72)[None]))
+        words = own.base_model.embeddings.word_embeddings(right["input_ids"]).detach()
+        out.append(own(inputs_embeds=words, attention_mask=right["attention_mask"].bool()))
+        found = [t for one in out for t in one.to_tuple()]
+        if head:
+            packed: list[Tensor] = list(encoders.packed_logits(own, flat, cu, torch.zeros_like(flat)))
+        else:
+            packed = [encoders.packed_embeddings(own, flat, cu, pooling=pooling) for pooling in ("mean", "cls")]
+        return [t for one in (*found, *packed) for t in (one if isinstance(one, tuple) else (one,))]
+
+    return run
+
+
+# ---- Reranker ---------------------------------------------------------------------------------------------------------------
+
+
+def _cross_encoder(family: str, dtype: torch.dtype) -> Run:
+    reranker = rk.Reranker(model(family, dtype=dtype), tokenizer(family), max_length=130)
+
+    def run() -> list[Tensor]:
+        ranked = reranker.rank(QUERY, TEXTS)
+        return _tensors(*reranker.score(PAIRS), *([r.index, r.logit, r.score, r.complement] for r in ranked))
+
+    return run
+
+
+def _embeddings(pooling: str, dtype: torch.dtype) -> Run:
+    """Vectors of length 1, the cosines of pairs and their complements."""
+    reranker = rk.Reranker(model(head=False, dtype=dtype), tokenizer("xlm-roberta"), kind="embedding", max_length=130)
+    reranker.pooling = pooling
+
+    def run() -> list[Tensor]:
+        ranked = reranker.rank(QUERY, TEXTS, 4)
+        return _tensors(reranker.encode(TEXTS), *reranker.score(PAIRS), *([r.index, r.logit, r.complement] for r in ranked))
+
+    return run
+
+
+# ---- systems ----------------------------------------------------------------------------------------------------------------
+
+
+def _sentence_transformers(cls: Any, argument: str) -> Run:
+    encoder, labelled = cls(model()), cls(model(labels=3))
+    rk.patch(encoder), rk.patch(labelled)
+
+    def run() -> list[Tensor]:
+        made = [encoder.predict(PAIRS), encoder.predict(PAIRS, **{argument: nn.Identity()})]
+        made += [labelled.predict(PAIRS, apply_softmax=True, **{argument: nn.Identity()})]
+        made += [[one["score"] for one in encoder.rank(QUERY, TEXTS)]]
+        return _tensors(*made)
+
+    return run
+
+
+def _embedder(*more: nn.Module, mode: str = "mean", cls: Any = systems.SentenceTransformer) -> Any:
+    parts = systems.Transformer(model(head=False), "token_embeddings"), systems.Pooling(mode)
+    made = cls(*parts, *more).eval()
+    made.tokenizer = tokenizer("xlm-roberta")
+    return made
+
+
+def _dense() -> nn.Module:
+    dense = systems.Dense(24, nn.Tanh())
+    with torch.no_grad():
+        for name, p in dense.named_parameters():
+            p.copy_(numbers(name, tuple(p.shape), torch.float32, 2.0**-3))
+    return dense
+
+
+def _sentence_transformer() -> Run:
+    normed, bare, cut = _embedder(systems.Normalize()), _embedder(mode="cls"), _embedder(_dense(), systems.Normalize())
+    cut.truncate_dim = 20
+    for one in (normed, bare, cut):
+        rk.patch(one)
+
+    def run() -> list[Tensor]:
+        made = [one.encode(TEXTS, normalize_embeddings=flag) for one in (normed, bare, cut) for flag in (False, True)]
+        return _tensors(*made, np.stack(cut.encode(TEXTS, normalize_embeddings=True, convert_to_numpy=False)))
+
+    return run
+
+
+def _flag() -> Run:
+    reranker = systems.BaseReranker(model())
+    rk.patch(reranker)
+    return lambda: _tensors(reranker.compute_score(PAIRS, 7))
+
+
+def _haystack(cls: Any, **options: Any) -> Run:
+    ranker = cls(model)
+    rk.patch(ranker)
+    ranker.warm_up()
+    documents = [systems.Document(str(i), text) for i, text in enumerate(TEXTS)]
+
+    def run() -> list[Tensor]:
+        found = [ranker.run(query=QUERY, documents=documents, **one) for one in ({}, options)]
+        return _tensors(*([d.score for d in one["documents"]] for one in found))
+
+    return run
+
+
+def _infinity() -> Run:
+    replicas = {
+        "reranker": systems.CrossEncoderPatched(model()),
+        "bare": _embedder(cls=systems.SentenceTransformerPatched),
+        "normed": _embedder(systems.Normalize(), cls=systems.SentenceTransformerPatched),
+    }
+    array = systems.AsyncEngineArray(**{name: systems.AsyncEmbeddingEngine(one) for name, one in replicas.items()})
+    rk.patch(array)
+
+    def run() -> list[Tensor]:
+        ranked = [
+            asyncio.run(array.rerank(model="reranker", query=QUERY, docs=TEXTS, raw_scores=raw))[0] for raw in (False, True)
+        ]
+        vectors = [asyncio.run(array.embed(model=name, sentences=TEXTS)) for name in ("bare", "normed")]
+        return _tensors(*([one.relevance_score for one in each] for each in ranked), *vectors)
+
+    return run
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype)[6:]
+
+
+WAYS: dict[str, Callable[[], Run]] = {
+    **{
+        f"{family} {'classifier' if head else 'encoder'}, {_short(dtype)}": functools.partial(_forward, family, head, dtype)
+        for family in FAMILIES
+        for head in (True, False)
+        for dtype in DTYPES
+    },
+    **{
+        f"Reranker, {family} cross-encoder, {_short(dtype)}": functools.partial(_cross_encoder, family, dtype)
+        for family in FAMILIES
+        for dtype in DTYPES[:2]
+    },
+    **{
+        f"Reranker, embeddings, {pooling}, {_short(dtype)}": functools.partial(_embeddings, pooling, dtype)
+        for pooling in ("mean", "cls")
+        for dtype in DTYPES[:2]
+    },
+    "sentence-transformers 3 CrossEncoder": lambda: _sentence_transformers(systems.CrossEncoder3, "activation_fct"),
+    "sentence-transformers 6 CrossEncoder": lambda: _sentence_transformers(systems.CrossEncoder, "activation_fn"),
+    "sentence-transformers SentenceTransformer": _sentence_transformer,
+    "FlagEmbedding FlagReranker": _flag,
+    "Haystack TransformersSimilarityRanker": lambda: _haystack(
+        systems.TransformersSimilarityRanker, calibration_factor=0.3, score_threshold=0.4
+    ),
+    "Haystack SentenceTransformersSimilarityRanker": lambda: _haystack(
+        systems.SentenceTransformersSimilarityRanker, scale_score=False
+    ),
+    "Infinity AsyncEngineArray": _infinity,
+}
