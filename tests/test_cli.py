@@ -19,6 +19,8 @@ import torch
 import rerank_kernels as rk
 from models import save_cross_encoder, tiny, tokenizer
 from rerank_kernels import cli, verify
+from rerank_kernels.cli import models as chosen
+from rerank_kernels.cli import score as score_command
 
 PAIRS = [
     {"query": "capital of France", "document": "Paris is the capital of France.", "id": 7, "tags": ["a", None, 1.5]},
@@ -99,7 +101,7 @@ def test_the_output_may_be_the_input(capsys, folder, pairs) -> None:
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_field_of_the_input_is_never_overwritten(capsys, folder, tmp_path, monkeypatch, name) -> None:
     scored = []
-    monkeypatch.setattr(cli.models, "reranker", lambda args: scored.append(args))
+    monkeypatch.setattr(chosen, "reranker", lambda args: scored.append(args))
     path = write(tmp_path / "pairs.jsonl", GOOD, json.dumps({**PAIRS[1], "a_" + name: 1, name: None}))
     for prefix in ("", "a_"):
         said = bad(capsys, "score", folder, path, "--prefix", prefix)
@@ -192,7 +194,7 @@ def test_a_run_that_fails_half_way_leaves_the_old_file(capsys, folder, pairs, tm
             raise error
         return rk.Scores(*np.zeros((3, len(pairs)), np.float32))
 
-    monkeypatch.setattr(cli.score, "WINDOW", 1)
+    monkeypatch.setattr(score_command, "WINDOW", 1)
     monkeypatch.setattr(rk.Reranker, "score", score)
     out = write(tmp_path / "out.jsonl", "old")
     if isinstance(error, KeyboardInterrupt):
@@ -365,7 +367,7 @@ def test_errors_of_the_machine_are_one_line(capsys, folder, pairs, monkeypatch, 
     def fail(args):
         raise error
 
-    monkeypatch.setattr(cli.models, "reranker", fail)
+    monkeypatch.setattr(chosen, "reranker", fail)
     assert bad(capsys, "score", folder, pairs) == said
 
 

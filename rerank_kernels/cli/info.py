@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(about, markup=False)
         console.print(table)
         for name, reason in reasons.items():
-            console.print(f"{name}: {reason}", markup=False, soft_wrap=True)
+            console.print(f"{name}: {reason}", markup=False, soft_wrap=not console.is_terminal)
     return 0
 
 
@@ -104,5 +104,5 @@ def _plan(args: argparse.Namespace) -> int:
         console = terminal.console()
         console.print(table)
         for gap in dict.fromkeys(filter(None, map(triton_gap, architectures))):
-            console.print(f"triton: {gap}", markup=False, soft_wrap=True)
+            console.print(f"triton: {gap}", markup=False, soft_wrap=not console.is_terminal)
     return 0

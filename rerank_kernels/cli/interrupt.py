@@ -22,17 +22,17 @@ AGAIN = 2.0  # seconds in which a second signal does not disturb the cleaning up
 files: set[str] = set()  # to be removed by a process that ends on the spot
 came = False  # a signal was seen
 _held = _patient = 0
-_loading = False
+_loading = _over = False
 _raised = -AGAIN
 
 
 def _handle(number: int, frame: object) -> None:
     global came, _raised
     first, came = not came, True
-    if _patient and first:
+    if _patient and first and not _over:
         with contextlib.suppress(OSError):
             os.write(2, PATIENT)
-    elif _held or time.monotonic() < _raised + AGAIN:
+    elif _held or _over or time.monotonic() < _raised + AGAIN:
         pass
     elif _loading:
         leave()
@@ -53,7 +53,7 @@ def leave() -> None:
 
 def check() -> None:
     """Raise what came while it was held, or was swallowed by somebody else's code."""
-    if came:
+    if came and not _over:
         raise KeyboardInterrupt
 
 
@@ -79,6 +79,12 @@ def patient() -> Iterator[None]:
         _patient -= 1
 
 
+def over() -> None:
+    """The work is done: a signal no longer changes what is said of it."""
+    global _over
+    _over = True
+
+
 @contextlib.contextmanager
 def loading(ours: bool) -> Iterator[None]:
     """Imports: a signal ends the process at once, if it is `ours`."""
@@ -96,8 +102,8 @@ def caught(ours: bool) -> Iterator[None]:
 
     A signal that is ignored stays ignored (nohup); only the main thread may say so, and only there does it matter.
     """
-    global came, _raised
-    came, _raised = False, -AGAIN
+    global came, _over, _raised
+    came, _over, _raised = False, False, -AGAIN
     before: dict[int, Any] = {}
     hook = sys.unraisablehook
 

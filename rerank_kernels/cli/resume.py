@@ -1,8 +1,9 @@
 """--resume: the work so far lies beside the output, in OUTPUT.resume/, and the same command line goes on from there.
 
-    identity.json   what the work depends on: input, model, options, numerics; another run of these is refused by name
-    output          the output so far
-    journal         a line for each window that is whole in it: records, bytes, crc32 of these bytes, and a crc32 of the line
+    output     the output so far
+    journal    first a line with what the work depends on: input, model, options, numerics; another run of these is refused by
+               name. Then a line for each window that is whole in the output: records, bytes, crc32 of these bytes. Each line
+               ends in a crc32 of itself
 
 Bytes are on the disk before the line that counts them. What lies behind the last whole line, torn off by a kill or a loss of
 power, is cut away; the window that it belonged to is computed again, and no other. At the end `output` is renamed into its
@@ -44,7 +45,7 @@ class Resumed(writing.Out):
         with writing.naming(self.name):
             self.file.flush()
             os.fsync(self.file.fileno())
-            self.journal.write(_line(records, self.bytes, self.crc, end))
+            self.journal.write(_line(f"{records} {self.bytes} {self.crc:08x}{end}"))
             self.journal.flush()
             os.fsync(self.journal.fileno())
         self.records, self.begun = records, True
@@ -59,9 +60,10 @@ def resumed(path: str, identity: Mapping[str, str]) -> Iterator[Resumed | None]:
     folder = place.with_name(place.name + ".resume")
     with contextlib.ExitStack() as stack:
         with writing.naming(path):
-            journal = stack.enter_context(_opened(folder, identity))
-            _same(identity, folder)
-            last, ended = _read(journal)
+            folder.mkdir(exist_ok=True)
+            journal = stack.enter_context(open(folder / "journal", "a+b"))
+            _lock(journal, folder)
+            last, ended = _read(journal, identity, folder)
             if not ended or (folder / "output").exists():
                 file = stack.enter_context(open(folder / "output", "a+b"))
                 _cut(file, last, folder)
@@ -77,33 +79,15 @@ def resumed(path: str, identity: Mapping[str, str]) -> Iterator[Resumed | None]:
             except BaseException:
                 say(f"{folder} holds {out.records:,} records; the same command goes on from there")
                 raise
-        with writing.naming(path), interrupt.held():
+        interrupt.over()
+        with writing.naming(path):
             if (folder / "output").exists():
                 os.chmod(folder / "output", writing.mode_of(place))
                 os.replace(folder / "output", place)
+                writing.sync(folder)
                 writing.sync(place.parent)
-            for name in ("identity.json", "identity.part", "journal"):  # the identity first: without it nothing counts
-                (folder / name).unlink(missing_ok=True)
+            (folder / "journal").unlink()  # until now the next run knows that there is nothing left to do
             folder.rmdir()
-
-
-def _opened(folder: Path, identity: Mapping[str, str]) -> IO[bytes]:
-    """The journal, which no other process has; the identity lies beside it, and nothing is counted before it does."""
-    fresh = not (folder / "identity.json").exists()
-    folder.mkdir(exist_ok=True)
-    journal = open(folder / "journal", "a+b")  # noqa: SIM115  its lock lives as long as the run
-    _lock(journal, folder)
-    if fresh:
-        journal.truncate(0)
-        (folder / "output").unlink(missing_ok=True)
-        with open(folder / "identity.part", "w", encoding="utf-8") as new:
-            json.dump(identity, new, indent=1)
-            new.flush()
-            os.fsync(new.fileno())
-        os.replace(folder / "identity.part", folder / "identity.json")
-        writing.sync(folder)
-        writing.sync(folder.parent)
-    return journal
 
 
 def left_over(path: str) -> None:
@@ -134,25 +118,36 @@ def _sha256(path: Path) -> str:
     return total.hexdigest()
 
 
-def _line(records: int, size: int, crc: int, end: str = "") -> bytes:
-    text = f"{records} {size} {crc:08x}{end}"
+def _line(text: str) -> bytes:
     return f"{text} {zlib.crc32(text.encode()):08x}\n".encode()
 
 
-def _read(journal: IO[bytes]) -> tuple[tuple[int, int, int] | None, bool]:
-    """The last whole line, and whether it is the end; what is behind it is cut away."""
+def _read(journal: IO[bytes], identity: Mapping[str, str], folder: Path) -> tuple[tuple[int, int, int] | None, bool]:
+    """The last whole line, and whether it is the end; what is behind it is cut away. A new journal gets its first line."""
     journal.seek(0)
-    last, ended, place = None, False, 0
+    lines: list[str] = []
+    place = 0
     for line in journal:
-        text, _, check = line.decode("ascii", "replace").rpartition(" ")
-        if check != f"{zlib.crc32(text.encode()):08x}\n":
+        text = line.decode("utf-8", "replace").rpartition(" ")[0]
+        if _line(text) != line:
             break
-        count, size, crc, *more = text.split(" ")
-        last, ended = (int(count), int(size), int(crc, 16)), bool(more)
+        lines.append(text)
         place += len(line)
     journal.truncate(place)
     journal.seek(0, os.SEEK_END)
-    return last, ended
+    if lines:
+        _same(identity, json.loads(lines[0]), folder)
+    else:
+        (folder / "output").unlink(missing_ok=True)
+        journal.write(_line(json.dumps(identity)))
+        journal.flush()
+        os.fsync(journal.fileno())
+        writing.sync(folder)
+        writing.sync(folder.parent)
+    if len(lines) < 2:
+        return None, False
+    count, size, crc, *more = lines[-1].split(" ")
+    return (int(count), int(size), int(crc, 16)), bool(more)
 
 
 def _cut(file: IO[bytes], last: tuple[int, int, int] | None, folder: Path) -> None:
@@ -168,11 +163,7 @@ def _cut(file: IO[bytes], last: tuple[int, int, int] | None, folder: Path) -> No
     file.seek(0, os.SEEK_END)
 
 
-def _same(identity: Mapping[str, str], folder: Path) -> None:
-    try:
-        before = json.loads((folder / "identity.json").read_text("utf-8"))
-    except ValueError:
-        before = {}
+def _same(identity: Mapping[str, str], before: Mapping[str, str], folder: Path) -> None:
     other = [name for name in {**identity, **before} if identity.get(name) != before.get(name)]
     if other:
         now = "; ".join(f"{name}: {_short(before.get(name))} then, {_short(identity.get(name))} now" for name in other)
