@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from rerank_kernels.encoders import max_tokens
 from rerank_kernels.hf import patch, unpatch
 from rerank_kernels.ops.pooling import pool
+from rerank_kernels.tables import Column, Table
 
 WAYS = ("batches as they come", "batches sorted by length", "one by one")
 LEAST_ROUNDS, MOST_ROUNDS = 3, 50
@@ -80,9 +80,11 @@ class Report:
     def print(self, console: Console) -> None:
         """A line for every way; p50: of a call, that is of a batch, or of one text alone."""
         about = ", ".join(f"{name} {value}" for name, value in self.facts.items())
-        table = Table(title=f"{self.rows} texts, {self.tokens} tokens: {about}", title_justify="left")
-        for name in ("how", "stock /s", "patched /s", "stock / patched", "p50 ms", "p50 ms, patched", "other bits", "patched"):
-            table.add_column(name, justify="left" if name == "how" else "right")
+        names = ("stock /s", "patched /s", "stock / patched", "p50 ms", "p50 ms, patched", "other bits", "patched")
+        table = Table(
+            [Column("how"), *(Column(name, number=True) for name in names)],
+            title=f"{self.rows} texts, {self.tokens} tokens: {about}",
+        )
         for way, of in self.as_dict()["ways"].items():
             stock, patched = of["stock"], of["patched"]
             speeds = [f"{w['per_second']:.4g}" for w in (stock, patched)]

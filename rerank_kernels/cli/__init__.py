@@ -7,31 +7,42 @@ whole: whatever happens, what stood there before is intact.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 
-from rerank_kernels.cli.errors import message, say
-from rerank_kernels.cli.interrupt import terminated_as_interrupted
-from rerank_kernels.cli.parser import parser
-from rerank_kernels.cli.writing import STDOUT, drop_stdout, flush_or_drop_stdout, naming
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    """Run the command line `argv`, sys.argv's if not given; its exit code."""
     try:
-        with terminated_as_interrupted():
+        return _main(argv)
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            print("rerank-kernels: interrupted", file=sys.stderr, flush=True)
+        return 130
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    from rerank_kernels.cli import interrupt  # what is imported here is light: an interrupt is caught above
+
+    with interrupt.caught(argv is None):
+        from rerank_kernels.cli.errors import message, say
+        from rerank_kernels.cli.parser import parser
+        from rerank_kernels.cli.writing import STDOUT, drop_stdout, flush_or_drop_stdout, naming
+
+        args = parser().parse_args(argv)
+        args.ours = argv is None
+        try:
             code = int(args.run(args))
             if sys.stdout is not None:
                 with naming(STDOUT):  # what cannot be written is known now, not when Python has ended
                     sys.stdout.flush()
             return code
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
-    except BrokenPipeError:  # the reader of our output has seen enough
-        drop_stdout()
-        return 0
-    except Exception as error:
-        say(message(error))
-        flush_or_drop_stdout()
-        return 2
+        except BrokenPipeError:  # the reader of our output has seen enough
+            drop_stdout()
+            return 0
+        except Exception as error:
+            interrupt.check()  # somebody made another error of it
+            say(message(error))
+            flush_or_drop_stdout()
+            return 2

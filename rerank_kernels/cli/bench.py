@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 
-from rerank_kernels.cli import models, reading, terminal, writing
+from rerank_kernels.cli import interrupt, models, reading, terminal, writing
 from rerank_kernels.cli.errors import fail_with
 from rerank_kernels.cli.options import model_options, positive
 
@@ -15,7 +15,9 @@ ABOUT = "Time the model, stock beside patched, and check that the bits hold."
 
 def options(sub: argparse.ArgumentParser) -> None:
     model_options(sub, "a local model folder, or shape:bge-reranker-base (random weights)")
-    sub.add_argument("--pairs", metavar="FILE", help="JSON Lines of your own pairs (default: docstrings of Python's library)")
+    sub.add_argument(
+        "--pairs", metavar="FILE", help="a file of your own pairs, as score reads it (default: docstrings of Python's library)"
+    )
     sub.add_argument("--limit", type=positive, default=64, metavar="N", help="use the first N pairs (default: %(default)s)")
     sub.add_argument("--batch-size", type=positive, default=32, metavar="N", help="texts in a batch (default: %(default)s)")
     sub.add_argument(
@@ -31,19 +33,21 @@ def options(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     pairs = None
     if args.pairs is not None:
-        pairs = [(r["query"], r["document"]) for r in reading.records(args.pairs, ("query", "document"))]
+        pairs = reading.pairs(args.pairs)
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(writing.writer(args.json)) if args.json else None
-        from rerank_kernels.bench import bench
-        from rerank_kernels.binding import PatchError
-        from rerank_kernels.verify import load
-        from rerank_kernels.verify.models import default_pairs
+        with interrupt.loading(args.ours):
+            from rerank_kernels.bench import bench
+            from rerank_kernels.binding import PatchError
+            from rerank_kernels.verify import load
+            from rerank_kernels.verify.models import default_pairs
 
-        models.quiet()
+            models.quiet()
         try:
-            loaded = load(args.model, models.dtype(args.dtype))
-            if (device := models.device(args.device)) is not None:
-                loaded.model.to(device)
+            with interrupt.loading(args.ours):
+                loaded = load(args.model, models.dtype(args.dtype))
+                if (device := models.device(args.device)) is not None:
+                    loaded.model.to(device)
             with terminal.progress("timing", 1.0) as advance:
                 report = bench(
                     loaded.model,

@@ -19,13 +19,12 @@ def fail_with(error: Exception) -> NoReturn:
 
 def message(error: Exception) -> str:
     """One line if the user can act on it. All else is our fault: its traceback goes first, and 1 stays a fallen promise."""
-    from rerank_kernels.backend import BackendError
-
+    backend = sys.modules.get("rerank_kernels.backend")  # not imported for this: what was not loaded has raised nothing
     if isinstance(error, MemoryError):
         return "out of memory"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{os.fsdecode(error.filename)}: {error.strerror}"
-    if isinstance(error, InputError | BackendError | OSError):
+    if isinstance(error, (InputError, OSError, *([backend.BackendError] if backend else []))):
         return str(error)
     with contextlib.suppress(OSError):
         traceback.print_exception(error)

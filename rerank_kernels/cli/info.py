@@ -36,22 +36,17 @@ def run(args: argparse.Namespace) -> int:
         return _plan(args)
     if args.arch or args.model or args.linear or args.head:
         raise InputError("--arch, --model, --linear and --head belong to --plan")
-    from rich.table import Table
-
     from rerank_kernels.backend import BACKENDS, backends
+    from rerank_kernels.tables import Column, Table
     from rerank_kernels.verify import environment
 
-    about = Table(show_header=False)
-    about.add_column(no_wrap=True)
-    about.add_column(overflow="fold")
+    about = Table([Column("what"), Column("here")])
     for name, value in environment().items():
         if isinstance(value, dict):
             value = "\n".join(f"{k}: {v}" for k, v in value.items())
         about.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
     rows = backends()
-    table = Table()
-    for name in ("op", *BACKENDS):
-        table.add_column(name)
+    table = Table([Column(name) for name in ("op", *BACKENDS)])
     reasons: dict[str, str] = {}
     for op, row in rows.rows():
         for name, reason in row.items():
@@ -63,15 +58,15 @@ def run(args: argparse.Namespace) -> int:
         console.print(about, markup=False)
         console.print(table)
         for name, reason in reasons.items():
-            console.print(f"{name}: {reason}", markup=False, soft_wrap=True)
+            console.print(f"{name}: {reason}", markup=False, soft_wrap=not console.is_terminal)
     return 0
 
 
 def _plan(args: argparse.Namespace) -> int:
     import torch
-    from rich.table import Table
 
     from rerank_kernels.plan import ARCHITECTURES, plan, triton_gap
+    from rerank_kernels.tables import Column, Table
     from rerank_kernels.verify.models import SHAPE, SHAPES
 
     architectures = args.arch
@@ -87,9 +82,14 @@ def _plan(args: argparse.Namespace) -> int:
         hidden, inner = shape["hidden"], shape["inner"]
         linears += [(hidden, hidden), (inner, hidden), (hidden, inner)]
         heads.append(hidden // shape["heads"])
-    table = Table(title="mode tensor, fp16 and bf16, float32 sums", title_justify="left")
-    for name in ("op", "features", "GPU", "backend", "instruction", "in a sum", "tiles, rows x columns: threads, shared KB"):
-        table.add_column(name, no_wrap=not name.startswith("tiles"))
+    table = Table(
+        [
+            *map(Column, ("op", "features", "GPU", "backend", "instruction")),
+            Column("in a sum", number=True),
+            Column("tiles, rows x columns: threads, shared KB"),
+        ],
+        title="mode tensor, fp16 and bf16, float32 sums",
+    )
     try:
         for arch in architectures:
             for row in plan(arch, list(dict.fromkeys(linears)), list(dict.fromkeys(heads))):
@@ -104,5 +104,5 @@ def _plan(args: argparse.Namespace) -> int:
         console = terminal.console()
         console.print(table)
         for gap in dict.fromkeys(filter(None, map(triton_gap, architectures))):
-            console.print(f"triton: {gap}", markup=False, soft_wrap=True)
+            console.print(f"triton: {gap}", markup=False, soft_wrap=not console.is_terminal)
     return 0

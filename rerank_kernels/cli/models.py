@@ -5,20 +5,22 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from rerank_kernels.cli import interrupt
 from rerank_kernels.cli.errors import InputError, fail_with
 
 
 def reranker(args: argparse.Namespace) -> Any:
-    from rerank_kernels.binding import PatchError
-    from rerank_kernels.reranker import Reranker
+    with interrupt.loading(args.ours):
+        from rerank_kernels.binding import PatchError
+        from rerank_kernels.reranker import Reranker
 
-    quiet()
-    try:
-        return Reranker(
-            args.model, max_length=args.max_length, dtype=dtype(args.dtype), device=device(args.device), mode=args.mode
-        )
-    except (ValueError, PatchError) as error:
-        fail_with(error)
+        quiet()
+        try:
+            return Reranker(
+                args.model, max_length=args.max_length, dtype=dtype(args.dtype), device=device(args.device), mode=args.mode
+            )
+        except (ValueError, PatchError) as error:
+            fail_with(error)
 
 
 def dtype(name: str | None) -> Any:

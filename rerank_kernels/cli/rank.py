@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import unicodedata
 
-from rerank_kernels.cli import models, reading, terminal, writing
+from rerank_kernels.cli import encoding, formats, models, reading, records, terminal, writing
 from rerank_kernels.cli.errors import InputError, say
 from rerank_kernels.cli.options import model_options, positive
 
-SNIPPET = 100
+SNIPPET = 200
+ADDED = ("rank", "index", *writing.NUMBERS)
 ABOUT = "Rank documents for one query, best first."
 
 
@@ -19,47 +20,66 @@ def options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "documents",
         metavar="DOCS",
-        help='one document a line; JSON Lines with {"document": ...} if it is named .jsonl, .ndjson or .json; - for stdin',
+        help='one document a line; {"document": ...} and other fields, which are kept, if its name says so: .jsonl, .ndjson, '
+        ".json, .csv, .tsv, .parquet, and .gz of these; - for stdin. The index of a document is its line (or item, or row) "
+        "in DOCS, from 0; blank lines count, and are not ranked",
     )
-    sub.add_argument("--jsonl", action="store_true", help="DOCS is JSON Lines whatever its name")
+    names = ("text", *formats.NAMES, "text.gz")
+    sub.add_argument("--format", choices=names, metavar="F", help=f"of DOCS, whatever its name: {', '.join(names)}")
+    sub.add_argument("--jsonl", action="store_const", dest="format", const="jsonl", help="the same as --format jsonl")
     sub.add_argument("--top-k", type=positive, metavar="K", help="only the first K")
-    sub.add_argument("--json", action="store_true", help="JSON Lines instead of a table")
+    sub.add_argument("--json", action="store_true", help="JSON Lines instead of a table, with all fields of the documents")
+    sub.add_argument(
+        "--prefix",
+        default="",
+        metavar="P",
+        help="of --json: put before the names of the added fields, Prank, Pindex, Plogit, Pscore and Pcomplement",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    if reading.half_surrogate(args.query):
+    if records.half_surrogate(args.query):
         raise InputError("--query: not valid UTF-8")
-    if args.jsonl or args.documents.lower().endswith(reading.JSON_LINES):
-        documents = [r["document"] for r in reading.records(args.documents, ("document",))]
-    else:
-        lines = list(reading.lines(args.documents))
-        documents = [line for _, line in lines]
-        if lines and reading.looks_like_a_record(documents[0]):
-            say(f"warning: {lines[0][0]}: looks like JSON Lines, but is ranked as plain text; give --jsonl")
-    ranked = models.reranker(args).rank(args.query, documents, args.top_k)
+    added = tuple(args.prefix + name for name in ADDED) if args.json else ()
+    source = reading.source(args.documents, args.format, ("document",), added, "text")
+    found = list(source)
+    if args.json:
+        encoder = encoding.Lines(added)
+        for record in found:
+            encoder.check(record)
+    if not found:
+        say(f"warning: {source.name}: there are no documents in it")
+    elif source.format.kind == "text" and reading.looks_like_a_record(found[0].document):
+        say(f"warning: {found[0].where}: looks like JSON Lines, but is ranked as plain text; give --format jsonl")
+    ranked = models.reranker(args).rank(args.query, [record.document for record in found], args.top_k)
     if args.json:
         with writing.writer("-") as out:
             for place, r in enumerate(ranked, 1):
-                numbers = dict(zip(writing.NUMBERS, writing.shortest(r.logit, r.score, r.complement), strict=True))
-                out.write(writing.line({"rank": place, "index": r.index, "document": r.document, **numbers}))
+                first = zip(added[:2], (str(place), str(found[r.index].index)), strict=True)
+                last = zip(added[2:], map(records.number, (r.logit, r.score, r.complement)), strict=True)
+                out.write(records.spliced(found[r.index].fields.json(), first, last) + "\n")
         return 0
-    from rich.table import Table
-    from rich.text import Text
+    from rerank_kernels.tables import Column, Table
 
-    table = Table()
-    for name in ("rank", "index", "logit", "score"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("document", no_wrap=True, overflow="ellipsis")
+    ids = any("id" in record.fields.names for record in found)
+    table = Table(
+        [
+            *(Column(name, number=True) for name in ("rank", "index")),
+            *([Column("id", named=True)] if ids else []),
+            *(Column(name, number=True) for name in ("logit", "score")),
+            Column("document", ellipsis=True),
+        ]
+    )
     for place, r in enumerate(ranked, 1):
-        shown = (str(n) for n in writing.shortest(r.logit, r.score))
-        # Text: brackets in a document are no markup
-        table.add_row(str(place), str(r.index), *shown, Text(_snippet(r.document)))
+        record = found[r.index]
+        own = [_one_line(record.fields.cells().get("id", ""))] if ids else []
+        table.add_row(str(place), str(record.index), *own, str(r.logit), str(r.score), _one_line(r.document))
     with writing.naming(writing.STDOUT):
         terminal.console().print(table)
     return 0
 
 
-def _snippet(document: str) -> str:
-    """The document's beginning on one line, without what would steer the terminal: escapes, bidi overrides, invisible marks."""
-    text = " ".join(document.split())[:SNIPPET]
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf") else c for c in text)
+def _one_line(text: str) -> str:
+    """A text's beginning on one line, without what would steer the terminal: escapes, bidi overrides, invisible marks."""
+    text = " ".join(text[: 4 * SNIPPET].split())[:SNIPPET]
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text)

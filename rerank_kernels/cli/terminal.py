@@ -20,14 +20,22 @@ def console() -> Any:
 
     # a letter that stdout's encoding does not have is no reason to stop
     set_stdout(errors="replace")
-    # into a file or a pipe there is no width; rich's 80 columns would fold the tables
-    columns = os.environ.get("COLUMNS", "")
-    return Ours() if sys.stdout.isatty() else Ours(width=int(columns) if columns.isdecimal() else 140)
+    return Ours(width=_columns())
+
+
+def _columns() -> int:
+    """What the user says, else the terminal that stdout is (rich asks stdin's), else 140: a file has no width."""
+    if (said := os.environ.get("COLUMNS", "")).isdecimal() and int(said):
+        return int(said)
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    except (OSError, ValueError):  # no terminal, no file
+        return 140
 
 
 @contextlib.contextmanager
-def progress(what: str, total: float) -> Iterator[Any]:
-    """Yields a function that takes how far it is; a bar on stderr if that is a terminal."""
+def progress(what: str, total: float | None) -> Iterator[Any]:
+    """Yields a function that takes how far it is; a bar on stderr if that is a terminal. total: None if unknown."""
     if not sys.stderr.isatty():
         yield lambda done: None
         return

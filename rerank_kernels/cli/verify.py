@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 
-from rerank_kernels.cli import models, reading, terminal, writing
+from rerank_kernels.cli import interrupt, models, reading, terminal, writing
 from rerank_kernels.cli.errors import fail_with
 from rerank_kernels.cli.options import model_options, positive
 
@@ -19,7 +19,9 @@ def options(sub: argparse.ArgumentParser) -> None:
     model_options(sub, "a local model folder, or shape:bge-reranker-base (random weights)")
     sub.add_argument("--stock", action="store_true", help="measure the model without rerank_kernels")
     sub.add_argument(
-        "--pairs", metavar="FILE", help="JSON Lines of your own pairs, 8 or more (default: docstrings of Python's library)"
+        "--pairs",
+        metavar="FILE",
+        help="a file of your own pairs, as score reads it, 8 or more (default: docstrings of Python's library)",
     )
     sub.add_argument(
         "--limit",
@@ -37,17 +39,19 @@ def options(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     pairs = None
     if args.pairs is not None:
-        pairs = [(r["query"], r["document"]) for r in reading.records(args.pairs, ("query", "document"))]
+        pairs = reading.pairs(args.pairs)
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(writing.writer(args.json)) if args.json else None
-        from rerank_kernels.binding import PatchError
-        from rerank_kernels.verify import load, verify
+        with interrupt.loading(args.ours):
+            from rerank_kernels.binding import PatchError
+            from rerank_kernels.verify import load, verify
 
-        models.quiet()
+            models.quiet()
         try:
-            loaded = load(args.model, models.dtype(args.dtype))
-            if (device := models.device(args.device)) is not None:
-                loaded.model.to(device)
+            with interrupt.loading(args.ours):
+                loaded = load(args.model, models.dtype(args.dtype))
+                if (device := models.device(args.device)) is not None:
+                    loaded.model.to(device)
             with terminal.progress("verifying", 1.0) as advance:
                 report = verify(
                     loaded.model,

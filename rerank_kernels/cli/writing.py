@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import stat
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from rerank_kernels.cli import interrupt
 from rerank_kernels.cli.errors import InputError
 
 STDOUT = "<stdout>"
@@ -30,68 +30,89 @@ def naming(name: str) -> Iterator[None]:
 
 
 class Out:
-    def __init__(self, file: IO[str], name: str) -> None:
+    """A place for bytes, or text as UTF-8, that says its name where it cannot take them."""
+
+    def __init__(self, file: IO[bytes], name: str) -> None:
         self.file, self.name = file, name
 
-    def write(self, text: str) -> None:
+    def write(self, data: str | bytes) -> None:
         with naming(self.name):
-            self.file.write(text)
+            self.file.write(data.encode() if isinstance(data, str) else data)
 
-
-def shortest(*values: Any) -> list[float]:
-    """Python floats that print as the shortest decimals which read back as these float32."""
-    import numpy as np
-
-    return [float(str(np.float32(value))) for value in values]
-
-
-def line(record: dict[str, Any]) -> str:
-    text = json.dumps(record, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a field we only carry holds half of a surrogate pair
-        text = json.dumps(record)
-    return text + "\n"
+    def commit(self, records: int) -> None:
+        """So many records are whole: whoever reads stdout has them now."""
+        with naming(self.name):
+            self.file.flush()
 
 
 @contextlib.contextmanager
 def writer(path: str) -> Iterator[Out]:
-    """A text file that takes the place of `path` when the block ends well, and leaves no trace if it does not."""
+    """A file that takes the place of `path` when the block ends well, and leaves no trace if it does not."""
     if path == "-":
         set_stdout(encoding="utf-8", newline="\n")
-        yield Out(sys.stdout, STDOUT)
-        with naming(STDOUT):
-            sys.stdout.flush()
+        out = Out(sys.stdout.buffer, STDOUT)
+        yield out
+        out.commit(0)
         return
-    place = Path(os.path.realpath(path))  # a link stays a link
-    beside = None
-    with naming(path):
-        if place.is_dir():
-            raise InputError(f"{path}: Is a directory")
-        if place.exists() and not place.is_file():  # /dev/null, a pipe: nothing to rename
-            file = open(place, "w", encoding="utf-8", newline="\n")  # noqa: SIM115  closed below
-        else:
-            # a file keeps its mode, a new one gets what open() would give it
-            mode = stat.S_IMODE(place.stat().st_mode) if place.exists() else 0o666 & ~_umask()
-            handle, beside = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.", suffix=".part")
-            file = open(handle, "w", encoding="utf-8", newline="\n")  # noqa: SIM115
+    place = real(path)
+    file: IO[bytes] | None = None
+    beside = ""
     try:
-        yield Out(file, path)
         with naming(path):
-            if beside is not None:
+            if place.exists() and not place.is_file():  # /dev/null, a pipe: nothing to rename
+                file = open(place, "wb")  # noqa: SIM115  closed below
+            else:
+                mode = mode_of(place)
+                with interrupt.held():
+                    handle, beside = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.", suffix=".part")
+                    interrupt.files.add(beside)
+                file = open(handle, "wb")  # noqa: SIM115
+                interrupt.check()
+        yield Out(file, path)
+        with naming(path), interrupt.held():
+            if beside:
                 file.flush()
                 os.fsync(file.fileno())
             file.close()
-            if beside is not None:
+            if beside:
+                interrupt.check()
                 os.chmod(beside, mode)
                 os.replace(beside, place)
+                sync(place.parent)
     except BaseException:
-        with contextlib.suppress(OSError):  # what could not be written once cannot be written now
-            file.close()
-        if beside is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(beside)
+        with interrupt.held():
+            if file is not None:
+                with contextlib.suppress(OSError):  # what could not be written once cannot be written now
+                    file.close()
+            if beside:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(beside)
         raise
+    finally:
+        interrupt.files.discard(beside)
+
+
+def real(path: str) -> Path:
+    """Where a file of that name goes: a link stays a link, a folder is none."""
+    place = Path(os.path.realpath(path))
+    if place.is_dir():
+        raise InputError(f"{path}: Is a directory")
+    return place
+
+
+def mode_of(place: Path) -> int:
+    """A file keeps its mode, a new one gets what open() would give it."""
+    return stat.S_IMODE(place.stat().st_mode) if place.exists() else 0o666 & ~_umask()
+
+
+def sync(folder: Path) -> None:
+    """The names in `folder` outlast a loss of power, where the system can do that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def set_stdout(**how: str) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from rerank_kernels import backend
+from rerank_kernels.tables import Column, Table
 from rerank_kernels.verify.controls import Control
 from rerank_kernels.verify.measure import Result
 
@@ -64,14 +64,12 @@ class VerifyReport:
         console = console or Console()
         what = "logits" if self.kind == "cross-encoder" else "vectors"
         table = Table(
+            [
+                *map(Column, ("promise", "check", "varied")),
+                *(Column(name, number=True) for name in ("bits equal", "max difference", "rank flips")),
+            ],
             title=f"{self.scorer}: {what} of {self.rows} texts of {self.lengths[0]} to {self.lengths[1]} tokens",
-            title_justify="left",
         )
-        table.add_column("promise", no_wrap=True)
-        table.add_column("check", no_wrap=True)
-        table.add_column("varied")
-        for name in ("bits equal", "max difference", "rank flips"):
-            table.add_column(name, justify="right", no_wrap=True)
         promise = ""
         for r in self.results:
             style = "" if r.holds else "red" if r.promised else "dim"
