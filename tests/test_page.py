@@ -240,7 +240,7 @@ def test_a_browser_shows_it_whole(chromium: browser.Browser, name: str, tmp_path
     path = tmp_path / f"{name}.html"
     path.write_text(pages()[name], encoding="utf-8")
     papers = set()
-    for width, dark, media in ((400, False, ""), (1280, True, ""), (1280, False, ""), (700, False, "print")):
+    for width, dark, media in ((400, False, ""), (1280, True, ""), (1280, False, ""), (760, False, "print")):
         chromium.open(path, width, dark, media)
         seen = chromium.measure()
         assert seen["width"] == width and seen["scroll"] <= width, "scrolls sideways"

@@ -1,4 +1,4 @@
-"""tests/readme.py sees what is wrong with a page. The whole README is followed by `make readme`; here, what needs no install."""
+"""tests/readme.py sees what is wrong with a page. `make readme` follows the whole README; here is what needs no install."""
 
 from __future__ import annotations
 

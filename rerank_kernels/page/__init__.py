@@ -98,7 +98,7 @@ def verify_page(report: VerifyReport, stock: VerifyReport | None, *, model: str,
         both.setdefault(r.check, []).append((STOCK, r))
     return _page(
         command_name="verify",
-        model=model,
+        model=_short(model),
         good=report.ok,
         head=head,
         said=said,
@@ -113,7 +113,7 @@ def verify_page(report: VerifyReport, stock: VerifyReport | None, *, model: str,
             )
         ],
         controls=[(c.name, c.expected, c.seen_by, c.caught) for c in report.controls],
-        facts=_facts(report.environment),
+        facts=_facts({"model": model, **report.environment}),
         command=command,
         when=when,
         how_to_read=HOW_TO_READ,
@@ -183,7 +183,7 @@ def bench_page(report: BenchReport, *, environment: Mapping[str, Any], model: st
     )
     return _page(
         command_name="bench",
-        model=model,
+        model=_short(model),
         good=report.ok,
         head=head,
         said=said,
@@ -199,12 +199,24 @@ def bench_page(report: BenchReport, *, environment: Mapping[str, Any], model: st
             Plot("Texts a second", "longer is faster", speeds),
         ],
         controls=[],
-        facts=_facts({**report.facts, **environment}),
+        facts=_facts(
+            {
+                "model": model,
+                "class": report.facts["model"],
+                **{n: v for n, v in report.facts.items() if n != "model"},
+                **environment,
+            }
+        ),
         command=command,
         when=when,
         how_to_read="Stock and patched take turns, round after round, so that a busy machine hits both alike; times are "
         "medians. stock's time / ours is above 1 where ours is faster. A call is that of a batch, or of one text alone.",
     )
+
+
+def _short(model: str) -> str:
+    """The end of a path: what is a heading need not say where it lies."""
+    return "/".join(model.replace("\\", "/").rstrip("/").split("/")[-2:])
 
 
 def _milliseconds(value: float) -> str:
