@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+import shlex
+import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from html.parser import HTMLParser
@@ -14,7 +17,9 @@ import torch
 
 import browser
 from conftest import ran
-from rerank_kernels import bench, page
+from models import save_cross_encoder
+from rerank_kernels import bench, cli, page, verify
+from rerank_kernels.cli import terminal
 from rerank_kernels.verify import Control, Result, VerifyReport
 
 WHEN = datetime(2026, 2, 3, 4, 5, tzinfo=timezone.utc)
@@ -278,3 +283,123 @@ def test_a_page_that_fetches_or_complains_is_noticed(chromium: browser.Browser, 
     assert [url.rpartition("/")[2] for url in chromium.fetched] == ["nothing.png"]
     assert any("complains" in line for line in chromium.said)
     chromium.said.clear(), chromium.fetched.clear()
+
+
+# ---- the commands ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_cross_encoder(tmp_path_factory.mktemp("<b>model & more"))
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    path = tmp_path / "eight.jsonl"
+    path.write_text("".join(json.dumps({"query": "a", "document": f"{HOSTILE[0]} {'b ' * i}"}) + "\n" for i in range(8)))
+    return path
+
+
+def test_verify_writes_the_page_and_measures_stock_for_it(
+    folder: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "SECONDS", 0.01)
+    out, found = tmp_path / "page.html", tmp_path / "found.json"
+    argv = ["verify", str(folder), "--pairs", str(pairs), "--no-process", "--html", str(out), "--json", str(found)]
+    assert cli.main(argv) == 0, "stock, which falls, is only shown"
+    shares = [
+        int(part) for part in re.findall(r"^rerank-kernels: verifying: (\d+)% after", capsys.readouterr().err, re.MULTILINE)
+    ]
+    assert shares == sorted(shares) and len(set(shares)) > 10 and shares[0] < 50 < shares[-1], "one over both"
+    measured = json.loads(found.read_text("utf-8"))
+    assert measured["ok"] and not measured["stock"]["ok"] and measured["stock"]["scorer"] == page.STOCK
+    text = out.read_text("utf-8")
+    said = Seen(text)
+    assert "Every promise holds" in said.words and f"{folder.parent.name}/{folder.name}" in said.words
+    assert shlex.join(["rerank-kernels", *argv]) in said.text
+    assert "<b>model" not in text and "script" not in said.tags
+    for check in measured["checks"] + measured["stock"]["checks"]:
+        assert f"{check['equal']:,} of {check['total']:,}" in said.words
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["eight.jsonl", "found.json", "page.html"]
+
+
+def test_verify_of_stock_alone_is_measured_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, asked = tmp_path / "page.html", []
+    monkeypatch.setattr(verify, "verify", lambda *a, stock, **k: asked.append(stock) or report(page.STOCK))
+    assert cli.main(["verify", str(folder), "--stock", "--html", str(out)]) == 1
+    text = out.read_text("utf-8")
+    assert asked == [True] and 'class="verdict bad"' in text and '<rect class="ours"' not in text
+
+
+def test_bench_writes_the_page(folder: Path, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    assert cli.main(["bench", str(folder), "--pairs", str(pairs), "--seconds", "1", "--html", str(out)]) == 0
+    said = Seen(out.read_text("utf-8")).words
+    assert "The same bits in every way" in said and "numerics" in said and "of 8" in said
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_a_page_is_whole_or_as_it_was(
+    command: str, folder: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (out := tmp_path / "page.html").write_text("before")
+    broken = tmp_path / "few.jsonl"
+    broken.write_text("{}\n")
+    assert cli.main([command, str(folder), "--pairs", str(broken), "--html", str(out)]) == 2
+    assert out.read_text() == "before"
+    assert cli.main([command, str(folder), "--html", str(tmp_path / "no" / "page.html")]) == 2
+    assert cli.main([command, str(folder), "--html", str(out), "--json", str(out)]) == 2
+    assert "give it a file of its own" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["eight.jsonl", "few.jsonl", "page.html"]
+
+
+# ---- progress, where no bar can be seen --------------------------------------------------------------------------------------
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def test_a_line_of_progress_says_what_how_far_and_how_long(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal.progress("scoring", 2000, seconds=0.05) as advance:
+        time.sleep(0.2)  # before the first step, and within one that takes long
+        for done in (500, 1000):
+            advance(done)
+            time.sleep(0.2)
+    said = lines(capsys)
+    assert said[0] == "rerank-kernels: scoring: 0 of 2,000, 0% after 0 s"
+    assert re.fullmatch(r"rerank-kernels: scoring: 1,000 of 2,000, 50% after \d s, about \d s left", said[-1])
+    assert len(said) >= 6
+    with terminal.progress("scoring", None, seconds=0.05) as advance:
+        advance(1234)
+        time.sleep(0.2)
+    assert lines(capsys)[-1] == "rerank-kernels: scoring: 1,234 after 0 s"
+    with terminal.progress("verifying", 1.0) as advance:  # a minute, not what this test says
+        advance(0.5)
+        time.sleep(0.2)
+    assert lines(capsys) == []
+
+
+def test_time_left_is_reckoned_from_the_first_step() -> None:
+    """A run that goes on where another stopped did not score in no time what that one had."""
+    now = time.monotonic()
+    assert terminal._left([(now - 100, 9000.0), (now - 1, 9500.0)], 10_000) == ", about 2 min left"
+    assert terminal._left([(now, 9000.0)], 10_000) == ""
+    assert [terminal._duration(s) for s in (59, 60, 3540, 3600, 7260)] == ["59 s", "1 min", "59 min", "1 h 0 min", "2 h 1 min"]
+
+
+@pytest.mark.parametrize("command", ["score", "bench"])  # verify: test_verify_writes_the_page_and_measures_stock_for_it
+def test_a_command_off_a_terminal_says_that_it_lives(
+    command: str, folder: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "SECONDS", 0.01)
+    own = {"score": [str(pairs)], "bench": ["--pairs", str(pairs), "--seconds", "1"]}[command]
+    assert cli.main([command, str(folder), *own]) == 0
+    said = lines(capsys)
+    what = {"score": "scoring", "bench": "timing"}[command]
+    assert said and all(re.fullmatch(rf"rerank-kernels: {what}: .*\d% after \d+ s(, about \d+ \w+ left)?", s) for s in said), (
+        said
+    )
+    assert command == "score" or any("left" in s for s in said)
