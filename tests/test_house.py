@@ -90,7 +90,7 @@ def test_commands_are_what_the_pages_say() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"Makefile has no target {target}"
     for target in ("demo", "test", "bench", "stacks"):
         assert f"make {target}" in text("README.md"), f"README.md does not say make {target}"
-    for target in ("lint", "test", "stacks"):
+    for target in ("lint", "test", "readme", "stacks"):
         assert re.search(rf"\bmake {target}$", ci, re.MULTILINE), f".ci/run does not call make {target}"
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 

@@ -8,6 +8,7 @@ whole: whatever happens, what stood there before is intact.
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -32,6 +33,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
         args = parser().parse_args(argv)
         args.ours = argv is None
+        args.command = shlex.join(("rerank-kernels", *(sys.argv[1:] if argv is None else argv)))  # for a page to say
         try:
             code = int(args.run(args))
             if sys.stdout is not None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+from datetime import datetime
 
 from rerank_kernels.cli import interrupt, models, reading, terminal, writing
-from rerank_kernels.cli.errors import fail_with
+from rerank_kernels.cli.errors import InputError, fail_with
 from rerank_kernels.cli.options import model_options, positive
 
 ABOUT = "Time the model, stock beside patched, and check that the bits hold."
@@ -28,18 +29,21 @@ def options(sub: argparse.ArgumentParser) -> None:
         help="about how long it takes, three rounds at least (default: %(default)s)",
     )
     sub.add_argument("--json", metavar="FILE", help="write every time to FILE as well")
+    sub.add_argument("--html", metavar="FILE", help="write it to FILE as a page for others to read")
 
 
 def run(args: argparse.Namespace) -> int:
     pairs = None
     if args.pairs is not None:
         pairs = reading.pairs(args.pairs)
+    if args.html and args.html == args.json:
+        raise InputError(f"--html {args.html}: is where --json goes; give it a file of its own")
     with contextlib.ExitStack() as stack:
-        out = stack.enter_context(writing.writer(args.json)) if args.json else None
+        out, page = (stack.enter_context(writing.writer(f)) if f else None for f in (args.json, args.html))
         with interrupt.loading(args.ours):
             from rerank_kernels.bench import bench
             from rerank_kernels.binding import PatchError
-            from rerank_kernels.verify import load
+            from rerank_kernels.verify import Setting, environment, load
             from rerank_kernels.verify.models import default_pairs
 
             models.quiet()
@@ -66,4 +70,9 @@ def run(args: argparse.Namespace) -> int:
             report.print(terminal.console())
         if out is not None:
             out.write(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
+        if page is not None:
+            from rerank_kernels.page import bench_page
+
+            about, when = environment(Setting.of(loaded.model, args.mode, None)), datetime.now().astimezone()
+            page.write(bench_page(report, environment=about, model=args.model, command=args.command, when=when))
     return 0 if report.ok else 1

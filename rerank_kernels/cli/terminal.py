@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
+from rerank_kernels.cli.errors import say
 from rerank_kernels.cli.writing import set_stdout
+
+SECONDS = 60.0  # between two lines of progress, where no bar can be seen
 
 
 def console() -> Any:
@@ -34,10 +39,14 @@ def _columns() -> int:
 
 
 @contextlib.contextmanager
-def progress(what: str, total: float | None) -> Iterator[Any]:
-    """Yields a function that takes how far it is; a bar on stderr if that is a terminal. total: None if unknown."""
+def progress(what: str, total: float | None, seconds: float | None = None) -> Iterator[Any]:
+    """Yields a function that takes how far it is, of `total`, None if unknown.
+
+    On stderr: a bar if that is a terminal, else a line every `seconds`.
+    """
     if not sys.stderr.isatty():
-        yield lambda done: None
+        with _lines(what, total, SECONDS if seconds is None else seconds) as advance:
+            yield advance
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -46,3 +55,47 @@ def progress(what: str, total: float | None) -> Iterator[Any]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)
+
+
+@contextlib.contextmanager
+def _lines(what: str, total: float | None, seconds: float) -> Iterator[Any]:
+    """A log shows that the command lives and how long it will: by the clock, for one step may take many minutes."""
+    started, ended = time.monotonic(), threading.Event()
+    steps: list[tuple[float, float]] = []  # when it was how far: at the first step, for a run that goes on, and at the last
+
+    def advance(done: float) -> None:
+        steps[1:] = [(time.monotonic(), done)]
+
+    def tell() -> None:
+        while not ended.wait(seconds):
+            say(f"{what}: {_far(list(steps), total)} after {_duration(time.monotonic() - started)}{_left(list(steps), total)}")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield advance
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _far(steps: list[tuple[float, float]], total: float | None) -> str:
+    done = steps[-1][1] if steps else 0.0
+    if total is None:
+        return f"{done:,.0f}"
+    count = f"{done:,.0f} of {total:,.0f}, " if total > 1 else ""
+    return f"{count}{done / total if total else 1.0:.0%}"
+
+
+def _left(steps: list[tuple[float, float]], total: float | None) -> str:
+    if total is None or len(steps) < 2 or steps[1][1] <= steps[0][1]:
+        return ""
+    (then, first), (_, done) = steps
+    return f", about {_duration((time.monotonic() - then) * (total - done) / (done - first))} left"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -6,9 +6,10 @@ import argparse
 import contextlib
 import json
 import sys
+from datetime import datetime
 
 from rerank_kernels.cli import interrupt, models, reading, terminal, writing
-from rerank_kernels.cli.errors import fail_with
+from rerank_kernels.cli.errors import InputError, fail_with
 from rerank_kernels.cli.options import model_options, positive
 
 ABOUT = "Check every promise on this machine; exit code 1 if one falls."
@@ -32,6 +33,12 @@ def options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--json", metavar="FILE", help="write everything measured to FILE as well")
     sub.add_argument(
+        "--html",
+        metavar="FILE",
+        help="write it to FILE as a page for others to read; measures the model without rerank_kernels too, to show it beside, "
+        "which takes about as long again",
+    )
+    sub.add_argument(
         "--no-process", action="store_true", help="leave out the check in a fresh process, which loads the model again"
     )
 
@@ -40,8 +47,10 @@ def run(args: argparse.Namespace) -> int:
     pairs = None
     if args.pairs is not None:
         pairs = reading.pairs(args.pairs)
+    if args.html and args.html == args.json:
+        raise InputError(f"--html {args.html}: is where --json goes; give it a file of its own")
     with contextlib.ExitStack() as stack:
-        out = stack.enter_context(writing.writer(args.json)) if args.json else None
+        out, page = (stack.enter_context(writing.writer(f)) if f else None for f in (args.json, args.html))
         with interrupt.loading(args.ours):
             from rerank_kernels.binding import PatchError
             from rerank_kernels.verify import load, verify
@@ -52,19 +61,24 @@ def run(args: argparse.Namespace) -> int:
                 loaded = load(args.model, models.dtype(args.dtype))
                 if (device := models.device(args.device)) is not None:
                     loaded.model.to(device)
+            which = [True] if args.stock else [False, True] if args.html else [False]
             with terminal.progress("verifying", 1.0) as advance:
-                report = verify(
-                    loaded.model,
-                    loaded.tokenizer,
-                    pairs,
-                    stock=args.stock,
-                    max_length=args.max_length,
-                    limit=args.limit,
-                    pooling=loaded.pooling,
-                    source=None if args.no_process else args.model,
-                    mode=args.mode,
-                    progress=advance,
-                )
+                reports = [
+                    verify(
+                        loaded.model,
+                        loaded.tokenizer,
+                        pairs,
+                        stock=stock,
+                        max_length=args.max_length,
+                        limit=args.limit,
+                        pooling=loaded.pooling,
+                        source=None if args.no_process else args.model,
+                        mode=args.mode,
+                        progress=lambda share, before=before: advance((before + share) / len(which)),  # type: ignore[misc]
+                    )
+                    for before, stock in enumerate(which)
+                ]
+            report, beside = reports[0], reports[1] if reports[1:] else None
         except (ValueError, PatchError) as error:
             fail_with(error)
         try:
@@ -74,5 +88,11 @@ def run(args: argparse.Namespace) -> int:
         except BrokenPipeError:  # whoever stops reading does not change the verdict
             writing.drop_stdout()
         if out is not None:
-            out.write(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
+            found = report.as_dict() | ({} if beside is None else {"stock": beside.as_dict()})
+            out.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        if page is not None:
+            from rerank_kernels.page import verify_page
+
+            when = datetime.now().astimezone()
+            page.write(verify_page(report, beside, model=args.model, command=args.command, when=when))
     return 0 if report.ok else 1
