@@ -96,7 +96,7 @@ def _unfit(key: str) -> str | None:
     namespace = torch.ops.rerank_kernels
 
     def there(op: str) -> bool:
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
         return hasattr(namespace, op) and (
             (key == "CPU" and op.endswith("_tensor")) or has_kernel(f"rerank_kernels::{op}", key)
         )
