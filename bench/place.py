@@ -119,6 +119,13 @@ def cpu_limits(content: Content) -> str:
     )
 
 
+def cpu_serving(content: Content) -> str:
+    records = content["serving"]
+    rows = [(r["way"], *(f"{rate:.1f}" for rate in r["rates"].values()), f"{r['ratio']:.2f}") for r in records]
+    about = f"{facts(content)}\n"
+    return about + markdown(("pairs a second", *records[0]["rates"], "ours / stock"), rows)
+
+
 def gpu(content: Content, models: bool) -> str:
     """Ours is the better of the two backends, named; theirs the best of all that ran."""
     rows = []
@@ -173,6 +180,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "cpu-bits": (("cpu",), cpu_bits),
     "cpu-memory": (("cpu",), cpu_memory),
     "cpu-limits": (("limits",), cpu_limits),
+    "cpu-serving": (("serving",), cpu_serving),
     "cpu-machine": (("cpu",), facts),
     "gpu-models": (("cuda",), lambda c: gpu(c, True)),
     "gpu-ops": (("cuda",), lambda c: gpu(c, False)),
@@ -183,6 +191,7 @@ HOLDS = {
     "cpu-bits": "bits",
     "cpu-memory": "memory",
     "cpu-limits": "limits",
+    "cpu-serving": "serving",
 }  # what of a run a table is made of, if a run may lack it
 
 FIGURES = {

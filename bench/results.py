@@ -12,15 +12,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def kept(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """ "cpu", "cuda", "scaling-cpu", "scaling-cuda", "limits" -> the newest whole run in `folder`.
+    """ "cpu", "cuda", "scaling-cpu", "scaling-cuda", "limits", "serving" -> the newest whole run in `folder`.
 
     Not --quick, --against or --only.
     """
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime):
         content = json.loads(path.read_text())
-        if "limits" in content and not content.get("quick"):
-            found["limits"] = content  # whole in itself, also where it was all of the run
+        for study in ("limits", "serving"):
+            if study in content and not content.get("quick"):
+                found[study] = content  # whole in itself, also where it was all of the run
         if content.get("quick") or content.get("only") or "against" in content:
             continue
         device = content.get("device", "cpu")

@@ -32,6 +32,7 @@ import limits
 import memory
 import ops
 import rerankers
+import serving
 import strict
 from clock import Contest, Missing, measure
 from report import machine, write_json
@@ -60,6 +61,10 @@ def studies(quick: bool) -> dict[str, tuple[str, Callable[[], Results]]]:
         "limits of the machine, and what each kernel reaches": (
             "limits",
             functools.partial(limits.measure, 0.2 if quick else 1.0),
+        ),
+        "serving: processes and callers that share the machine": (
+            "serving",
+            functools.partial(serving.measure, 0.5 if quick else 4.0),
         ),
     }
 
@@ -126,7 +131,19 @@ def show_limits(console: Console, records: Results) -> None:
     console.print(table)
 
 
-SHOWN = {"memory": show_memory, "bits": show_bits, "limits": show_limits}
+def show_serving(console: Console, records: Results) -> None:
+    table = Table()
+    for name in ("", *records[0]["rates"], "ours / stock"):
+        table.add_column(name, justify="right" if name else "left")
+    for r in records:
+        table.add_row(r["way"], *(f"{rate:.1f}" for rate in r["rates"].values()), f"{r['ratio']:.2f}")
+    console.print(
+        f"pairs a second of {records[0]['model']}, one pair of 128 tokens a call, all processes together", highlight=False
+    )
+    console.print(table)
+
+
+SHOWN = {"memory": show_memory, "bits": show_bits, "limits": show_limits, "serving": show_serving}
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ BITS = [
     {"model": "m", "way": w, "dtype": "fp32", "pairs": 8, "differ": {"padding": d}, "furthest": d * 1e-7}
     for w, d in (("stock", 5), ("ours", 0))
 ]
+SERVING = [{"way": "2 processes", "model": "m", "rates": {"stock": 5.0, "ours": 12.5}, "ratio": 2.5}]
 LIMITS = [
     {"threads": 2, "gflops": 99.0, "cache_gbs": 9.0, "memory_gbs": 8.0},
     {"case": "gelu 1x2", "fmas": 3e6, "bytes": 4e6, "limit_ms": 1.0, "limited_by": "memory", "ms": 2.0, "reached": 0.5},
@@ -106,6 +107,7 @@ def data(tmp_path: Path) -> Path:
         "new": {"results": CPU, "memory": MEMORY, "bits": BITS},
         "only": {"results": [], "only": ["linear"]},
         "limits": {"results": [], "only": ["limits"], "limits": LIMITS},
+        "serving": {"results": [], "only": ["serving"], "serving": SERVING},
         "quick": {"results": [], "quick": True},
         "against": {"results": [], "against": "HEAD"},
         "gpu": {"results": CASES, "device": "cuda"},
@@ -120,13 +122,13 @@ def data(tmp_path: Path) -> Path:
 
 def test_the_newest_whole_run_of_each_kind(data: Path) -> None:
     found = results.kept(data)
-    assert set(found) == {"cpu", "cuda", "scaling-cpu", "limits"}
+    assert set(found) == {"cpu", "cuda", "scaling-cpu", "limits", "serving"}
     assert found["cpu"]["results"] == CPU
 
 
 def test_tables_stand_between_their_markers(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["cpu-models", "cpu-models-short", "cpu-ops", "cpu-ops-short", "cpu-bits", "cpu-memory", "cpu-machine"]
-    names += ["cpu-limits"]
+    names += ["cpu-limits", "cpu-serving"]
     names += ["gpu-models", "gpu-ops", "gpu-machine", "bits"]
     assert set(names) == set(place.TABLES)
     page = tmp_path / "page.md"
@@ -148,6 +150,7 @@ def test_tables_stand_between_their_markers(data: Path, tmp_path: Path, capsys: 
         "2 threads of this machine: 99 GFLOP/s, 9 GB/s" in text
         and "| gelu 1x2 | 3 M | 4 MB | 1.00 ms, memory | 2.00 ms | 50% |" in text
     )
+    assert "| 2 processes | 5.0 | 12.5 | 2.50 |" in text
     assert "| b, 8x128 | 220 MiB | 200 MiB | 1.10 |" in text and "| fp32, stock | 5 | 5.0e-07 |" in text
     # 0.50: compile, the best of theirs, over cuda; 2.00: the median over the rounds, over triton; 3 TFLOP/s in 1 ms
     assert "| linear 1x8x8 fp16 | 2.00 ms, compile | 4.00 ms, cuda | 0.50 | 1.00 ms, triton | 2.00 | 3.0T |" in text
