@@ -221,9 +221,10 @@ def cuda_or_why_not() -> tuple[types.SimpleNamespace | None, str]:
         gencode, said = search.gencode(os.environ.get("TORCH_CUDA_ARCH_LIST"), kit, seen_gpus())
     except ValueError as error:
         return None, str(error)
-    count, minutes = len(gencode), search.minutes(gencode)
+    count = len({flag.partition(",")[0] for flag in gencode})
     say(
-        f"building CUDA for {count} architectures, about {minutes} minutes; RERANK_KERNELS_BUILD_CUDA=0 leaves it out "
+        f"building CUDA for {count} architecture{'s' * (count > 1)}, about {search.minutes(gencode)} minutes of this machine's "
+        f"{os.cpu_count()} cores; RERANK_KERNELS_BUILD_CUDA=0 leaves it out "
         f"(nvcc {kit.release} of {kit.home}, {said})"
     )
     return types.SimpleNamespace(home=kit.home, libraries=kit.libraries, gencode=gencode, flags=search.FLAGS), ""

@@ -315,3 +315,17 @@ def test_the_command_names_the_folder_that_pip_installed_from(bare: pathlib.Path
     (info / "direct_url.json").write_text('{"url": "' + sources.as_uri() + '", "dir_info": {}}')
     found = python("import rerank_kernels.native as n; print(n.build_command())", tmp_path / "site")
     assert found.endswith(f"--no-build-isolation --no-deps '{sources}'")
+
+
+def test_the_messages_of_the_page_are_the_messages_of_the_program() -> None:
+    """docs/INSTALL.md, first column: what stands between the dots is in a source file; so is each variable."""
+    page = (ROOT / "docs" / "INSTALL.md").read_text()
+    rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    names = ("setup.py", "csrc/toolkit.py", "csrc/schema.cpp", "rerank_kernels/backend.py", "rerank_kernels/native/__init__.py")
+    sources = "".join((ROOT / name).read_text() for name in names)
+    plain = re.sub(r'"\s*\n\s*f?"', "", sources)
+    elsewhere = {"Cannot import 'setuptools.build_meta'", "MAX_JOBS"}  # pip's and torch's own
+    words = {part.strip(" :,") for row in rows for quoted in re.findall(r"`(.+?)`", row) for part in quoted.split("…")}
+    words -= {"", *elsewhere}
+    assert len(words) > 30
+    assert sorted(w for w in words if w not in plain) == []

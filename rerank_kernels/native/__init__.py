@@ -60,7 +60,7 @@ def holding_threads() -> Iterator[None]:
 
 
 def threads() -> int:
-    """How many threads an op on CPU tensors may use now: torch.get_num_threads(), or what that was when the block above began."""
+    """How many threads an op on CPU tensors may use now: torch.get_num_threads(), or what that was before the block above."""
     return int(torch.ops.rerank_kernels.hold_threads(-1)) if missing() is None else torch.get_num_threads()
 
 
@@ -102,7 +102,7 @@ def _unfit(key: str) -> str | None:
     namespace = torch.ops.rerank_kernels
 
     def there(op: str) -> bool:
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key  # its own, or one for every device
         return hasattr(namespace, op) and (
             (key == "CPU" and op.endswith("_tensor")) or has_kernel(f"rerank_kernels::{op}", key)
         )
