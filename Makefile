@@ -24,7 +24,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all cuda-check gpu bench stacks figures readme lint format verify build clean FORCE
+.PHONY: help demo test test-all cuda-check gpu bench stacks installs figures readme lint format verify build clean FORCE
 
 # Absolute, so that a recipe may use them from any directory.
 BIN := $(abspath $(VENV))/bin
@@ -65,6 +65,9 @@ bench: $(VENV)/installed $(VENV)/engines  ## correctness gate, then times beside
 
 stacks: $(VENV)/installed  ## sentence-transformers, FlagEmbedding, Haystack, Infinity, each with its own pins (STACKS='st6 flag')
 	$(OFFLINE) $(BIN)/python stacks/run.py --torch '$(TORCH)' $(STACKS) $(ARGS)
+
+installs: $(VENV)/installed  ## the ends of what is claimed (torch, transformers) and clang, installed and run (ARGS='oldest --place')
+	$(BIN)/python tests/installs.py $(ARGS)
 
 figures: $(VENV)/installed  ## draw the runs that bench/out holds, and write their tables into the pages
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'rerank-kernels[bench]'

@@ -1,29 +1,47 @@
 """Builds rerank_kernels._C (ops on CPU tensors, torch stable ABI), rerank_kernels._cuda (the same ops on CUDA tensors; apart,
-since it cannot load without PyTorch's CUDA libraries) and rerank_kernels._host (pybind11, torch-free).
+since it cannot load without PyTorch's CUDA libraries) and, in a checkout, rerank_kernels._host (pybind11, for tests).
+
+A wheel holds what serves one Python as it does the next: _C and _cuda, tagged cp310-abi3, or Python alone, tagged py3-none-any.
 
 RERANK_KERNELS_BUILD_CPU = auto (default: built if torch and a C++ compiler are there, else the package installs without it
 and says so) | 0 (never) | 1 (required: a failure fails the install).
 RERANK_KERNELS_BUILD_CUDA = auto (default: built if torch is a CUDA build and a CUDA toolkit of its major version is there; no
-GPU is needed) | 0 | 1. CUDA_HOME says where the toolkit is, TORCH_CUDA_ARCH_LIST for which GPUs to compile.
+GPU is needed) | 0 | 1. CUDA_HOME says where the toolkit is, TORCH_CUDA_ARCH_LIST for which GPUs to compile: without it for
+those that are here, or for all that we know if none is. CXX is the C++ compiler, with a wrapper or flags if it has some.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib.util
 import os
 import pathlib
+import re
+import shlex
 import shutil
+import subprocess
 import sys
+import tempfile
+import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from setuptools import setup
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # before it reads pyproject.toml, which it would not understand
+    raise SystemExit(
+        f"rerank_kernels: setuptools {setuptools.__version__} is too old, 77 is needed; run: "
+        f"{shlex.quote(sys.executable)} -m pip install 'setuptools>=77'"
+    )
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = pathlib.Path(__file__).parent
 WANT = os.environ.get("RERANK_KERNELS_BUILD_CPU", "auto")
 WANT_CUDA = os.environ.get("RERANK_KERNELS_BUILD_CUDA", "auto")
-CUDA = "rerank_kernels._cuda"
+CPU, HOST, CUDA = "rerank_kernels._C", "rerank_kernels._host", "rerank_kernels._cuda"
+OLDEST_TORCH = (2, 10)
 
 # The numeric contract's flags (NUMERICS.md, "Flags"): a compiler must neither fuse nor reorder what the source says.
 NUMERIC_FLAGS = ["-ffp-contract=off", "-fno-fast-math", "-fno-unsafe-math-optimizations"]
@@ -33,11 +51,11 @@ FLAGS = [
     "-std=c++20",
     "-Wall",
     "-Wno-unknown-pragmas",
-    "-Wno-maybe-uninitialized",
     "-fvisibility=hidden",
     "-fno-math-errno",
     *NUMERIC_FLAGS,
 ]
+GCC_FLAGS = ["-Wno-maybe-uninitialized"]  # clang does not know it
 
 
 # Why a library is missing, for the package to say: read by rerank_kernels/native/__init__.py.
@@ -48,7 +66,7 @@ NO_CUDA = ROOT / "rerank_kernels" / "_no_cuda.txt"
 def leave_out(reason: str) -> None:
     """Install without the library, and let the package say why, since pip keeps quiet about it."""
     NOT_BUILT.write_text(reason + "\n", encoding="utf-8")
-    say(f"installing without the C++ library: {reason}; the pytorch backend will serve")
+    say(f"installing without the C++ library: {reason}. The pytorch backend will serve, slower and with other bits")
 
 
 def leave_out_cuda(reason: str) -> None:
@@ -66,7 +84,7 @@ def refuse_cuda(reason: str) -> None:
 
 
 def say(text: str) -> None:
-    # stderr: pip shows it with -v, and always when an install fails
+    # stderr: pip shows it with -v, and when an install fails; without -v it shows nothing of what a build says
     print(f"rerank_kernels: {text}", file=sys.stderr, flush=True)
 
 
@@ -79,16 +97,102 @@ def toolkit_module() -> types.ModuleType:
     return module
 
 
+def compiler() -> list[str] | None:
+    """The C++ compiler as a command: CXX ("ccache g++", a path with spaces, with flags), else what is on PATH."""
+    named = os.environ.get("CXX", "").strip()
+    if not named:
+        return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    command = [named] if os.access(named, os.X_OK) else shlex.split(named)
+    return command if command and shutil.which(command[0]) else None
+
+
+def one_word(command: list[str]) -> str:
+    """The compiler as PyTorch and setuptools both take it, whatever their versions: a script stands for more than one word."""
+    if len(command) == 1 and " " not in command[0]:
+        return command[0]
+    folder = tempfile.mkdtemp(prefix="rerank-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    script = pathlib.Path(folder) / "c++"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n', encoding="utf-8")
+    script.chmod(0o755)
+    os.environ["TORCH_NO_COMPILER_WRAPPER"] = "1"  # newer PyTorch puts ccache in front by itself
+    return str(script)
+
+
 def why_not() -> str | None:
-    """What a build lacks, None if nothing."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
-        return "no C++ compiler on PATH (install g++ 11 or newer)"
+    """What a build lacks, None if nothing. Settles CXX, so that PyTorch and setuptools mean the same compiler."""
+    command = compiler()
+    if command is None:
+        named = os.environ.get("CXX")
+        said = f"CXX={named} is not there" if named else "no C++ compiler on PATH"
+        return f"{said} (install g++ 11 or newer, or clang 14 or newer)"
+    if lacks := why_not_compiler(command):
+        return lacks
+    os.environ["CXX"] = one_word(command)
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not visible to the build: pip builds in an environment of its own unless told --no-build-isolation"
     try:
         import torch
-        import torch.utils.cpp_extension  # noqa: F401
-    except ImportError:
-        return "torch is not visible to the build (install torch first, then pip install --no-build-isolation .)"
+        import torch.utils.cpp_extension
+    except Exception as error:  # of a library that does not load, too
+        return f"torch does not import: {type(error).__name__}: {' '.join(str(error).split())}"
+    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
     return None
+
+
+def why_not_compiler(command: list[str]) -> str | None:
+    """A compiler that does not take a flag of the contract, or is too old for our C++, is known before the build."""
+    probe = "#include <bit>\n#include <memory>\ntemplate <class T> concept Some = true;\nint main() {}\n"
+    ask = [*command, "-x", "c++", *FLAGS, "-Werror", "-fsyntax-only", "-"]
+    done = subprocess.run(ask, input=probe, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    if done.returncode == 0:
+        return None
+    return (
+        f"the compiler {shlex.join(command)} ({version_of(command)}) does not compile our C++20: "
+        f"{first_error(done.stderr)} (install g++ 11 or newer, or clang 14 or newer; CXX says which is taken)"
+    )
+
+
+def version_of(command: list[str]) -> str:
+    said = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    return said.partition("\n")[0].strip() or "it does not say which version"
+
+
+def first_error(said: str) -> str:
+    """The line of a compiler's or linker's words that says what is wrong."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    wrong = [line for line in lines if re.search(r"\b(fatal )?error\b|undefined reference|cannot find", line, re.IGNORECASE)]
+    return (wrong or lines or ["it said nothing"])[0]
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[list[bytes]]:
+    """What the processes of a build write, for the reason of a failure; it is shown as it comes."""
+    said: list[bytes] = []
+    saved = os.dup(1), os.dup(2)
+    read, write = os.pipe()
+
+    def pass_on() -> None:
+        while chunk := os.read(read, 65536):
+            said.append(chunk)
+            os.write(saved[1], chunk)
+
+    thread = threading.Thread(target=pass_on)
+    thread.start()
+    try:
+        for number in (1, 2):
+            sys.stdout.flush()
+            os.dup2(write, number)
+        os.close(write)
+        yield said
+    finally:
+        for number, before in zip((1, 2), saved, strict=True):
+            sys.stdout.flush()
+            os.dup2(before, number)
+        thread.join()
+        for number in (*saved, read):
+            os.close(number)
 
 
 def cuda_or_why_not() -> tuple[types.SimpleNamespace | None, str]:
@@ -114,11 +218,26 @@ def cuda_or_why_not() -> tuple[types.SimpleNamespace | None, str]:
             f"install a toolkit {wanted}.x (CUDA_HOME says where it is, or {wheels}) or a torch built for CUDA {kit.version[0]}"
         )
     try:
-        gencode, said = search.gencode(os.environ.get("TORCH_CUDA_ARCH_LIST"), kit)
+        gencode, said = search.gencode(os.environ.get("TORCH_CUDA_ARCH_LIST"), kit, seen_gpus())
     except ValueError as error:
         return None, str(error)
-    say(f"CUDA library: nvcc {kit.release} of {kit.home}, {said}")
+    count = len({flag.partition(",")[0] for flag in gencode})
+    say(
+        f"building CUDA for {count} architecture{'s' * (count > 1)}, about {search.minutes(gencode)} minutes of this machine's "
+        f"{os.cpu_count()} cores; RERANK_KERNELS_BUILD_CUDA=0 leaves it out "
+        f"(nvcc {kit.release} of {kit.home}, {said})"
+    )
     return types.SimpleNamespace(home=kit.home, libraries=kit.libraries, gencode=gencode, flags=search.FLAGS), ""
+
+
+def seen_gpus() -> list[str]:
+    """The compute capabilities of the GPUs in this machine: ["90"]."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return [f"{major}{minor}" for major, minor in sorted(found)]
 
 
 def apart(object_filenames: Callable[..., list[str]]) -> Callable[..., list[str]]:
@@ -157,62 +276,68 @@ def extensions() -> tuple[list, dict]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     class Build(BuildExtension):
-        """With auto, a failed compilation leaves the pure-Python package, or one without CUDA, and says so."""
+        """Each library by itself: with auto, one that fails is left out and says why, and the others stay."""
+
+        def run(self) -> None:
+            self.in_checkout = self.editable_mode or bool(self.inplace)  # setuptools clears inplace while it builds
+            super().run()
 
         def build_extensions(self) -> None:
-            cpu = [e for e in self.extensions if e.name != CUDA]
-            cuda = [e for e in self.extensions if e.name == CUDA]
-            if not cuda:
-                self.forget_cuda()
+            wanted = {e.name: e for e in self.extensions if self.in_checkout or e.name != HOST}
+            built = []
+            for name, extension in wanted.items():
+                if name == CUDA:  # PyTorch first checks the toolkit, and what it dislikes must not cost the CPU library
+                    self.compiler.object_filenames = apart(self.compiler.object_filenames)
+                self.extensions = [extension]
+                with heard() as said:
+                    failed = self.failure_of_build()
+                if failed is None:
+                    built.append(extension)
+                    continue
+                if (name, "1") in ((CPU, WANT), (CPU, WANT_CUDA), (CUDA, WANT_CUDA)):
+                    raise failed
+                words = b"".join(said).decode(errors="replace")
+                reason = f"it did not compile: {first_error(words or str(failed))} (pip install -v shows all of it)"
+                if name == HOST:
+                    say(f"leaving out rerank_kernels._host, which only tests use: {reason}")
+                elif name == CUDA:
+                    leave_out_cuda(reason)
+                else:
+                    leave_out(reason)
+                    leave_out_cuda("it needs the C++ library, which did not compile")
+                    break
+            self.extensions = self.distribution.ext_modules = built
+            self.settle({e.name for e in built})
+
+        def failure_of_build(self) -> Exception | None:
             try:
-                self.extensions = cpu
                 super().build_extensions()
             except Exception as error:  # of the compiler's check, of ninja, of the linker
-                if "1" in (WANT, WANT_CUDA):
-                    raise
-                leave_out(f"it did not compile ({error}; pip install -v shows the compiler's messages)")
-                leave_out_cuda("it needs the C++ library, which did not compile")
-                self.extensions = []  # nothing to copy
-                self.forget_cuda()
-                self.collect(NOT_BUILT, NO_CUDA)
-                return
-            try:
-                if cuda:  # by itself: PyTorch first checks the toolkit, and what it dislikes must not cost the CPU library
-                    self.extensions = cuda
-                    self.compiler.object_filenames = apart(self.compiler.object_filenames)
-                    super().build_extensions()
-                self.extensions = [*cpu, *cuda]
-            except Exception as error:
-                if WANT_CUDA == "1":
-                    raise
-                leave_out_cuda(f"it did not compile ({error}; pip install -v shows the compiler's messages)")
-                self.extensions = cpu
-                self.forget_cuda()
-                self.collect(NO_CUDA)
+                return error
+            return None
 
-        def forget_cuda(self) -> None:
-            """A library of an earlier build would be installed again."""
-            folder = ROOT / "rerank_kernels" if self.inplace else pathlib.Path(self.build_lib) / "rerank_kernels"
-            for old in folder.glob("_cuda*.so"):
-                old.unlink()
-
-        def collect(self, *said: pathlib.Path) -> None:
-            """Package data was gathered before this step."""
+        def settle(self, built: set[str]) -> None:
+            """A library of an earlier build would be installed again, and package data was gathered before this step."""
             collected = pathlib.Path(self.build_lib) / "rerank_kernels"
-            if not self.inplace and collected.is_dir():
-                for path in said:
-                    shutil.copy(path, collected)
+            for folder in (collected, *([ROOT / "rerank_kernels"] if self.in_checkout else [])):
+                for name in {CPU, HOST, CUDA} - built:
+                    for old in folder.glob(f"{name.rpartition('.')[2]}.*so"):
+                        old.unlink()
+            for said in (NOT_BUILT, NO_CUDA):
+                if said.exists() and collected.is_dir() and not self.in_checkout:
+                    shutil.copy(said, collected)
 
     # File names relative to this folder: setuptools refuses absolute ones.
     kernels = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
     headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
+    quiet = [] if "clang" in version_of([os.environ["CXX"]]) else GCC_FLAGS
     stable = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the ABI of PyTorch 2.10: serves every later one too
     facts = f"torch {torch.__version__}; flags {' '.join(FLAGS)}"
     built = [
         CppExtension(
-            "rerank_kernels._C",
+            CPU,
             ["csrc/schema.cpp", *kernels],
-            extra_compile_args=[*FLAGS, stable],
+            extra_compile_args=[*FLAGS, *quiet, stable, f'-DRK_BUILD_FACTS="{facts}"'],
             depends=headers,
             py_limited_api=True,
         )
@@ -220,14 +345,14 @@ def extensions() -> tuple[list, dict]:
     try:
         import pybind11
     except ImportError:
-        say("pybind11 is not installed: leaving out rerank_kernels._host, which only tests and `rerank-kernels info` use")
+        say("pybind11 is not installed: leaving out rerank_kernels._host, which only tests use")
     else:
         built.append(
             CppExtension(
-                "rerank_kernels._host",
+                HOST,
                 ["csrc/host.cpp"],
                 include_dirs=[pybind11.get_include()],
-                extra_compile_args=[*FLAGS, f'-DRK_BUILD_FACTS="{facts}"'],
+                extra_compile_args=[*FLAGS, *quiet],
                 depends=headers,
             )
         )
@@ -237,7 +362,10 @@ def extensions() -> tuple[list, dict]:
         cuda = CUDAExtension(
             CUDA,
             sorted(str(p.relative_to(ROOT)) for kind in ("*.cpp", "*.cu") for p in (ROOT / "csrc" / "cuda").rglob(kind)),
-            extra_compile_args={"cxx": [*FLAGS, stable, "-DUSE_CUDA"], "nvcc": [*with_cuda.flags, *with_cuda.gencode, *host]},
+            extra_compile_args={
+                "cxx": [*FLAGS, *quiet, stable, "-DUSE_CUDA"],
+                "nvcc": [*with_cuda.flags, *with_cuda.gencode, *host],
+            },
             depends=[*headers, *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cuh"))],
             py_limited_api=True,
         )
@@ -248,7 +376,19 @@ def extensions() -> tuple[list, dict]:
     return built, {"build_ext": Build}
 
 
+class Wheel(bdist_wheel):
+    """With the tag of what was built, and nothing of an earlier build in it."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        if self.distribution.ext_modules:
+            self.run_command("build_ext")
+        self.root_is_pure = not self.distribution.ext_modules
+        self.py_limited_api = False if self.root_is_pure else "cp310"
+        super().run()
+
+
 NOT_BUILT.unlink(missing_ok=True)
 NO_CUDA.unlink(missing_ok=True)
 ext_modules, cmdclass = extensions()
-setup(ext_modules=ext_modules, cmdclass=cmdclass)
+setuptools.setup(ext_modules=ext_modules, cmdclass={**cmdclass, "bdist_wheel": Wheel})

@@ -1,5 +1,5 @@
-// host.cpp: the torch-free side for tests and `info`: the primitives of numerics.h on arrays, as every instruction set
-// computes them, build facts, CPU features. pybind11, no torch header.
+// host.cpp: the torch-free side, for tests: the primitives of numerics.h on arrays, as every instruction set computes them, and
+// CPU features. pybind11, no torch header.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -75,21 +75,12 @@ py::dict cpu_features() {
     return d;
 }
 
-py::dict build_info() {
-    py::dict d;
-    d["numerics_version"] = std::to_string(rk::scalar::NUMERICS_VERSION);
-    d["compiler"] = __VERSION__;
-    d["built"] = RK_BUILD_FACTS;
-    return d;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-    m.doc() = "The numeric primitives on arrays, per instruction set; build and CPU facts. For tests and `info`.";
+    m.doc() = "The numeric primitives on arrays, per instruction set; CPU features. For tests.";
     m.def("elementwise", &elementwise, py::arg("name"), py::arg("x"), py::arg("isa") = "scalar");
     m.def("narrow", &narrow, py::arg("x"), py::arg("brain"), py::arg("isa") = "scalar", "float32 -> bits of fp16 or bf16");
     m.def("widen", &widen, py::arg("x"), py::arg("brain"), py::arg("isa") = "scalar", "bits of fp16 or bf16 -> float32");
     m.def("cpu_features", &cpu_features);
-    m.def("build_info", &build_info);
 }

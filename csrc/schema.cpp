@@ -63,7 +63,8 @@ RK_TORCH_LIBRARY(m) {
     m.def("hold_threads(int count) -> int");
     // NUMERICS_VERSION of numerics.h: the Python side asks whether it is its own.
     m.def("numerics_version() -> int");
-    // the library's file, for the message about a second copy.
+    // compiler, torch and flags, for info; the library's file, for the message about a second copy.
+    m.def("build_info() -> str");
     m.def("loaded_from() -> str");
     // the CUDA launchers that have several ways to serve a call, "linear 7, attention 2"; force_launch: which of them one takes,
     // -1 for its own choice. For tests.

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 # The numeric contract's flags (NUMERICS.md, "Flags"): an fma is where the source says fmadd, nowhere else.
@@ -21,6 +22,8 @@ FLAGS = ["-std=c++17", "-O3", *NUMERIC_FLAGS]
 
 # A100; A10, RTX 3090; L4, RTX 4090; H100; B200; RTX 5090. cp.async sets the lower end.
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+
+SECONDS = 110  # of one core (AMD EPYC, Zen 3) for one architecture or PTX, nvcc 13.0
 
 # A toolkit from pip, 270 MB: all of one minor version ("==13.0.*").
 DISASSEMBLER = "nvidia-cuda-nvdisasm>=13.0,<14"
@@ -101,11 +104,14 @@ def _ask(nvcc: Path) -> Toolkit | None:
     return Toolkit(nvcc=real, home=home, release=release[1])
 
 
-def gencode(listed: str | None, kit: Toolkit) -> tuple[list[str], str]:
-    """nvcc's flags for the architectures of TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"), or for ours without one, and what is to be
-    said about them. ValueError says what is wrong with a list.
+def gencode(listed: str | None, kit: Toolkit, seen: Sequence[str] = ()) -> tuple[list[str], str]:
+    """nvcc's flags for the architectures of TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"), without one for the GPUs that are `seen`
+    (["90"]), else for all of ours; and what is to be said about them. ValueError says what is wrong with a list.
     """
     release = ".".join(map(str, kit.version))
+    here = [a for a in seen if int(a) >= int(ARCHITECTURES[0])]
+    if not (listed or "").strip() and here and all(a in kit.known for a in here):
+        return [*(_for(a) for a in here), _for(here[-1], "compute")], f"sm_{', sm_'.join(here)} of this machine and its PTX"
     if not (listed or "").strip():
         ours = [a for a in ARCHITECTURES if a in kit.known]
         if not ours:
@@ -129,6 +135,11 @@ def gencode(listed: str | None, kit: Toolkit) -> tuple[list[str], str]:
         if fits[4]:
             flags.append(_for(arch, "compute"))
     return list(dict.fromkeys(flags)), f"TORCH_CUDA_ARCH_LIST={listed}"
+
+
+def minutes(flags: Sequence[str]) -> int:
+    """About how long nvcc takes: SECONDS of one core for each architecture, on what cores there are."""
+    return max(1, round(SECONDS * len(flags) / (os.cpu_count() or 1) / 60))
 
 
 def _for(arch: str, code: str = "sm") -> str:

@@ -197,9 +197,8 @@ def _fall_back() -> None:
         while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in inside:
             frame, level = frame.f_back, level + 1
         warnings.warn(
-            f"rerank_kernels: no backend cpu, so pytorch serves, about three times slower and with other bits than the C++ "
-            f"library's, which is what the documented digits are of. Reason: {missing('cpu')}. To keep pytorch without this "
-            f"warning: {ENVIRONMENT}=pytorch",
+            f"rerank_kernels: pytorch serves in place of cpu, slower and with other bits than the documented digits "
+            f"({ENVIRONMENT}=pytorch keeps it so, without this warning). {missing('cpu')}",
             FallbackWarning,
             stacklevel=level,
         )

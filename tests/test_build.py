@@ -6,12 +6,16 @@ side, once, against the torch that is installed.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import runpy
 import shutil
 import subprocess
+import sys
+import sysconfig
 import types
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,6 +48,14 @@ def test_what_an_old_toolkit_does_not_know_is_left_out_and_said() -> None:
     flags, said = toolkit.found.gencode("", OLD)
     assert codes(flags) == ["sm_80", "sm_86", "sm_89", "sm_90", "compute_90"]
     assert "not sm_100, sm_120, which CUDA 12.4 does not know" in said
+
+
+def test_gpus_that_are_here_are_enough_and_a_list_comes_first() -> None:
+    assert codes(toolkit.found.gencode(None, NEWEST, ["86", "90"])[0]) == ["sm_86", "sm_90", "compute_90"]
+    assert codes(toolkit.found.gencode("8.0", NEWEST, ["90"])[0]) == ["sm_80"]
+    ours = toolkit.found.gencode(None, OLD)
+    assert toolkit.found.gencode(None, OLD, ["120"]) == ours, "the PTX of the last is for what the toolkit does not know"
+    assert toolkit.found.gencode(None, OLD, ["75"]) == ours, "no GPU that the kernels could use"
 
 
 @pytest.mark.parametrize(
@@ -128,6 +140,8 @@ class Outcome:
         self.extensions, self.refused = extensions, refused
         said = folder / "rerank_kernels" / "_no_cuda.txt"
         self.reason = said.read_text() if said.exists() else ""
+        said = folder / "rerank_kernels" / "_not_built.txt"
+        self.no_library = said.read_text() if said.exists() else ""
 
 
 @pytest.fixture
@@ -138,11 +152,13 @@ def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[
         shutil.copy(ROOT / "setup.py", tmp_path)
         shutil.copytree(ROOT / "csrc", tmp_path / "csrc", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
         (tmp_path / "rerank_kernels").mkdir(exist_ok=True)
-        for name in ("RERANK_KERNELS_BUILD_CPU", "RERANK_KERNELS_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST"):
-            monkeypatch.delenv(name, raising=False)
+        for name in ("RERANK_KERNELS_BUILD_CPU", "RERANK_KERNELS_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST", "CXX"):
+            monkeypatch.setenv(name, "")  # what setup.py settles is undone after the test
+            monkeypatch.delenv(name)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         given: dict[str, Any] = {}
+        monkeypatch.setenv("TORCH_NO_COMPILER_WRAPPER", "")
         monkeypatch.setattr("setuptools.setup", lambda **options: given.update(options))
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
@@ -190,6 +206,143 @@ def test_a_toolkit_of_another_major_version_is_refused_with_both_versions(config
 def test_zero_is_zero_and_nonsense_is_refused(configure) -> None:  # type: ignore[no-untyped-def]
     assert configure("13.0", RERANK_KERNELS_BUILD_CUDA="0").reason == "RERANK_KERNELS_BUILD_CUDA=0\n"
     assert "must be auto, 0 or 1, got 'yes'" in configure(None, RERANK_KERNELS_BUILD_CUDA="yes").refused
+
+
+def test_before_cuda_is_built_it_is_said_how_long(configure, kit: toolkit.Toolkit, capfd: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    monkeypatched = {"CUDA_HOME": str(kit.home), "TORCH_CUDA_ARCH_LIST": "8.0;9.0+PTX"}
+    configure(".".join(map(str, kit.version)), **monkeypatched)
+    said = capfd.readouterr().err
+    assert re.search(
+        r"building CUDA for 2 architectures, about \d+ minutes of this .* cores; RERANK_KERNELS_BUILD_CUDA=0 leaves it out",
+        said,
+    ), said
+
+
+COMPILER = shutil.which("c++") or shutil.which("g++")
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("named", ["{env} {c}", "{c} -DWANTED=1", "'{odd}'", "{odd}", "{env} '{odd}' -DWANTED=1"])
+def test_cxx_may_be_more_than_a_word(configure, tmp_path: Path, named: str) -> None:  # type: ignore[no-untyped-def]
+    """PyTorch 2.10 pastes it into a shell command, PyTorch 2.13 quotes it as one word and puts ccache in front."""
+    odd = script(tmp_path / "a folder" / "c++", f'exec {COMPILER} "$@"')
+    outcome = configure(None, CXX=named.format(env=shutil.which("env"), c=COMPILER, odd=odd))
+    assert not outcome.no_library and "rerank_kernels._C" in outcome.extensions
+    settled = os.environ["CXX"]
+    assert " " not in settled and shutil.which(settled) == settled and os.environ["TORCH_NO_COMPILER_WRAPPER"] == "1"
+    given = [settled, "-dM", "-E", "-x", "c++", "/dev/null"]
+    defined = subprocess.run(given, capture_output=True, text=True, check=True).stdout
+    assert ("WANTED 1" in defined) == ("WANTED" in named) and "__cplusplus" in defined
+
+
+def test_a_compiler_that_is_missing_or_too_old_is_named(configure, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert "CXX=g++-99 is not there (install g++ 11 or newer" in configure(None, CXX="g++-99").no_library
+    old = script(tmp_path / "old", 'echo "cc1plus: error: unrecognized command-line option -std=c++20" >&2; exit 1')
+    found = configure(None, CXX=str(old))
+    assert f"the compiler {old} (it does not say which version) does not compile our C++20: cc1plus: error:" in found.no_library
+    assert found.extensions == {} and "g++ 11 or newer" in found.no_library
+
+
+def test_a_flag_of_the_contract_that_a_compiler_ignores_is_no_build(configure, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """clang only warns of some flags that it does not take."""
+    deaf = script(tmp_path / "deaf", 'case "$*" in *-Werror*) echo "error: -ffp-contract=off is ignored" >&2; exit 1;; esac')
+    assert "-ffp-contract=off is ignored" in configure(None, CXX=str(deaf)).no_library
+
+
+def test_a_torch_that_does_not_import_is_quoted(configure, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setitem(sys.modules, "torch.utils.cpp_extension", None)
+    assert "torch does not import: ModuleNotFoundError: import of torch.utils.cpp_ext" in configure(None).no_library
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "torch is not visible to the build: pip builds in an environment of its own" in configure(None).no_library
+    monkeypatch.undo()
+
+
+def test_an_old_torch_is_refused_by_its_version(configure, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    assert configure(None).no_library == "torch 2.9.1+cpu is older than 2.10\n"
+
+
+def test_an_old_setuptools_is_told_the_version_and_the_command(configure, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("setuptools.__version__", "76.1.0")
+    said = configure(None).refused
+    assert "setuptools 76.1.0 is too old, 77 is needed; run: " in said and said.endswith("-m pip install 'setuptools>=77'")
+
+
+# ---- a build, and what it leaves; of a library without kernels, which takes seconds
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """The sources with one file in place of the CPU's kernels."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    sources = tmp_path / "sources"
+    left_out = shutil.ignore_patterns("*.so", "__pycache__", "cuda", "_*.txt")
+    for folder in ("csrc", "rerank_kernels"):
+        shutil.copytree(ROOT / folder, sources / folder, ignore=left_out)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    for kernel in (sources / "csrc" / "cpu").glob("*.cpp"):
+        kernel.unlink()
+    return sources
+
+
+def build(sources: Path, *command: str) -> str:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RERANK_KERNELS")}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=sources, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def wheel_of(sources: Path) -> zipfile.ZipFile:
+    build(sources, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", "out", ".")
+    (made,) = (sources / "out").glob("*.whl")
+    return zipfile.ZipFile(made)
+
+
+def test_the_wheel_has_its_tag_and_nothing_of_an_earlier_build(small: Path) -> None:
+    left = small / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "rerank_kernels"
+    left.mkdir(parents=True)
+    for stale in ("_not_built.txt", "_cuda.abi3.so", "gone.py"):
+        (left / stale).touch()
+    wheel = wheel_of(small)
+    assert re.fullmatch(r"rerank_kernels-[\d.]+-cp310-abi3-linux_\w+\.whl", Path(str(wheel.filename)).name)
+    names = wheel.namelist()
+    beside = {n for n in names if not n.endswith(".py") and ".dist-info/" not in n}
+    assert beside == {f"rerank_kernels/{name}" for name in ("_C.abi3.so", "_no_cuda.txt", "py.typed")}
+    there = {str(p.relative_to(small)) for p in (small / "rerank_kernels").rglob("*.py")}
+    assert {n for n in names if n.endswith(".py")} == there
+    said = wheel.read(next(n for n in names if n.endswith("/METADATA"))).decode()
+    for line in (
+        "Requires-Python: >=3.10",
+        "License-Expression: Apache-2.0",
+        "License-File: LICENSE",
+        "Keywords: ",
+        "Classifier: ",
+    ):
+        assert line in said, line
+
+
+def test_a_library_that_does_not_compile_is_quoted_and_the_wheel_is_pure(small: Path) -> None:
+    (small / "csrc" / "cpu" / "broken.cpp").write_text("#error broken on purpose\n")
+    wheel = wheel_of(small)
+    assert Path(str(wheel.filename)).name.endswith("-py3-none-any.whl")
+    assert "Root-Is-Purelib: true" in wheel.read(next(n for n in wheel.namelist() if n.endswith("/WHEEL"))).decode()
+    why = wheel.read("rerank_kernels/_not_built.txt").decode()
+    assert re.match(r"it did not compile: .*broken\.cpp:1:2: error: #error broken on purpose \(pip install -v", why), why
+    assert not [n for n in wheel.namelist() if n.endswith(".so")]
+
+
+def test_the_host_module_does_not_cost_the_library(small: Path) -> None:
+    """Its compiler may lack Python.h, or pybind11."""
+    pytest.importorskip("pybind11")
+    (small / "csrc" / "host.cpp").write_text("#include <no/Python.h>\n")
+    said = build(small, "setup.py", "build_ext", "--inplace")
+    assert re.search(r"leaving out rerank_kernels._host, which only tests use: it did not compile: .*no/Python.h", said), said
+    assert sorted(p.name for p in (small / "rerank_kernels").glob("*.so")) == ["_C.abi3.so"]
+    assert not (small / "rerank_kernels" / "_not_built.txt").exists()
 
 
 def test_the_cuda_library_is_built_with_the_contracts_flags(configure, kit: toolkit.Toolkit) -> None:  # type: ignore[no-untyped-def]

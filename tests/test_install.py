@@ -230,6 +230,102 @@ def test_every_op_that_is_called_is_in_the_schema() -> None:
     names = {s.partition("(")[0] for s in SIGNATURES}
     called = set(native.called())
     assert called <= names
-    assert names - called == {"force_isa", "numerics_version", "loaded_from", "launchers", "force_launch"}, (
+    assert names - called == {"force_isa", "numerics_version", "build_info", "loaded_from", "launchers", "force_launch"}, (
         "what no file of native/ calls"
     )
+
+
+# ---- no library -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with our Python files alone, as a build without a compiler leaves them."""
+    folder = tmp_path_factory.mktemp("bare")
+    shutil.copytree(PACKAGE, folder / "rerank_kernels", ignore=shutil.ignore_patterns("*.so", "*.txt", "__pycache__"))
+    (folder / "rerank_kernels" / "_not_built.txt").write_text("no C++ compiler on PATH (install g++ 11 or newer)\n")
+    return folder
+
+
+OPS = """
+import threading, warnings, torch, rerank_kernels as rk
+x, w = torch.randn(5, 64), torch.randn(8, 64)
+def ops():
+    rk.linear(x, w)
+    rk.softmax(x)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    threads = [threading.Thread(target=ops) for _ in range(4)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    ops()
+caught = [c for c in caught if c.category is rk.FallbackWarning]
+"""
+
+
+def test_the_fallback_says_so_once_with_the_reason_and_the_command(bare: pathlib.Path) -> None:
+    program = OPS + "print(len(caught), caught[0].message, caught[0].filename)"
+    said = python(program, bare)
+    assert said.startswith("1 rerank_kernels: pytorch serves in place of cpu") and said.endswith(" <string>")
+    assert "was not built: no C++ compiler on PATH (install g++ 11 or newer); run: " in said
+    assert "-m pip install --no-build-isolation --no-deps " in said
+
+
+def test_who_asked_for_pytorch_is_not_warned(bare: pathlib.Path) -> None:
+    assert python(OPS + "print(len(caught))", bare, RERANK_KERNELS_BACKEND="pytorch") == "0"
+    inside = OPS.replace("    rk.linear(x, w)\n    rk.softmax(x)", "    with rk.use('pytorch'): rk.linear(x, w)")
+    assert python(inside + "print(len(caught))", bare) == "0"
+    require("cpu")
+    assert python(OPS + "print(len(caught))", ROOT) == "0", "the library serves"
+
+
+def test_a_filter_that_makes_it_an_error_stops_every_op(bare: pathlib.Path) -> None:
+    program = """
+import warnings, torch, rerank_kernels as rk
+warnings.simplefilter("error", rk.FallbackWarning)
+for op in (rk.softmax, rk.softmax, rk.sigmoid):
+    try:
+        op(torch.zeros(2, 2))
+    except rk.FallbackWarning as error:
+        print(error)
+"""
+    assert python(program, bare).count("no C++ compiler") == 3
+
+
+def test_a_checkout_that_hides_an_install_says_which(bare: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    checkout, site = tmp_path / "check out", tmp_path / "site"
+    shutil.copytree(bare / "rerank_kernels", checkout / "rerank_kernels")
+    (checkout / "rerank_kernels" / "_not_built.txt").unlink()
+    (checkout / "setup.py").touch()
+    ask = lambda: python("import rerank_kernels.native as n; print(n.missing())", pathlib.Path(f"{checkout}:{site}"))  # noqa: E731
+    assert f"never installed; run: {sys.executable} -m pip install --no-build-isolation --no-deps -e '{checkout}'" in ask()
+    (site / "rerank_kernels").mkdir(parents=True)
+    (site / "rerank_kernels" / "_C.abi3.so").touch()
+    (site / "rerank_kernels-0.1.0.dist-info").mkdir()
+    (site / "rerank_kernels-0.1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: rerank-kernels\n")
+    assert f"runs inside the checkout {checkout}, which hides the install in {site / 'rerank_kernels'}" in ask()
+
+
+def test_the_command_names_the_folder_that_pip_installed_from(bare: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(bare, tmp_path / "site")
+    sources, info = tmp_path / "the sources", tmp_path / "site" / "rerank_kernels-0.1.0.dist-info"
+    sources.mkdir()
+    info.mkdir()
+    (sources / "setup.py").touch()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rerank-kernels\n")
+    (info / "direct_url.json").write_text('{"url": "' + sources.as_uri() + '", "dir_info": {}}')
+    found = python("import rerank_kernels.native as n; print(n.build_command())", tmp_path / "site")
+    assert found.endswith(f"--no-build-isolation --no-deps '{sources}'")
+
+
+def test_the_messages_of_the_page_are_the_messages_of_the_program() -> None:
+    """docs/INSTALL.md, first column: what stands between the dots is in a source file; so is each variable."""
+    page = (ROOT / "docs" / "INSTALL.md").read_text()
+    rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    names = ("setup.py", "csrc/toolkit.py", "csrc/schema.cpp", "rerank_kernels/backend.py", "rerank_kernels/native/__init__.py")
+    sources = "".join((ROOT / name).read_text() for name in names)
+    plain = re.sub(r'"\s*\n\s*f?"', "", sources)
+    elsewhere = {"Cannot import 'setuptools.build_meta'", "MAX_JOBS"}  # pip's and torch's own
+    words = {part.strip(" :,") for row in rows for quoted in re.findall(r"`(.+?)`", row) for part in quoted.split("…")}
+    words -= {"", *elsewhere}
+    assert len(words) > 30
+    assert sorted(w for w in words if w not in plain) == []

@@ -34,11 +34,13 @@ static std::string force_isa_op(std::string name) {
 }
 
 static int64_t numerics_version() { return NUMERICS_VERSION; }
+static std::string build_info() { return std::string("compiler ") + __VERSION__ + "; " + RK_BUILD_FACTS; }
 static std::string loaded_from_op() { return loaded_from(); }
 
 RK_TORCH_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
     m.impl("force_isa", TORCH_BOX(&force_isa_op));
     m.impl("numerics_version", TORCH_BOX(&numerics_version));
+    m.impl("build_info", TORCH_BOX(&build_info));
     m.impl("loaded_from", TORCH_BOX(&loaded_from_op));
 }
 

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import pathlib
 import re
 import shlex
+import sys
 from collections.abc import Iterator
+from importlib import metadata
+from urllib.parse import unquote
 
 import torch
 
@@ -56,16 +60,18 @@ def holding_threads() -> Iterator[None]:
 
 
 def threads() -> int:
-    """How many threads an op on CPU tensors may use now: torch.get_num_threads(), or what that was when the block above began."""
+    """How many threads an op on CPU tensors may use now: torch.get_num_threads(), or what that was before the block above."""
     return int(torch.ops.rerank_kernels.hold_threads(-1)) if missing() is None else torch.get_num_threads()
 
 
 def _load(stem: str, what: str, reason: str) -> str | None:
     found = sorted(PACKAGE.glob(f"{stem}*.so"))
     if not found:
+        if hidden := _hidden_install(stem):
+            return f"{what} is not here: {hidden}"
         said = PACKAGE / reason  # by setup.py
         why = said.read_text(encoding="utf-8").strip() if said.exists() else "this is a checkout that was never installed"
-        return f"{what} was not built: {why}"
+        return f"{what} was not built: {why}; run: {build_command()}" if stem == "_C" else f"{what} was not built: {why}"
     if other := second_copy():
         return other
     try:
@@ -78,7 +84,7 @@ def _load(stem: str, what: str, reason: str) -> str | None:
 
 
 def second_copy() -> str | None:
-    """Which other copy of the C++ library serves this process already, None if none does: its ops can be registered once only."""
+    """Which other copy of the C++ library serves this process, None if none does: ops can be registered only once."""
     namespace = torch.ops.rerank_kernels
     if not hasattr(namespace, "force_isa"):
         return None
@@ -96,7 +102,7 @@ def _unfit(key: str) -> str | None:
     namespace = torch.ops.rerank_kernels
 
     def there(op: str) -> bool:
-        has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+        has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key  # its own, or one for every device
         return hasattr(namespace, op) and (
             (key == "CPU" and op.endswith("_tensor")) or has_kernel(f"rerank_kernels::{op}", key)
         )
@@ -112,13 +118,44 @@ def _unfit(key: str) -> str | None:
 
 def build_command() -> str:
     """What a user runs to get the C++ library."""
-    tools = "pip install 'setuptools>=77' ninja && pip install --no-build-isolation"
+    pip = f"{shlex.quote(sys.executable)} -m pip install"
     sources = PACKAGE.parent
-    return (
-        f"{tools} -e {shlex.quote(str(sources))}"
-        if (sources / "setup.py").exists()
-        else f"{tools} ., in the folder of its sources"
-    )
+    if (sources / "setup.py").exists():
+        build = f"{pip} --no-build-isolation --no-deps -e {shlex.quote(str(sources))}"
+    else:
+        build = f"{pip} --no-build-isolation --no-deps {_sources() or '.'}"
+    try:
+        enough = int(metadata.version("setuptools").split(".")[0]) >= 77
+    except (metadata.PackageNotFoundError, ValueError):
+        enough = False
+    return build if enough else f"{pip} 'setuptools>=77' && {build}"
+
+
+def _installs() -> Iterator[metadata.Distribution]:
+    """Our installs on sys.path: a checkout's own egg-info may be one of them."""
+    return iter(metadata.distributions(name="rerank-kernels"))
+
+
+def _sources() -> str | None:
+    """The folder that pip installed this package from, if it is still there."""
+    for install in _installs():
+        if (direct := install.read_text("direct_url.json")) is not None:
+            folder = unquote(json.loads(direct)["url"].partition("file://")[2])
+            if folder and (pathlib.Path(folder) / "setup.py").exists():
+                return shlex.quote(folder)
+    return None
+
+
+def _hidden_install(stem: str) -> str | None:
+    """What is wrong where Python runs in a checkout without a library, while a package with one is installed."""
+    for install in _installs():
+        there = pathlib.Path(str(install.locate_file(PACKAGE.name))).resolve()
+        if there != PACKAGE.resolve() and any(there.glob(f"{stem}*.so")):
+            return (
+                f"Python runs inside the checkout {PACKAGE.parent}, which hides the install in {there}; "
+                f"run it in another directory, or build the checkout too: {build_command()}"
+            )
+    return None
 
 
 @functools.cache

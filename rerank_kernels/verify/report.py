@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import platform
 from dataclasses import dataclass
@@ -148,19 +147,9 @@ def environment(setting: Setting | None = None) -> dict[str, Any]:
     except backend.BackendError as error:
         out["backend"], out["promises"] = f"none: {error}", []
     out["isa"] = isa() or "-"
-    if (host := host_library()) is not None:
-        out["build"], out["cpu features"] = dict(host.build_info()), dict(host.cpu_features())
+    if backend.missing("cpu") is None:
+        out["build"] = str(torch.ops.rerank_kernels.build_info())
     return out
-
-
-def host_library() -> Any:
-    """The compiled library's own account of itself, None where it was not built."""
-    if backend.missing("cpu") is not None:
-        return None
-    try:
-        return importlib.import_module("rerank_kernels._host")
-    except ImportError:
-        return None
 
 
 def isa(wanted: str = "") -> str | None:
