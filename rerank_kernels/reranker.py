@@ -12,6 +12,7 @@ import math
 import operator
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from rerank_kernels import encoders, hf
+from rerank_kernels import bounding, encoders, hf
 from rerank_kernels.binding import Forward
 from rerank_kernels.ops import check
 from rerank_kernels.ops.softmax import sum as row_sum
@@ -121,6 +122,7 @@ class Reranker:
             mode, backend = mode or before.mode, backend or before.backend
         self.report = hf.patch(self.model.eval(), mode or "portable", backend=backend)
         self.tokenizer = tokenizer
+        self._rules: bounding.Rules | None = None
         self.max_length = self._length(max_length, limit)
 
     def score(self, pairs: Iterable[tuple[str, str]], *, progress: bool | None = None, batch_tokens: int = 16384) -> Scores:
@@ -188,6 +190,7 @@ class Reranker:
         if not isinstance(batch_tokens, int) or batch_tokens < 1:
             check.fail("score", "batch_tokens", "an integer >= 1", repr(batch_tokens))
         n = len(first)
+        first, second = self._bounded(first, second)
         with _TOKENISING:
             tokens = self.tokenizer(
                 first, second, truncation=True, max_length=self.max_length, padding=False, return_attention_mask=False
@@ -207,6 +210,29 @@ class Reranker:
                     rows[i] = row
                 advance(len(batch))
         return np.stack([row for row in rows if row is not None])
+
+    def _bounded(self, first: list[str], second: list[str] | None) -> tuple[list[str], list[str] | None]:
+        """The texts, and of very long ones what the tokenizer has to see; what that is depends on the pair alone."""
+        long = [i for i, pair in enumerate(zip(first, second or first, strict=True)) if max(map(len, pair)) > bounding.LONG]
+        if not long:
+            return first, second
+        if self._rules is None:
+            with _TOKENISING:
+                self._rules = bounding.Rules.of(self.tokenizer)
+        columns = [list(first)] if second is None else [list(first), list(second)]
+        for i in long:
+            pair = [column[i] for column in columns]
+            for column, text, other in zip(columns, pair, [*pair[1:], pair[0] if second else ""], strict=True):
+                column[i], exact = bounding.bounded(self._rules, text, other, self.max_length)
+                if not exact:
+                    said = f"pair {i}" if second else f"text {i}"
+                    warnings.warn(
+                        bounding.BoundedWarning(
+                            f"{said}: a text of {len(text):,} characters was cut to {len(column[i]):,} before tokenising", i
+                        ),
+                        stacklevel=4,
+                    )
+        return columns[0], columns[1] if second else None
 
     @property
     def _device(self) -> torch.device:

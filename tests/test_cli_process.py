@@ -20,8 +20,8 @@ def folder(tmp_path_factory) -> Path:
     return save_cross_encoder(tmp_path_factory.mktemp("model"))
 
 
-# says when it is about to import us: before that it is Python that is interrupted, and what it says is its own
-STARTED = "import os, sys; os.write(1, b'.'); from rerank_kernels.cli import main; sys.exit(main())"
+# says when our main is about to run: before that it is Python that starts, and what it says of an interrupt is its own
+STARTED = "import os, sys; from rerank_kernels.cli import main; os.write(1, b'.'); sys.exit(main())"
 
 
 def test_an_interrupt_in_the_first_seconds_is_one_line(folder, tmp_path) -> None:
