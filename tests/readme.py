@@ -114,7 +114,9 @@ def parts(page: str) -> Iterator[Block | Shown]:
 
 
 def fenced(text: str) -> str:
-    return f"```\n{text.rstrip(chr(10))}\n```\n"
+    """What was printed as a block, without the blanks that end a line and that nobody sees."""
+    lines = [line.rstrip() for line in text.rstrip("\n").split("\n")]
+    return "\n".join(("```", *lines, "```", ""))
 
 
 # ---- what is shown, and what of it is held ---------------------------------------------------------------------------------
