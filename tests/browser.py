@@ -152,7 +152,9 @@ class Browser:
     def measure(self) -> Any:
         return self.value(MEASURE)
 
-    def screenshot(self, path: Path) -> None:
-        """The whole page, as PNG."""
-        shot = self.ask("Page.captureScreenshot", captureBeyondViewport=True)
+    def screenshot(self, path: Path, until: str = "body") -> None:
+        """The page as PNG, down to the end of the element that the selector `until` finds first."""
+        bottom = self.value(f"document.querySelector({until!r}).getBoundingClientRect().bottom + scrollY")
+        clip = {"x": 0, "y": 0, "width": self.value("document.documentElement.clientWidth"), "height": bottom + 1, "scale": 1}
+        shot = self.ask("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
         path.write_bytes(base64.b64decode(shot["data"]))

@@ -2,8 +2,9 @@
 
 Runs the bash and python blocks of README.md as printed and in their order, in an empty folder: bash blocks in one shell's
 environment, each python block as a program of its own. What a block prints is held against the page, digit for digit, where
-`<!-- readme:NAME -->` and `<!-- /readme -->` enclose it (NAMES below); --write puts it there. A block that is not run has
-`<!-- readme: not run, REASON -->` above it, and is named at the end. Any other block is an error.
+`<!-- readme:NAME -->` and `<!-- /readme -->` enclose it (NAMES below); --write puts it there, and draws PICTURE, of the page
+that `verify` wrote. A block that is not run has `<!-- readme: not run, REASON -->` above it, and is named at the end.
+Any other block is an error.
 
 Two things are not as printed. ADDRESS, which the reader replaces too, is a repository of the files that lie here, committed
 or not. With --torch, the line that installs PyTorch is `pip install REQUIREMENT`, where the printed index cannot be had.
@@ -32,6 +33,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "bench"))
 from place import markdown  # noqa: E402  the tables of pages are made in one way
 
+import browser  # noqa: E402
+
+PICTURE = ROOT / "docs" / "verify.png"
 ADDRESS = "ADDRESS"
 CLONE = f"git clone {ADDRESS}"
 TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
@@ -110,7 +114,9 @@ def parts(page: str) -> Iterator[Block | Shown]:
 
 
 def fenced(text: str) -> str:
-    return f"```\n{text.rstrip(chr(10))}\n```\n"
+    """What was printed as a block, without the blanks that end a line and that nobody sees."""
+    lines = [line.rstrip() for line in text.rstrip("\n").split("\n")]
+    return "\n".join(("```", *lines, "```", ""))
 
 
 # ---- what is shown, and what of it is held ---------------------------------------------------------------------------------
@@ -256,6 +262,16 @@ def follow(page: str, shell: Shell, address: str, torch: str | None, say: Callab
     return written, wrong
 
 
+def picture(page: Path) -> str:
+    """Draws the top of a page of verify, verdict and plot; says why not where there is no browser."""
+    if reason := browser.missing():
+        return f"{PICTURE.name} is as it was: {reason}"
+    with browser.Browser() as shown:
+        shown.open(page, 760)
+        shown.screenshot(PICTURE, ".plot")
+    return f"{PICTURE.name}: {PICTURE.stat().st_size // 1024} KiB"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Follows the README to the letter, and holds what it prints against the page.")
     parser.add_argument("--write", action="store_true", help="put what the blocks print into the page")
@@ -275,7 +291,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             repository(address)
             say(f"not as printed: {ADDRESS} is {address}" + (f", torch is {args.torch}\n" if args.torch else "\n"))
-            written, wrong = follow(page, Shell(folder, environment, scratch), str(address), args.torch, say)
+            shell = Shell(folder, environment, scratch)
+            written, wrong = follow(page, shell, str(address), args.torch, say)
+            if args.write:
+                say(f"{picture(Path(shell.environment['PWD']) / 'verify.html')}\n")
         except Wrong as error:
             say(f"{error}\n")
             return 1
