@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import operator
+import os
 import sys
 import threading
 import warnings
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from rerank_kernels import bounding, encoders, hf
-from rerank_kernels.binding import Forward
+from rerank_kernels.binding import Forward, serving
 from rerank_kernels.ops import check
 from rerank_kernels.ops.softmax import sum as row_sum
 
@@ -36,6 +37,8 @@ POOLINGS = {"mean": "mean", "cls": "cls"}
 
 # A fast tokenizer sets truncation on itself for each call: two threads at once give "Already borrowed".
 _TOKENISING = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a thread that is not in the child may have held it
+    os.register_at_fork(after_in_child=_TOKENISING._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 class Scores(NamedTuple):
@@ -138,7 +141,9 @@ class Reranker:
             texts = list(dict.fromkeys((*queries, *documents)))
             row = {text: i for i, text in enumerate(texts)}
             vectors = torch.from_numpy(self._encode(texts, True, progress, batch_tokens)).to(self._device)
-            logit = row_sum(vectors[[row[q] for q in queries]] * vectors[[row[d] for d in documents]], -1).cpu().numpy()
+            pairs_of = [row[q] for q in queries], [row[d] for d in documents]
+            with serving(self.report.mode, self.report.backend):
+                logit = row_sum(vectors[pairs_of[0]] * vectors[pairs_of[1]], -1).cpu().numpy()
             return Scores(logit, logit.copy(), np.float32(1.0) - logit)
 
         def run(ids: Tensor, cu: Tensor, types: Tensor | None) -> Tensor:

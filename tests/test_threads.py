@@ -86,9 +86,9 @@ def test_a_defect_of_the_pool_is_seen(tmp_path: Path, defect: str) -> None:
 # ---- a model's forward ------------------------------------------------------------------------------------------------------
 
 
-def encoder() -> tuple[Any, dict[str, torch.Tensor]]:
+def encoder(**changes: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     """Patched, with a batch from which PyTorch's own operations would be shared out among its threads (32,768 numbers on)."""
-    model = models.tiny("bert", head=False)
+    model = models.tiny("bert", head=False, **changes)
     rk.patch(model)
     ids = torch.randint(5, models.VOCABULARY, (16, 100), generator=torch.Generator().manual_seed(0))
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -193,16 +193,21 @@ import os, sys, threading, torch
 torch.set_num_threads(3)
 sys.path.insert(0, sys.argv[1])
 import rerank_kernels as rk
-import test_threads
-model, batch = test_threads.encoder()
+import models, test_threads
+tokenizer = models.tokenizer("bert")
+model, batch = test_threads.encoder(vocab_size=len(tokenizer))
 x, w = torch.randn(300, 512), torch.randn(700, 512)
+reranker = rk.Reranker(model, tokenizer, kind="embedding")
+pairs = [(text, f"{text} {i}") for i, text in enumerate(models.CORPUS * 60)]  # so many that PyTorch would share out the cosines
 
 def answers():
-    return [model(**batch).last_hidden_state.numpy().tobytes(), rk.linear(x, w).numpy().tobytes(), rk.softmax(x).numpy().tobytes()]
+    ops = rk.linear(x, w), rk.softmax(x), model(**batch).last_hidden_state
+    return [*(t.numpy().tobytes() for t in ops), reranker.score(pairs).logit.tobytes()]
 
 before = answers()
 stop = threading.Event()
-busy = [threading.Thread(target=lambda: [rk.linear(x, w) for _ in iter(stop.is_set, True)]) for _ in range(2)]
+work = [lambda: rk.linear(x, w), lambda: reranker.score(pairs[:9])]  # the second holds the tokenizer's lock most of the time
+busy = [threading.Thread(target=lambda run=run: [run() for _ in iter(stop.is_set, True)]) for run in work]
 for thread in busy: thread.start()
 for child in range(6):
     pid = os.fork()
