@@ -1,4 +1,5 @@
-"""golden.json: hashes of the bits that numerics version N of the cpu backend gives, on every machine.
+"""golden.json: hashes of the bits that numerics version N of the cpu backend gives, on every machine: of every case of every
+op, and of the numbers at the end of every served way (finals.py): logits, scores, embeddings, cosines, what a system returns.
 
 The other tests compare a result with another result of today; this one with yesterday's. A change of any bit is a new numerics
 version: raise rerank_kernels.NUMERICS_VERSION (and the one in csrc/numerics.h), then
@@ -24,8 +25,11 @@ import torch
 from torch import Tensor
 
 import cases
+import conftest
+import finals
 import rerank_kernels
 from cases import DTYPES, Case
+from invariants import force_isa
 from rerank_kernels import backend as registry
 from rerank_kernels.backend import Backend
 
@@ -65,6 +69,7 @@ def test_version() -> None:
 
 def test_no_stale_hashes() -> None:
     assert set(read()["cases"]) <= {str(case) for case in CASES}, HOW
+    assert set(read()["finals"]) <= set(finals.WAYS), HOW
 
 
 def test_inputs(case: Case) -> None:
@@ -77,6 +82,53 @@ def test_golden(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     assert want is not None, f"{case}: no hash yet; " + HOW
     got = outputs(case, dtype)
     assert got == want, f"{case}, {dtype}: other bits than numerics version {rerank_kernels.NUMERICS_VERSION} gave; " + HOW
+
+
+def final_inputs() -> str:
+    """The tokens and weights that the served ways begin with: if this differs, a tokenizer or the generator changed."""
+    tensors = [torch.tensor(finals.tokenizer(f)(text)["input_ids"]).int() for f in finals.FAMILIES for text in finals.TEXTS]
+    weights = [p.detach() for f in finals.FAMILIES for head in (True, False) for p in finals.model(f, head=head).parameters()]
+    return digest(*(t.view(torch.float32) for t in tensors), *weights)
+
+
+def test_final_inputs() -> None:
+    assert read()["final inputs"] == final_inputs(), "not the inputs that were hashed; " + HOW
+
+
+@pytest.mark.parametrize("way", finals.WAYS)
+def test_finals(way: str) -> None:
+    """On each instruction set."""
+    conftest.ran("cpu")
+    want = read()["finals"].get(way)
+    assert want is not None, f"{way}: no hash yet; " + HOW
+    got = {}
+    with registry.use("cpu"):
+        run = finals.WAYS[way]()
+        try:
+            for isa in conftest.ISAS:
+                try:
+                    force_isa(isa)
+                except RuntimeError:  # this CPU has it not
+                    continue
+                got[isa] = digest(*run())
+        finally:
+            force_isa("auto")
+    version = rerank_kernels.NUMERICS_VERSION
+    assert set(got.values()) == {want}, f"{way}: other bits than numerics version {version} gave, with {got}; " + HOW
+
+
+def test_a_last_bit_of_one_embedding_moves_the_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    conftest.ran("cpu")
+
+    def off(x: Tensor, eps: float = 1e-12) -> Tensor:
+        y = rerank_kernels.normalize(x, eps).clone()
+        y[-1, -1] = torch.nextafter(y[-1, -1], y.new_tensor(2.0))
+        return y
+
+    monkeypatch.setattr(rerank_kernels.encoders, "normalize", off)
+    with registry.use("cpu"):
+        for way in (way for way in finals.WAYS if way.startswith("Reranker, embeddings")):
+            assert digest(*finals.WAYS[way]()()) != read()["finals"][way]
 
 
 HOW = "see the head of tests/test_golden.py"
@@ -93,13 +145,18 @@ def main() -> int:
     with registry.use("cpu"):
         for case in CASES:
             new[str(case)] = {"inputs": inputs(case), **{str(d)[6:]: outputs(case, d) for d in DTYPES}}
+        ends = {way: digest(*finals.WAYS[way]()()) for way in finals.WAYS}
+    before = old.get("finals", {})
     changed = [name for name, hashes in new.items() if old["cases"].get(name, hashes) != hashes]
+    changed += [way for way, one in ends.items() if before.get(way, one) != one]
     if changed and old["numerics_version"] == version and not force:
         print(f"numerics version {version} has other hashes for {', '.join(changed)}: nothing written.")
         print("Raise rerank_kernels.NUMERICS_VERSION, or --force if version", version, "was never released.")
         return 1
-    FILE.write_text(json.dumps({"numerics_version": version, "cases": new}, indent=1) + "\n")
-    print(f"{len(new)} cases, {len(changed)} changed, numerics version {old['numerics_version']} -> {version}")
+    whole = {"numerics_version": version, "cases": new, "final inputs": final_inputs(), "finals": ends}
+    FILE.write_text(json.dumps(whole, indent=1) + "\n")
+    versions = f"numerics version {old['numerics_version']} -> {version}"
+    print(f"{len(new)} cases, {len(ends)} served ways, {len(changed)} changed, {versions}")
     return 0
 
 

@@ -1,8 +1,9 @@
 """FlagEmbedding's FlagReranker: the model that it holds. All else may stay.
 
-It calls .half() and .to() for each list (a patched model goes with them), sorts by length, takes smaller batches when memory
-runs out, and applies its sigmoid in float64, one value at a time: none of it can reach a bit of a patched model's score. With
-several devices it pickles itself to workers that it spawns, and its model arrives patched.
+It calls .half() and .to() for each list (a patched model goes with them), sorts by length, and takes smaller batches when
+memory runs out: none of it can reach a bit of a patched model's logit. With normalize=True it applies a sigmoid to each, which
+is NumPy's, in float64: the same wherever a pair stands, but not on every machine. With several devices it pickles itself to
+workers that it spawns, and its model arrives patched.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ SYSTEM = "FlagEmbedding FlagReranker"
 def reranker(obj: Any, cls: type) -> Resolved:
     found = Resolved(SYSTEM, obj, {"model": obj.model})
     found.notes.append("several devices: workers get the model as it is when they start")
+    found.notes.append("normalize=True: the sigmoid is NumPy's; rk.sigmoid of the logits has the same bits on every machine")
     found.notes.append(
         "it takes any RuntimeError for a lack of memory: an error of ours about the model may show as one of its own"
     )

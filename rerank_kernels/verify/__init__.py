@@ -8,24 +8,19 @@ also proves that it can fail: a control (controls.py) that is not caught makes t
 from __future__ import annotations
 
 import functools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rerank_kernels import backend, binding, encoders, hf
-from rerank_kernels.ops.pooling import pool
 from rerank_kernels.reranker import Reranker
 from rerank_kernels.verify.controls import Control, mutant_controls, sighted_controls
+from rerank_kernels.verify.fresh import Finals, FreshProcess, forward_of, request_for, scores
 from rerank_kernels.verify.measure import Result, Session, measure
 from rerank_kernels.verify.models import default_pairs, load
-from rerank_kernels.verify.plan import HOME, Call, Floats, Forward, Inputs, Texts, Tokens, build, plan
+from rerank_kernels.verify.plan import FINAL, HOME, Call, Floats, Forward, Texts, Tokens, build, plan
 from rerank_kernels.verify.report import Setting, VerifyReport, environment, isa
 
 __all__ = ["Control", "Result", "Setting", "VerifyReport", "default_pairs", "environment", "load", "verify"]
@@ -54,9 +49,9 @@ def verify(
     The model is patched for the run and left as it was found, on the device where it is. stock: measure it unpatched.
     mode: the numeric mode whose promises are checked; if not given, that of a model that is patched already, else "portable".
     max_length: tokens a text is cut to. limit: the first so many different texts are used. pooling: how an embedding model's
-    vector is made, "mean" or "cls". source: what models.load gets to have the same model in a fresh process; None leaves that
-    check out. progress: called with the share of the work that is done. Raises PatchError for a model that rerank_kernels does
-    not serve, ValueError for fewer than 8 different texts.
+    vector is made, "mean" or "cls". source: what models.load gets to have the same model in a fresh process; None leaves the
+    checks in one out. progress: called with the share of the work that is done. Raises PatchError for a model that
+    rerank_kernels does not serve, ValueError for fewer than 8 different texts.
     """
     found = model.__dict__.get("forward")
     was = found if isinstance(found, binding.Forward) else None
@@ -95,12 +90,15 @@ def _verify(
     few: int,
     progress: Callable[[float], None] | None,
 ) -> VerifyReport:
-    forward = _forward(model, pooling, stock)
+    forward = forward_of(model, pooling, stock)
     routes: dict[str, Callable[[Call], Floats]] = {}
+    finals: Finals | None = None
     if source is not None:
-        routes["process"] = functools.partial(_FreshProcess(source, model, pooling, stock, texts, setting, few).answer)
+        routes["process"] = FreshProcess(request_for(source, model, pooling, stock, setting), setting, texts, few).answer
+        finals = Finals(request_for(source, model, pooling, stock, setting), setting, model, texts, few)
+        routes[FINAL] = finals.answer
     if not stock:
-        if model.config.num_labels == 1 or not _scores(model):  # type: ignore[union-attr]
+        if model.config.num_labels == 1 or not scores(model):  # type: ignore[union-attr]
             routes["packed"] = functools.partial(_packed, model, tokenizer, pooling, texts)
         before = isa() if setting.backend.name == "cpu" else None  # only the compiled backend has a choice
         for name in ISAS:
@@ -128,20 +126,18 @@ def _verify(
     if not stock:
         # what the backend does not promise is reported; a mutant of it would prove nothing
         controls += mutant_controls(texts, [c for c in checks if c.promise in promised], forward, setting.device)
+        if finals is not None and "portable" in promised:
+            controls.append(finals.control())
     lengths = [texts.length(r) for r in range(len(texts.tokens))]
     return VerifyReport(
         results,
         controls,
         about,
         scorer="stock PyTorch" if stock else "rerank_kernels",
-        kind="cross-encoder" if _scores(model) else "embedding",
+        kind="cross-encoder" if scores(model) else "embedding",
         rows=len(lengths),
         lengths=(min(lengths), max(lengths)),
     )
-
-
-def _scores(model: nn.Module) -> bool:
-    return type(model).__name__.endswith("ForSequenceClassification")
 
 
 def _texts(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], cut: int, room: int, limit: int | None) -> Texts:
@@ -165,9 +161,9 @@ def _texts(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], cut: in
 
     groups: dict[str, tuple[int | None, dict[int, None]]] = {}
     for query, document in pairs:
-        head = None if _scores(model) else row(query)
-        place = row(query, document) if _scores(model) else row(document)
-        if place is not None and (head is not None or _scores(model)):
+        head = None if scores(model) else row(query)
+        place = row(query, document) if scores(model) else row(document)
+        if place is not None and (head is not None or scores(model)):
             groups.setdefault(query, (head, {}))[1].setdefault(place)
     whole = len(tokens) // HOME * HOME
     if not whole:
@@ -187,27 +183,6 @@ def _texts(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], cut: in
     )
 
 
-def _forward(model: nn.Module, pooling: str, stock: bool) -> Forward:
-    """inputs -> float32 [B, L]: the logits, or the vectors pooled as a user of that stack would pool them."""
-
-    def forward(inputs: Inputs) -> Tensor:
-        with torch.inference_mode():
-            out = model(**inputs)
-            if _scores(model):
-                return out.logits.float()
-            hidden: Tensor = out.last_hidden_state
-            mask = inputs.get("attention_mask")
-            mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device) if mask is None else mask
-            if not stock:
-                return pool(hidden, pooling, mask=mask, out_dtype=torch.float32)
-            if pooling == "cls":
-                return hidden[:, 0].float()
-            weight = mask.unsqueeze(-1).to(hidden.dtype)  # sentence-transformers' mean
-            return ((hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9)).float()
-
-    return forward
-
-
 def _packed(model: nn.Module, tokenizer: Any, pooling: str, texts: Texts, call: Call) -> Floats:
     reranker = Reranker(model, tokenizer, max_length=texts.cut)
     budget = BUDGETS[call.turn]
@@ -224,54 +199,3 @@ def _with_isa(name: str, forward: Forward, texts: Texts, call: Call) -> Floats:
         return forward(build(texts, call)).numpy()  # on the CPU, whose instruction sets these are
     finally:
         isa(before)
-
-
-class _FreshProcess:
-    """Asks another Python for all its calls at once, the first time it is asked for one."""
-
-    def __init__(
-        self, source: str, model: nn.Module, pooling: str, stock: bool, texts: Texts, setting: Setting, few: int
-    ) -> None:
-        self.texts, self.few, self.served_by = texts, few, setting.backend.name
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        self.request = {"source": source, "dtype": dtype, "pooling": pooling, "stock": stock}
-        self.request |= {"mode": setting.mode, "device": str(setting.device)}
-        self.answers: dict[tuple[int, ...], Floats] = {}
-
-    def answer(self, call: Call) -> Floats:
-        if not self.answers:
-            check = next(c for c in plan(self.texts, routes=("process",), few=self.few) if c.name == "process")
-            batches = [c.rows for s in check.scorings for c in s]
-            inputs = [{n: t.tolist() for n, t in build(self.texts, Call(b)).items()} for b in batches]
-            program = "from rerank_kernels.verify import _serve_parent; _serve_parent()"
-            ran = subprocess.run(
-                [sys.executable, "-c", program],
-                input=json.dumps({**self.request, "inputs": inputs}),
-                capture_output=True,
-                text=True,
-                env={
-                    **os.environ,
-                    backend.ENVIRONMENT: self.served_by,
-                    "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-                },
-            )
-            if ran.returncode:
-                raise RuntimeError(f"verify: the fresh process failed with {ran.returncode}: {ran.stderr.strip()[-2000:]}")
-            answers = json.loads(ran.stdout.splitlines()[-1])
-            for batch, (shape, bits) in zip(batches, answers, strict=True):
-                self.answers[batch] = np.frombuffer(bytes.fromhex(bits), np.float32).reshape(shape)
-        return self.answers[call.rows]
-
-
-def _serve_parent() -> None:
-    """The fresh process: a request on stdin, the bits of the answers on stdout."""
-    request = json.load(sys.stdin)
-    model, _, _ = load(request["source"], getattr(torch, request["dtype"]))
-    model.to(request["device"])
-    if not request["stock"]:
-        hf.patch(model, request["mode"])
-    torch.set_num_threads(1)
-    forward = _forward(model, request["pooling"], request["stock"])
-    given = [{n: torch.tensor(v, device=request["device"]) for n, v in one.items()} for one in request["inputs"]]
-    answers = [forward(one).cpu().numpy() for one in given]
-    print(json.dumps([(a.shape, a.tobytes().hex()) for a in answers]))

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rerank_kernels.verify.plan import Call, Check, Floats, Forward, Texts, build
+from rerank_kernels.verify.plan import COSINES, FINAL, Call, Check, Floats, Forward, Texts, build
 
 
 @dataclass
@@ -81,31 +81,34 @@ def measure(check: Check, session: Session) -> Result:
                     result.max_difference = max(result.max_difference, float("inf") if np.isnan(gap) else float(gap))
                 before.setdefault(row, want)
                 after.setdefault(row, got)
-        flips, ordered = _flips(session.texts, before, after)
+        behind = COSINES if scoring and scoring[0].route == FINAL else 0
+        flips, ordered = _flips(session.texts, before, after, behind)
         result.flips += flips
         result.ordered += ordered
     return result
 
 
-def _flips(texts: Texts, before: dict[int, Floats], after: dict[int, Floats]) -> tuple[int, int]:
-    """Pairs of documents whose order changed (to or from a tie counts), and how many there were."""
+def _flips(texts: Texts, before: dict[int, Floats], after: dict[int, Floats], behind: int = 0) -> tuple[int, int]:
+    """Pairs of documents whose order changed (to or from a tie counts), and how many there were. `behind`: numbers that follow
+    a vector and are none of it."""
     flips = ordered = 0
     for query, documents in texts.groups:
         rows = [d for d in documents if d in before]
         if len(rows) < 2 or (query is not None and query not in before):
             continue
-        a, b = (_keys(values, query, rows) for values in (before, after))
+        a, b = (_keys(values, query, rows, behind) for values in (before, after))
         changed = np.sign(a[:, None] - a[None, :]) != np.sign(b[:, None] - b[None, :])
         flips += int(np.triu(changed, 1).sum())
         ordered += len(rows) * (len(rows) - 1) // 2
     return flips, ordered
 
 
-def _keys(values: dict[int, Floats], query: int | None, rows: list[int]) -> npt.NDArray[np.float64]:
+def _keys(values: dict[int, Floats], query: int | None, rows: list[int], behind: int) -> npt.NDArray[np.float64]:
     """What documents are ordered by: the (first) logit, or the cosine with the query."""
     d = np.stack([values[r] for r in rows]).astype(np.float64)
     if query is None:
         return d[:, 0]
     q = values[query].astype(np.float64)
+    d, q = d[:, : d.shape[1] - behind], q[: q.size - behind]
     cosines: npt.NDArray[np.float64] = (d @ q) / (np.linalg.norm(d, axis=1) * np.linalg.norm(q))
     return cosines

@@ -20,6 +20,12 @@ Forward = Callable[[Inputs], Tensor]  # float32 [B, L]
 HOME = 8  # the batch size of every check that is not about batch sizes
 BATCHES = (2, 3, 7, 8, 16, 31, 64)  # 1 is the reference
 THREADS = (2, 3, 4)
+# What else in a process decides which kernels PyTorch and its math library (MKL) take, where ours leave them something to do.
+SETTINGS = ("MKL_CBWR=COMPATIBLE", "MKL_CBWR=AVX2", "ATEN_CPU_CAPABILITY=default", "OMP_NUM_THREADS=2")
+FINAL = (
+    "final"  # the route to all that a user reads of a row in the end: logit, score, complement; embedding, cosine, complement
+)
+COSINES = 2  # numbers behind the embedding in it
 MIXED = -1  # a `fill`: padded places hold a different token each
 
 
@@ -34,7 +40,8 @@ class Call:
     layout: str = "plain"
     threads: int = 1
     turn: int = 0  # the same call again is another call
-    route: str = "model"  # or one that does not go through model(**inputs): "packed", "process", "isa:..."
+    route: str = "model"  # or one that does not go through model(**inputs): "packed", "process", "isa:...", FINAL
+    setting: str = ""  # one of SETTINGS, in a process of its own
 
 
 Scoring = tuple[Call, ...]
@@ -211,6 +218,9 @@ def plan(texts: Texts, *, routes: Sequence[str] = (), few: int = 24) -> list[Che
     if isas := [r for r in routed if r.startswith("isa:")]:
         names = ", ".join(r[4:] for r in isas)
         checks.append(Check("portable", "instructions", names, "route", tuple(routed[r][:1] for r in isas)))
+    if FINAL in routed:
+        settled = tuple((Call(every[:few], route=FINAL, setting=s),) for s in SETTINGS)
+        checks.append(Check("portable", "math library", ", ".join(SETTINGS), "setting", settled))
     # where rows are as long as the model takes, a call may vary nothing
     return [dataclasses.replace(c, scorings=tuple(tuple(k for k in s if c.varies(k)) for s in c.scorings)) for c in checks]
 
