@@ -6,7 +6,7 @@ pair, the tokenizer and max_length: a score stays a function of its pair. A shor
 Exact, the ids are those of the whole texts:
 - A cut before a space, tab or new line that follows a word, if enough words stand before it. BERT's, byte-level and
   sentencepiece's tokenizers split there before they look at their vocabulary (no normaliser changes a letter because of one
-  beyond a space), so the ids of what is before are a prefix of all ids; and a word with an ASCII letter or digit is one id at least.
+  beyond a space), so the ids of what is before are a prefix of all ids; a word with an ASCII letter or digit is one or more.
   Enough: max_length, and more than the other text of the pair can have ids, for longest_first asks which of the two is longer.
   BERT sets each CJK ideograph apart, so that a cut after one is as good, and each counts as a word.
 - WordPiece gives one [UNK] to a word of more than max_input_chars_per_word characters: ASCII letters and digits are a character
@@ -31,15 +31,15 @@ MOST_IDS = 20  # of one character, after normalising: U+FDFA is 18 letters in NF
 
 _WORDS = re.compile(r"[0-9A-Za-z][^ \t\n]*")
 _WORDS_AND_IDEOGRAPHS = re.compile(r"[0-9A-Za-z][^ \t\n\u4e00-\u9fff]*|[\u4e00-\u9fff]")
-_FAR = re.compile(rf"([^ \t\n]{{{WORD}}})[^ \t\n]+")
+_WORD = re.compile(r"[^ \t\n]+")
 
 
 class BoundedWarning(UserWarning):
-    """A text is so long that not all of it was given to the tokenizer; pair: its place in the list."""
+    """`text` is so long that not all of it was given to the tokenizer."""
 
-    def __init__(self, message: str, pair: int = 0) -> None:
+    def __init__(self, message: str, text: str = "") -> None:
         super().__init__(message)
-        self.pair = pair
+        self.text = text
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,15 @@ def bounded(rules: Rules, text: str, other: str, max_length: int) -> tuple[str, 
     """What of `text`, in a pair with `other`, is read, and whether the ids are those of the whole."""
     if len(text) <= LONG:
         return text, True
-    if rules.run is not None:
-        text = rules.run.sub(r"\1", text)
     if rules.words is not None and len(other) <= LONG:
         needed = max_length + MOST_IDS * len(other)
         for count, word in enumerate(rules.words.finditer(text), 1):
             if count == needed:
-                return text[: word.end()], True
-    short = _FAR.sub(r"\1", text)[:TEXT]
+                text = text[: word.end()]
+                break
+    if rules.run is not None:
+        text = rules.run.sub(r"\1", text)
+    if len(text) <= WORD:
+        return text, True
+    short = _WORD.sub(lambda word: word[0][:WORD], text)[:TEXT]
     return short, short == text

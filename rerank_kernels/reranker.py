@@ -233,7 +233,7 @@ class Reranker:
                     said = f"pair {i}" if second else f"text {i}"
                     warnings.warn(
                         bounding.BoundedWarning(
-                            f"{said}: a text of {len(text):,} characters was cut to {len(column[i]):,} before tokenising", i
+                            f"{said}: a text of {len(text):,} characters was cut to {len(column[i]):,} before tokenising", text
                         ),
                         stacklevel=4,
                     )

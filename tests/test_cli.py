@@ -306,6 +306,15 @@ def test_a_letter_that_stdout_cannot_write(capsys, folder, tmp_path, monkeypatch
     assert shown in written.getvalue() and capsys.readouterr().err == ""
 
 
+def test_a_text_that_is_too_long_is_named(capsys, folder, tmp_path) -> None:
+    """Whatever the model: the record's line, and how much of it was read."""
+    path = write(tmp_path / "docs.txt", "Paris", "", "é" * 200_000)
+    said = f"rerank-kernels: warning: {path}:3: a text of 200,000 characters was cut to 131,072 before tokenising\n"
+    assert run(capsys, "rank", folder, "--query", "q", path)[::2] == (0, said)
+    pairs = write(tmp_path / "pairs.jsonl", GOOD, json.dumps({"query": "q", "document": "é" * 200_000}))
+    assert run(capsys, "score", folder, pairs)[::2] == (0, said.replace("docs.txt:3", "pairs.jsonl:2"))
+
+
 # ---- errors are 2, and only a fallen promise is 1 ----------------------------------------------------------------------------
 
 

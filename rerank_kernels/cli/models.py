@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rerank_kernels.cli import interrupt
-from rerank_kernels.cli.errors import InputError, fail_with
+from rerank_kernels.cli.errors import InputError, fail_with, say
+from rerank_kernels.cli.records import Record
 
 
 def reranker(args: argparse.Namespace) -> Any:
@@ -21,6 +25,23 @@ def reranker(args: argparse.Namespace) -> Any:
             )
         except (ValueError, PatchError) as error:
             fail_with(error)
+
+
+@contextlib.contextmanager
+def warned(records: Sequence[Record]) -> Iterator[None]:
+    """A text that is too long is said with its record's place; other warnings stay what they are."""
+    from rerank_kernels.bounding import BoundedWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", BoundedWarning)
+        yield
+    for one in caught:
+        if isinstance(one.message, BoundedWarning):
+            text = one.message.text
+            where = next((r.where for r in records if text in (r.query, r.document)), "--query")
+            say(f"warning: {where}: {str(one.message).partition(': ')[2]}")
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
 def dtype(name: str | None) -> Any:

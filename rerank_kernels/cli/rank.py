@@ -51,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
         say(f"warning: {source.name}: there are no documents in it")
     elif source.format.kind == "text" and reading.looks_like_a_record(found[0].document):
         say(f"warning: {found[0].where}: looks like JSON Lines, but is ranked as plain text; give --format jsonl")
-    ranked = models.reranker(args).rank(args.query, [record.document for record in found], args.top_k)
+    reranker = models.reranker(args)
+    with models.warned(found):
+        ranked = reranker.rank(args.query, [record.document for record in found], args.top_k)
     if args.json:
         with writing.writer("-") as out:
             for place, r in enumerate(ranked, 1):

@@ -124,7 +124,8 @@ def _score(
                 for record in part:
                     encoder.check(record)
             pairs = [(record.query, record.document) for record in part]
-            scores = reranker.score(pairs, progress=False, batch_tokens=args.batch_tokens)
+            with models.warned(part):
+                scores = reranker.score(pairs, progress=False, batch_tokens=args.batch_tokens)
             rows = [(record, numbers) for record, *numbers in zip(part, *scores, strict=True)]
             out.write(encoding.compressed(encoder.window(seen, rows), to))
             seen += len(part)
