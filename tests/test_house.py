@@ -22,7 +22,15 @@ from rerank_kernels.backend import BACKENDS, OPS, PROMISES
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = sorted(set(OPS.values()))
-PAGES = ("README.md", "NUMERICS.md", "CONTRIBUTING.md", "docs/GPU.md", "docs/SPEED.md", "docs/WORKS_WITH.md", "docs/COMMAND_LINE.md")
+PAGES = (
+    "README.md",
+    "NUMERICS.md",
+    "CONTRIBUTING.md",
+    "docs/GPU.md",
+    "docs/SPEED.md",
+    "docs/WORKS_WITH.md",
+    "docs/COMMAND_LINE.md",
+)
 
 
 @functools.cache
