@@ -152,8 +152,8 @@ class Pool {
     std::mutex open_;
     Job* first_ = nullptr;
     int64_t threads_ = 0;
-    std::atomic<uint32_t> jobs_{0};      // how many there were
-    std::atomic<uint32_t> left_{0};      // how often a job was left by the last one inside
+    std::atomic<uint32_t> jobs_{0};  // how many there were
+    std::atomic<uint32_t> left_{0};  // how often a job was left by the last one inside
     std::atomic<int64_t> sleeping_{0};
 };
 

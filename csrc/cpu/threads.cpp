@@ -14,9 +14,9 @@ static thread_local int64_t held = 0;
 int64_t threads() { return held > 0 ? held : int64_t(torch::stable::get_num_threads()); }
 
 // PyTorch's operations between ours (gathers, copies, a sum) are short, but its OpenMP threads spin for milliseconds after each
-// on the cores that ours want next, and hang in a forked child. So for the time of a patched model's forward PyTorch computes on
-// the calling thread alone; the number belongs to that thread. count 0 begins and returns what ends it, 0 if there is nothing to
-// end: a forward within a forward, another threading library. count -1 only asks how many threads an op may use now.
+// on the cores that ours want next, and hang in a forked child. So for the time of a patched model's forward PyTorch computes
+// on the calling thread alone; the number belongs to that thread. count 0 begins and returns what ends it, 0 if there is
+// nothing to end: a forward within a forward, another threading library. count -1 only asks how many threads an op may use now.
 static int64_t hold_threads(int64_t count) {
     static const auto set = openmp<void (*)(int)>("omp_set_num_threads");
     if (count < 0) return threads();
