@@ -86,9 +86,9 @@ def _load(stem: str, what: str, reason: str) -> str | None:
 def second_copy() -> str | None:
     """Which other copy of the C++ library serves this process, None if none does: ops can be registered only once."""
     namespace = torch.ops.rerank_kernels
-    if not hasattr(namespace, "force_isa"):
+    if not hasattr(namespace, "loaded_from"):  # none is there, or one of an older version, of which _unfit says what it lacks
         return None
-    first = namespace.loaded_from() if hasattr(namespace, "loaded_from") else "an older version"
+    first = namespace.loaded_from()
     if any(os.path.realpath(first) == os.path.realpath(path) for path in PACKAGE.glob("_C*.so")):
         return None
     return (
