@@ -209,7 +209,7 @@ class Kernel:
 # Kernels for rows whose length or address is not a multiple of 16 bytes, and those that read next to nothing.
 NARROW = (
     r"^(softmax_long|axpy)_kernel<[^<>]*, 1>$",
-    r"^(layer_norm_long|score|active|finish)_kernel$",
+    r"^((layer_norm|normalize)_long|score|active|finish)_kernel$",
 )
 
 
