@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import rerank_kernels as rk
+from commands import bad, run, write
 from models import save_cross_encoder, tiny, tokenizer
 from rerank_kernels import cli, verify
 from rerank_kernels.cli import models as chosen
@@ -39,25 +40,6 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def pairs(tmp_path) -> Path:
     return write(tmp_path / "pairs.jsonl", *(json.dumps(p, ensure_ascii=False) for p in PAIRS))
-
-
-def write(path: Path, *lines: str | bytes) -> Path:
-    path.write_bytes(b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in lines))
-    return path
-
-
-def run(capsys, *argv: object) -> tuple[int, str, str]:
-    code = cli.main([str(a) for a in argv])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def bad(capsys, *argv: object) -> str:
-    """What the command says of bad input: one line, exit code 2, nothing on stdout."""
-    code, out, err = run(capsys, *argv)
-    assert code == 2 and out == ""
-    assert err.startswith("rerank-kernels: ") and err.count("\n") == 1, err
-    return err.removeprefix("rerank-kernels: ").rstrip("\n")
 
 
 # ---- score -------------------------------------------------------------------------------------------------------------------

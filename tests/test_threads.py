@@ -11,7 +11,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import models
 import rerank_kernels as rk
 from conftest import require
-from invariants import same
+from invariants import same, with_threads
 from rerank_kernels import native
 
 HERE = Path(__file__).parent
@@ -110,15 +109,6 @@ class Watching(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def at_threads(count: int, run: Callable[[], Any]) -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        return run()
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_within_a_forward_pytorch_keeps_to_one_thread() -> None:
     """Else its OpenMP threads spin on the cores that ours want, and a forked child waits for them for ever."""
     model, batch = encoder()
@@ -132,7 +122,7 @@ def test_within_a_forward_pytorch_keeps_to_one_thread() -> None:
         assert torch.get_num_threads() == native.threads() == 3, "given back after an error"
         return watching
 
-    watching = at_threads(3, run)
+    watching = with_threads(3, run)
     assert watching.theirs == {1}
     assert watching.ours == {3}
 
@@ -149,7 +139,7 @@ def test_one_threads_hold_is_no_other_threads() -> None:
             other.join()
         assert torch.get_num_threads() == 3
 
-    at_threads(3, run)
+    with_threads(3, run)
     assert seen == [3]
 
 
@@ -158,7 +148,7 @@ def test_a_backend_that_needs_pytorchs_threads_keeps_them() -> None:
     rk.unpatch(model)
     rk.patch(model, backend="pytorch")
     with Watching() as watching:
-        at_threads(3, lambda: model(**batch))
+        with_threads(3, lambda: model(**batch))
     assert watching.theirs == {3}
 
 
@@ -181,7 +171,7 @@ def test_many_callers_at_once() -> None:
         for caller in callers:
             caller.join()
 
-    at_threads(3, run)
+    with_threads(3, run)
     assert not wrong
     same(model(**parts[0]).last_hidden_state, alone[0], "afterwards")
 

@@ -43,15 +43,10 @@ def run(args: argparse.Namespace) -> int:
         with interrupt.loading(args.ours):
             from rerank_kernels.bench import bench
             from rerank_kernels.binding import PatchError
-            from rerank_kernels.verify import Setting, environment, load
+            from rerank_kernels.verify import Setting, environment
             from rerank_kernels.verify.models import default_pairs
-
-            models.quiet()
         try:
-            with interrupt.loading(args.ours):
-                loaded = load(args.model, models.dtype(args.dtype))
-                if (device := models.device(args.device)) is not None:
-                    loaded.model.to(device)
+            loaded = models.loaded(args)
             with terminal.progress("timing", 1.0) as advance:
                 report = bench(
                     loaded.model,

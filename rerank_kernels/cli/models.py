@@ -27,6 +27,18 @@ def reranker(args: argparse.Namespace) -> Any:
             fail_with(error)
 
 
+def loaded(args: argparse.Namespace) -> Any:
+    """verify.load's: the model, not patched, where it is to be, with its tokenizer."""
+    with interrupt.loading(args.ours):
+        from rerank_kernels.verify import load
+
+        quiet()
+        found = load(args.model, dtype(args.dtype))
+        if (where := device(args.device)) is not None:
+            found.model.to(where)
+        return found
+
+
 @contextlib.contextmanager
 def warned(records: Sequence[Record]) -> Iterator[None]:
     """A text that is too long is said with its record's place; other warnings stay what they are."""

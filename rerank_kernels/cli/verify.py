@@ -53,14 +53,9 @@ def run(args: argparse.Namespace) -> int:
         out, page = (stack.enter_context(writing.writer(f)) if f else None for f in (args.json, args.html))
         with interrupt.loading(args.ours):
             from rerank_kernels.binding import PatchError
-            from rerank_kernels.verify import load, verify
-
-            models.quiet()
+            from rerank_kernels.verify import verify
         try:
-            with interrupt.loading(args.ours):
-                loaded = load(args.model, models.dtype(args.dtype))
-                if (device := models.device(args.device)) is not None:
-                    loaded.model.to(device)
+            loaded = models.loaded(args)
             which = [True] if args.stock else [False, True] if args.html else [False]
             with terminal.progress("verifying", 1.0) as advance:
                 reports = [
