@@ -39,7 +39,7 @@ def options(sub: argparse.ArgumentParser) -> None:
         "which takes about as long again",
     )
     sub.add_argument(
-        "--no-process", action="store_true", help="leave out the check in a fresh process, which loads the model again"
+        "--no-process", action="store_true", help="leave out the checks in fresh processes, which load the model again"
     )
 
 
