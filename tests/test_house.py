@@ -14,6 +14,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import promises
@@ -294,3 +295,10 @@ def test_no_registry_is_named() -> None:
     """Where packages come from is the user's setting, pip's or TORCH's."""
     build = {name: text(name) for name in ("Makefile", ".ci/run", "setup.py", "pyproject.toml")}
     assert [name for name, content in build.items() if re.search(r"https?://|--(extra-)?index-url\s+\w", content)] == []
+
+
+def test_digits_of_the_command_are_those_of_the_readme() -> None:
+    """README's are made by a run, and held by `make readme`; docs/COMMAND_LINE.md ranks the same documents."""
+    made = {float(number) for number in re.findall(r"\b0\.\d{16,}", text("README.md"))}
+    shown = {float(number) for number in re.findall(r"\b0\.\d{16,}", text("docs/COMMAND_LINE.md"))}
+    assert len(made) == 3 and shown <= made | {float(np.float32(1) - np.float32(number)) for number in made}
