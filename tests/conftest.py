@@ -9,6 +9,7 @@ the first one only collects what the others counted.
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,12 @@ from cases import DTYPES
 from invariants import force_isa
 from ptxsim import served
 from rerank_kernels import backend as registry
+
+os.environ.pop("COLUMNS", None)  # pytest-xdist's word, which the commands would take for the user's
+# A shell that starts the tests in the background, or nohup, has them ignore these, and the commands that tests interrupt too.
+for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _usual)
 
 ISAS = ("avx512", "avx2", "scalar")
 REQUIRE = "RERANK_KERNELS_REQUIRE"

@@ -311,7 +311,9 @@ def test_the_wheel_has_its_tag_and_nothing_of_an_earlier_build(small: Path) -> N
     assert re.fullmatch(r"rerank_kernels-[\d.]+-cp310-abi3-linux_\w+\.whl", Path(str(wheel.filename)).name)
     names = wheel.namelist()
     beside = {n for n in names if not n.endswith(".py") and ".dist-info/" not in n}
-    assert beside == {f"rerank_kernels/{name}" for name in ("_C.abi3.so", "_no_cuda.txt", "py.typed")}
+    assert beside == {
+        f"rerank_kernels/{name}" for name in ("_C.abi3.so", "_no_cuda.txt", "page/page.css", "page/page.html", "py.typed")
+    }
     there = {str(p.relative_to(small)) for p in (small / "rerank_kernels").rglob("*.py")}
     assert {n for n in names if n.endswith(".py")} == there
     said = wheel.read(next(n for n in names if n.endswith("/METADATA"))).decode()
