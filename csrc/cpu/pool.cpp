@@ -24,9 +24,10 @@
 namespace rk {
 namespace {
 
-// How long a thread looks for more before it sleeps: within a forward the next op comes sooner, and to wake a thread takes tens
-// of microseconds. Meanwhile it gives its core to whoever wants it.
-constexpr std::chrono::microseconds PATIENCE{300};
+// How long a thread looks for more before it sleeps: within a forward the next op comes about as soon, and to wake a thread
+// takes tens of microseconds. Longer takes cores from other processes; to yield meanwhile gives them to those of the lowest
+// priority for milliseconds (bench/serving.py).
+constexpr std::chrono::microseconds PATIENCE{100};
 
 void relax() {
 #ifdef __x86_64__
@@ -34,7 +35,7 @@ void relax() {
 #endif
 }
 
-// Spins until ready() or until patience ends; true if ready. Another process that wants the core gets it.
+// Spins until ready() or until patience ends; true if ready.
 template <class F>
 bool spin(const F& ready) {
     const auto end = std::chrono::steady_clock::now() + PATIENCE;
@@ -43,7 +44,6 @@ bool spin(const F& ready) {
             if (ready()) return true;
             relax();
         }
-        sched_yield();
     } while (std::chrono::steady_clock::now() < end);
     return ready();
 }
