@@ -222,3 +222,24 @@ def test_a_forked_child_computes() -> None:
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])},
     )
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+# ---- binding ----------------------------------------------------------------------------------------------------------------
+
+BOUND = """
+import os, torch, rerank_kernels as rk
+torch.set_num_threads(2)
+x = torch.randn(300, 512)
+rk.linear(x, torch.randn(700, 512))
+print(sorted(len(os.sched_getaffinity(int(task))) for task in os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: there is nothing to bind")
+def test_a_caller_that_openmp_binds_does_not_bind_the_pool() -> None:
+    """With OMP_PROC_BIND the first thread has one core, and whatever it starts would have that core too."""
+    bound = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores", "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run([sys.executable, "-c", BOUND], capture_output=True, text=True, env=os.environ | bound, timeout=60)
+    assert done.returncode == 0, done.stderr
+    few, *_, many = map(int, done.stdout.strip("[]\n").split(", "))
+    assert few == 1 and many == len(os.sched_getaffinity(0))
