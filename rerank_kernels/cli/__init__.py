@@ -31,7 +31,7 @@ def _main(argv: Sequence[str] | None) -> int:
         from rerank_kernels.cli.parser import parser
         from rerank_kernels.cli.writing import STDOUT, drop_stdout, flush_or_drop_stdout, naming
 
-        args = parser().parse_args(argv)
+        args = parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
         args.ours = argv is None
         args.command = shlex.join(("rerank-kernels", *(sys.argv[1:] if argv is None else argv)))  # for a page to say
         try:

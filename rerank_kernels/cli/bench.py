@@ -11,8 +11,6 @@ from rerank_kernels.cli import interrupt, models, reading, terminal, writing
 from rerank_kernels.cli.errors import InputError, fail_with
 from rerank_kernels.cli.options import model_options, positive
 
-ABOUT = "Time the model, stock beside patched, and check that the bits hold."
-
 
 def options(sub: argparse.ArgumentParser) -> None:
     model_options(sub, "a local model folder, or shape:bge-reranker-base (random weights)")

@@ -6,7 +6,6 @@ import argparse
 
 from rerank_kernels.cli.errors import InputError, fail_with, say
 
-ABOUT = "Run Infinity's server with every model patched before the first request."
 MORE = " A model that cannot be served keeps it from starting, with exit code 1; else the exit code is Infinity's."
 
 

@@ -8,8 +8,6 @@ from rerank_kernels.cli import terminal, writing
 from rerank_kernels.cli.errors import InputError, fail_with
 from rerank_kernels.cli.options import positive
 
-ABOUT = "Say what is installed, what can run here, and why the rest cannot."
-
 
 def options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from types import ModuleType
+import importlib
+from collections.abc import Sequence
 
 from rerank_kernels import NUMERICS_VERSION, __version__
-from rerank_kernels.cli import bench, infinity_server, info, rank, score, verify
 
-COMMANDS: dict[str, ModuleType] = {
-    "score": score,
-    "rank": rank,
-    "verify": verify,
-    "bench": bench,
-    "infinity-server": infinity_server,
-    "info": info,
+# What each is for. Its file is loaded when it is asked for, and the others' are not: --help is there at once.
+COMMANDS = {
+    "score": "Score the pairs of a file.",
+    "rank": "Rank documents for one query, best first.",
+    "verify": "Check every promise on this machine; exit code 1 if one falls.",
+    "bench": "Time the model, stock beside patched, and check that the bits hold.",
+    "infinity-server": "Run Infinity's server with every model patched before the first request.",
+    "info": "Say what is installed, what can run here, and why the rest cannot.",
 }
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a promise fell (verify and bench) or cannot be given (infinity-server); 2 bad input, or a machine "
@@ -22,7 +23,8 @@ EXIT_CODES = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """For this command line: other commands than its own have no options."""
     parser = argparse.ArgumentParser(
         prog="rerank-kernels",
         description="Score and rank with a cross-encoder: the same bits whatever the batch, padding, threads or run.",
@@ -31,9 +33,11 @@ def parser() -> argparse.ArgumentParser:
     version = f"%(prog)s {__version__}, numerics version {NUMERICS_VERSION}"
     parser.add_argument("--version", action="version", version=version, help="package and numerics version")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
+    for name, about in COMMANDS.items():
+        command = importlib.import_module(f"rerank_kernels.cli.{name.replace('-', '_')}") if name in argv else None
         more = getattr(command, "MORE", "")
-        sub = commands.add_parser(name, help=command.ABOUT, description=command.ABOUT + more, epilog=EXIT_CODES)
-        sub.set_defaults(run=command.run)
-        command.options(sub)
+        sub = commands.add_parser(name, help=about, description=about + more, epilog=EXIT_CODES)
+        if command is not None:
+            sub.set_defaults(run=command.run)
+            command.options(sub)
     return parser

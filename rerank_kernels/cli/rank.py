@@ -11,7 +11,6 @@ from rerank_kernels.cli.options import model_options, positive
 
 SNIPPET = 200
 ADDED = ("rank", "index", *writing.NUMBERS)
-ABOUT = "Rank documents for one query, best first."
 
 
 def options(sub: argparse.ArgumentParser) -> None:

@@ -21,7 +21,6 @@ from rerank_kernels.cli.records import Record
 # a window is scored, written and, with --resume, counted as done; no bit depends on it
 WINDOW = 256  # records
 CHARACTERS = 1 << 18  # of their texts, or one longer record
-ABOUT = "Score the pairs of a file."
 
 
 def options(sub: argparse.ArgumentParser) -> None:

@@ -12,7 +12,6 @@ from rerank_kernels.cli import interrupt, models, reading, terminal, writing
 from rerank_kernels.cli.errors import InputError, fail_with
 from rerank_kernels.cli.options import model_options, positive
 
-ABOUT = "Check every promise on this machine; exit code 1 if one falls."
 MORE = " It needs at least 8 different texts, to put in one batch."  # verify.HOME; --help does not wait for an import
 
 
