@@ -64,7 +64,7 @@ def studies(quick: bool) -> dict[str, tuple[str, Callable[[], Results]]]:
         ),
         "serving: processes and callers that share the machine": (
             "serving",
-            functools.partial(serving.measure, 0.5 if quick else 4.0),
+            functools.partial(serving.measure, 0.5 if quick else 2.0),
         ),
     }
 

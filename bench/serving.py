@@ -38,7 +38,7 @@ ROUNDS = 3
 BURN = "import os\nos.nice(19)\nwhile True: pass"
 
 
-def measure(seconds: float = 4.0, name: str = rerankers.MINILM) -> list[dict[str, Any]]:
+def measure(seconds: float = 2.0, name: str = rerankers.MINILM) -> list[dict[str, Any]]:
     """One record a way: pairs a second of each who, and ours / stock, as medians over the rounds."""
     records = []
     for way, (processes, callers, burners) in WAYS.items():
