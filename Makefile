@@ -61,6 +61,7 @@ gpu: $(VENV)/nvcc $(VENV)/installed  ## the CUDA and Triton backends on a real G
 	$(OFFLINE) $(BIN)/python -m pytest -m gpu --exhaustive $(ARGS)
 
 bench: $(VENV)/installed $(VENV)/engines  ## correctness gate, then times beside PyTorch's (ARGS='--quick', '--only linear', '--json out.json')
+	@mkdir -p bench/out
 	$(OFFLINE) $(BIN)/python bench/run.py $(ARGS)
 
 stacks: $(VENV)/installed  ## sentence-transformers, FlagEmbedding, Haystack, Infinity, each with its own pins (STACKS='st6 flag')
