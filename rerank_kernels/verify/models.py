@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from rerank_kernels.reranker import Reranker
@@ -65,6 +66,12 @@ def _shape(name: str, dtype: torch.dtype | None) -> Loaded:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model: Any = XLMRobertaForSequenceClassification(config)
+    # By NumPy: PyTorch's normal numbers hang on the instruction set that it takes (ATEN_CPU_CAPABILITY).
+    draw = np.random.default_rng(SEED)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.copy_(torch.from_numpy(draw.standard_normal(tuple(p.shape), dtype=np.float32) * np.float32(0.02)))
     model.eval()
     return Loaded(model if dtype is None else model.to(dtype), tokenizer, "mean")
 
