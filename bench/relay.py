@@ -26,7 +26,7 @@ from results import line_of, ratios, show
 from rich.console import Console
 from turns import DeviceLost, play
 
-from rerank_kernels import backend
+from rerank_kernels.backends import registry
 
 STEP = 150.0  # seconds without a step after which the worker counts as stuck
 MOST_WORKERS = 12
@@ -116,7 +116,7 @@ def work(args: argparse.Namespace, table: Mapping[str, device.Job]) -> int:
         except Exception as error:
             gone = {**gone, step[0]: f"{type(error).__name__}: {error}"[:400]}
         for contestant, why in gone.items():
-            contestants[contestant] = {"ours": contestant.split(" ")[0] in backend.BACKENDS, "error": why}
+            contestants[contestant] = {"ours": contestant.split(" ")[0] in registry.BACKENDS, "error": why}
         seconds = time.perf_counter() - started
         journal.write(
             done=name,
@@ -210,7 +210,7 @@ def _compile_first(args: argparse.Namespace, argv: Sequence[str], table: Mapping
     """Triton's and PyTorch's compilers take seconds a kernel on one core: a few processes compile before the clock starts."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(8, cores // 2, len(table) // 3)
-    if args.device != "cuda" or count < 2 or backend.missing("triton") is not None:
+    if args.device != "cuda" or count < 2 or registry.missing("triton") is not None:
         return
     started, limit = time.time(), 0.35 * args.budget
     command = [sys.executable, str(RUN), *argv, "--until", str(started + limit)]

@@ -18,7 +18,7 @@ import torch
 from results import ROOT
 
 import rerank_kernels as rk
-from rerank_kernels import backend
+from rerank_kernels.backends import registry
 
 SMI = "name driver_version clocks.sm clocks.mem clocks.max.sm power.draw power.limit temperature.gpu"
 
@@ -45,7 +45,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     }
     if device == "cuda":
         return facts | gpu()
-    active = backend.active("cpu")
+    active = registry.active("cpu")
     isa = torch.ops.rerank_kernels.force_isa("") if active.name == "cpu" else "PyTorch's"
     rivals = {name: (_version(name) or "not installed").partition("-")[0] for name in ("onnxruntime", "openvino")}
     return facts | {"backend": active.name, "isa": isa, "mkl": _mkl(), **rivals, "gpu": "not measured"}
@@ -69,7 +69,7 @@ def gpu() -> dict[str, Any]:
         "torch's cuda": torch.version.cuda,
         "triton": _version("triton"),
         "nvcc": _said(["nvcc", "--version"], r"release [\d.]+, V([\d.]+)"),
-        "backends": {n: b for n in ("cuda", "triton") if (b := backend.missing(n) or "available")},
+        "backends": {n: b for n in ("cuda", "triton") if (b := registry.missing(n) or "available")},
         "tf32": torch.backends.cuda.matmul.allow_tf32,
     }
     query = ["nvidia-smi", f"--query-gpu={','.join(SMI.split())}", "--format=csv,noheader"]

@@ -8,22 +8,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rerank_kernels.version import NUMERICS_VERSION
+from rerank_kernels.version import __version__ as __version__
+
 if TYPE_CHECKING:  # for type checkers and editors; _NAMES says the same to Python
-    from rerank_kernels.backend import BackendError, FallbackWarning, backends, use
-    from rerank_kernels.binding import PatchError
-    from rerank_kernels.hf import Report
-    from rerank_kernels.integrations import patch, unpatch
-    from rerank_kernels.native.layout import forget
+    from rerank_kernels.backends.registry import backends, use
+    from rerank_kernels.backends.weights import forget
+    from rerank_kernels.errors import BackendError, FallbackWarning, PatchError
     from rerank_kernels.ops.attention import attention
     from rerank_kernels.ops.linear import activation, bmm, linear
     from rerank_kernels.ops.norm import layer_norm, normalize
     from rerank_kernels.ops.pooling import HeadOutput, pool, score_head, sigmoid
     from rerank_kernels.ops.softmax import mean, softmax, sum  # noqa: A004  torch's name
     from rerank_kernels.ops.sparse_ffn import sparse_ffn
-    from rerank_kernels.reranker import Ranked, Reranker, Scores
-
-__version__ = "0.1.0"
-NUMERICS_VERSION = 1
+    from rerank_kernels.patching.patch import patch, unpatch
+    from rerank_kernels.patching.report import Report
+    from rerank_kernels.scoring.reranker import Ranked, Reranker, Scores
 
 __all__ = [
     "NUMERICS_VERSION",
@@ -56,18 +56,18 @@ __all__ = [
 ]
 
 _NAMES = {
-    "backend": ("BackendError", "FallbackWarning", "backends", "use"),
-    "binding": ("PatchError",),
-    "hf": ("Report",),
-    "integrations": ("patch", "unpatch"),
-    "native.layout": ("forget",),
+    "backends.registry": ("backends", "use"),
+    "backends.weights": ("forget",),
+    "errors": ("BackendError", "FallbackWarning", "PatchError"),
     "ops.attention": ("attention",),
     "ops.linear": ("activation", "bmm", "linear"),
     "ops.norm": ("layer_norm", "normalize"),
     "ops.pooling": ("HeadOutput", "pool", "score_head", "sigmoid"),
     "ops.softmax": ("mean", "softmax", "sum"),
     "ops.sparse_ffn": ("sparse_ffn",),
-    "reranker": ("Ranked", "Reranker", "Scores"),
+    "patching.patch": ("patch", "unpatch"),
+    "patching.report": ("Report",),
+    "scoring.reranker": ("Ranked", "Reranker", "Scores"),
 }
 _HOME = {name: home for home, names in _NAMES.items() for name in names}
 

@@ -19,9 +19,9 @@ CASES = [(model, dtype) for model in ("minilm", "xlmr") for dtype in common.DTYP
 
 def pytest_report_header(config: pytest.Config) -> str:
     import rerank_kernels as rk
-    from rerank_kernels import backend
+    from rerank_kernels.backends import registry
 
-    return f"rerank_kernels from {Path(rk.__file__).parent}, backend {backend.active('cpu').name}"
+    return f"rerank_kernels from {Path(rk.__file__).parent}, backend {registry.active('cpu').name}"
 
 
 def versions(name: str) -> dict[str, str]:

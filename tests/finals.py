@@ -21,7 +21,7 @@ import rerank_kernels as rk
 import systems
 from cases import DTYPES, numbers
 from models import CORPUS, FAMILIES, padded
-from rerank_kernels import encoders
+from rerank_kernels.models import registry as served
 
 Run = Callable[[], list[Tensor]]
 
@@ -71,9 +71,9 @@ def _forward(family: str, head: bool, dtype: torch.dtype) -> Run:
         out.append(own(inputs_embeds=words, attention_mask=right["attention_mask"].bool()))
         found = [t for one in out for t in one.to_tuple()]
         if head:
-            packed: list[Tensor] = list(encoders.packed_logits(own, flat, cu, torch.zeros_like(flat)))
+            packed: list[Tensor] = list(served.packed_logits(own, flat, cu, torch.zeros_like(flat)))
         else:
-            packed = [encoders.packed_embeddings(own, flat, cu, pooling=pooling) for pooling in ("mean", "cls")]
+            packed = [served.packed_embeddings(own, flat, cu, pooling=pooling) for pooling in ("mean", "cls")]
         return [t for one in (*found, *packed) for t in (one if isinstance(one, tuple) else (one,))]
 
     return run

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rerank_kernels.backend import BACKENDS, OPS, PROMISES, TENSOR_OPS
+from rerank_kernels.backends.registry import BACKENDS, OPS, PROMISES, TENSOR_OPS
 
 PAGE = Path(__file__).parent.parent / "NUMERICS.md"
 BEGIN, END = "<!-- written by tests/promises.py --write: do not edit -->", "<!-- end of the table of promises -->"

@@ -1,4 +1,4 @@
-"""What stands for the systems of rerank_kernels/integrations where they are not installed; the real ones are in stacks/.
+"""What stands for the systems of rerank_kernels/patching/systems where they are not installed; the real ones are in stacks/.
 
 Classes with the real ones' modules and names, by which they are found, and with those lines of the real ones that decide about
 a bit: sigmoids, sorts, batches. `installed` makes them importable, for pickle.

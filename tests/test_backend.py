@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from rerank_kernels import backend as registry
-from rerank_kernels.backend import BACKENDS, ENVIRONMENT, OPS, Backend, BackendError
+from rerank_kernels.backends import registry
+from rerank_kernels.backends.registry import BACKENDS, ENVIRONMENT, OPS, Backend, BackendError
 from rerank_kernels.ops.linear import linear
 
 

@@ -33,9 +33,9 @@ import finals
 import rerank_kernels as rk
 import rounding
 from cases import CASES
-from rerank_kernels import backend as registry
-from rerank_kernels.integrations import sentence_transformers
+from rerank_kernels.backends import registry
 from rerank_kernels.ops import norm
+from rerank_kernels.patching.patch import sentence_transformers
 
 HERE = Path(__file__).parent
 OURS = str(Path(rk.__file__).parent)
@@ -202,10 +202,10 @@ def by_torch(x: Tensor, eps: float = 1e-12) -> Tensor:
 
 
 def test_a_square_root_of_torch_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rerank_kernels import encoders, sentence
+    from rerank_kernels.models import heads, sentence
 
     conftest.ran("cpu")
-    for module in (encoders, sentence, sentence_transformers):
+    for module in (heads, sentence, sentence_transformers):
         monkeypatch.setattr(module, "normalize", by_torch)
     for way in ("Reranker, embeddings, mean, float32", "sentence-transformers SentenceTransformer"):
         with registry.use("cpu"):

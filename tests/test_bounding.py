@@ -11,7 +11,7 @@ import pytest
 
 import models
 import rerank_kernels as rk
-from rerank_kernels import bounding
+from rerank_kernels.scoring import bounding
 
 LENGTH = 18  # 15 ids of BERT's pairs: the longer text gets one more than the other
 PIECES = ["a", "word", "Zürich", "123", "don't", "x" * 30, "Aa9" * 34, "ﷺ", "東京", "日本語の文", "한국어", "e\u0301\u0301"]

@@ -18,13 +18,13 @@ from conftest import require
 from invariants import all_same, same
 from models import padded, rows, tiny
 from rerank_kernels import HeadOutput, backends, patch
-from rerank_kernels.backend import OPS
-from rerank_kernels.native import layout
+from rerank_kernels.backends.library import layout
+from rerank_kernels.backends.modes import of_the_model
+from rerank_kernels.backends.registry import OPS
 from rerank_kernels.ops import attention as attention_module
 from rerank_kernels.ops.attention import attention
-from rerank_kernels.ops.compiled import NAMESPACE, register
 from rerank_kernels.ops.linear import linear
-from rerank_kernels.ops.mode import of_the_model
+from rerank_kernels.ops.opaque import NAMESPACE, register
 from rerank_kernels.ops.pooling import pool, score_head
 from rerank_kernels.ops.softmax import mean, softmax, sum  # noqa: A004
 from rerank_kernels.ops.sparse_ffn import sparse_ffn

@@ -21,9 +21,10 @@ from torch import nn
 import rerank_kernels as rk
 from conftest import require
 from models import FAMILIES, POSITIONS, config, minilm, padded, rows, tiny
-from rerank_kernels import encoders
-from rerank_kernels.binding import Forward
-from rerank_kernels.encoders import _ready, packed_embeddings, packed_logits
+from rerank_kernels.models import bert
+from rerank_kernels.models.bound import Forward
+from rerank_kernels.models.packing import ready
+from rerank_kernels.models.registry import packed_embeddings, packed_logits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LENGTHS = (7, 1, 70, 23, 64, 2, 65, 23)  # around one key tile of 64, and equal ones
@@ -178,10 +179,10 @@ def test_bits_do_not_depend_on_how_many_tokens_at_once(family, dtype, monkeypatc
     model, batch = tiny(family, dtype), padded(rows(LENGTHS), PAD[family])
     rk.patch(model)
     want = model(**batch, output_hidden_states=True)
-    honest, seen = encoders._norm, []
-    monkeypatch.setattr(encoders, "_norm", lambda m, x, *residual: (seen.append(len(x)), honest(m, x, *residual))[1])
+    honest, seen = bert.norm, []
+    monkeypatch.setattr(bert, "norm", lambda m, x, *residual: (seen.append(len(x)), honest(m, x, *residual))[1])
     for most in (100, 3, 1):
-        monkeypatch.setattr(encoders, "TOKENS_AT_ONCE", most)
+        monkeypatch.setattr(bert, "TOKENS_AT_ONCE", most)
         seen.clear()
         got = model(**batch, output_hidden_states=True)
         parts = -(-sum(LENGTHS) // most)
@@ -554,7 +555,7 @@ def test_looking_for_hooks_takes_less_than_a_millisecond():
     times = []
     for _ in range(50):
         start = time.perf_counter()
-        _ready(model)
+        ready(model)
         times.append(time.perf_counter() - start)
     assert min(times) < 1e-3
 

@@ -19,7 +19,7 @@ import pytest
 
 import promises
 import rerank_kernels as rk
-from rerank_kernels.backend import BACKENDS, OPS, PROMISES
+from rerank_kernels.backends.registry import BACKENDS, OPS, PROMISES
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = sorted(set(OPS.values()))
@@ -184,7 +184,7 @@ FORBIDDEN = {
     r"set_flush_denormal|_MM_SET_FLUSH_ZERO_MODE|_MM_SET_DENORMALS": "subnormals are kept",
     r"\bstd::(exp|tanh|erf|erfc|log|pow)f?\b": "the C library's functions differ from machine to machine; numerics.h has ours",
 }
-KERNELS = ("csrc", "rerank_kernels/native", "rerank_kernels/pytorch", "rerank_kernels/triton")
+KERNELS = ("csrc", "rerank_kernels/backends/native", "rerank_kernels/backends/pytorch", "rerank_kernels/backends/triton")
 
 
 def code_only(path: Path) -> str:
@@ -272,9 +272,9 @@ def test_programs_use_public_names_only() -> None:
 
 def test_private_names_are_found() -> None:
     source = (
-        "import rerank_kernels as rk\nimport rerank_kernels.native\nfrom rerank_kernels import hf, linear\nrk.linear(rk.hf)"
+        "import rerank_kernels as rk\nimport rerank_kernels.cli\nfrom rerank_kernels import page, linear\nrk.linear(rk.page)"
     )
-    assert sorted(not_public(source)) == ["hf", "rerank_kernels.native", "rk.hf"]
+    assert sorted(not_public(source)) == ["page", "rerank_kernels.cli", "rk.page"]
 
 
 def test_no_path_of_one_machine_in_any_file() -> None:

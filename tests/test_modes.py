@@ -25,10 +25,9 @@ import tensor
 from conftest import ran, require
 from invariants import same
 from models import padded, rows, tiny, tokenizer
-from rerank_kernels import backend as registry
-from rerank_kernels.binding import Forward
-from rerank_kernels.encoders import packed_embeddings, packed_logits
-from rerank_kernels.ops import mode as numeric
+from rerank_kernels.backends import modes, registry
+from rerank_kernels.models.bound import Forward
+from rerank_kernels.models.registry import packed_embeddings, packed_logits
 from rerank_kernels.ops.linear import linear
 from rerank_kernels.verify import verify
 
@@ -88,9 +87,9 @@ def test_a_model_computes_in_its_mode_and_nothing_else_does(fake: str, half: tor
     assert (report.mode, report.backend) == ("tensor", fake) and str(report).startswith("mode tensor, backend fake")
     got = logits(model)
     assert not torch.equal(got, want) and set(calls) == {"linear", "attention"} and got.dtype == torch.float32
-    assert numeric._of_the_model.get() == "portable", "the mode stayed behind"
+    assert modes._of_the_model.get() == "portable", "the mode stayed behind"
     same(logits(other), want, "another model of the same process")
-    with rk.use("cpu" if registry.missing("cpu") is None else "pytorch"), numeric.of_the_model("tensor"):
+    with rk.use("cpu" if registry.missing("cpu") is None else "pytorch"), modes.of_the_model("tensor"):
         same(logits(other), want, "a portable model inside a tensor one's forward")
         same(logits(model), got, "whatever is around")
     rk.unpatch(model)
@@ -132,7 +131,7 @@ def test_mode_is_restored_after_an_error(fake: str) -> None:
     rk.patch(model, mode="tensor", backend=fake)
     with pytest.raises(ValueError, match="input_ids"):
         model(input_ids=torch.full((1, 3), 10_000))
-    assert numeric._of_the_model.get() == "portable" and registry._asked.get() is None
+    assert modes._of_the_model.get() == "portable" and registry._asked.get() is None
 
 
 def test_mode_belongs_to_its_thread(fake: str) -> None:
@@ -140,10 +139,10 @@ def test_mode_belongs_to_its_thread(fake: str) -> None:
     inner = model[0]
     rk.patch(model, mode="tensor", backend=fake)
     with inner.forward.serving():
-        thread = threading.Thread(target=lambda: seen.append(numeric._of_the_model.get()))
+        thread = threading.Thread(target=lambda: seen.append(modes._of_the_model.get()))
         thread.start()
         thread.join()
-        assert numeric._of_the_model.get() == "tensor"
+        assert modes._of_the_model.get() == "tensor"
     assert seen == ["portable"]
 
 

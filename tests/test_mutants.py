@@ -12,8 +12,8 @@ import cases
 import invariants
 import mutants
 from mutants import HONEST, MUTANTS, Mutant
-from rerank_kernels import backend
-from rerank_kernels.ops import check
+from rerank_kernels import check
+from rerank_kernels.backends import registry
 
 Serve = Callable[..., None]
 
@@ -23,7 +23,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     """serve(linear=kernel): every op from the honest kernels, this one from the given one."""
 
     def serve(**kernels: Callable[..., Any]) -> None:
-        monkeypatch.setattr(backend, "select", lambda op, device, mode="portable": {**HONEST, **kernels}[op])
+        monkeypatch.setattr(registry, "select", lambda op, device, mode="portable": {**HONEST, **kernels}[op])
 
     return serve
 

@@ -22,7 +22,7 @@ import models
 import rerank_kernels as rk
 from conftest import require
 from invariants import same, with_threads
-from rerank_kernels import native
+from rerank_kernels.backends import library
 
 HERE = Path(__file__).parent
 POOL = HERE.parent / "csrc" / "cpu" / "pool.cpp"
@@ -103,7 +103,7 @@ class Watching(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "rerank_kernels":
-            self.ours.add(native.threads())
+            self.ours.add(library.threads())
         else:
             self.theirs.add(torch.get_num_threads())
         return function(*args, **(kwargs or {}))
@@ -116,10 +116,10 @@ def test_within_a_forward_pytorch_keeps_to_one_thread() -> None:
     def run() -> Watching:
         with Watching() as watching:
             model(**batch)
-        assert torch.get_num_threads() == native.threads() == 3, "given back"
+        assert torch.get_num_threads() == library.threads() == 3, "given back"
         with pytest.raises(ValueError, match="input_ids must be"):
             model(input_ids=torch.full((1, 4), models.VOCABULARY))
-        assert torch.get_num_threads() == native.threads() == 3, "given back after an error"
+        assert torch.get_num_threads() == library.threads() == 3, "given back after an error"
         return watching
 
     watching = with_threads(3, run)
@@ -132,8 +132,8 @@ def test_one_threads_hold_is_no_other_threads() -> None:
 
     def run() -> None:
         torch.empty(0)  # a new thread learns PyTorch's number at its first operation
-        with native.holding_threads(), native.holding_threads():
-            assert torch.get_num_threads() == 1 and native.threads() == 3
+        with library.holding_threads(), library.holding_threads():
+            assert torch.get_num_threads() == 1 and library.threads() == 3
             other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
             other.start()
             other.join()
@@ -202,7 +202,7 @@ for thread in busy: thread.start()
 for child in range(6):
     pid = os.fork()
     if pid == 0:
-        same = answers() == before and rk.native.threads() == 3
+        same = answers() == before and rk.library.threads() == 3
         threads = len(os.listdir("/proc/self/task"))
         os._exit(0 if same and threads > 1 else 1)
     if os.waitpid(pid, 0)[1]: sys.exit(f"child {child} has other bits, or one thread")

@@ -15,8 +15,8 @@ from rich.console import Console
 import rerank_kernels as rk
 import rerank_kernels.verify as package
 from models import CORPUS, tiny, tokenizer
-from rerank_kernels.binding import Forward
-from rerank_kernels.ops import check as arguments
+from rerank_kernels import check as arguments
+from rerank_kernels.models.bound import Forward
 from rerank_kernels.verify import VerifyReport, controls, default_pairs, fresh, verify
 from rerank_kernels.verify.measure import Session, measure
 from rerank_kernels.verify.plan import FINAL, HOME, MIXED, SETTINGS, Call, Check, Texts, build, home, plan

@@ -333,9 +333,9 @@ def recording() -> Iterator[tuple[Any, list[Launch]]]:
     hold no numbers. Gives ptxsim.simulated and the growing list.
     """
     from ptxsim import simulated
-    from rerank_kernels import native
+    from rerank_kernels.backends.library import missing
 
-    if reason := native.missing():  # it holds the ops' signatures
+    if reason := missing():  # it holds the ops' signatures
         raise RuntimeError(f"launches cannot be noted: {reason}")
     noted: list[Launch] = []
 

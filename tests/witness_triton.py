@@ -1,4 +1,4 @@
-"""What Triton and its ptxas make of rerank_kernels/triton, read from PTX and machine code on a machine without a GPU.
+"""What Triton and its ptxas make of rerank_kernels/backends/triton, read from PTX and machine code on a machine without a GPU.
 
     python tests/witness_triton.py             # the rules, for every kernel, tile and dtype; exit status 1 if one is broken
     python tests/witness_triton.py --check     # the same, and docs/GPU.md is what --write would write
@@ -31,8 +31,8 @@ import torch
 import rerank_kernels as rk
 import witness
 from ptxsim import simulated_triton as simulated
-from rerank_kernels import native
-from rerank_kernels.triton import attention, linear
+from rerank_kernels.backends import library
+from rerank_kernels.backends.triton import attention, linear
 
 BEGIN = "<!-- written by tests/witness_triton.py --write: do not edit -->"
 END = "<!-- end of what tests/witness_triton.py writes -->"
@@ -267,7 +267,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="fail if docs/GPU.md is not what --write would write")
     parser.add_argument("--arch", action="append", type=int, choices=ARCHITECTURES, help="only this one (may be repeated)")
     args = parser.parse_args()
-    if reason := simulated.missing() or native.missing():  # the library holds the layouts of weights
+    if reason := simulated.missing() or library.missing():  # the library holds the layouts of weights
         print("witness_triton:", reason)
         return 1
     import triton

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         out, page = (stack.enter_context(writing.writer(f)) if f else None for f in (args.json, args.html))
         with interrupt.loading(args.ours):
             from rerank_kernels.bench import bench
-            from rerank_kernels.binding import PatchError
+            from rerank_kernels.errors import PatchError
             from rerank_kernels.verify import Setting, environment
             from rerank_kernels.verify.models import default_pairs
         try:

@@ -8,6 +8,8 @@ import sys
 import traceback
 from typing import NoReturn
 
+from rerank_kernels.errors import BackendError
+
 
 class InputError(Exception):
     """What the user gave is at fault; the message is all they need to see."""
@@ -19,12 +21,11 @@ def fail_with(error: Exception) -> NoReturn:
 
 def message(error: Exception) -> str:
     """One line if the user can act on it. All else is our fault: its traceback goes first, and 1 stays a fallen promise."""
-    backend = sys.modules.get("rerank_kernels.backend")  # not imported for this: what was not loaded has raised nothing
     if isinstance(error, MemoryError):
         return "out of memory"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{os.fsdecode(error.filename)}: {error.strerror}"
-    if isinstance(error, (InputError, OSError, *([backend.BackendError] if backend else []))):
+    if isinstance(error, (InputError, OSError, BackendError)):
         return str(error)
     with contextlib.suppress(OSError):
         traceback.print_exception(error)

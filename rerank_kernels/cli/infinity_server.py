@@ -28,8 +28,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             "infinity-server: Infinity's own command line is missing; give it after --, as in -- v2 --model-id MODEL"
         )
-    from rerank_kernels.binding import PatchError
-    from rerank_kernels.integrations.infinity_server import serve
+    from rerank_kernels.errors import PatchError
+    from rerank_kernels.patching.systems.infinity_server import serve
 
     try:
         return serve(arguments, args.mode, args.backend)

@@ -15,8 +15,8 @@ from rerank_kernels.cli.records import Record
 
 def reranker(args: argparse.Namespace) -> Any:
     with interrupt.loading(args.ours):
-        from rerank_kernels.binding import PatchError
-        from rerank_kernels.reranker import Reranker
+        from rerank_kernels.errors import PatchError
+        from rerank_kernels.scoring.reranker import Reranker
 
         quiet()
         try:
@@ -42,7 +42,7 @@ def loaded(args: argparse.Namespace) -> Any:
 @contextlib.contextmanager
 def warned(records: Sequence[Record]) -> Iterator[None]:
     """A text that is too long is said with its record's place; other warnings stay what they are."""
-    from rerank_kernels.bounding import BoundedWarning
+    from rerank_kernels.scoring.bounding import BoundedWarning
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", BoundedWarning)

@@ -6,7 +6,7 @@ import argparse
 import importlib
 from collections.abc import Sequence
 
-from rerank_kernels import NUMERICS_VERSION, __version__
+from rerank_kernels.version import NUMERICS_VERSION, __version__
 
 # What each is for. Its file is loaded when it is asked for, and the others' are not: --help is there at once.
 COMMANDS = {

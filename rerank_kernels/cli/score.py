@@ -10,13 +10,13 @@ import argparse
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from rerank_kernels import NUMERICS_VERSION, __version__
 from rerank_kernels.cli import encoding, formats, interrupt, models, reading, resume, terminal, writing
 from rerank_kernels.cli.errors import InputError, say
 from rerank_kernels.cli.formats import Format
 from rerank_kernels.cli.options import model_options, positive
 from rerank_kernels.cli.reading import Source
 from rerank_kernels.cli.records import Record
+from rerank_kernels.version import NUMERICS_VERSION, __version__
 
 # a window is scored, written and, with --resume, counted as done; no bit depends on it
 WINDOW = 256  # records
@@ -164,10 +164,10 @@ def _identity(args: argparse.Namespace, reranker: Any, source: Format, to: Forma
     import torch
     import transformers
 
-    from rerank_kernels import backend
+    from rerank_kernels.backends import registry
 
     device = next(reranker.model.parameters()).device
-    served = backend.active(device)
+    served = registry.active(device)
     promises = served.tensor if args.mode == "tensor" else served.promises
     gpu = ", sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else ""
     here = f"{served.name}{gpu}, torch {torch.__version__}, {torch.get_num_threads()} threads"

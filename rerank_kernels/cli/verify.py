@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         out, page = (stack.enter_context(writing.writer(f)) if f else None for f in (args.json, args.html))
         with interrupt.loading(args.ours):
-            from rerank_kernels.binding import PatchError
+            from rerank_kernels.errors import PatchError
             from rerank_kernels.verify import verify
         try:
             loaded = models.loaded(args)

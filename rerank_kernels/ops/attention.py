@@ -14,10 +14,9 @@ import math
 import torch
 from torch import Tensor
 
-from rerank_kernels import backend
-from rerank_kernels.ops import check
-from rerank_kernels.ops import mode as numeric
-from rerank_kernels.ops.compiled import opaque
+from rerank_kernels import check
+from rerank_kernels.backends import modes, registry
+from rerank_kernels.ops.opaque import opaque
 
 
 @opaque(
@@ -75,10 +74,10 @@ def attention(
     if not math.isfinite(scale) or scale == 0.0:
         check.fail("attention", "scale", "finite and not 0 as a float32", scale)
 
-    mode = numeric.resolve("attention", mode, q=q, k=k, v=v)
+    mode = modes.resolve("attention", mode, q=q, k=k, v=v)
     if mode == "tensor" and d > 256:
         raise ValueError(f"attention: D must be at most 256 in mode 'tensor', got {d}; take mode='portable'")
-    serve = backend.select("attention", q.device, mode)
+    serve = registry.select("attention", q.device, mode)
     if cu_seqlens is not None:
         cu = check.cu_seqlens("attention", cu_seqlens, q.shape[0], q.device)
         return serve(_rows(q), _rows(k), _rows(v), cu, left, right, scale)

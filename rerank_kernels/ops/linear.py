@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rerank_kernels import backend
-from rerank_kernels.ops import check
-from rerank_kernels.ops import mode as numeric
-from rerank_kernels.ops.compiled import opaque
+from rerank_kernels import check
+from rerank_kernels.backends import modes, registry
+from rerank_kernels.ops.opaque import opaque
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "tanh", "relu", "silu", "sigmoid")
 
@@ -69,8 +68,8 @@ def linear(
     if residual is not None:
         check.shape("linear", "residual", residual, *x.shape[:-1], n)
         residual = residual.reshape(-1, n).contiguous()
-    mode = numeric.resolve("linear", mode, x=x, weight=weight)
-    y = backend.select("linear", x.device, mode)(rows, weight, bias, activation, residual, out_dtype)
+    mode = modes.resolve("linear", mode, x=x, weight=weight)
+    y = registry.select("linear", x.device, mode)(rows, weight, bias, activation, residual, out_dtype)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
@@ -95,8 +94,8 @@ def bmm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, mode: str
         check.fail("bmm", "b", "[B, K, N] with K, N > 0", check.shape_of(b))
     out_dtype = out_dtype or a.dtype
     check.choice("bmm", "out_dtype", out_dtype, check.FLOATS)
-    mode = numeric.resolve("bmm", mode, a=a, b=b)
-    return backend.select("bmm", a.device, mode)(a.contiguous(), b.transpose(1, 2).contiguous(), out_dtype)
+    mode = modes.resolve("bmm", mode, a=a, b=b)
+    return registry.select("bmm", a.device, mode)(a.contiguous(), b.transpose(1, 2).contiguous(), out_dtype)
 
 
 @opaque("(Tensor x, str kind) -> Tensor", lambda x, kind: x.new_empty(x.shape))
@@ -108,7 +107,7 @@ def activation(x: Tensor, kind: str) -> Tensor:
     """
     check.floating("activation", x=x)
     check.choice("activation", "kind", kind, ACTIVATIONS)
-    return backend.select("activation", x.device)(x.contiguous(), kind)
+    return registry.select("activation", x.device)(x.contiguous(), kind)
 
 
 def activation_truth(x: Tensor, kind: str | None) -> Tensor:

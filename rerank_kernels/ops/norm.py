@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rerank_kernels import backend
-from rerank_kernels.ops import check
-from rerank_kernels.ops.compiled import opaque
+from rerank_kernels import check
+from rerank_kernels.backends import registry
+from rerank_kernels.ops.opaque import opaque
 
 
 @opaque(
@@ -39,7 +39,7 @@ def layer_norm(
     if residual is not None:
         check.shape("layer_norm", "residual", residual, *x.shape)
         residual = residual.reshape(-1, d).contiguous()
-    y = backend.select("layer_norm", x.device)(rows, weight.contiguous(), bias, float(eps), residual)
+    y = registry.select("layer_norm", x.device)(rows, weight.contiguous(), bias, float(eps), residual)
     return y if x.dim() == 2 else y.view(x.shape)
 
 
@@ -65,7 +65,7 @@ def normalize(x: Tensor, eps: float = 1e-12) -> Tensor:
     if not eps >= 0.0:
         check.fail("normalize", "eps", "a number >= 0", eps)
     rows = x.contiguous() if x.dim() == 2 else x.reshape(-1, x.shape[-1]).contiguous()
-    y = backend.select("normalize", x.device)(rows, float(eps))
+    y = registry.select("normalize", x.device)(rows, float(eps))
     return y if x.dim() == 2 else y.view(x.shape)
 
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rerank_kernels import backend
-from rerank_kernels.ops import check
-from rerank_kernels.ops.compiled import opaque
+from rerank_kernels import check
+from rerank_kernels.backends import registry
 from rerank_kernels.ops.linear import ACTIVATIONS, linear_truth
+from rerank_kernels.ops.opaque import opaque
 
 POOL_MODES = ("cls", "mean")
 
@@ -81,14 +81,14 @@ def pool(
             check.on_device("pool", "mask", mask, "x", x.device)
             index, cu = check.mask_to_cu_seqlens("pool", mask, b, t)
             rows = rows.index_select(0, index)
-    return backend.select("pool", x.device)(rows.contiguous(), cu, mode, out_dtype)
+    return registry.select("pool", x.device)(rows.contiguous(), cu, mode, out_dtype)
 
 
 @opaque("(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape, dtype=torch.float32))
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x)) in float32, returned in float32 whatever the dtype of x. sigmoid(-x) is 1 - sigmoid(x), unrounded."""
     check.floating("sigmoid", x=x)
-    return backend.select("sigmoid", x.device)(x.contiguous())
+    return registry.select("sigmoid", x.device)(x.contiguous())
 
 
 @opaque(
@@ -130,7 +130,7 @@ def score_head(
     check.shape("score_head", "out_weight", out_weight, "L", width)
     if out_bias is not None:
         check.shape("score_head", "out_bias", out_bias, out_weight.shape[0])
-    serve = backend.select("score_head", pooled.device)
+    serve = registry.select("score_head", pooled.device)
     return HeadOutput(*serve(pooled.contiguous(), dense_weight, dense_bias, activation, out_weight, out_bias))
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rerank_kernels import backend
-from rerank_kernels.ops import check
-from rerank_kernels.ops.compiled import opaque
+from rerank_kernels import check
+from rerank_kernels.backends import registry
+from rerank_kernels.ops.opaque import opaque
 
 
 def _softmax_result(x: Tensor, dim: int = -1) -> Tensor:
@@ -38,7 +38,7 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     (dim,) = _dims("softmax", x, dim)
     last = x.movedim(dim, -1)
     rows = last.reshape(-1, last.shape[-1]).contiguous()
-    y = backend.select("softmax", x.device)(rows)
+    y = registry.select("softmax", x.device)(rows)
     return y.view(last.shape).movedim(-1, dim)
 
 
@@ -75,7 +75,7 @@ def _reduce(op: str, x: Tensor, dim: int | tuple[int, ...], keepdim: bool) -> Te
     for d in dims:
         count *= x.shape[d]
     rows = x.permute(*kept, *dims).reshape(-1, count).contiguous()
-    y = backend.select(op, x.device)(rows)
+    y = registry.select(op, x.device)(rows)
     return y.view(_reduced_shape(x, dims, keepdim))
 
 

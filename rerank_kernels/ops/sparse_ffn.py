@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rerank_kernels import backend
-from rerank_kernels.ops import check
-from rerank_kernels.ops import mode as numeric
-from rerank_kernels.ops.compiled import opaque
+from rerank_kernels import check
+from rerank_kernels.backends import modes, registry
 from rerank_kernels.ops.linear import linear_truth
+from rerank_kernels.ops.opaque import opaque
 
 
 def _sparse_ffn_result(x: Tensor, up_weight: Tensor, down_weight: Tensor, **_: Any) -> Tensor:
@@ -65,8 +64,8 @@ def sparse_ffn(
             check.shape("sparse_ffn", name, t, n)
     rows = x.reshape(-1, k).contiguous()
     first = {"gate_weight": gate_weight} if gate_weight is not None else {"up_weight": up_weight}
-    mode = numeric.resolve("sparse_ffn", mode, x=x, **first)
-    serve = backend.select("sparse_ffn", x.device, mode)
+    mode = modes.resolve("sparse_ffn", mode, x=x, **first)
+    serve = registry.select("sparse_ffn", x.device, mode)
     y = serve(rows, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
     return y.view(*x.shape[:-1], down_weight.shape[0])
 

@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from rerank_kernels import backend, binding, encoders, hf
-from rerank_kernels.reranker import Reranker
+from rerank_kernels.backends import registry
+from rerank_kernels.models import registry as models
+from rerank_kernels.models.bound import Forward as BoundForward
+from rerank_kernels.patching import walk
+from rerank_kernels.scoring.reranker import Reranker
 from rerank_kernels.verify.controls import Control, mutant_controls, sighted_controls
 from rerank_kernels.verify.fresh import Finals, FreshProcess, forward_of, request_for, scores
 from rerank_kernels.verify.measure import Result, Session, measure
@@ -54,28 +57,28 @@ def verify(
     rerank_kernels does not serve, ValueError for fewer than 8 different texts.
     """
     found = model.__dict__.get("forward")
-    was = found if isinstance(found, binding.Forward) else None
+    was = found if isinstance(found, BoundForward) else None
     mode, served_by = mode or (was.mode if was else "portable"), was.backend if was else None
     training = model.training
     model.eval()
     try:
         if was is not None and was.mode != mode:
-            hf.unpatch(model)
+            walk.unpatch(model)
         # also for stock: what is not served is an error either way, and max_tokens asks a served model
-        hf.patch(model, mode, backend=served_by)
+        walk.patch(model, mode, backend=served_by)
         if stock:
-            hf.unpatch(model)
+            walk.unpatch(model)
         large = sum(p.numel() for n, p in model.named_parameters() if "embeddings" not in n) >= LARGE
-        room = min(encoders.max_tokens(model), tokenizer.model_max_length)
+        room = min(models.max_tokens(model), tokenizer.model_max_length)
         cut = max_length or (room if pairs is not None else 128 if large else 320)
         texts = _texts(model, tokenizer, default_pairs() if pairs is None else pairs, min(cut, room), room, limit)
         setting = Setting.of(model, mode, served_by)
         return _verify(model, tokenizer, texts, stock, pooling, source, setting, 16 if large else 24, progress)
     finally:
         if was is None or model.__dict__.get("forward") is not was:
-            hf.unpatch(model)
+            walk.unpatch(model)
         if was is not None:
-            hf.patch(model, was.mode, backend=was.backend)
+            walk.patch(model, was.mode, backend=was.backend)
         model.train(training)
 
 
@@ -119,7 +122,7 @@ def _verify(
     results = [measure(check, session) for check in checks]
     alone = np.concatenate([session.answer(Call((row,))) for row in range(len(texts.tokens))])
     about = environment(setting)
-    promised = backend.PROMISES if stock else setting.promises
+    promised = registry.PROMISES if stock else setting.promises
     for r in results:
         r.promised = r.promise in promised
     controls = sighted_controls(texts, checks, alone)

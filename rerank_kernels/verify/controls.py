@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rerank_kernels import backend
+from rerank_kernels.backends import registry
 from rerank_kernels.verify.measure import Session, measure
 from rerank_kernels.verify.plan import FINAL, HOME, Call, Check, Floats, Forward, Inputs, Texts, home
 
@@ -167,7 +167,7 @@ def mutant_controls(
 @contextlib.contextmanager
 def one_ulp_off(op: str) -> Iterator[None]:
     """Inside, every number that `op` returns is the next one away from zero in its own type."""
-    true = backend.select
+    true = registry.select
 
     def select(name: str, device: torch.device, mode: str = "portable") -> Callable[..., Any]:
         serve = true(name, device, mode)
@@ -178,8 +178,8 @@ def one_ulp_off(op: str) -> Iterator[None]:
 
         return off if name == op else serve
 
-    setattr(backend, "select", select)  # noqa: B010 (mypy refuses the plain assignment)
+    setattr(registry, "select", select)  # noqa: B010 (mypy refuses the plain assignment)
     try:
         yield
     finally:
-        setattr(backend, "select", true)  # noqa: B010
+        setattr(registry, "select", true)  # noqa: B010

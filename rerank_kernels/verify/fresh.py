@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rerank_kernels import backend, hf
+from rerank_kernels.backends import registry
 from rerank_kernels.ops.pooling import pool
-from rerank_kernels.reranker import Reranker
+from rerank_kernels.patching import walk
+from rerank_kernels.scoring.reranker import Reranker
 from rerank_kernels.verify.controls import Control, one_ulp_off
 from rerank_kernels.verify.models import load
 from rerank_kernels.verify.plan import HOME, SETTINGS, Call, Floats, Forward, Inputs, Texts, Tokens, build, plan
@@ -65,7 +66,7 @@ def _ask(request: dict[str, Any], setting: Setting, variable: str = "") -> list[
     """The answers of another Python, in whose environment is NAME=VALUE, if given."""
     program = "from rerank_kernels.verify.fresh import serve_parent; serve_parent()"
     path = os.pathsep.join(p for p in sys.path if p)
-    environment = {**os.environ, backend.ENVIRONMENT: setting.backend.name, "PYTHONPATH": path}
+    environment = {**os.environ, registry.ENVIRONMENT: setting.backend.name, "PYTHONPATH": path}
     if variable:
         name, _, environment[name] = variable.partition("=")
     ran = subprocess.run(
@@ -180,7 +181,7 @@ def serve_parent() -> None:
     model.to(request["device"])
     pooling, stock = request["pooling"], request["stock"]
     if not stock:
-        hf.patch(model, request["mode"])
+        walk.patch(model, request["mode"])
     if not request.get("setting", "").startswith("OMP_NUM_THREADS"):
         torch.set_num_threads(1)
     given = [{n: torch.tensor(v, device=request["device"]) for n, v in one.items()} for one in request["inputs"]]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from rerank_kernels.reranker import Reranker
+from rerank_kernels.scoring.reranker import Reranker
 
 SHAPE = "shape:"
 WORDS = 8000  # of the tokenizer that goes with them
@@ -35,7 +35,7 @@ def load(name: str, dtype: torch.dtype | None = None) -> Loaded:
     """A model folder, or "shape:NAME" for random weights (the same in every process). ValueError says what is wrong with it."""
     if name.startswith(SHAPE):
         return _shape(name.removeprefix(SHAPE), dtype)
-    from rerank_kernels.hf import unpatch
+    from rerank_kernels.patching.walk import unpatch
 
     found = Reranker(Path(name), dtype=dtype)
     unpatch(found.model)

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from rerank_kernels import backend
+from rerank_kernels.backends import registry
+from rerank_kernels.errors import BackendError
 from rerank_kernels.tables import Column, Table
 from rerank_kernels.verify.controls import Control
 from rerank_kernels.verify.measure import Result
@@ -107,12 +108,12 @@ class Setting:
 
     device: torch.device
     mode: str
-    backend: backend.Backend
+    backend: registry.Backend
 
     @classmethod
     def of(cls, model: nn.Module, mode: str, served_by: str | None) -> Setting:
         device = next(model.parameters()).device
-        chosen = backend.active(device) if served_by is None else backend.get(served_by, f"backend={served_by!r}")
+        chosen = registry.active(device) if served_by is None else registry.get(served_by, f"backend={served_by!r}")
         return cls(device, mode, chosen)
 
     @property
@@ -139,22 +140,22 @@ def environment(setting: Setting | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     try:
-        setting = setting or Setting(torch.device("cpu"), "portable", backend.active("cpu"))
+        setting = setting or Setting(torch.device("cpu"), "portable", registry.active("cpu"))
         out["backend"], out["promises"], out["mode"] = setting.backend.name, list(setting.promises), setting.mode
         if setting.device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(setting.device)
             out["gpu"] = f"{torch.cuda.get_device_name(setting.device)}, sm_{major}{minor}"
-    except backend.BackendError as error:
+    except BackendError as error:
         out["backend"], out["promises"] = f"none: {error}", []
     out["isa"] = isa() or "-"
-    if backend.missing("cpu") is None:
+    if registry.missing("cpu") is None:
         out["build"] = str(torch.ops.rerank_kernels.build_info())
     return out
 
 
 def isa(wanted: str = "") -> str | None:
     """The instruction set in use, after a switch to `wanted` if given; None if the library or the CPU does not have it."""
-    if backend.missing("cpu") is not None:
+    if registry.missing("cpu") is not None:
         return None
     try:
         return str(torch.ops.rerank_kernels.force_isa(wanted))

@@ -32,8 +32,7 @@ import torch.utils.cpp_extension
 import toolkit
 from ptxsim.once import alone
 from ptxsim.program import Kernel, Module
-from rerank_kernels import backend as registry
-from rerank_kernels.native import layout
+from rerank_kernels.backends import registry, weights
 
 ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent
@@ -133,8 +132,8 @@ def simulated(*, arch: str = "80", edit: Edit | None = None, poison: int = 0xFF,
     """Inside the block ops on CPU tensors are served by backend "cuda". Re-entrant: the inner options hold inside."""
     global _options
     fill = ctypes.c_int.in_dll(ctypes.CDLL(str(library())), "ptxsim_poison")
-    before, laid_out, registered_as = _options, layout.SCREENS_ON, dict(registry.BACKENDS)
-    _options, layout.SCREENS_ON = Options(arch, launch, edit, poison), ()
+    before, laid_out, registered_as = _options, weights.SCREENS_ON, dict(registry.BACKENDS)
+    _options, weights.SCREENS_ON = Options(arch, launch, edit, poison), ()
     fill.value = poison
     there, gone = registered_as["cuda"], registered_as["cpu"]
     registry.BACKENDS["cuda"] = dataclasses.replace(there, devices=("cpu",), missing=lambda: None)
@@ -150,7 +149,7 @@ def simulated(*, arch: str = "80", edit: Edit | None = None, poison: int = 0xFF,
                     registered.impl(op, functools.partial(_call, op), "CPU", allow_override=True)
             yield
     finally:
-        _options, layout.SCREENS_ON = before, laid_out
+        _options, weights.SCREENS_ON = before, laid_out
         fill.value = before.poison
         registry.BACKENDS.update(registered_as)
         registry.missing.cache_clear()

@@ -1,0 +1,37 @@
+"""linear, bmm and activation, compiled; weights are read as nn.Linear holds them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rerank_kernels.backends.weights import contiguous
+
+# enum Activation in csrc/numerics.h
+CODES = {None: 0, "gelu": 1, "gelu_tanh": 2, "tanh": 3, "relu": 4, "silu": 5, "sigmoid": 6}
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.rerank_kernels.linear(x, contiguous(weight), bias, CODES[activation], residual, out_dtype)
+
+
+def linear_tensor(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.rerank_kernels.linear_tensor(x, contiguous(weight), bias, CODES[activation], residual, out_dtype)
+
+
+def bmm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return torch.ops.rerank_kernels.bmm(a, b, out_dtype)
+
+
+def bmm_tensor(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return torch.ops.rerank_kernels.bmm_tensor(a, b, out_dtype)
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    return torch.ops.rerank_kernels.activation(x, CODES[kind], x.dtype)

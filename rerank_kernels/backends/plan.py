@@ -1,0 +1,129 @@
+"""What mode "tensor" does on which GPU: for an op, its features, an architecture and a backend the matrix instruction, how many
+of them make one sum, and the tiles that the launcher chooses from. A pure function; it needs no GPU.
+
+All tiles of a row of this table take the same instructions in the same order for an output, so the choice is in no bit. CUDA
+C++ is the same on every architecture; its tiles are repeated here from csrc/cuda/tensor/, and tests/test_plan.py holds the two
+together. Triton's are its own tables, read where Triton is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rerank_kernels.errors import BackendError
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+MMA, WGMMA = "mma.sync m16n8k16", "wgmma m64nNk16"
+K_STEP = 16  # of either instruction
+KEYS = 64  # of a tile of attention
+WIDEST_HEAD = 256
+
+# linear.cu: rows, columns, k's of a stage, rows and columns of a warp, stages
+CUDA_LINEAR = (
+    (128, 256, 32, 64, 64, 4),
+    (128, 128, 64, 64, 64, 3),
+    (128, 64, 64, 64, 32, 3),
+    (64, 64, 64, 32, 32, 3),
+    (32, 32, 64, 16, 16, 6),
+    (16, 32, 64, 16, 8, 8),
+)
+CUDA_HEADS = (32, 64, 96, 128, 192, 256)  # attention.cu: the widths that a head is filled up to
+CUDA_WARPS = (8, 4, 2)
+
+
+@dataclass(frozen=True)
+class Tile:
+    rows: int
+    columns: int  # outputs of linear, keys of attention
+    threads: int
+    shared: int | None  # bytes; None: the compiler decides
+
+
+@dataclass(frozen=True)
+class Row:
+    op: str
+    features: str  # "N 768, K 3072", "head 64": what the order of a sum depends on
+    arch: int
+    backend: str
+    instruction: str
+    count: int  # of instructions in a sum over K, or over the head's features
+    tiles: tuple[Tile, ...]
+
+
+def plan(arch: int, linears: Sequence[tuple[int, int]], heads: Sequence[int]) -> Iterator[Row]:
+    """Rows for products with weights [N, K] and for heads of so many features; float16 and bfloat16 alike."""
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"plan: arch must be one of {', '.join(map(str, ARCHITECTURES))}, got {arch}")
+    for n, k in linears:
+        if n < 1 or k < 1:
+            raise ValueError(f"plan: N and K must be >= 1, got {n} and {k}")
+        features = f"N {n}, K {k}"
+        yield Row("linear, bmm", features, arch, "cuda", MMA, ceil_div(k, K_STEP), cuda_linear())
+        if triton_gap(arch) is None:
+            yield triton_linear(features, arch, k)
+    for d in heads:
+        if not 1 <= d <= WIDEST_HEAD:
+            raise ValueError(f"plan: a head must have 1 to {WIDEST_HEAD} features, got {d}")
+        features = f"head {d}"
+        yield Row("attention", features, arch, "cuda", MMA, ceil_div(d, K_STEP), cuda_attention(d))
+        if triton_gap(arch) is None:
+            yield triton_attention(features, arch, d)
+
+
+def cuda_linear() -> tuple[Tile, ...]:
+    return tuple(
+        Tile(rows, columns, 32 * (rows // warp_rows) * (columns // warp_columns), stages * (rows + columns) * 2 * depth)
+        for rows, columns, depth, warp_rows, warp_columns, stages in CUDA_LINEAR
+    )
+
+
+def cuda_attention(d: int) -> tuple[Tile, ...]:
+    width = next(w for w in CUDA_HEADS if d <= w)
+    narrow = width <= 128  # then Q stays in registers
+    most, stages = 8 if narrow else 4, 3 if width <= 192 else 2
+
+    def shared(warps: int) -> int:
+        q = 0 if narrow else warps * 32 * (width // K_STEP) * 16
+        return 128 + stages * KEYS * width * 2 + q + warps * 16 * 24
+
+    return tuple(Tile(warps * 16, KEYS, warps * 32, shared(warps)) for warps in CUDA_WARPS if warps <= most)
+
+
+def triton_gap(arch: int) -> str | None:
+    """Why Triton has no plan for this architecture, None if it has."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    try:
+        triton_instruction(arch)
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def triton_instruction(arch: int) -> str:
+    from rerank_kernels.backends.triton.launch import matrix_instruction
+
+    return {"mma.sync": MMA, "wgmma": WGMMA}[matrix_instruction(arch)]
+
+
+def triton_linear(features: str, arch: int, k: int) -> Row:
+    from rerank_kernels.backends.triton import linear
+
+    # a step of the loop is STEP k's, zeros beyond K
+    count = ceil_div(k, linear.STEP) * linear.STEP // K_STEP
+    tiles = tuple(Tile(t.rows, t.columns, t.warps * 32, None) for t in linear.tensor_tiles(arch))
+    return Row("linear, bmm", features, arch, "triton", triton_instruction(arch), count, tiles)
+
+
+def triton_attention(features: str, arch: int, d: int) -> Row:
+    from rerank_kernels.backends.triton import attention
+
+    low, high = attention.parts(d, arch)
+    tiles = tuple(Tile(t.rows, KEYS, t.warps * 32, None) for t in attention.tensor_tiles(d, arch))
+    return Row("attention", features, arch, "triton", triton_instruction(arch), (low + high) // K_STEP, tiles)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

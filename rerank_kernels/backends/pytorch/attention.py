@@ -1,0 +1,61 @@
+"""attention: softmax(q · kᵀ * scale) · v over the sequences of cu_seqlens; q [total, H, D], k and v [total, H_kv, D].
+
+Each sequence is cut out, copied to fresh aligned memory and computed alone: both matrix products have the shape of its own
+length, so what stands beside it, and where, is in no expression. Exact maximum, exp, `row_sum` over its keys from its own first
+token, division of the weighted values at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from rerank_kernels.backends.pytorch.softmax import row_sum
+
+
+# Autocast would turn the matrix products into half precision behind our back.
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, right: int, scale: float) -> Tensor:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    group = q.shape[1] // k.shape[1]
+    offsets = cu_seqlens.tolist()
+    for start, stop in pairwise(offsets):
+        if start < stop:
+            heads = (_heads(q, start, stop, 1), _heads(k, start, stop, group), _heads(v, start, stop, group))
+            out[start:stop] = _one_sequence(*heads, left, right, scale).transpose(0, 1)
+    return out
+
+
+def _heads(t: Tensor, start: int, stop: int, group: int) -> Tensor:
+    """[total, H_kv, D] -> the sequence's own float32 [H, T, D]; always a copy, for its alignment must not be the caller's."""
+    own = t[start:stop].transpose(0, 1).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return own.repeat_interleave(group, dim=0) if group > 1 else own
+
+
+def _one_sequence(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, scale: float) -> Tensor:
+    length = q.shape[1]
+    i = torch.arange(length, device=q.device)[:, None]
+    j = torch.arange(length, device=q.device)[None, :]
+    hidden = torch.zeros(length, length, dtype=torch.bool, device=q.device)
+    if left >= 0:
+        hidden |= j < i - left
+    if right >= 0:
+        hidden |= j > i + right
+    s = (torch.bmm(q, k.transpose(1, 2)) * scale).masked_fill(hidden, -math.inf)
+    e = torch.exp(s - s.amax(-1, keepdim=True))
+    return _weighted_values(e, v, hidden) / row_sum(e)[..., None]
+
+
+def _weighted_values(e: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    """e · v where a hidden key is skipped: a hidden NaN or Inf must not come in as 0 * NaN."""
+    finite = torch.isfinite(v)
+    y = torch.bmm(e, torch.where(finite, v, torch.zeros_like(v)))
+    for key in (~finite).any(-1).any(0).nonzero().flatten().tolist():
+        lost = torch.where(finite[:, key], torch.zeros_like(v[:, key]), v[:, key])  # [H, D]
+        term = e[:, :, key, None] * lost[:, None]
+        # a finite feature of the key is in y already; only its NaN and Inf come back, and only for rows that see it
+        y = torch.where(hidden[:, key, None] | finite[:, None, key], y, y + term)
+    return y

@@ -1,0 +1,345 @@
+"""attention over packed sequences, bidirectional or windowed (causal is a window), grouped heads, any D.
+
+For each query row: s_j = dot(q, k_j) * scale; max exact; e_j = exp(s_j - max); l = row_sum(e), lane j mod 32;
+out = dot(e, v) / l over keys, in chunks of 64. j counts from the sequence's own first token (NUMERICS.md, "attention").
+
+A block has ROWS queries of one head and goes over the keys twice, 32 at a step, which are the 32 lanes of l: first for the
+maximum, then for l and out; scores are made twice and stored nowhere. cu_seqlens is read on the device only.
+
+Mode tensor ("Mode tensor" there) goes over the keys once, in tiles of 64 from the sequence's first token, ascending, with a
+running maximum m. For a tile: s_j = dot_tensor(q, k_j) * scale, -inf where hidden; m' = max(m, max s_j); p_j = exp(s_j - m');
+l = l * exp(m - m') + sum p_j; acc = acc * exp(m - m'), then the matrix instructions' chain over the 64 keys, of p rounded to
+half precision times v. out = (acc + 0) / l. The sum of the 64 p folds by 32, 16, 8, 4, 2, 1: place i takes place i + half.
+
+A tile in which a row sees no key changes nothing for that row: m' = m, exp(0) = 1 exactly, p = 0 exactly. Only the sign of a
+zero in acc could turn, so the end adds +0. Thus which tiles a block visits, that is how many rows it has, is in no
+expression. While nothing was seen m is -inf, and 0 stands in for m' where it would give inf - inf.
+
+Features are taken as LOW + HIGH, powers of two (96 = 64 + 32), both parts one chain; zeros fill what D leaves of them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rerank_kernels.backends.triton import launch
+from rerank_kernels.backends.triton.launch import blocks, matrix_instruction, start
+from rerank_kernels.backends.triton.numerics import (
+    CHUNK,
+    KEY_TILE,
+    LANES,
+    MINUS_INFINITY,
+    exp_of_negative,
+    exp_of_nonpositive,
+    fmadd,
+    fold_lanes,
+    half_fold,
+)
+
+ROWS = 32  # queries of one block
+STEP = 16  # features at a time, of q and k
+WIDEST = 128  # features of v of one block
+SEQUENCES = 256  # offsets looked at together
+force: int | None = None  # for tests: the tile of mode tensor to take
+
+
+class TensorTile(NamedTuple):
+    rows: int
+    warps: int
+    stages: int  # tiles of keys under way
+    edge: int = 1  # the same, where some keys are hidden from some row
+
+
+@triton.jit(do_not_specialize=["B", "total", "left", "right"])
+def attention_kernel(
+    q, k, v, cu_seqlens, y, q_token, q_head, k_token, k_head, v_token, v_head,
+    B, total, H, GROUP, D: tl.int32, left, right, scale,
+    WINDOWED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    # Sequence b has the tiles from cu[b] // ROWS + b on: enough for its rows, and found without reading any length on the host.
+    # The last b whose first tile is not behind ours:
+    tile = tl.program_id(0)
+    b = 0
+    beyond = B
+    while beyond - b > 1:
+        middle = (b + beyond) // 2
+        if tl.load(cu_seqlens + middle) // ROWS + middle <= tile:
+            b = middle
+        else:
+            beyond = middle
+    # clamped, so that wrong offsets lead to wrong rows but never outside the arrays
+    first = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), total)
+    length = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), first), total) - first
+    row = (tile - first // ROWS - b) * ROWS
+    if (row < 0) | (row >= length):
+        return
+    head = tl.program_id(1).to(tl.int64)
+    d = (tl.program_id(2) * FEATURES + tl.arange(0, FEATURES))[None, :]
+    i = (row + tl.arange(0, ROWS))[:, None]
+    q_row = q + head * q_head + (first + i).to(tl.int64) * q_token
+    k_first = k + (head // GROUP) * k_head + first.to(tl.int64) * k_token
+    v_first = v + (head // GROUP) * v_head + first.to(tl.int64) * v_token
+
+    # the keys that some row of the block sees, by whole chunks of `out`
+    key_begin = 0
+    key_end = length
+    if WINDOWED:
+        if (left >= 0) & (row > left):
+            key_begin = (row - left) // KEY_TILE * KEY_TILE
+        if right >= 0:
+            key_end = tl.minimum(length, row + ROWS + tl.minimum(right, length))
+
+    largest = tl.full((ROWS, LANES), MINUS_INFINITY, tl.float32)
+    for key in range(key_begin, key_end, LANES):
+        j = (key + tl.arange(0, LANES))[None, :]
+        s = _scores(q_row, k_first, k_token, i, j, length, D, scale, ROWS, STEP)
+        largest = tl.maximum(largest, tl.where(_seen(i, j, length, left, right, WINDOWED), s, MINUS_INFINITY))
+    top = tl.max(largest, axis=1, keep_dims=True)  # a NaN loses to a number here: l brings it back
+
+    lanes = tl.zeros((ROWS, LANES), tl.float32)
+    total_sum = tl.zeros((ROWS, FEATURES), tl.float32)
+    for chunk in range(key_begin, key_end, KEY_TILE):
+        out = tl.zeros((ROWS, FEATURES), tl.float32)
+        for key in range(chunk, tl.minimum(chunk + KEY_TILE, key_end), LANES):
+            j = (key + tl.arange(0, LANES))[None, :]
+            seen = _seen(i, j, length, left, right, WINDOWED)
+            s = _scores(q_row, k_first, k_token, i, j, length, D, scale, ROWS, STEP)
+            e = tl.where(seen, exp_of_negative(s - top), 0.0)
+            lanes = lanes + e
+            from_key = (key + tl.arange(0, LANES))[:, None]
+            there = (from_key < length) & (d < D)
+            values = tl.load(v_first + from_key.to(tl.int64) * v_token + d, mask=there, other=0.0).to(tl.float32)
+            if WINDOWED:
+                # 0 * NaN: where a hidden key's value may not be finite, keys go one by one, and the hidden ones are skipped
+                if tl.max(tl.max((values - values != 0.0).to(tl.int32), axis=1), axis=0) != 0:
+                    for one in range(0, LANES):
+                        mine = tl.arange(0, LANES)[None, :] == one
+                        weight = tl.max(tl.where(mine, e.to(tl.int32, bitcast=True), -2147483648), axis=1, keep_dims=True)
+                        use = tl.max(tl.where(mine & seen, 1, 0), axis=1, keep_dims=True) != 0
+                        at = v_first + tl.cast(key + one, tl.int64) * v_token + d
+                        value = tl.load(at, mask=(key + one < length) & (d < D), other=0.0).to(tl.float32)
+                        out = tl.where(use, fmadd(weight.to(tl.float32, bitcast=True), value, out), out)
+                else:
+                    out = tl.dot(e, values, out, input_precision="ieee")
+            else:
+                out = tl.dot(e, values, out, input_precision="ieee")
+        total_sum = total_sum + out
+
+    result = tl.div_rn(total_sum, tl.broadcast_to(fold_lanes(lanes, ROWS), (ROWS, FEATURES)))
+    at = ((first + i).to(tl.int64) * H + head) * D + d
+    tl.store(y + at, result.to(y.dtype.element_ty), mask=(i < length) & (d < D))
+
+
+@triton.jit
+def _seen(i, j, length, left, right, WINDOWED: tl.constexpr):
+    seen = (i < length) & (j < length)
+    if WINDOWED:
+        seen = seen & ((left < 0) | (i - j <= left)) & ((right < 0) | (j - i <= right))
+    return seen
+
+
+@triton.jit
+def _scores(q_row, k_first, k_token, i, j, length, D, scale, ROWS: tl.constexpr, STEP: tl.constexpr):
+    """dot(q_i, k_j) * scale: chunks of 512 features, one fma chain in each. Zeros beyond D and beyond the sequence."""
+    total = tl.zeros((ROWS, LANES), tl.float32)
+    for chunk in range(0, D, CHUNK):
+        s = tl.zeros((ROWS, LANES), tl.float32)
+        for begin in range(chunk, tl.minimum(chunk + CHUNK, D), STEP):
+            d = begin + tl.arange(0, STEP)
+            a = tl.load(q_row + d[None, :], mask=(i < length) & (d[None, :] < D), other=0.0)
+            b = tl.load(k_first + j.to(tl.int64) * k_token + d[:, None], mask=(j < length) & (d[:, None] < D), other=0.0)
+            s = tl.dot(a.to(tl.float32), b.to(tl.float32), s, input_precision="ieee")
+        total = total + s
+    return total * scale
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, right: int, scale: float) -> Tensor:
+    (total, heads, d), sequences = q.shape, cu_seqlens.shape[0] - 1
+    y = q.new_empty(total, heads, d)
+    features = min(WIDEST, max(16, triton.next_power_of_2(d)))
+    tiles = total // ROWS + sequences if total else 0
+    start(
+        attention_kernel, (tiles, heads, blocks(d, features)), q, k, v, cu_seqlens, y,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        sequences, total, heads, heads // k.shape[1], d, left, right, scale,
+        WINDOWED=left >= 0 or right >= 0, ROWS=ROWS, STEP=STEP, FEATURES=features,
+        num_warps=8 if features > 64 else 4, maxnreg=launch.REGISTERS,
+    )  # fmt: skip
+    return y
+
+
+@triton.jit(do_not_specialize=["B", "total", "left", "right"])
+def attention_tensor_kernel(
+    q, k, v, cu_seqlens, y, q_token, q_head, k_token, k_head, v_token, v_head, B, total, H, GROUP, left, right, scale,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    ROWS: tl.constexpr, SEQUENCES: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    # as above, the last b whose first tile is not behind ours
+    tile = tl.program_id(0)
+    b = 0
+    for begin in range(0, B, SEQUENCES):
+        one = begin + tl.arange(0, SEQUENCES)
+        starts = tl.load(cu_seqlens + one, mask=one < B, other=0) // ROWS + one <= tile
+        b = tl.maximum(b, tl.max(tl.where(starts & (one < B), one, 0)))
+    first = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), total)
+    length = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), first), total) - first
+    row = (tile - first // ROWS - b) * ROWS
+    if (row < 0) | (row >= length):
+        return
+    head = tl.program_id(1).to(tl.int64)
+    i = row + tl.arange(0, ROWS)
+    q_first = q + head * q_head + first.to(tl.int64) * q_token
+    k_first = k + (head // GROUP) * k_head + first.to(tl.int64) * k_token
+    v_first = v + (head // GROUP) * v_head + first.to(tl.int64) * v_token
+
+    # tiles of keys: some row sees a key of [begin, end), every row sees all keys of [whole, whole_end)
+    begin, end, whole = 0, length, 0
+    if LEFT:
+        begin = tl.maximum(row - left, 0) // KEY_TILE * KEY_TILE
+        whole = tl.cdiv(tl.maximum(row + ROWS - 1 - left, 0), KEY_TILE) * KEY_TILE
+    if RIGHT:
+        right = tl.minimum(right, length)
+        end = tl.minimum(length, row + ROWS + right)
+        whole_end = tl.minimum(length, row + right + 1) // KEY_TILE * KEY_TILE
+    else:
+        whole_end = length // KEY_TILE * KEY_TILE
+
+    # rows beyond the last are the last once more: nothing of them is stored
+    query = tl.minimum(i, length - 1)
+    q_low = _features(q_first, query, q_token, length, D, 0, LOW, LOW <= D, False)
+    q_high = q_low
+    if HIGH > 0:
+        q_high = _features(q_first, query, q_token, length, D, LOW, HIGH, LOW + HIGH <= D, False)
+    top = tl.full((ROWS,), MINUS_INFINITY, tl.float32)
+    bottom = tl.zeros((ROWS,), tl.float32)
+    low = tl.zeros((ROWS, LOW), tl.float32)
+    high = tl.zeros((ROWS, HIGH if HIGH > 0 else 16), tl.float32)
+    if LEFT:
+        for key in tl.range(begin, tl.minimum(whole, end), KEY_TILE, num_stages=EDGE):
+            top, bottom, low, high = _visit(
+                key, q_low, q_high, k_first, v_first, k_token, v_token, i, length, left, right, scale, top, bottom, low, high,
+                LEFT, RIGHT, D, LOW, HIGH, True,
+            )  # fmt: skip
+    for key in tl.range(whole, whole_end, KEY_TILE):
+        top, bottom, low, high = _visit(
+            key, q_low, q_high, k_first, v_first, k_token, v_token, i, length, left, right, scale, top, bottom, low, high,
+            LEFT, RIGHT, D, LOW, HIGH, False,
+        )  # fmt: skip
+    for key in tl.range(tl.maximum(whole, whole_end), end, KEY_TILE, num_stages=EDGE):
+        top, bottom, low, high = _visit(
+            key, q_low, q_high, k_first, v_first, k_token, v_token, i, length, left, right, scale, top, bottom, low, high,
+            LEFT, RIGHT, D, LOW, HIGH, True,
+        )  # fmt: skip
+
+    y_row = y + ((first + i).to(tl.int64) * H + head)[:, None] * D
+    _store(y_row, low, bottom, i, length, D, 0, LOW)
+    if HIGH > 0:
+        _store(y_row, high, bottom, i, length, D, LOW, HIGH)
+
+
+@triton.jit
+def _visit(
+    key, q_low, q_high, k_first, v_first, k_token, v_token, i, length, left, right, scale, top, bottom, low, high,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys. MASKED: some of them may be hidden from some row, or lie beyond the sequence."""
+    j = key + tl.arange(0, KEY_TILE)
+    s = tl.dot(q_low, tl.trans(_features(k_first, j, k_token, length, D, 0, LOW, LOW <= D, MASKED)))
+    if HIGH > 0:
+        s = tl.dot(q_high, tl.trans(_features(k_first, j, k_token, length, D, LOW, HIGH, LOW + HIGH <= D, MASKED)), s)
+    s = s * scale
+    if MASKED:
+        seen = (j < length)[None, :]
+        if LEFT:
+            seen = seen & (i[:, None] - j[None, :] <= left)
+        if RIGHT:
+            seen = seen & (j[None, :] - i[:, None] <= right)
+        s = tl.where(seen, s, MINUS_INFINITY)
+    new_top = tl.maximum(top, tl.max(s, axis=1))  # a NaN loses to a number here: the sum brings it back
+    base = tl.where(new_top == MINUS_INFINITY, 0.0, new_top)
+    p = exp_of_nonpositive(s - base[:, None])
+    shrink = exp_of_nonpositive(top - base)
+    bottom = bottom * shrink + tl.reshape(fold_lanes(half_fold(p, p.shape[0], 32), p.shape[0]), (p.shape[0],))
+    weights = p.to(v_first.dtype.element_ty)
+    value = _features(v_first, j, v_token, length, D, 0, LOW, LOW <= D, MASKED)
+    low = tl.dot(weights, value, low * shrink[:, None])
+    if HIGH > 0:
+        value = _features(v_first, j, v_token, length, D, LOW, HIGH, LOW + HIGH <= D, MASKED)
+        high = tl.dot(weights, value, high * shrink[:, None])
+    return new_top, bottom, low, high
+
+
+@triton.jit
+def _features(
+    first, j, token, length, features, BEGIN: tl.constexpr, WIDTH: tl.constexpr, INSIDE: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """WIDTH features from BEGIN on of tokens j. Zeros beyond `features`, unless all are INSIDE, and, if MASKED, beyond the
+    sequence."""
+    d = (BEGIN + tl.arange(0, WIDTH))[None, :]
+    at = first + j.to(tl.int64)[:, None] * token + d
+    if MASKED and INSIDE:
+        value = tl.load(at, mask=(j < length)[:, None], other=0.0)
+    elif MASKED:
+        value = tl.load(at, mask=(j < length)[:, None] & (d < features), other=0.0)
+    elif not INSIDE:
+        value = tl.load(at, mask=d < features, other=0.0)
+    else:
+        value = tl.load(at)
+    return value
+
+
+@triton.jit
+def _store(y_row, total, bottom, i, length, features, BEGIN: tl.constexpr, WIDTH: tl.constexpr):
+    d = (BEGIN + tl.arange(0, WIDTH))[None, :]
+    result = tl.div_rn(total + 0.0, tl.broadcast_to(bottom[:, None], total.shape))
+    tl.store(y_row + d, result.to(y_row.dtype.element_ty), mask=(i < length)[:, None] & (d < features))
+
+
+def tensor_tiles(d: int, arch: int) -> tuple[TensorTile, ...]:
+    """For heads of d features on this compute capability (90 for 9.0); the first is taken, the others are for the tests.
+
+    They are what has no spills (tests/witness_triton.py). With 256 features on Hopper that takes loads at the edges that do not
+    pass through registers; elsewhere q and a part of k in registers leave room for few rows.
+    """
+    wgmma = matrix_instruction(arch) == "wgmma"
+    if d > 128:
+        return (TensorTile(128, 8, 2, edge=2),) if wgmma else (TensorTile(32, 8, 2),)
+    if d > 64:
+        return (TensorTile(128, 8, 3),) if wgmma else (TensorTile(128, 8, 2), TensorTile(64, 4, 2))
+    few = TensorTile(64, 4, 3), TensorTile(128, 8, 3)
+    return (*few, TensorTile(128, 4, 3)) if wgmma else few
+
+
+def parts(d: int, arch: int) -> tuple[int, int]:
+    """What d features are filled up to, in one part or two: 96 = 64 + 32.
+
+    With mma.sync a part of 64 keys is held in registers, so 128 = 64 + 64; 160 = 128 + 64, since 32 spilled.
+    With wgmma it is one part. Two products there that share the weights in registers gave other values of the second part at
+    every run, and wrote outside memory, on an H100 with Triton 3.6 (tests/test_gpu_tensor.py, heads of 40, 80 and 96).
+    """
+    if matrix_instruction(arch) == "wgmma":
+        return triton.next_power_of_2(max(16, d)), 0
+    low, least = (WIDEST, 64) if d > 128 else (min(64, max(16, 1 << d.bit_length() - 1)), 16)
+    return low, triton.next_power_of_2(max(least, d - low)) if d > low else 0
+
+
+def attention_tensor(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, right: int, scale: float) -> Tensor:
+    (total, heads, d), sequences = q.shape, cu_seqlens.shape[0] - 1
+    y = q.new_empty(total, heads, d)
+    arch = launch.architecture(q)
+    tile = tensor_tiles(d, arch)[force or 0]
+    low, high = parts(d, arch)
+    tiles = total // tile.rows + sequences if total else 0
+    start(
+        attention_tensor_kernel, (tiles, heads), q, k, v, cu_seqlens, y,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        sequences, total, heads, heads // k.shape[1], left, right, scale,
+        LEFT=left >= 0, RIGHT=right >= 0, D=d, LOW=low, HIGH=high,
+        ROWS=tile.rows, SEQUENCES=SEQUENCES, EDGE=tile.edge, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y

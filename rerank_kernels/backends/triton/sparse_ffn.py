@@ -1,0 +1,174 @@
+"""sparse_ffn for rows [M, K]: few rows skip what is inactive; many rows take the dense way, whose bits are the same.
+
+1. The pre-activations of `first` (gate, or up without a gate), for all neurons: linear with relu.
+2. Which neurons are active? Their numbers and values side by side, ascending, for each row and each chunk of 512 neurons.
+3. ReGLU: dot products over the rows of up, for active neurons only.
+4. down: per row and chunk of 512 neurons one fma chain a column over the active neurons, ascending.
+5. The chunks' sums, added in ascending order from +0; the bias; one rounding.
+
+Leaving out a zero term leaves every bit (NUMERICS.md, "sparse_ffn"). Nothing waits for the device: every launch has the grid of
+a row with all neurons active, and blocks that find no neuron end at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rerank_kernels.backends.triton.launch import blocks, start
+from rerank_kernels.backends.triton.linear import linear, linear_tensor
+from rerank_kernels.backends.triton.numerics import CHUNK, fmadd
+from rerank_kernels.backends.weights import check_finite, contiguous, transposed
+
+DENSE_ROWS = 8  # from here on a row's share of reading all weights costs less than its own walk. Only time depends on it.
+NEURONS = 32  # of one block of 3
+STEP = 32  # of K, likewise
+COLUMNS = 128  # of one block of 4 and 5
+AHEAD = 8  # neurons under way
+
+
+@triton.jit
+def active_kernel(first, y_count, y_neuron, y_value, F, chunks):
+    """2. Chunk c of row m, at m * chunks + c. What is not a number counts as active, as relu keeps it."""
+    at = tl.program_id(0).to(tl.int64)
+    f = (at % chunks) * CHUNK + tl.arange(0, CHUNK)
+    value = tl.load(first + (at // chunks) * F + f, mask=f < F, other=0.0)
+    active = tl.where(value <= 0.0, 0, 1)
+    up_to = tl.cumsum(active)
+    place = at * CHUNK + up_to - 1
+    tl.store(y_neuron + place, f.to(tl.int32), mask=active != 0)
+    tl.store(y_value + place, value, mask=active != 0)
+    tl.store(y_count + at, tl.max(up_to))
+
+
+@triton.jit
+def up_kernel(x, weight, bias, count, neuron, value, y, K: tl.int32, chunks, NEURONS: tl.constexpr, STEP: tl.constexpr):
+    """3. y = relu(gate) * up for some active neurons of one row and chunk."""
+    at = (tl.program_id(0) // (CHUNK // NEURONS)).to(tl.int64)
+    begin = tl.program_id(0) % (CHUNK // NEURONS) * NEURONS
+    active = tl.load(count + at)
+    if begin >= active:
+        return
+    i = (begin + tl.arange(0, NEURONS))[None, :]
+    f = tl.load(neuron + at * CHUNK + i, mask=i < active, other=0).to(tl.int64)
+    k = tl.arange(0, STEP)
+    x_row = x + (at // chunks) * K
+    total = tl.zeros((1, NEURONS), tl.float32)
+    for chunk in range(0, K, CHUNK):
+        s = tl.zeros((1, NEURONS), tl.float32)
+        for step in range(chunk, tl.minimum(chunk + CHUNK, K), STEP):
+            here = step + k
+            a = tl.load(x_row + here[None, :], mask=here[None, :] < K, other=0.0)
+            b = tl.load(weight + f * K + here[:, None], mask=(i < active) & (here[:, None] < K), other=0.0)
+            s = tl.dot(a.to(tl.float32), b.to(tl.float32), s, input_precision="ieee")
+        total = total + s
+    if bias is not None:
+        total = total + tl.load(bias + f, mask=i < active, other=0.0).to(tl.float32)
+    gate = tl.load(value + at * CHUNK + i, mask=i < active, other=0.0)
+    tl.store(y + at * CHUNK + i, gate * total, mask=i < active)
+
+
+@triton.jit
+def down_kernel(count, neuron, value, down, y_sums, D, COLUMNS: tl.constexpr, AHEAD: tl.constexpr):
+    """4. down: [F, D], so that a neuron's weights lie side by side."""
+    columns = tl.cdiv(D, COLUMNS)
+    at = (tl.program_id(0) // columns).to(tl.int64)
+    d = (tl.program_id(0) % columns) * COLUMNS + tl.arange(0, COLUMNS)
+    active = tl.load(count + at)
+    s = tl.zeros((COLUMNS,), tl.float32)
+    for begin in range(0, active, AHEAD):
+        for step in tl.static_range(AHEAD):
+            i = begin + step
+            f = tl.load(neuron + at * CHUNK + i, mask=i < active, other=0).to(tl.int64)
+            h = tl.load(value + at * CHUNK + i, mask=i < active, other=0.0)
+            w = tl.load(down + f * D + d, mask=(i < active) & (d < D), other=0.0).to(tl.float32)
+            s = tl.where(i < active, fmadd(w, h, s), s)
+    tl.store(y_sums + at * D + d, s, mask=d < D)
+
+
+@triton.jit
+def sums_kernel(sums, bias, y, chunks, D, COLUMNS: tl.constexpr):
+    """5."""
+    columns = tl.cdiv(D, COLUMNS)
+    m = (tl.program_id(0) // columns).to(tl.int64)
+    d = (tl.program_id(0) % columns) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for c in range(0, chunks):
+        total = total + tl.load(sums + (m * chunks + c) * D + d, mask=d < D, other=0.0)
+    if bias is not None:
+        total = total + tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(y + m * D + d, total.to(y.dtype.element_ty), mask=d < D)
+
+
+def sparse_ffn(
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+) -> Tensor:
+    first = (up_weight, up_bias) if gate_weight is None else (gate_weight, gate_bias)
+    return _sparse_ffn(
+        x, linear(x, *first, "relu", None, torch.float32), up_weight, up_bias, gate_weight, down_weight, down_bias
+    )
+
+
+def sparse_ffn_tensor(
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+) -> Tensor:
+    """Only what decides which neurons are active is computed on tensor cores, for any number of rows; the rest is as above,
+    where sparse equals dense, so that the number of rows is in no expression here either."""
+    first = (up_weight, up_bias) if gate_weight is None else (gate_weight, gate_bias)
+    active = linear_tensor(x, *first, "relu", None, torch.float32)
+    return _sparse_ffn(x, active, up_weight, up_bias, gate_weight, down_weight, down_bias)
+
+
+def _sparse_ffn(
+    x: Tensor,
+    first: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+) -> Tensor:
+    """From relu(gate), or relu(up) without a gate, in float32."""
+    rows, f32 = x.shape[0], torch.float32
+    if rows >= DENSE_ROWS:
+        check_finite(down_weight)
+        hidden = first if gate_weight is None else linear(x, up_weight, up_bias, None, None, f32, gate=first)
+        return linear(hidden, down_weight, down_bias, None, None, x.dtype)
+
+    down = transposed(down_weight)
+    neurons, d = down.shape
+    width = int(CHUNK)
+    chunks = blocks(neurons, width)
+    count = x.new_empty(rows * chunks, dtype=torch.int32)
+    neuron = x.new_empty(rows * chunks * width, dtype=torch.int32)
+    value = torch.empty_like(neuron, dtype=f32)
+    start(active_kernel, (rows * chunks,), first, count, neuron, value, neurons, chunks)
+    if gate_weight is not None:
+        bias = None if up_bias is None else up_bias.contiguous()
+        grid = (rows * chunks * (width // NEURONS),)
+        weight, gated = contiguous(up_weight), torch.empty_like(value)
+        start(
+            up_kernel, grid, x, weight, bias, count, neuron, value, gated, x.shape[1], chunks,
+            NEURONS=NEURONS, STEP=STEP, num_warps=1,
+        )  # fmt: skip
+        value = gated
+    sums = x.new_empty(rows * chunks, d, dtype=f32)
+    grid = (rows * chunks * blocks(d, COLUMNS),)
+    start(down_kernel, grid, count, neuron, value, down, sums, d, COLUMNS=COLUMNS, AHEAD=AHEAD)
+    bias, y = None if down_bias is None else down_bias.contiguous(), x.new_empty(rows, d)
+    start(sums_kernel, (rows * blocks(d, COLUMNS),), sums, bias, y, chunks, d, COLUMNS=COLUMNS)
+    return y

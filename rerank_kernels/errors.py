@@ -1,0 +1,15 @@
+"""The errors and warnings that a user may want to catch, in one place below all that raises them."""
+
+from __future__ import annotations
+
+
+class BackendError(RuntimeError):
+    """No backend can serve the op on the device, or the one asked for is not there; the message says who can and why not."""
+
+
+class FallbackWarning(RuntimeWarning):
+    """The C++ library is missing, so the pytorch backend serves: slower, and with other bits. Given once per process."""
+
+
+class PatchError(RuntimeError):
+    """The model cannot be served as asked; the message says which modules, and what would work. Nothing was changed."""

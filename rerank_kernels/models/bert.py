@@ -1,0 +1,185 @@
+"""Encoders built like BERT, packed: BERT, RoBERTa, XLM-RoBERTa, with or without ForSequenceClassification.
+
+An architecture whose modules carry BERT's names is one row in ARCHITECTURES. What differs from stock transformers: embeddings
+and residuals are summed in float32, positions count valid tokens, hidden states at padding are 0, logits are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rerank_kernels import check
+from rerank_kernels.models.bound import Forward, class_of, name_of
+from rerank_kernels.models.heads import ClassificationHead
+from rerank_kernels.models.leaves import ACTIVATIONS, activation_of
+from rerank_kernels.models.packing import Table, dense, lookup, norm, pack, positions_of, ready
+from rerank_kernels.models.served import Served
+from rerank_kernels.ops.attention import attention
+from rerank_kernels.ops.pooling import pool
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Classes of transformers whose modules carry BERT's names, only behind another prefix."""
+
+    prefix: str
+    first_position: Callable[[Any], int]  # the encoder -> position id of a sequence's first token
+    head: Callable[[Any], tuple[Any, Any]]  # the classifier -> its (dense, out), with tanh in between, on the first token
+
+
+def _roberta(prefix: str) -> Architecture:
+    return Architecture(
+        prefix, lambda encoder: int(encoder.embeddings.padding_idx) + 1, lambda m: (m.classifier.dense, m.classifier.out_proj)
+    )
+
+
+ARCHITECTURES = {
+    "transformers.models.bert.modeling_bert": Architecture("Bert", lambda _: 0, lambda m: (m.bert.pooler.dense, m.classifier)),
+    "transformers.models.roberta.modeling_roberta": _roberta("Roberta"),
+    "transformers.models.xlm_roberta.modeling_xlm_roberta": _roberta("XLMRoberta"),
+}
+
+
+def _architecture(m: object) -> Architecture:
+    return ARCHITECTURES[type(m).__module__]
+
+
+def encoder_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
+    """BertModel and its like, stock arguments: BaseModelOutputWithPoolingAndCrossAttentions."""
+    from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+    ready(m)
+    batch = pack(m, _table(m), args, kwargs)
+    x, pooled = _encode(m, batch.words, batch.types, batch.positions, batch.cu, batch.states), None
+    if m.pooler is not None:
+        pooled = dense(m.pooler.dense, pool(x, "cls", cu_seqlens=batch.cu), "tanh")
+    return batch.output(BaseModelOutputWithPoolingAndCrossAttentions, last_hidden_state=batch.scatter(x), pooler_output=pooled)
+
+
+def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
+    """BertForSequenceClassification and its like, stock arguments: SequenceClassifierOutput with float32 logits."""
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    ready(m)
+    encoder = _enter_encoder(m)
+    batch = pack(m, _table(encoder), args, kwargs)
+    x = _encode(encoder, batch.words, batch.types, batch.positions, batch.cu, batch.states)
+    return batch.output(SequenceClassifierOutput, logits=_head(m)(x, batch.cu).logit)
+
+
+def packed_forward(m: Any, ids: Tensor, cu: Tensor, types: Tensor | None) -> Tensor:
+    """[total, D] of encoder or classifier m: ids and types [total], no padding."""
+    encoder = _enter_encoder(m) if _is_classifier(m) else m
+    op = class_of(encoder)
+    check.shape(op, "ids", ids, "total")
+    cu = check.cu_seqlens(op, cu, ids.shape[0], ids.device)
+    if types is not None:
+        check.shape(op, "token_types", types, ids.shape[0])
+    table = _table(encoder)
+    return _encode(encoder, lookup(op, "ids", ids, table.words), types, positions_of(table, cu, ids.shape[0]), cu, None)
+
+
+def max_tokens(m: Any) -> int:
+    """The longest sequence the position table of encoder or classifier m holds."""
+    return _table(m.base_model).limit
+
+
+def problem(m: Any) -> str | None:
+    """Why an encoder or classifier, by its config or activation, cannot be served; None if it can."""
+    if m.config.is_decoder or getattr(m.config, "add_cross_attention", False):
+        return "config.is_decoder or config.add_cross_attention is set"
+    if (kind := getattr(m.config, "position_embedding_type", "absolute")) != "absolute":
+        return f"config.position_embedding_type is {kind!r}, and only 'absolute' is served"  # transformers 4 has others
+    return None
+
+
+def _intermediate_problem(m: Any) -> str | None:
+    act = m.intermediate_act_fn
+    return None if name_of(act) in ACTIVATIONS else f"activation {getattr(act, '__name__', class_of(act))} is unknown"
+
+
+def _is_classifier(m: Any) -> bool:
+    return type(m).__qualname__.endswith("ForSequenceClassification")
+
+
+def _head(m: Any) -> ClassificationHead:
+    return ClassificationHead(*_architecture(m).head(m))
+
+
+def _table(encoder: Any) -> Table:
+    e, first = encoder.embeddings, _architecture(encoder).first_position(encoder)
+    return Table(encoder, e.word_embeddings, first, int(e.position_embeddings.num_embeddings) - first)
+
+
+def _enter_encoder(m: Any) -> Any:
+    """The encoder of a classifier. It does not pass its own forward, but a count of zero must mean it never ran."""
+    forward = m.base_model.__dict__.get("forward")
+    if isinstance(forward, Forward):
+        forward.calls += 1
+    return m.base_model
+
+
+def _encode(
+    encoder: Any, words: Tensor, types: Tensor | None, positions: Tensor, cu: Tensor, states: list[Tensor] | None
+) -> Tensor:
+    """[total, D] through the embedding and all layers; appends the embedding's and each layer's output to `states`."""
+    op, e = class_of(encoder), encoder.embeddings
+    types = torch.zeros_like(positions) if types is None else types
+    # In transformers' order; three terms and the norm stay in float32, so the body's dtype is rounded to once, here.
+    total = words.float() + lookup(op, "token_type_ids", types, e.token_type_embeddings).float()
+    total = total + lookup(op, "position_ids", positions, e.position_embeddings).float()
+    x = norm(e.LayerNorm, total).to(e.word_embeddings.weight.dtype)
+    if states is not None:
+        states.append(x)
+    for layer in encoder.encoder.layer:
+        x = _layer(layer, x, cu)
+        if states is not None:
+            states.append(x)
+    return x
+
+
+# A CPU takes so many tokens through the feed-forward layer at a time: what lies between its two products, four times as wide as
+# the model, stays in the caches and does not grow with the batch. Each token is on its own there: no bit depends on this.
+TOKENS_AT_ONCE = 1024
+
+
+def _layer(layer: Any, x: Tensor, cu: Tensor) -> Tensor:
+    """Post-norm: the residual is added inside layer_norm, where the sum stays float32."""
+    own, after, up, down = layer.attention.self, layer.attention.output, layer.intermediate, layer.output
+    heads = (x.shape[0], own.num_attention_heads, own.attention_head_size)
+    q, k, v = (dense(p, x).view(heads) for p in (own.query, own.key, own.value))
+    a = attention(q, k, v, cu_seqlens=cu).flatten(1)
+    x = norm(after.LayerNorm, dense(after.dense, a), x)
+    parts = x.split(TOKENS_AT_ONCE) if x.device.type == "cpu" and x.shape[0] > TOKENS_AT_ONCE else (x,)
+    act = activation_of(up.intermediate_act_fn)
+    done = [norm(down.LayerNorm, dense(down.dense, dense(up.dense, part, act)), part) for part in parts]
+    return done[0] if len(done) == 1 else torch.cat(done)
+
+
+# Read by an encoder's forward, which takes their weights and never calls them; nothing by themselves.
+_PARTS = "Embeddings Encoder Layer Attention SelfAttention SelfOutput Output Pooler ClassificationHead"
+_PARTS += " SdpaSelfAttention"  # transformers 4 has a class for each way of stock attention; the weights are the same
+
+
+def served() -> dict[str, Served]:
+    """Exact class -> how it is served."""
+    found: dict[str, Served] = {}
+    for module, a in ARCHITECTURES.items():
+        encoder = Served(encoder_forward, problem, packed_forward, max_tokens)
+        classifier = Served(classifier_forward, problem, packed_forward, max_tokens, _head)
+        found |= {f"{module}.{a.prefix}Model": encoder, f"{module}.{a.prefix}ForSequenceClassification": classifier}
+    return found
+
+
+def parts() -> dict[str, Callable[[Any], str | None] | None]:
+    """Exact class of a module inside -> what could stand in its way."""
+    found: dict[str, Callable[[Any], str | None] | None] = {}
+    for module, a in ARCHITECTURES.items():
+        found |= dict.fromkeys(f"{module}.{a.prefix}{part}" for part in _PARTS.split())
+        found[f"{module}.{a.prefix}Intermediate"] = _intermediate_problem
+    return found

@@ -1,0 +1,149 @@
+"""What patch() puts into the __dict__ of a module or of an object around it: a forward, a method; and what runs inside them."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rerank_kernels.backends import library, registry
+from rerank_kernels.backends.modes import of_the_model
+
+NOT_COMPILED = (
+    "a patched model runs as it is, for fused arithmetic has other bits: torch.compile works around it without fullgraph=True; "
+    "the ops alone (rk.linear, ...) compile with fullgraph=True"
+)
+
+
+class Forward:
+    """The `forward` of one module: `function`, of models/registry.py, called with the module first; counts its calls.
+
+    It computes in `mode`, served by `backend` where one was chosen, whatever the program around it has set.
+
+    Not a types.MethodType: that pickles as getattr(module, name), and comes back as the class's own forward, unpatched, without
+    a word. This one copies and pickles with its module, and a copy's forward reads the copy's weights.
+    """
+
+    def __new__(cls, *args: Any) -> Forward:
+        global _serve
+        if _serve is _serve_eagerly:
+            # torch.compile must call it, not look inside: fused arithmetic has other bits. Here and not at import, for the
+            # compiler takes seconds to import; in __new__, for pickle and deepcopy pass here too.
+            _serve = torch.compiler.disable(_serve_eagerly, reason=NOT_COMPILED)
+        return super().__new__(cls)
+
+    def __init__(
+        self, module: nn.Module, function: Callable[..., Any], mode: str = "portable", backend: str | None = None
+    ) -> None:
+        self.module = module
+        self.function = function
+        self.mode = mode
+        self.backend = backend
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _serve(self, args, kwargs)
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Ops inside the block are this forward's: counted, in its mode, on its backend, without gradients."""
+        self.calls += 1
+        with serving(self.mode, self.backend):
+            yield
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Callers that filter arguments by inspect.signature(model.forward) see the class's own signature."""
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+
+class Method:
+    """A method of an object that holds a model, in place of its class's own: `function`, called with this first.
+
+    It stands in the __dict__ of its holder, and copies and pickles with it, for the same reason as Forward does. `report` is
+    what patch() returned; `patch` is patch() itself with the same choices, for a method after which there is another model.
+    """
+
+    def __init__(
+        self,
+        holder: Any,
+        name: str,
+        function: Callable[..., Any],
+        mode: str,
+        strict: bool,
+        backend: str | None,
+        report: Any,
+        patch: Callable[[Any], Any],
+    ) -> None:
+        self.holder = holder
+        self.name = name
+        self.function = function
+        self.mode = mode
+        self.strict = strict
+        self.backend = backend
+        self.report = report
+        self.patch = patch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, *args, **kwargs)
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The class's own."""
+        bound: Callable[..., Any] = getattr(type(self.holder), self.name).__get__(self.holder)
+        return bound
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+
+@contextlib.contextmanager
+def serving(mode: str, backend: str | None) -> Iterator[None]:
+    """Ops inside the block compute in `mode`, on `backend` where one was chosen, without gradients."""
+    with contextlib.ExitStack() as stack:
+        if backend is not None:
+            stack.enter_context(registry.use(backend, asked_by=f"patch(model, backend={backend!r})"))
+        stack.enter_context(registry.settled())
+        stack.enter_context(of_the_model(mode))
+        stack.enter_context(torch.no_grad())
+        if registry.serves_cpu("cpu"):
+            stack.enter_context(library.holding_threads())
+        yield
+
+
+def _serve_eagerly(self: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch.is_grad_enabled():
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise RuntimeError(
+                    f"{class_of(self.module)}.forward: an input asks for gradients and rerank_kernels is forward only; "
+                    "run under torch.inference_mode(), or call rk.unpatch(model) to train"
+                )
+    with self.serving():
+        return self.function(self.module, *args, **kwargs)
+
+
+_serve = _serve_eagerly
+
+
+def name_of(m: object) -> str:
+    """The exact class as a string: absent classes need no import, subclasses do not match."""
+    return f"{type(m).__module__}.{type(m).__qualname__}"
+
+
+def class_of(m: object) -> str:
+    return type(m).__qualname__
+
+
+def hooked(m: nn.Module) -> bool:
+    """Whether m has forward hooks that a forward above m, which never calls m, would pass over."""
+    if not m._forward_hooks and not m._forward_pre_hooks:
+        return False
+    hooks = [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]
+    # transformers leaves its own in place after a stock output_hidden_states=True; our forward serves that option itself
+    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)

@@ -1,0 +1,57 @@
+"""Leaves: modules that compute one op on what they are called with, wherever they stand in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rerank_kernels import check
+from rerank_kernels.models.bound import name_of
+from rerank_kernels.ops.linear import activation, linear
+from rerank_kernels.ops.norm import layer_norm
+from rerank_kernels.ops.softmax import softmax
+
+_TORCH = {"GELU": "gelu", "Tanh": "tanh", "ReLU": "relu", "SiLU": "silu", "Sigmoid": "sigmoid"}
+_HF = {"GELUActivation": "gelu", "SiLUActivation": "silu"} | dict.fromkeys(
+    ("NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation", "GELUTanh", "PytorchGELUTanh"), "gelu_tanh"
+)
+ACTIVATIONS = {f"torch.nn.modules.activation.{name}": kind for name, kind in _TORCH.items()} | {
+    f"transformers.activations.{name}": kind for name, kind in _HF.items()
+}
+
+
+def activation_of(m: Any) -> str:
+    """The `activation` of ops.linear that module m is."""
+    kind = ACTIVATIONS[name_of(m)]
+    return "gelu_tanh" if getattr(m, "approximate", "none") == "tanh" else kind
+
+
+def _linear(m: Any, x: Tensor) -> Tensor:
+    return linear(x, m.weight, m.bias)
+
+
+def _layer_norm(m: Any, x: Tensor) -> Tensor:
+    d = len(m.normalized_shape)
+    check.shape("LayerNorm.forward", "input", x, *("..." for _ in range(x.dim() - d)), *m.normalized_shape)
+    weight = torch.ones(m.normalized_shape, dtype=x.dtype, device=x.device) if m.weight is None else m.weight
+    flat = x.flatten(-d)
+    return layer_norm(flat, weight.flatten(), None if m.bias is None else m.bias.flatten(), m.eps).view(x.shape)
+
+
+def _activation(m: Any, x: Tensor) -> Tensor:
+    return activation(x, activation_of(m))
+
+
+def _softmax(m: Any, x: Tensor) -> Tensor:
+    return softmax(x, m.dim)
+
+
+FORWARDS: dict[str, Callable[..., Any]] = {
+    "torch.nn.modules.linear.Linear": _linear,
+    "torch.nn.modules.normalization.LayerNorm": _layer_norm,
+    "torch.nn.modules.activation.Softmax": _softmax,
+    **dict.fromkeys(ACTIVATIONS, _activation),
+}

@@ -1,0 +1,215 @@
+"""Packing: the arguments of transformers' forwards to the valid tokens alone, [total] with cu_seqlens, and back to its outputs.
+
+Every architecture's forward goes through here, so that padding, options and hooks mean the same for all of them. An argument
+that would have to be ignored is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import warnings
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rerank_kernels import check
+from rerank_kernels.errors import PatchError
+from rerank_kernels.models.bound import class_of, hooked
+from rerank_kernels.ops.linear import linear
+from rerank_kernels.ops.norm import layer_norm
+
+_NO_CROSS, _WHOLE = "there is no cross-attention in a reranker's encoder", "an encoder sees the whole sequence at once"
+REFUSED = {
+    "labels": "no loss is computed; take the logits, or call rk.unpatch(model) to train",
+    "output_attentions": "attention probabilities are never stored; call rk.unpatch(model) to see them",
+    "encoder_hidden_states": _NO_CROSS,
+    "encoder_attention_mask": _NO_CROSS,
+    "past_key_values": _WHOLE,
+    "use_cache": _WHOLE,
+}
+
+
+class Batch(NamedTuple):
+    """The valid tokens of a batch, packed: [total] each, place being the one in [B * T]; and what the caller asked for."""
+
+    words: Tensor  # [total, D], word embeddings
+    types: Tensor | None
+    positions: Tensor
+    cu: Tensor  # [B + 1]
+    place: Tensor
+    shape: tuple[int, int]
+    states: list[Tensor] | None  # packed hidden states, collected if output_hidden_states
+    as_dict: bool
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """[total, D] -> [B, T, D], 0 at padding."""
+        b, t = self.shape
+        return x.new_zeros(b * t, x.shape[1]).index_copy_(0, self.place, x).view(b, t, -1)
+
+    def output(self, cls: Any, **fields: Any) -> Any:
+        states = None if self.states is None else tuple(self.scatter(x) for x in self.states)
+        out = cls(hidden_states=states, **fields)
+        return out if self.as_dict else out.to_tuple()
+
+
+def ready(m: Any) -> None:
+    """Refuse what the forward of encoder or classifier m would silently pass over: dropout, and hooks of the modules in m.
+
+    patch() saw neither, for both can come later; so this walks m at each call, a fraction of a millisecond.
+    """
+    if m.training or m.base_model.training:
+        raise RuntimeError(
+            f"{class_of(m)}.forward: the model is in training mode and rerank_kernels is forward only, without dropout; "
+            "call model.eval(), or rk.unpatch(model) to train"
+        )
+    below, seen = list(m._modules.values()), {m, None}
+    while below:  # and not m.modules(), which makes names too and takes three times as long
+        inner = below.pop()
+        if inner not in seen:
+            if hooked(inner):
+                refuse_hooks(m, inner)
+            seen.add(inner)
+            below += inner._modules.values()
+
+
+def refuse_hooks(m: nn.Module, inner: nn.Module) -> NoReturn:
+    path = next(path for path, module in m.named_modules() if module is inner)
+    raise PatchError(
+        f"{class_of(m)}: {path or 'the model'} ({class_of(inner)}) has forward hooks, and hooks inside a patched encoder do "
+        "not run; remove them (handle.remove()), or call rk.unpatch(model)"
+    )
+
+
+def dense(m: Any, x: Tensor, act: str | None = None) -> Tensor:
+    as_patched(m, nn.Linear)
+    return linear(x, m.weight, m.bias, activation=act)
+
+
+def norm(m: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    as_patched(m, nn.LayerNorm)
+    return layer_norm(x, m.weight, m.bias, m.eps, residual=residual)
+
+
+def as_patched(m: object, cls: type[nn.Module]) -> None:
+    """An adapter put in after patch() would be passed over without a word: its base weights look the same from here."""
+    if type(m) is not cls:
+        raise PatchError(
+            f"a {class_of(m)} stands where patch() saw nn.{cls.__name__}; call rk.unpatch(model), then patch it again"
+        )
+
+
+class Table(NamedTuple):
+    """What a forward looks tokens up in: its encoder, the word embeddings, and the places that a sequence can have."""
+
+    encoder: Any
+    words: nn.Embedding
+    first: int  # position id of a sequence's first token
+    limit: int  # tokens of the longest sequence
+
+
+def pack(m: Any, table: Table, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+    """Stock arguments to packed tokens; an argument that would have to be ignored is an error."""
+    op, given = f"{class_of(m)}.forward", _signature(m.__class__).bind(None, *args, **kwargs).arguments
+    given.pop("self")
+    given |= given.pop("kwargs", {})
+    ids, mask, embeds = (given.pop(name, None) for name in ("input_ids", "attention_mask", "inputs_embeds"))
+    types, positions = given.pop("token_type_ids", None), given.pop("position_ids", None)
+    states, as_dict = _options(m, op, given)
+    if (ids is None) == (embeds is None):
+        raise ValueError(f"{op}: exactly one of input_ids [B, T] and inputs_embeds [B, T, D] must be given")
+    if ids is None:
+        check.shape(op, "inputs_embeds", embeds, "B", "T", table.words.embedding_dim)
+        b, t = embeds.shape[:2]
+    else:
+        check.shape(op, "input_ids", ids, "B", "T")
+        b, t = ids.shape
+    if mask is None:
+        _warn_of_pads(op, ids, m.config.pad_token_id)
+        mask = torch.ones(b, t, dtype=torch.bool, device=(embeds if ids is None else ids).device)
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != (b, t):
+        came = check.shape_of(mask) if isinstance(mask, Tensor) else type(mask).__name__
+        check.fail(op, "attention_mask", f"[B, T] = [{b}, {t}], nonzero where a token is", came, "causal masks are not served")
+    # 0 for tokens and -10000 for padding: `!= 0` would turn it around
+    if mask.dtype != torch.bool and mask.numel() and mask.min() < 0:
+        check.fail(op, "attention_mask", "nonzero where a token is", "negative values", "additive masks are not served")
+    place, cu = check.mask_to_cu_seqlens(op, mask != 0, b, t)
+
+    def packed(name: str, x: Tensor | None) -> Tensor | None:
+        if x is not None:
+            check.shape(op, name, x, 1 if x.shape[0] == 1 else b, t)
+            x = x.expand(b, t).reshape(-1).index_select(0, place)
+        return x
+
+    if ids is None:
+        words = embeds.reshape(b * t, -1).index_select(0, place)
+    else:
+        words = lookup(op, "input_ids", ids.reshape(-1).index_select(0, place), table.words)
+    own = packed("position_ids", positions)
+    if own is None:
+        own = positions_of(table, cu, place.numel())
+    return Batch(words, packed("token_type_ids", types), own, cu, place, (b, t), states, as_dict)
+
+
+@functools.cache
+def _signature(cls: Any) -> inspect.Signature:
+    return inspect.signature(cls.forward)
+
+
+def _warn_of_pads(op: str, ids: Tensor | None, pad: int | None) -> None:
+    if ids is not None and pad is not None and ids.numel() and bool((ids[:, [0, -1]] == pad).any()):
+        # Stock transformers takes them as tokens too; guessing a mask would be worse than saying what happens.
+        warnings.warn(
+            f"{op}: input_ids begin or end with the pad token {pad} and attention_mask is missing: "
+            "padding is read as tokens and changes the result; pass the tokenizer's attention_mask",
+            stacklevel=9,
+        )
+
+
+def positions_of(table: Table, cu: Tensor, total: int) -> Tensor:
+    """[total]: counted over a sequence's valid tokens, from the table's first position.
+
+    Stock RoBERTa counts tokens that differ from the pad id instead. The two agree except for a pad id that the mask keeps:
+    it is counted here like every other token.
+    """
+    op, first, limit = class_of(table.encoder), table.first, table.limit
+    # One look, on a GPU too: there wrong offsets would end in an assertion that takes the process's context with it.
+    offsets = cu.tolist()
+    if offsets[0] != 0 or offsets[-1] != total or offsets != sorted(offsets):
+        check.fail(op, "cu_seqlens", f"ascending from 0 to {total}, the number of tokens", offsets[:8])
+    longest = max((end - begin for begin, end in itertools.pairwise(offsets)), default=0)
+    if longest > limit:
+        wanted = f"at most {limit} tokens a sequence, for config.max_position_embeddings = {limit + first}"
+        check.fail(op, "input_ids", wanted, longest, f"tokenise with truncation=True, max_length={limit}")
+    if len(offsets) == 2:
+        return torch.arange(first, first + total, device=cu.device)
+    start = torch.repeat_interleave(cu[:-1].long(), (cu[1:] - cu[:-1]).long(), output_size=total)
+    return torch.arange(first, first + total, device=cu.device) - start
+
+
+def lookup(op: str, name: str, ids: Tensor, table: nn.Embedding) -> Tensor:
+    n = table.num_embeddings
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise TypeError(f"{op}: {name} must be int64 or int32, got {ids.dtype}")
+    if ids.numel():  # on a GPU too, for the same reason as above
+        low, high = torch.stack(torch.aminmax(ids)).tolist()
+        if low < 0 or high >= n:
+            check.fail(op, name, f"in [0, {n - 1}]", f"values in [{low}, {high}]")
+    return F.embedding(ids, table.weight)
+
+
+def _options(m: Any, op: str, given: dict[str, Any]) -> tuple[list[Tensor] | None, bool]:
+    """(where to collect hidden states, return_dict)."""
+    asked = {name: value for name, value in given.items() if value is not None}
+    hidden = asked.pop("output_hidden_states", getattr(m.config, "output_hidden_states", False))
+    as_dict = asked.pop("return_dict", getattr(m.config, "return_dict", True))
+    asked.setdefault("output_attentions", getattr(m.config, "output_attentions", False))
+    for name, value in asked.items():
+        if value is not False:
+            raise ValueError(f"{op}: {name} is not served by a patched model; {REFUSED.get(name, 'leave it out')}")
+    if not isinstance(hidden, bool):
+        check.fail(op, "output_hidden_states", "True or False", hidden, "take the layers you want from the tuple")
+    return ([] if hidden else None), bool(as_dict)

@@ -1,0 +1,103 @@
+"""The registry of models: from the exact class of a module, as a string, to the forward that serves it.
+
+A new architecture is a file beside this one with its forward, and its rows in ENCODERS and PARTS below. Classes are strings: an
+absent class needs no import, and a subclass, which may compute something else, does not match.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+
+from rerank_kernels.errors import PatchError
+from rerank_kernels.models import bert, leaves, sentence
+from rerank_kernels.models.bound import Forward, class_of, hooked, name_of
+from rerank_kernels.models.heads import embedding
+from rerank_kernels.models.packing import ready, refuse_hooks
+from rerank_kernels.models.served import Served
+from rerank_kernels.ops.pooling import HeadOutput
+
+# Whole models: an encoder, or a classifier around one.
+ENCODERS: dict[str, Served] = bert.served()
+# Modules inside an encoder, whose weights its forward reads; a function says what could stand in the way.
+PARTS: dict[str, Callable[[Any], str | None] | None] = bert.parts()
+# What is served wherever it stands.
+LEAVES: dict[str, Callable[..., Any]] = leaves.FORWARDS | sentence.FORWARDS
+FORWARDS: dict[str, Callable[..., Any]] = LEAVES | {name: served.forward for name, served in ENCODERS.items()}
+# torch.compile's: it runs the forward below it, and takes compiled code for it only while that forward is the one it compiled.
+COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
+# Nothing to compute, or a plain copy: the same bits anyway.
+EXACT = {
+    "torch.nn.modules.sparse.Embedding",
+    "torch.nn.modules.dropout.Dropout",
+    "torch.nn.modules.linear.Identity",
+    "torch.nn.modules.container.ModuleList",
+    "torch.nn.modules.container.Sequential",
+    "torch.nn.modules.container.ModuleDict",
+    "torch.nn.modules.flatten.Flatten",
+    *sentence.TRANSFORMERS,
+    COMPILED,
+}
+PREFIXES = tuple(a.prefix for a in bert.ARCHITECTURES.values())
+
+
+def problem(m: Any) -> str | None:
+    """Why module m, by itself, cannot be served; "" if its class is in no table, None if it can."""
+    name = name_of(m)
+    if name in ENCODERS:
+        return ENCODERS[name].problem(m)
+    if name in PARTS:
+        ask = PARTS[name]
+        return None if ask is None else ask(m)
+    if name == "torch.nn.modules.activation.Softmax" and m.dim is None:
+        return "dim is None"
+    if name in sentence.FORWARDS:
+        return sentence.sentence_problem(m)
+    return None if name in LEAVES or name in EXACT else ""
+
+
+def packed_logits(model: nn.Module, ids: Tensor, cu_seqlens: Tensor, token_types: Tensor | None = None) -> HeadOutput:
+    """Logits and scores, float32 [B, L], of a patched classifier; ids and token_types [total], no padding."""
+    served = _served(model, True)
+    with _entered(model):
+        assert served.head is not None
+        return served.head(model)(served.packed(model, ids, cu_seqlens, token_types), cu_seqlens)
+
+
+def packed_embeddings(
+    model: nn.Module,
+    ids: Tensor,
+    cu_seqlens: Tensor,
+    token_types: Tensor | None = None,
+    *,
+    pooling: str = "mean",
+    normalise: bool = True,
+) -> Tensor:
+    """Embeddings, float32 [B, D], of a patched encoder; heads.embedding says what they are."""
+    served = _served(model, False)
+    with _entered(model):
+        return embedding(served.packed(model, ids, cu_seqlens, token_types), cu_seqlens, pooling, normalise)
+
+
+def max_tokens(model: nn.Module) -> int:
+    """The longest sequence that a served model takes."""
+    return ENCODERS[name_of(model)].max_tokens(model)
+
+
+def _served(model: nn.Module, classifies: bool) -> Served:
+    served = ENCODERS.get(name_of(model))
+    if not isinstance(model.__dict__.get("forward"), Forward) or served is None or (served.head is not None) != classifies:
+        kind = "*ForSequenceClassification" if classifies else "*Model"
+        raise PatchError(f"packed entry: model must be a patched {kind}, got {class_of(model)}; call rk.patch(model) first")
+    return served
+
+
+def _entered(model: nn.Module) -> AbstractContextManager[None]:
+    ready(model)
+    if hooked(model):  # the packed entry does not pass model.__call__, which would run them
+        refuse_hooks(model, model)
+    serving: AbstractContextManager[None] = model.__dict__["forward"].serving()
+    return serving

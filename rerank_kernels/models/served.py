@@ -1,0 +1,20 @@
+"""What the registry holds of a model's exact class: how it is called, what it needs, and its entry without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from rerank_kernels.models.heads import ClassificationHead
+
+
+@dataclass(frozen=True)
+class Served:
+    forward: Callable[..., Any]  # the module and the arguments of its stock forward -> its stock output
+    problem: Callable[[Any], str | None]  # the module -> why it cannot be served, None if it can
+    packed: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]  # (module, ids, cu_seqlens, token types) -> [total, D]
+    max_tokens: Callable[[Any], int]  # the module -> the longest sequence it takes
+    head: Callable[[Any], ClassificationHead] | None = None  # the module -> its head; None: an encoder alone

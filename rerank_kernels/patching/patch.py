@@ -1,0 +1,121 @@
+"""patch(obj) for what a user holds: a model of transformers, also behind torch.compile, or an object of a system around one."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+
+from rerank_kernels import check
+from rerank_kernels.backends import registry
+from rerank_kernels.errors import PatchError
+from rerank_kernels.models.bound import Method, class_of
+from rerank_kernels.patching import walk
+from rerank_kernels.patching.report import Report
+from rerank_kernels.patching.systems.resolved import Resolved, joined
+from rerank_kernels.patching.systems.table import resolve
+
+
+def patch(obj: Any, mode: str = "portable", strict: bool = True, *, backend: str | None = None) -> Report:
+    """Make what `obj` holds compute with rerank_kernels, in place. Twice does nothing more; in another way it is an error.
+
+    obj: a model of transformers 4.57 or 5 (BERT, RoBERTa, XLM-RoBERTa, with or without ForSequenceClassification), also behind
+    torch.compile; a container of plain leaves (nn.Linear, nn.LayerNorm, activations); sentence-transformers' CrossEncoder and
+    SentenceTransformer; FlagEmbedding's FlagReranker; Haystack's TransformersSimilarityRanker and
+    SentenceTransformersSimilarityRanker, before warm_up() or after it; Infinity's AsyncEngineArray, SyncEngineArray and
+    AsyncEmbeddingEngine.
+    What is changed is in `print(report)`: modules, methods of the object, and what stays the system's own.
+
+    What differs from stock: logits are float32 whatever the body's dtype, hidden states at padding are 0, positions are counted
+    over the tokens that attention_mask keeps (a left-padded pair gets the bits it gets alone), forwards of modules inside the
+    encoder do not run, hooks on them are an error, and a row without tokens gives the head's value for a zero vector. Rankings
+    go by logit, for scores tie near 1.0.
+
+    mode: "portable", the same bits on every CPU and GPU; or "tensor", for float16 and bfloat16 models: products on a GPU's
+    tensor cores, the same bits on one GPU architecture. It needs a GPU here, but the model may be moved there later.
+    strict: raise PatchError if anything is unknown or would break the promise, and change nothing; otherwise leave it as it is,
+    with the encoder that holds it, and list it in the report.
+    backend: the one that serves this model, "triton" for instance, whatever rk.use() and the environment say around it; the
+    device's default, or what they say, if not given.
+    Raises TypeError if obj is nothing of these, ValueError for another mode, BackendError for a backend that is not here,
+    PatchError for all else that stands in the way.
+    """
+    check.choice("patch", "mode", mode, registry.MODES)
+    found = resolve(obj)
+    if found is None:
+        report = walk.prepare(obj, mode, strict, backend=backend)
+        walk.bind(report)
+        return report
+    if found.problems and (strict or not (found.modules or found.overrides)):
+        lines = "".join(f"\n  {problem}" for problem in found.problems)
+        raise PatchError(f"patch: {found.system} cannot be served; nothing was patched:{lines}")
+    _as_before(found, mode, backend)
+    reports = {path: _prepared(found, path, mode, strict, backend) for path in found.modules}
+    report = _merged(found, reports, mode, backend)
+    for one in reports.values():
+        walk.bind(one)
+    for override in found.overrides.values():
+        held = vars(override.holder)
+        if override.name not in held or held[override.name].holder is not override.holder:  # copy.copy took it from another
+            again = functools.partial(patch, mode=mode, strict=strict, backend=backend)
+            held[override.name] = Method(
+                override.holder, override.name, override.function, mode, strict, backend, report, again
+            )
+    return report
+
+
+def unpatch(obj: Any) -> None:
+    """Undo patch: every module and method of `obj` gets its class's own back, and nothing else was ever changed."""
+    found = resolve(obj)
+    if found is None:
+        return walk.unpatch(obj)
+    for module in found.modules.values():
+        walk.unpatch(module)
+    for holder in found.holders:
+        for name in [name for name, value in vars(holder).items() if isinstance(value, Method)]:
+            del vars(holder)[name]
+
+
+def _as_before(found: Resolved, mode: str, backend: str | None) -> None:
+    for path, override in found.overrides.items():
+        before = vars(override.holder).get(override.name)
+        if isinstance(before, Method) and (before.mode, before.backend) != (mode, backend):
+            raise PatchError(
+                f"patch: {path} of {class_of(override.holder)} is patched already, in mode {before.mode!r}, backend "
+                f"{before.backend!r}, and mode {mode!r}, backend {backend!r}, was asked for; call rk.unpatch() with it first"
+            )
+
+
+def _prepared(found: Resolved, path: str, mode: str, strict: bool, backend: str | None) -> Report:
+    try:
+        return walk.prepare(found.modules[path], mode, strict, backend=backend)
+    except PatchError as error:
+        raise PatchError(f"patch: {found.system}, {path}: {str(error).removeprefix('patch: ')}") from None
+
+
+def _merged(found: Resolved, reports: dict[str, Report], mode: str, backend: str | None) -> Report:
+    report = Report(mode, {}, {}, {}, {}, backend, found.system)
+    for path, one in reports.items():
+        for kind in ("replaced", "exact", "unknown", "forwards"):
+            getattr(report, kind).update({joined(path, p): value for p, value in getattr(one, kind).items()})
+    report.overrides |= {path: override.about for path, override in found.overrides.items()}
+    report.notes += [*found.problems, *found.notes]
+    if _tf32(backend):
+        warnings.warn(_TF32, stacklevel=3)
+        report.notes.append(_TF32)
+    return report
+
+
+_TF32 = (
+    "allow_tf32 is set, and backend 'pytorch' computes its products on a GPU with PyTorch's, in the fewer digits that it "
+    "allows; set torch.backends.cuda.matmul.allow_tf32 = False, or take backend cuda or triton, which do not read it"
+)
+
+
+def _tf32(backend: str | None) -> bool:
+    """Whether the setting, which is everyone's in the process (infinity_emb sets it), can reach a bit of ours."""
+    if not torch.cuda.is_available() or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return False
+    return (backend or registry.active("cuda").name) == "pytorch"

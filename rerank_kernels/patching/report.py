@@ -1,0 +1,51 @@
+"""What patch() did, as an object to read and a table to print."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from rerank_kernels.models.bound import Forward
+
+
+@dataclass
+class Report:
+    """What patch did: the numeric mode, the backend if one was chosen, and module path -> class name, in three kinds.
+
+    replaced: computed by rerank_kernels, with a forward of its own or inside the forward of a module above it.
+    exact: nothing to compute (Dropout in eval, containers) or a plain copy (Embedding): the same bits anyway.
+    unknown: left as it was, with the reason; empty if strict.
+
+    Of an object that holds a model also: its system; overrides: which of its methods are ours and why; notes: what stays its
+    own, or the user's to set.
+    """
+
+    mode: str
+    replaced: dict[str, str]
+    exact: dict[str, str]
+    unknown: dict[str, str]
+    forwards: dict[str, Forward] = field(repr=False)
+    backend: str | None = None
+    system: str | None = None
+    overrides: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def calls(self) -> dict[str, int]:
+        """Module path -> calls of its bound forward so far. Zeros after a run: something went around the patch."""
+        return {path: forward.calls for path, forward in self.forwards.items()}
+
+    def __str__(self) -> str:
+        kinds = {"replaced": self.replaced, "exact": self.exact, "unknown": self.unknown}
+        counts = {kind: Counter(what.split(" ")[0] for what in paths.values()) for kind, paths in kinds.items()}
+        names = sorted({name for c in counts.values() for name in c}, key=lambda n: (*(-c[n] for c in counts.values()), n))
+        wide = max([len(n) for n in names] + [5]) + 2
+        served_by = f", backend {self.backend}" if self.backend else ""
+        of = f"{self.system}, " if self.system else ""
+        lines = [f"{of}mode {self.mode}{served_by}", "class".ljust(wide) + "".join(kind.rjust(10) for kind in kinds)]
+        lines += [name.ljust(wide) + "".join(str(c[name] or "-").rjust(10) for c in counts.values()) for name in names]
+        lines += [f"unknown: {path or '(the model)'}: {what}" for path, what in self.unknown.items()]
+        lines += [f"override: {path}: {why}" for path, why in self.overrides.items()]
+        lines += [f"note: {note}" for note in self.notes]
+        calls = [f"{path or '(the model)'} {n}" for path, n in self.calls().items()]
+        lines.append("calls: " + ", ".join(calls[:8]) + (f" and {len(calls) - 8} more" if len(calls) > 8 else ""))
+        return "\n".join(lines)

@@ -1,0 +1,183 @@
+"""patch(model): makes a transformers encoder compute with rerank_kernels, in place; unpatch(model): exactly as it was.
+
+One walk over named_modules, one table of forwards. A module whose exact class stands in FORWARDS gets a stateless forward of
+its own; no class, no global, no parameter is touched. What stands in no table is unknown, and unknown is an error: a module
+that silently keeps PyTorch's arithmetic would break the promise without a word.
+
+An encoder runs packed: the valid tokens are gathered at the embedding, [total, D] with cu_seqlens goes through all layers, and
+pooling reads each sequence's own first token. Padding is never computed, so its side, length, id and content cannot reach a
+bit. This takes the whole encoder, so transformers' AttentionInterface is not needed; some models ignore it silently anyway.
+
+Which classes are served, and how, is models/registry.py's to say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from rerank_kernels import check
+from rerank_kernels.backends import registry
+from rerank_kernels.errors import PatchError
+from rerank_kernels.models import registry as models
+from rerank_kernels.models.bound import Forward, class_of, hooked, name_of
+from rerank_kernels.models.registry import COMPILED, ENCODERS, EXACT, FORWARDS, LEAVES, PREFIXES
+from rerank_kernels.patching.report import Report
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def patch(model: nn.Module, mode: str = "portable", strict: bool = True, *, backend: str | None = None) -> Report:
+    """patch of patch.py, which says what is promised, for a model of PyTorch or transformers with nothing around it."""
+    for cls in type(model).__mro__:
+        if cls.__name__ in HOLDERS:
+            raise PatchError(f"model is a {cls.__name__}, a wrapper around the model to take; pass {HOLDERS[cls.__name__]}")
+    report = prepare(model, mode, strict, backend=backend)
+    bind(report)
+    return report
+
+
+def bind(report: Report) -> None:
+    """Put the forwards of a report in place."""
+    for forward in report.forwards.values():
+        forward.module.__dict__["forward"] = forward
+
+
+def prepare(model: nn.Module, mode: str = "portable", strict: bool = True, *, backend: str | None = None) -> Report:
+    """What patch would do, with the forwards that bind() puts in place, and patch's errors; changes nothing."""
+    if not isinstance(model, nn.Module):
+        inside = isinstance(getattr(model, "model", None), nn.Module)
+        hint = "if that is all of it that computes, pass its .model" if inside else NO_MODEL.get(type(model).__name__, HELP)
+        wanted = "a torch.nn.Module, or an object of a system that is served"
+        raise TypeError(f"patch: model must be {wanted}, got {type(model).__name__}; {hint}")
+    check.choice("patch", "mode", mode, registry.MODES)
+    for cls in type(model).__mro__:
+        if cls.__name__ in WRAPPERS:
+            raise PatchError(f"patch: model is a {cls.__name__}, a wrapper around the model to patch; {WRAPPERS[cls.__name__]}")
+    _as_before(model, mode, backend)
+    if backend is not None:
+        registry.get(backend, f"patch(model, backend={backend!r})")
+    if mode == "tensor":
+        _tensor_cores(model, backend)
+    report, causes = _plan(model, mode, backend)
+    if strict and report.unknown:
+        architectures = ", ".join(PREFIXES)
+        leaves = ", ".join(name.rsplit(".", 1)[1] for name in LEAVES)
+        raise PatchError(
+            f"patch: {class_of(model)} has modules that cannot be served; nothing was patched:"
+            f"{_why(report.unknown, causes)}\n"
+            f"Served are {architectures} encoders, with or without ForSequenceClassification, and {leaves}. "
+            "With strict=False the modules above, and the encoder that holds them, keep stock arithmetic."
+        )
+    return report
+
+
+def unknown(model: nn.Module) -> dict[str, str]:
+    """The modules of `model` that cannot be served, path -> why."""
+    return _plan(model, "portable", None)[0].unknown
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undo patch: every module of `model` gets its class's own forward back, and nothing else was ever changed."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unpatch: model must be a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), Forward):
+            del module.__dict__["forward"]
+
+
+def _as_before(model: nn.Module, mode: str, backend: str | None) -> None:
+    """Two forwards of one model in two modes would give bits that belong to neither."""
+    for path, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, Forward) and (forward.mode, forward.backend) != (mode, backend):
+            was, asked = (f"mode {m!r}" + (f", backend {b!r}" if b else "") for m, b in
+                          ((forward.mode, forward.backend), (mode, backend)))  # fmt: skip
+            raise PatchError(
+                f"patch: {path or 'the model'} ({class_of(module)}) is patched already, in {was}, and {asked} was asked for; "
+                "call rk.unpatch(model) first"
+            )
+
+
+def _tensor_cores(model: nn.Module, backend: str | None) -> None:
+    """Whether mode "tensor" can ever serve the model: a product's operands in one half precision, and a GPU to move it to."""
+    matrices = {name: p.dtype for name, p in model.named_parameters() if p.dim() > 1 and p.is_floating_point()}
+    first = next(iter(matrices.values()), torch.float16)
+    for name, dtype in matrices.items():
+        if dtype not in HALVES or dtype != first:
+            like = "" if first not in HALVES or dtype == first else f" and {first} elsewhere"
+            raise PatchError(
+                f"patch: mode 'tensor' needs weights in float16 or bfloat16, all in one of them, and {name} is {dtype}{like}; "
+                "call model.half() or model.bfloat16() first, or take mode='portable'"
+            )
+    asked = [backend] if backend is not None else [b.name for b in registry.BACKENDS.values() if b.tensor]
+    gaps = {name: registry.no_tensor_cores(name) for name in asked}
+    if all(gaps.values()):
+        reasons = "; ".join(f"{name}: {why}" for name, why in gaps.items())
+        raise PatchError(f"patch: mode 'tensor' needs a GPU's tensor cores, and none can be used here; {reasons}; "
+                         "take mode='portable'")  # fmt: skip
+
+
+def _why(unknown: dict[str, str], causes: dict[str, str]) -> str:
+    """A line a class: first what stands in the way for a reason of its own, then classes in no table; if neither, the rest."""
+    alike: dict[str, list[str]] = {}
+    for path in sorted(causes, key=lambda path: not causes[path]) or unknown:
+        alike.setdefault(unknown[path], []).append(path or "(the model itself)")
+    many = {what: f" x {len(paths)}, e.g. " if len(paths) > 1 else " at " for what, paths in alike.items()}
+    return "".join(f"\n  {what}{many[what]}{paths[0]}" for what, paths in alike.items())
+
+
+def _plan(model: nn.Module, mode: str, backend: str | None) -> tuple[Report, dict[str, str]]:
+    """The report, and of its unknown modules those that are the cause, as path -> reason."""
+    modules = dict(model.named_modules())
+    problems = {path: why for path, m in modules.items() if (why := _problem(m)) is not None}
+    roots = [path for path, m in modules.items() if name_of(m) in ENCODERS]
+    for root in roots:  # the encoder's forward does not call the modules inside it, so their hooks would be passed over
+        problems |= {p: "has forward hooks" for p, m in modules.items() if p != root and _inside(p, root) and hooked(m)}
+    served = [root for root in roots if not any(_inside(path, root) for path in problems)]
+    covered = {path for path in modules for root in served if _inside(path, root)}
+
+    report = Report(mode, {}, {}, {}, {}, backend)
+    for path, m in modules.items():
+        name, cls = name_of(m), class_of(m)
+        if path in problems:
+            report.unknown[path] = f"{cls} ({problems[path]})" if problems[path] else cls
+        elif name in EXACT:
+            report.exact[path] = cls
+        elif path in covered or name in LEAVES:
+            report.replaced[path] = cls
+            if path in served or path not in covered:
+                report.forwards[path] = m.__dict__.get("forward") or Forward(m, FORWARDS[name], mode, backend)
+        elif name in ENCODERS:
+            report.unknown[path] = f"{cls} (holds the unknown modules)"
+        else:
+            report.unknown[path] = f"{cls} (served only inside its whole model)"
+    return report, problems
+
+
+def _problem(m: Any) -> str | None:
+    """Why module m, by itself, cannot be served; "" if its class is in no table, None if it can."""
+    if not isinstance(m.__dict__.get("forward", None), Forward | None) and name_of(m) != COMPILED:
+        return "has a forward of its own in its __dict__"
+    return models.problem(m)
+
+
+def _inside(path: str, root: str) -> bool:
+    return root in ("", path) or path.startswith(root + ".")
+
+
+WRAPPERS = {
+    "DataParallel": "pass model.module",
+    "DistributedDataParallel": "pass model.module",
+}
+NO_MODEL = {
+    "str": "load it first, or take rk.Reranker(path)",
+    "PosixPath": "load it first, or take rk.Reranker(path)",
+    "list": "patch one at a time",
+    "Pipeline": "pass its ranker, pipeline.get_component(name)",
+}
+HELP = "help(rk.patch) names what is taken"
+# patch of patch.py takes these
+HOLDERS = {"SentenceTransformer": "model[0].auto_model", "OptimizedModule": "model._orig_mod"}

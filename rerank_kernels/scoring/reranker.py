@@ -1,0 +1,323 @@
+"""Reranker: a model folder and pairs of text in, scores and rankings out, the same bits whatever else is in the list.
+
+Pairs are tokenised without padding, sorted by length, packed into batches of about batch_tokens tokens, scored, and returned
+in the caller's order. None of that can be seen in the result: a pair has one score. Ranking goes by logit, for near 1.0
+float32 scores tie where logits do not.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from rerank_kernels import check
+from rerank_kernels.models import registry as models
+from rerank_kernels.models.bound import Forward, serving
+from rerank_kernels.ops.softmax import sum as row_sum
+from rerank_kernels.patching import walk
+from rerank_kernels.ranking import descending
+from rerank_kernels.scoring import bounding, folders
+
+Array = npt.NDArray[np.float32]
+PROGRESS_FROM = 256  # pairs; a shorter list is done before a bar is read
+
+# A fast tokenizer sets truncation on itself for each call: two threads at once give "Already borrowed".
+_TOKENISING = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a thread that is not in the child may have held it
+    os.register_at_fork(after_in_child=_TOKENISING._at_fork_reinit)  # type: ignore[attr-defined]
+
+
+class Scores(NamedTuple):
+    """float32 [n] each, in the order of the pairs.
+
+    Cross-encoder: logit, score = sigmoid(logit), complement = sigmoid(-logit), which stays distinct where score is 1.0.
+    Embedding model: logit = score = cosine similarity in [-1, 1] (up to rounding), complement = 1 - cosine.
+    """
+
+    logit: Array
+    score: Array
+    complement: Array
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One document of a ranking; index is its place in the list that was given."""
+
+    index: int
+    document: str
+    logit: float
+    score: float
+    complement: float
+
+
+class Reranker:
+    """Scores and ranks with a cross-encoder, or with an embedding model by cosine similarity.
+
+    model_or_path: a local folder as save_pretrained writes it, or a loaded model; then `tokenizer` is needed, and the model
+    is patched (rk.patch), cast to `dtype` and set to eval() in place.
+    max_length: tokens of a pair or text, longest part truncated first; what model and tokenizer allow if not given.
+    dtype: torch.float32, float16 or bfloat16 for the weights; as stored if not given. Scores are float32 always.
+    device: where the model goes, "cuda" for instance; it stays where it is if not given.
+    mode: "portable" or, for a half-precision model on a GPU, "tensor" (rk.patch says what they promise); if not given, that of
+    a model that is patched already, else "portable". backend: the one that serves this model, as in rk.patch.
+    kind: "cross-encoder" or "embedding"; read from the model's architecture if not given. An embedding model pools as its
+    sentence-transformers files say (mean or cls), by the mean if there are none.
+
+    Raises ValueError or TypeError for arguments and folders that do not fit, PatchError for a model family not served.
+    """
+
+    def __init__(
+        self,
+        model_or_path: nn.Module | str | Path,
+        tokenizer: Any = None,
+        *,
+        max_length: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        kind: str | None = None,
+        mode: str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        check.choice("Reranker", "kind", kind, (None, *folders.KINDS))
+        check.choice("Reranker", "dtype", dtype, (None, *check.FLOATS))
+        self.pooling, self.normalise, limit = "mean", True, None
+        self.model: Any
+        if any(c.__name__ == "CrossEncoder" and c.__module__.startswith("sentence_tr") for c in type(model_or_path).__mro__):
+            raise TypeError(
+                "Reranker: model_or_path must be a folder or a transformers model, got a sentence-transformers CrossEncoder; "
+                "use Reranker(ce.model, ce.tokenizer)"
+            )
+        if isinstance(model_or_path, nn.Module):
+            if tokenizer is None:
+                raise TypeError("Reranker: tokenizer must be given with a loaded model; or pass the path of its folder")
+            self.model, self.kind = model_or_path, kind or folders.kind_of([type(model_or_path).__name__])
+        elif isinstance(model_or_path, str | Path):
+            folder = Path(model_or_path)
+            self.kind = kind or folders.kind_of(folders.read_json(folder, "config.json").get("architectures") or [])
+            if self.kind == "embedding":
+                self.pooling, self.normalise, limit = folders.pooling_of(folder)
+            self.model = folders.load_model(folder, self.kind)
+            tokenizer = folders.load_tokenizer(folder) if tokenizer is None else tokenizer
+        else:
+            came = type(model_or_path).__name__
+            raise TypeError(f"Reranker: model_or_path must be a folder or a torch.nn.Module, got {came}")
+        labels = getattr(getattr(self.model, "config", None), "num_labels", 1)
+        if self.kind == "cross-encoder" and labels != 1:
+            check.fail("Reranker", "config.num_labels", "1, one score a pair", labels, "use rk.patch(model) for other heads")
+        if dtype is not None or device is not None:
+            self.model.to(device=device, dtype=dtype)
+        before = self.model.__dict__.get("forward")
+        if isinstance(before, Forward):
+            mode, backend = mode or before.mode, backend or before.backend
+        self.report = walk.patch(self.model.eval(), mode or "portable", backend=backend)
+        self.tokenizer = tokenizer
+        self._rules: bounding.Rules | None = None
+        self.max_length = self._length(max_length, limit)
+
+    def score(self, pairs: Iterable[tuple[str, str]], *, progress: bool | None = None, batch_tokens: int = 16384) -> Scores:
+        """The score of each (query, document), in the order given.
+
+        batch_tokens: tokens computed at a time; bounds memory, changes no bit. progress: show a bar on stderr; if not given,
+        for more than 256 pairs on a terminal. No pairs give empty arrays.
+        """
+        queries, documents = _pairs(pairs)
+        if not queries:
+            return Scores(*np.zeros((3, 0), np.float32))
+        if self.kind == "embedding":
+            texts = list(dict.fromkeys((*queries, *documents)))
+            row = {text: i for i, text in enumerate(texts)}
+            vectors = torch.from_numpy(self._encode(texts, True, progress, batch_tokens)).to(self._device)
+            pairs_of = [row[q] for q in queries], [row[d] for d in documents]
+            with serving(self.report.mode, self.report.backend):
+                logit = row_sum(vectors[pairs_of[0]] * vectors[pairs_of[1]], -1).cpu().numpy()
+            return Scores(logit, logit.copy(), np.float32(1.0) - logit)
+
+        def run(ids: Tensor, cu: Tensor, types: Tensor | None) -> Tensor:
+            return torch.cat(models.packed_logits(self.model, ids, cu, types), dim=1)
+
+        return Scores(*self._packed(queries, documents, progress, batch_tokens, run).T.copy())
+
+    def rank(self, query: str, documents: Iterable[str], top_k: int | None = None) -> list[Ranked]:
+        """The documents by descending logit, the first top_k if given; equal logits by ascending index, NaN last."""
+        if top_k is not None:
+            try:
+                count = -1 if isinstance(top_k, bool) else operator.index(top_k)
+            except TypeError:
+                count = -1
+            if count < 0:
+                check.fail("rank", "top_k", "None or an integer >= 0", repr(top_k))
+            top_k = count
+        documents = _list("rank", "documents", documents, "str", "pass [document]")
+        scores = self.score([(query, document) for document in documents])
+        logits = scores.logit.tolist()
+        order = descending(logits)[:top_k]
+        return [Ranked(i, documents[i], logits[i], float(scores.score[i]), float(scores.complement[i])) for i in order]
+
+    def encode(self, texts: Iterable[str], *, progress: bool | None = None, batch_tokens: int = 16384) -> Array:
+        """Embeddings, float32 [n, D], of an embedding model, of length 1 unless its modules.json has no Normalize."""
+        if self.kind != "embedding":
+            raise TypeError("encode: the model is a cross-encoder, which has no embedding of a single text; use score or rank")
+        texts = _list("encode", "texts", texts, "str", "pass [text]")
+        if not texts:
+            return np.zeros((0, self.model.config.hidden_size), np.float32)
+        checked = [_text(text, f"encode: text {i}") for i, text in enumerate(texts)]
+        return self._encode(checked, self.normalise, progress, batch_tokens)
+
+    def _encode(self, texts: list[str], normalise: bool, progress: bool | None, batch_tokens: int) -> Array:
+        def run(ids: Tensor, cu: Tensor, types: Tensor | None) -> Tensor:
+            return models.packed_embeddings(self.model, ids, cu, types, pooling=self.pooling, normalise=normalise)
+
+        return self._packed(texts, None, progress, batch_tokens, run)
+
+    def _packed(
+        self,
+        first: list[str],
+        second: list[str] | None,
+        progress: bool | None,
+        batch_tokens: int,
+        run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    ) -> Array:
+        """Rows of run(ids, cu_seqlens, token_types), one a text or pair, in the order given."""
+        if not isinstance(batch_tokens, int) or batch_tokens < 1:
+            check.fail("score", "batch_tokens", "an integer >= 1", repr(batch_tokens))
+        n = len(first)
+        first, second = self._bounded(first, second)
+        with _TOKENISING:
+            tokens = self.tokenizer(
+                first, second, truncation=True, max_length=self.max_length, padding=False, return_attention_mask=False
+            )
+        ids, types = tokens["input_ids"], tokens.get("token_type_ids")
+        device = self._device
+        rows: list[Array | None] = [None] * n
+        show = n > PROGRESS_FROM and sys.stderr.isatty() if progress is None else progress
+        with _bar(n, show) as advance:
+            for batch in _batches([len(i) for i in ids], batch_tokens):
+                cu = torch.tensor([0, *np.cumsum([len(ids[i]) for i in batch])], dtype=torch.int32, device=device)
+                flat, kind = (
+                    None if t is None else torch.tensor([n for i in batch for n in t[i]]).to(device) for t in (ids, types)
+                )
+                assert flat is not None
+                for i, row in zip(batch, run(flat, cu, kind).cpu().numpy(), strict=True):
+                    rows[i] = row
+                advance(len(batch))
+        return np.stack([row for row in rows if row is not None])
+
+    def _bounded(self, first: list[str], second: list[str] | None) -> tuple[list[str], list[str] | None]:
+        """The texts, and of very long ones what the tokenizer has to see; what that is depends on the pair alone."""
+        long = [i for i, pair in enumerate(zip(first, second or first, strict=True)) if max(map(len, pair)) > bounding.LONG]
+        if not long:
+            return first, second
+        if self._rules is None:
+            with _TOKENISING:
+                self._rules = bounding.Rules.of(self.tokenizer)
+        columns = [list(first)] if second is None else [list(first), list(second)]
+        for i in long:
+            pair = [column[i] for column in columns]
+            for column, text, other in zip(columns, pair, [*pair[1:], pair[0] if second else ""], strict=True):
+                column[i], exact = bounding.bounded(self._rules, text, other, self.max_length)
+                if not exact:
+                    said = f"pair {i}" if second else f"text {i}"
+                    warnings.warn(
+                        bounding.BoundedWarning(
+                            f"{said}: a text of {len(text):,} characters was cut to {len(column[i]):,} before tokenising", text
+                        ),
+                        stacklevel=4,
+                    )
+        return columns[0], columns[1] if second else None
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the model is now: it may be moved between two calls."""
+        return next(self.model.parameters()).device
+
+    def _length(self, asked: int | None, stored: int | None) -> int:
+        """Tokens a pair: what was asked for, else the least of what the position table, tokenizer and folder allow."""
+        table = models.max_tokens(self.model)
+        special = self.tokenizer.num_special_tokens_to_add(pair=self.kind == "cross-encoder")
+        if asked is None:
+            return min(n for n in (table, stored, self.tokenizer.model_max_length) if n is not None)
+        if not isinstance(asked, int) or isinstance(asked, bool) or not special < asked <= table:
+            wanted = f"an integer in [{special + 1}, {table}], from the special tokens to the model's positions"
+            check.fail("Reranker", "max_length", wanted, repr(asked))
+        return asked
+
+
+def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices in lists of at most batch_tokens tokens, or one longer item; longest first, so memory runs out early or never."""
+    batch: list[int] = []
+    total = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and total + lengths[i] > batch_tokens:
+            yield batch
+            batch, total = [], 0
+        batch.append(i)
+        total += lengths[i]
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    if not show:
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("scoring", total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def _list(op: str, name: str, values: Any, of: str, hint: str) -> list[Any]:
+    """Any iterable as a list, for it is read more than once; a str and a mapping are iterable too, but never what was meant."""
+    if isinstance(values, str | bytes):
+        raise TypeError(f"{op}: {name} must be a list of {of}, got one {type(values).__name__}; {hint}")
+    if isinstance(values, Mapping):
+        raise TypeError(f"{op}: {name} must be a list of {of}, got {type(values).__name__}; pass its values or items as a list")
+    try:
+        return list(values)
+    except TypeError:
+        if isinstance(values, Iterable):
+            raise
+        raise TypeError(f"{op}: {name} must be a list of {of}, got {_shown(values)}") from None
+
+
+def _pairs(pairs: Iterable[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    pairs = _list("score", "pairs", pairs, "(query, document)", "pass [(query, document)]")
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"score: pair {i} must be (query, document), got {_shown(pair)}")
+    queries = [_text(pair[0], f"score: the query of pair {i}") for i, pair in enumerate(pairs)]
+    return queries, [_text(pair[1], f"score: the document of pair {i}") for i, pair in enumerate(pairs)]
+
+
+def _text(text: object, what: str) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"{what} must be a str, got {_shown(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} must be valid Unicode, got a lone surrogate {text[error.start]!r} at place {error.start}; "
+            "clean it with text.encode('utf-8', 'replace').decode()"
+        ) from None
+    return text
+
+
+def _shown(value: object) -> str:
+    return f"{type(value).__name__} {value!r:.60}"
