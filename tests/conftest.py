@@ -73,7 +73,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         names = [
             pytest.param(b.name, marks=slow.get(b.name, ()))
             for b in registry.BACKENDS.values()
-            if set(marks) <= set(b.promises)
+            if set(marks) <= set(b.promises["portable"])
         ]
         metafunc.parametrize("backend", names, indirect=True)
 

@@ -293,7 +293,7 @@ class Promises:
         else:
             thread_invariant(case, dtype)
 
-    def test_portable(self, isa: str, case: Case, dtype: torch.dtype) -> None:
+    def test_machine_invariant(self, isa: str, case: Case, dtype: torch.dtype) -> None:
         """avx512 = avx2 = scalar: three kernels from one source, bit for bit; so are each one's ways for few rows."""
         rows, shared = case.make_rows(dtype), case.make_shared(dtype)
         force_isa("scalar")

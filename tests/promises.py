@@ -12,7 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from rerank_kernels.backends.registry import BACKENDS, OPS, PROMISES, TENSOR_OPS
+from rerank_kernels.backends.modes import MODES, PROMISES
+from rerank_kernels.backends.registry import BACKENDS, OPS
 
 PAGE = Path(__file__).parent.parent / "NUMERICS.md"
 BEGIN, END = "<!-- written by tests/promises.py --write: do not edit -->", "<!-- end of the table of promises -->"
@@ -24,15 +25,14 @@ CLASSES = {
     "pooling": "TestPooling",
     "sparse_ffn": "TestSparseFfn",
 }
-# backend -> the test of "portable", where it is not the family's own; and the native tests of what CI only simulates
-# backend -> the file that holds "portable", where it is not the family's own
+# backend -> the file that holds "machine-invariant", where it is not the family's own
 EQUAL = {"cuda": "test_cuda.py", "triton": "test_triton.py"}
 
 
 def tests_of(op: str, mode: str, backend: str, promise: str) -> list[tuple[str, str]]:
     """(ring, test) of a cell; empty: not promised."""
     b = BACKENDS[backend]
-    if promise not in (b.promises if mode == "portable" else b.tensor):
+    if promise not in b.promises.get(mode, ()):
         return []
     name = f"test_{promise.replace('-', '_')}"
     if mode == "tensor":
@@ -46,18 +46,19 @@ def tests_of(op: str, mode: str, backend: str, promise: str) -> list[tuple[str, 
     if backend not in EQUAL:
         return [("native", of_the_family)]
     equal = "test_same_bits_as_the_cpu"  # on a GPU the other promises follow from it, for the cpu's are held natively
-    simulated = f"{EQUAL[backend]}::{equal}" if promise == "portable" else of_the_family
+    simulated = f"{EQUAL[backend]}::{equal}" if promise == "machine-invariant" else of_the_family
     return [("simulated", simulated), ("native", f"test_gpu.py::{equal}")]
 
 
 def rows() -> list[tuple[str, str, str]]:
     """(op, mode, backend) of every row: both modes for the ops that tensor cores change."""
     return [
-        (op, mode, backend)
+        (op, mode.name, backend)
         for op in OPS
-        for mode in (("portable", "tensor") if op in TENSOR_OPS else ("portable",))
+        for mode in MODES.values()
+        if not mode.ops or op in mode.ops
         for backend in BACKENDS
-        if mode == "portable" or BACKENDS[backend].tensor
+        if mode.name in BACKENDS[backend].promises
     ]
 
 
@@ -72,7 +73,11 @@ def table() -> str:
             words = [f"{ring} `{_within(test, homes[ring])}`" for ring, test in tests]
             shown.append("<br>".join(words) or "not promised")
         where = "<br>".join(f"{ring} `tests/{home}`" for ring, home in homes.items())
-        lines.append(f"| {op} | {mode if op in TENSOR_OPS else 'both'} | {backend} | {where} | " + " | ".join(shown) + " |")
+        lines.append(
+            f"| {op} | {mode if any(op in m.ops for m in MODES.values()) else 'both'} | {backend} | {where} | "
+            + " | ".join(shown)
+            + " |"
+        )
     return "\n".join(lines)
 
 

@@ -14,11 +14,12 @@ import torch
 import cases
 from ptxsim import served
 from rerank_kernels.backends import registry
+from rerank_kernels.backends.modes import TENSOR
 
 MODELS = {0: "fma in order", 1: "exact sum, rounded once", 2: "aligned and cut off, as an H100 does", 3: "fma in reverse order"}
 H100 = 2  # whose sums are that chip's, bit for bit
 HALVES = (torch.float16, torch.bfloat16)
-BACKENDS = tuple(b.name for b in registry.BACKENDS.values() if b.tensor)
+BACKENDS = tuple(registry.having_mode(TENSOR))
 WIDEST_HEAD = 256
 
 
@@ -26,7 +27,7 @@ def of(op: str) -> list[cases.Case]:
     return [cases.in_tensor_mode(case) for case in cases.CASES if case.op == op]
 
 
-CASES = [case for op in registry.TENSOR_OPS for case in of(op)]
+CASES = [case for op in TENSOR.ops for case in of(op)]
 
 
 def simulated(backend: str, model: int = 0, **how: Any) -> AbstractContextManager[None]:

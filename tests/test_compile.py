@@ -18,8 +18,8 @@ from conftest import require
 from invariants import all_same, same
 from models import padded, rows, tiny
 from rerank_kernels import HeadOutput, backends, patch
-from rerank_kernels.backends.library import layout
-from rerank_kernels.backends.modes import of_the_model
+from rerank_kernels.backends import weights
+from rerank_kernels.backends.modes import PORTABLE, TENSOR, of_the_model
 from rerank_kernels.backends.registry import OPS
 from rerank_kernels.ops import attention as attention_module
 from rerank_kernels.ops.attention import attention
@@ -111,9 +111,9 @@ def test_weights_are_laid_out_once() -> None:
     x = numbers("x", (1, 33), torch.float32)
     g = compiled(lambda x: sparse_ffn(x, up, down))
     want = g(x)
-    kept = layout._kept["transposed"][down].layout
+    kept = weights._kept["transposed"][down].layout
     same(g(x), want, "again")
-    assert layout._kept["transposed"][down].layout is kept and not want.requires_grad
+    assert weights._kept["transposed"][down].layout is kept and not want.requires_grad
     with torch.no_grad():
         down.mul_(2.0)
     same(g(x), sparse_ffn(x, up, down), "after an in-place change")
@@ -141,9 +141,9 @@ def test_mode_is_asked_when_the_graph_runs() -> None:
     x = torch.zeros(2, 4, dtype=torch.float16)
     g = compiled(lambda x: linear(x, x))
     g(x)
-    with of_the_model("tensor"), pytest.raises(Exception, match="mode 'tensor' needs a GPU's tensor cores"):
+    with of_the_model(TENSOR), pytest.raises(Exception, match="mode 'tensor' needs a GPU's tensor cores"):
         g(x)
-    assert attention_module.numeric._of_the_model.get() == "portable" and "linear" in backends()
+    assert attention_module.modes._of_the_model.get() == PORTABLE and "linear" in backends()
 
 
 def test_a_patched_model_keeps_its_bits() -> None:

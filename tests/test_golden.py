@@ -76,7 +76,7 @@ def test_inputs(case: Case) -> None:
     assert read()["cases"].get(str(case), {}).get("inputs") == inputs(case), f"{case}: not the inputs that were hashed; " + HOW
 
 
-@pytest.mark.promise("portable")
+@pytest.mark.promise("machine-invariant")
 def test_golden(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     want = read()["cases"].get(str(case), {}).get(str(dtype)[6:])
     assert want is not None, f"{case}: no hash yet; " + HOW

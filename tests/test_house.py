@@ -19,7 +19,8 @@ import pytest
 
 import promises
 import rerank_kernels as rk
-from rerank_kernels.backends.registry import BACKENDS, OPS, PROMISES
+from rerank_kernels.backends.modes import PROMISES
+from rerank_kernels.backends.registry import BACKENDS, OPS
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = sorted(set(OPS.values()))
@@ -81,6 +82,79 @@ def test_op_is_where_the_registry_says(op: str, served_by: str) -> None:
     assert callable(getattr(ours, f"{op}_truth")), f"ops/{OPS[op]}.py has no float64 truth of {op}"
 
 
+# From the bottom up. A room imports its own files, and rooms further down; what stands in line with it, it does not.
+ROOMS = (
+    ("version", "errors", "check", "ranking", "tables"),
+    ("backends",),
+    ("ops",),
+    ("models",),
+    ("patching",),
+    ("scoring",),
+    ("verify", "bench"),
+    ("page",),
+    ("cli",),
+)
+HEIGHT = {room: i for i, rooms in enumerate(ROOMS) for room in rooms}
+
+
+def imports(folder: Path) -> dict[str, set[str]]:
+    """File -> the files of the package that it imports, at its top, inside a function, or for a type checker alone."""
+    there = {
+        ".".join(p.relative_to(folder.parent).with_suffix("").parts).removesuffix(".__init__"): p for p in folder.rglob("*.py")
+    }
+    found: dict[str, set[str]] = {}
+    for name, path in there.items():
+        asked = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                asked |= {a.name for a in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                asked |= {inner if (inner := f"{node.module}.{a.name}") in there else node.module for a in node.names}
+        found[name] = {a for a in asked if a in there and a != name}
+    return found
+
+
+def upward(graph: dict[str, set[str]]) -> list[str]:
+    room = {name: name.split(".")[1] for name in graph if "." in name}
+    free = ("rerank_kernels", "rerank_kernels.__main__")  # the door: what a user imports is in every room
+    return [
+        f"{name} imports {other}"
+        for name, others in graph.items()
+        if name not in free
+        for other in others
+        if other in free or (room[name] != room[other] and HEIGHT[room[other]] >= HEIGHT[room[name]])
+    ]
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Sets of files that reach one another."""
+    reach = {name: set(others) for name, others in graph.items()}
+    for middle in graph:
+        for name in graph:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    return sorted({tuple(sorted(o for o in reach[name] if name in reach[o])) for name in graph if name in reach[name]})  # type: ignore[arg-type]
+
+
+def test_imports_run_downward() -> None:
+    graph = imports(ROOT / "rerank_kernels")
+    assert {name.split(".")[1] for name in graph if "." in name} == {*HEIGHT, "__main__"}
+    assert upward(graph) == [] and circles({n: o for n, o in graph.items() if n != "rerank_kernels"}) == []
+
+
+def test_an_import_that_runs_upward_is_found(tmp_path: Path) -> None:
+    files = {"__init__": "", "ops/__init__": "", "ops/a": "", "models/__init__": "", "models/b": "", "models/c": ""}
+    files["ops/a"] = "def f():\n    from rerank_kernels.models import b"
+    files["models/b"] = "import rerank_kernels.models.c"
+    files["models/c"] = "from rerank_kernels.models import b\nfrom rerank_kernels.ops.a import f"
+    for name, source in files.items():
+        (path := tmp_path / "rerank_kernels" / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    graph = imports(tmp_path / "rerank_kernels")
+    assert upward(graph) == ["rerank_kernels.ops.a imports rerank_kernels.models.b"]
+    assert circles(graph) == [tuple(f"rerank_kernels.{n}" for n in ("models.b", "models.c", "ops.a"))]
+
+
 def test_every_package_is_installed() -> None:
     there = {str(p.parent.relative_to(ROOT)).replace(os.sep, ".") for p in (ROOT / "rerank_kernels").rglob("__init__.py")}
     listed = re.search(r"^packages = (\[[^]]*\])$", text("pyproject.toml"), re.MULTILINE)
@@ -114,19 +188,14 @@ def test_numerics_has_the_op(op: str) -> None:
 
 def test_numerics_has_every_promise_and_backend() -> None:
     page = text("NUMERICS.md")
-    promises = {promise for b in BACKENDS.values() for promise in b.promises}
+    promises = {promise for b in BACKENDS.values() for promised in b.promises.values() for promise in promised}
     assert [word for word in (*promises, *BACKENDS) if word not in page] == []
 
 
 def test_every_promise_names_its_test_and_its_ring() -> None:
     """The table op x mode x backend x promise is what tests/promises.py makes of the registry, and its tests exist."""
     assert text("NUMERICS.md") == promises.written(), "run: python tests/promises.py --write"
-    promised = {
-        (b.name, mode, p)
-        for b in BACKENDS.values()
-        for mode, names in (("portable", b.promises), ("tensor", b.tensor))
-        for p in names
-    }
+    promised = {(b.name, mode, p) for b in BACKENDS.values() for mode, names in b.promises.items() for p in names}
     held = {
         (backend, mode, promise)
         for op, mode, backend in promises.rows()

@@ -26,7 +26,7 @@ class TestLinear(invariants.Promises):
     pass
 
 
-@pytest.mark.promise("portable")
+@pytest.mark.promise("machine-invariant")
 @pytest.mark.parametrize("k", [1, 2, 511, 512, 513, 1024, 1100])
 def test_order_of_the_sum(backend: Backend, k: int, dtype: torch.dtype) -> None:
     x, w = numbers("x", (5, k), dtype), numbers("w", (18, k), dtype)
@@ -65,7 +65,7 @@ def test_columns_are_independent(backend: Backend, dtype: torch.dtype) -> None:
         same(linear(x, poisoned)[:, 8:], want[:, 8:], f"{junk} in column 7")
 
 
-@pytest.mark.promise("portable")
+@pytest.mark.promise("machine-invariant")
 def test_columns_do_not_count(backend: Backend, dtype: torch.dtype) -> None:
     x, w = numbers("x", (6, 130), dtype), numbers("w", (40, 130), dtype)
     want = linear(x, w)
@@ -204,7 +204,7 @@ def test_bmm_columns_are_independent(backend: Backend, dtype: torch.dtype) -> No
         same(got[:, :, 8:], want[:, :, 8:], f"{junk} in column 7")
 
 
-@pytest.mark.promise("portable")
+@pytest.mark.promise("machine-invariant")
 def test_bmm_is_linear_entry_by_entry(backend: Backend, dtype: torch.dtype) -> None:
     """Also with enough rows and columns to be shared out over tasks, and in a mix of dtypes."""
     a, b = numbers("a", (2, 150, 70), dtype), numbers("b", (2, 70, 130), dtype)

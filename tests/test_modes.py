@@ -42,11 +42,13 @@ def fake() -> Iterator[str]:
     for family in set(registry.OPS.values()):
         module = sys.modules[f"{package}.{family}"] = types.ModuleType(family)
         module.__dict__.update(vars(importlib.import_module(f"{real.package}.{family}")))
-        for op in registry.TENSOR_OPS:
+        for op in modes.TENSOR.ops:
             if registry.OPS[op] == family:
                 setattr(module, f"{op}_tensor", _twice(op, getattr(module, op)))
     sys.modules[package] = types.ModuleType(package)
-    registry.BACKENDS["fake"] = dataclasses.replace(real, name="fake", package=package, tensor=registry.PROMISES[:3])
+    registry.BACKENDS["fake"] = dataclasses.replace(
+        real, name="fake", package=package, promises={"portable": modes.PROMISES, "tensor": modes.PROMISES[:3]}
+    )
     calls.clear()
     yield "fake"
     del registry.BACKENDS["fake"]
@@ -87,9 +89,9 @@ def test_a_model_computes_in_its_mode_and_nothing_else_does(fake: str, half: tor
     assert (report.mode, report.backend) == ("tensor", fake) and str(report).startswith("mode tensor, backend fake")
     got = logits(model)
     assert not torch.equal(got, want) and set(calls) == {"linear", "attention"} and got.dtype == torch.float32
-    assert modes._of_the_model.get() == "portable", "the mode stayed behind"
+    assert modes._of_the_model.get() == modes.PORTABLE, "the mode stayed behind"
     same(logits(other), want, "another model of the same process")
-    with rk.use("cpu" if registry.missing("cpu") is None else "pytorch"), modes.of_the_model("tensor"):
+    with rk.use("cpu" if registry.missing("cpu") is None else "pytorch"), modes.of_the_model(modes.TENSOR):
         same(logits(other), want, "a portable model inside a tensor one's forward")
         same(logits(model), got, "whatever is around")
     rk.unpatch(model)
@@ -122,7 +124,7 @@ def test_copies_keep_mode_and_backend(fake: str) -> None:
     rk.patch(model, mode="tensor", backend=fake)
     want = logits(model)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert (copied.forward.mode, copied.forward.backend) == ("tensor", fake)
+        assert (copied.forward.mode.name, copied.forward.backend) == ("tensor", fake)
         same(logits(copied), want, "a copy")
 
 
@@ -131,7 +133,7 @@ def test_mode_is_restored_after_an_error(fake: str) -> None:
     rk.patch(model, mode="tensor", backend=fake)
     with pytest.raises(ValueError, match="input_ids"):
         model(input_ids=torch.full((1, 3), 10_000))
-    assert modes._of_the_model.get() == "portable" and registry._asked.get() is None
+    assert modes._of_the_model.get() == modes.PORTABLE and registry._asked.get() is None
 
 
 def test_mode_belongs_to_its_thread(fake: str) -> None:
@@ -142,8 +144,8 @@ def test_mode_belongs_to_its_thread(fake: str) -> None:
         thread = threading.Thread(target=lambda: seen.append(modes._of_the_model.get()))
         thread.start()
         thread.join()
-        assert modes._of_the_model.get() == "tensor"
-    assert seen == ["portable"]
+        assert modes._of_the_model.get() == modes.TENSOR
+    assert seen == [modes.PORTABLE]
 
 
 def test_patched_again(fake: str) -> None:
@@ -238,7 +240,7 @@ def test_verify_checks_the_modes_own_promises(fake: str) -> None:
     with rk.use(fake):
         report = verify(model, own, pairs, limit=8, mode="tensor")
         assert report.ok and "attention" in calls
-        assert report.environment["mode"] == "tensor" and report.environment["promises"] == list(registry.PROMISES[:3])
+        assert report.environment["mode"] == "tensor" and report.environment["promises"] == list(modes.PROMISES[:3])
         assert "forward" not in model.__dict__, "left as it was found"
         rk.patch(model, mode="tensor")
         forward = model.forward
@@ -246,12 +248,14 @@ def test_verify_checks_the_modes_own_promises(fake: str) -> None:
         assert model.forward is forward
         calls.clear()
         assert verify(model, own, pairs, limit=8, mode="portable").environment["mode"] == "portable" and not calls
-        assert isinstance(model.forward, Forward) and model.forward.mode == "tensor"
+        assert isinstance(model.forward, Forward) and model.forward.mode == modes.TENSOR
 
 
 def test_table_of_backends(fake: str) -> None:
     table = rk.backends()
-    assert table.tensor["linear"]["fake"] == "yes" and table.tensor["linear"]["pytorch"].startswith("has no mode tensor")
+    assert table.modes["tensor"]["linear"]["fake"] == "yes" and table.modes["tensor"]["linear"]["pytorch"].startswith(
+        "has no mode tensor"
+    )
     text = str(table)
     assert "linear, mode tensor" in text and "layer_norm, mode" not in text
     line = next(line for line in text.splitlines() if line.startswith("fake:"))

@@ -68,7 +68,7 @@ class Layer(nn.Module):
 
 
 def sampled(weight: Tensor) -> tuple[int, int]:
-    """Every how many rows and columns layout.py looks at a value."""
+    """Every how many rows and columns weights.py looks at a value."""
     return -(-weight.shape[0] // 32), -(-weight.shape[1] // 32)
 
 

@@ -20,7 +20,7 @@ class TestNorm(invariants.Promises):
     pass
 
 
-@pytest.mark.promise("portable")
+@pytest.mark.promise("machine-invariant")
 @pytest.mark.parametrize("d", [1, 5, 32, 33, 384, 1000])
 def test_order_of_the_sums(backend: Backend, d: int) -> None:
     x, w, b = numbers("x", (6, d), torch.float32), numbers("w", (d,), torch.float32), numbers("b", (d,), torch.float32)

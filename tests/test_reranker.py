@@ -13,7 +13,7 @@ import torch
 
 import rerank_kernels as rk
 from models import CORPUS, POSITIONS, minilm, save_cross_encoder, tiny, tokenizer
-from rerank_kernels import reranker as module
+from rerank_kernels.scoring import reranker as module
 
 QUERY = CORPUS[0]
 PAIRS = [(q, d) for q in CORPUS[:3] for d in (*CORPUS, "", CORPUS[1] * 9)]

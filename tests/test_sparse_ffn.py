@@ -90,7 +90,7 @@ def on_the_edge() -> tuple[torch.Tensor, ...]:
     return x, up, bias, down
 
 
-@pytest.mark.promise("portable")
+@pytest.mark.promise("machine-invariant")
 def test_screening_costs_no_bit(backend: Backend) -> None:
     """One row is screened with copies in 8 bits a weight, which take most of these neurons for the wrong side of 0."""
     screening_costs_no_bit()
@@ -117,7 +117,7 @@ def screening_costs_no_bit() -> None:
 def test_screening_without_its_bound_is_caught(column: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cpu's kernels are the only ones that screen."""
     require("cpu")
-    from rerank_kernels.backends.library import sparse_ffn as native
+    from rerank_kernels.backends.native import sparse_ffn as native
 
     honest = native.screen
 
@@ -134,13 +134,13 @@ def test_screening_without_its_bound_is_caught(column: int, monkeypatch: pytest.
 
 def test_screening_bounds_hold() -> None:
     """bound * |x| is above the error of the copies, in float64, for random and for adversarial rows; and it is not idle."""
-    layout = pytest.importorskip("rerank_kernels.backends.weights")
+    weights = pytest.importorskip("rerank_kernels.backends.weights")
     require("cpu")
     w = numbers("w", (200, 1100), torch.float32)
     w[3] = 0.0
     w[4] *= 1e-42  # subnormal: its scale is 0, and all of it is left out
     w[5, 7] = 1e4
-    coarse, rest, bounds = layout.screen(w)
+    coarse, rest, bounds = weights.screen(w)
     assert int(coarse[0].abs().max()) == 127, "the scale is the row's own"
     scales = bounds.double()
     about = scales[:, 0:1] * coarse.double()

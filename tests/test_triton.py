@@ -290,7 +290,7 @@ def test_bmm_is_linear_of_each_pair(m: int) -> None:
 
 def test_who_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Triton compiles for other GPUs nobody has looked at; old ones lack the instructions."""
-    from rerank_kernels import triton
+    from rerank_kernels.backends import triton
 
     def missing() -> str | None:
         triton.missing.cache_clear()

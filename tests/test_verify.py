@@ -144,7 +144,7 @@ def test_a_setting_that_moves_a_last_bit_falls(head: bool, stock: bool, monkeypa
         finals = fresh.Finals(fresh.request_for("here", model, "mean", stock, setting), setting, model, some, HOME)
         found = measure(check, Session(some, fresh.forward_of(model, "mean", stock), {FINAL: finals.answer}))
         assert (found.equal, found.total) == (HOME * (len(SETTINGS) - bool(wrong)), HOME * len(SETTINGS)), wrong
-        assert found.holds == (not wrong) and found.promise == "portable" and found.flips == 0 < found.ordered
+        assert found.holds == (not wrong) and found.promise == "machine-invariant" and found.flips == 0 < found.ordered
         assert stock or finals.control().caught
 
 

@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from rerank_kernels.backends import library, triton
+from rerank_kernels.backends.modes import MODES, PORTABLE, PROMISES, TENSOR, Mode
 from rerank_kernels.errors import BackendError, FallbackWarning
 
 # op -> the family file that holds it in every backend's folder
@@ -42,11 +43,6 @@ OPS = {
     "score_head": "pooling",
     "sparse_ffn": "sparse_ffn",
 }
-# What tensor cores change: in mode "tensor" these ops are served by the family's function <op>_tensor; all others are the same
-# in both modes.
-TENSOR_OPS = ("linear", "bmm", "attention", "sparse_ffn")
-MODES = ("portable", "tensor")
-PROMISES = ("repeatable", "batch-invariant", "padding-invariant", "thread-invariant", "portable")
 ENVIRONMENT = "RERANK_KERNELS_BACKEND"
 
 
@@ -55,18 +51,18 @@ class Backend:
     name: str
     package: str  # holds the six family modules
     devices: tuple[str, ...]
-    promises: tuple[str, ...]
+    promises: Mapping[str, tuple[str, ...]]  # the modes that it has, by name -> what it promises in each
     missing: Callable[[], str | None]  # why it cannot run here, None if it can
-    tensor: tuple[str, ...] = ()  # the promises of mode "tensor", on one GPU architecture; none: it has no such mode
 
 
+_BOTH = {mode.name: mode.promises for mode in (PORTABLE, TENSOR)}
 BACKENDS = {
     b.name: b
     for b in (
-        Backend("cpu", "rerank_kernels.backends.native", ("cpu",), PROMISES, lambda: library.missing()),
-        Backend("cuda", "rerank_kernels.backends.native", ("cuda",), PROMISES, lambda: library.missing_cuda(), PROMISES[:4]),
-        Backend("triton", "rerank_kernels.backends.triton", ("cuda",), PROMISES, lambda: triton.missing(), PROMISES[:4]),
-        Backend("pytorch", "rerank_kernels.backends.pytorch", ("cpu",), PROMISES[:3], lambda: None),
+        Backend("cpu", "rerank_kernels.backends.native", ("cpu",), {"portable": PROMISES}, lambda: library.missing()),
+        Backend("cuda", "rerank_kernels.backends.native", ("cuda",), _BOTH, lambda: library.missing_cuda()),
+        Backend("triton", "rerank_kernels.backends.triton", ("cuda",), _BOTH, lambda: triton.missing()),
+        Backend("pytorch", "rerank_kernels.backends.pytorch", ("cpu",), {"portable": PROMISES[:3]}, lambda: None),
     )
 }
 
@@ -120,8 +116,8 @@ def serves_cpu(name: str) -> bool:
         return False
 
 
-def select(op: str, device: torch.device, mode: str = "portable") -> Callable[..., Any]:
-    """The function that computes `op` on `device`; in mode "tensor", for an op of TENSOR_OPS, the one named <op>_tensor."""
+def select(op: str, device: torch.device, mode: Mode = PORTABLE) -> Callable[..., Any]:
+    """The function that computes `op` on `device` in `mode`."""
     before = _before.get()
     if before is None:
         return _select(op, device, mode)
@@ -142,19 +138,17 @@ def settled() -> Iterator[None]:
         _before.reset(token)
 
 
-def _select(op: str, device: torch.device, mode: str) -> Callable[..., Any]:
+def _select(op: str, device: torch.device, mode: Mode) -> Callable[..., Any]:
     chosen = active(device)
     if chosen.name == "pytorch" and _word() is None:
         _fall_back()
-    if mode == "portable":
-        return _load(chosen.name, op)
-    if not chosen.tensor:
-        having = " or ".join(b.name for b in BACKENDS.values() if b.tensor)
+    if mode.name not in chosen.promises:
+        having = " or ".join(having_mode(mode))
         raise BackendError(
-            f"{op}: mode 'tensor' needs a GPU's tensor cores, and backend {chosen.name!r} serves {torch.device(device).type} "
+            f"{op}: mode {mode.name!r} needs {mode.needs}, and backend {chosen.name!r} serves {torch.device(device).type} "
             f"tensors without; move them to a GPU for backend {having}, or take mode='portable'"
         )
-    return _load(chosen.name, f"{op}_tensor")
+    return _load(chosen.name, op, mode)
 
 
 _said_fallback = threading.Lock()
@@ -189,11 +183,11 @@ def missing(name: str) -> str | None:
 
 
 @functools.cache
-def _load(name: str, op: str) -> Callable[..., Any]:
-    module = importlib.import_module(f"{BACKENDS[name].package}.{OPS[op.removesuffix('_tensor')]}")
-    function = getattr(module, op, None)
+def _load(name: str, op: str, mode: Mode = PORTABLE) -> Callable[..., Any]:
+    module = importlib.import_module(f"{BACKENDS[name].package}.{OPS[op]}")
+    function = getattr(module, mode.function(op), None)
     if function is None:
-        raise BackendError(f"{op}: backend {name!r} has no such op")
+        raise BackendError(f"{mode.function(op)}: backend {name!r} has no such op")
     return function
 
 
@@ -220,25 +214,28 @@ def _who(kind: str) -> str:
 class BackendTable(dict[str, dict[str, str]]):
     """op -> backend -> "yes" or the reason of the gap; prints as a table.
 
-    .tensor: the same for the ops that compute otherwise in mode "tensor".
+    .modes: for each mode but "portable", by name, the same for the ops that it changes.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.tensor: dict[str, dict[str, str]] = {}
+        self.modes: dict[str, dict[str, dict[str, str]]] = {mode.name: {} for mode in MODES.values() if mode.ops}
 
     def rows(self) -> Iterator[tuple[str, dict[str, str]]]:
-        """Rows to show: each op, and below it the one of mode "tensor" where that is another."""
+        """Rows to show: each op, and below it one per mode that changes it."""
         for op, row in self.items():
             yield op, row
-            if op in self.tensor:
-                yield f"{op}, mode tensor", self.tensor[op]
+            for mode, rows in self.modes.items():
+                if op in rows:
+                    yield f"{op}, mode {mode}", rows[op]
 
     def promises(self) -> Iterator[str]:
         """A line for each backend: what it serves and promises in which mode, or why it is not there."""
         for b in BACKENDS.values():
-            in_tensor = f"; in mode tensor {', '.join(b.tensor)}, on one GPU architecture" if b.tensor else ""
-            there = f"serves {', '.join(b.devices)}; promises {', '.join(b.promises)}{in_tensor}"
+            said = f"promises {', '.join(b.promises['portable'])}"
+            if "tensor" in b.promises:
+                said += f"; in mode tensor {', '.join(b.promises['tensor'])}, on one GPU architecture"
+            there = f"serves {', '.join(b.devices)}; {said}"
             yield f"{b.name}: {missing(b.name) or there}"
 
     def __str__(self) -> str:
@@ -257,16 +254,22 @@ def backends() -> BackendTable:
     table = BackendTable()
     for op in OPS:
         table[op] = {name: _gap(name, op) or "yes" for name in BACKENDS}
-        if op in TENSOR_OPS:
-            table.tensor[op] = {name: no_tensor_cores(name) or _gap(name, f"{op}_tensor") or "yes" for name in BACKENDS}
+        for mode, rows in table.modes.items():
+            if op in MODES[mode].ops:
+                rows[op] = {name: without_mode(name, MODES[mode]) or _gap(name, op, MODES[mode]) or "yes" for name in BACKENDS}
     return table
 
 
-def no_tensor_cores(name: str) -> str | None:
-    """Why backend `name` cannot serve mode "tensor" here, None if it can."""
-    if not BACKENDS[name].tensor:
-        return "has no mode tensor; cuda and triton have, on a GPU"
-    if name != "triton" or missing(name) is not None:
+def having_mode(mode: Mode) -> list[str]:
+    """The names of the backends that have it."""
+    return [b.name for b in BACKENDS.values() if mode.name in b.promises]
+
+
+def without_mode(name: str, mode: Mode) -> str | None:
+    """Why backend `name` cannot serve `mode` here, None if it can."""
+    if mode.name not in BACKENDS[name].promises:
+        return f"has no mode {mode}; {' and '.join(having_mode(mode))} have, on a GPU"
+    if mode != TENSOR or name != "triton" or missing(name) is not None:
         return missing(name)
     from rerank_kernels.backends.triton import launch
 
@@ -282,11 +285,11 @@ def no_tensor_cores(name: str) -> str | None:
     return gaps[0] if gaps else None
 
 
-def _gap(name: str, function: str) -> str | None:
+def _gap(name: str, op: str, mode: Mode = PORTABLE) -> str | None:
     if reason := missing(name):
         return reason
     try:
-        _load(name, function)
+        _load(name, op, mode)
     except BackendError as error:
         return str(error)
     return None

@@ -168,7 +168,7 @@ def _identity(args: argparse.Namespace, reranker: Any, source: Format, to: Forma
 
     device = next(reranker.model.parameters()).device
     served = registry.active(device)
-    promises = served.tensor if args.mode == "tensor" else served.promises
+    promises = served.promises[args.mode]
     gpu = ", sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else ""
     here = f"{served.name}{gpu}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     return {
@@ -180,7 +180,7 @@ def _identity(args: argparse.Namespace, reranker: Any, source: Format, to: Forma
         "prefix": args.prefix,
         "formats": f"{source} to {to}",
         "numerics version": str(NUMERICS_VERSION),
-        "arithmetic": "portable" if "portable" in promises else here,
+        "arithmetic": "machine-invariant" if "machine-invariant" in promises else here,
         "rerank_kernels": __version__,
         "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rerank_kernels.backends import library, registry
-from rerank_kernels.backends.modes import of_the_model
+from rerank_kernels.backends.modes import PORTABLE, Mode, of_the_model
 
 NOT_COMPILED = (
     "a patched model runs as it is, for fused arithmetic has other bits: torch.compile works around it without fullgraph=True; "
@@ -37,7 +37,7 @@ class Forward:
         return super().__new__(cls)
 
     def __init__(
-        self, module: nn.Module, function: Callable[..., Any], mode: str = "portable", backend: str | None = None
+        self, module: nn.Module, function: Callable[..., Any], mode: Mode = PORTABLE, backend: str | None = None
     ) -> None:
         self.module = module
         self.function = function
@@ -73,7 +73,7 @@ class Method:
         holder: Any,
         name: str,
         function: Callable[..., Any],
-        mode: str,
+        mode: Mode,
         strict: bool,
         backend: str | None,
         report: Any,
@@ -103,7 +103,7 @@ class Method:
 
 
 @contextlib.contextmanager
-def serving(mode: str, backend: str | None) -> Iterator[None]:
+def serving(mode: Mode, backend: str | None) -> Iterator[None]:
     """Ops inside the block compute in `mode`, on `backend` where one was chosen, without gradients."""
     with contextlib.ExitStack() as stack:
         if backend is not None:

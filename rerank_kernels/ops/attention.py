@@ -74,10 +74,10 @@ def attention(
     if not math.isfinite(scale) or scale == 0.0:
         check.fail("attention", "scale", "finite and not 0 as a float32", scale)
 
-    mode = modes.resolve("attention", mode, q=q, k=k, v=v)
-    if mode == "tensor" and d > 256:
+    numeric = modes.resolve("attention", mode, q=q, k=k, v=v)
+    if numeric == modes.TENSOR and d > 256:
         raise ValueError(f"attention: D must be at most 256 in mode 'tensor', got {d}; take mode='portable'")
-    serve = registry.select("attention", q.device, mode)
+    serve = registry.select("attention", q.device, numeric)
     if cu_seqlens is not None:
         cu = check.cu_seqlens("attention", cu_seqlens, q.shape[0], q.device)
         return serve(_rows(q), _rows(k), _rows(v), cu, left, right, scale)

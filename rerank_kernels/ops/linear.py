@@ -68,8 +68,8 @@ def linear(
     if residual is not None:
         check.shape("linear", "residual", residual, *x.shape[:-1], n)
         residual = residual.reshape(-1, n).contiguous()
-    mode = modes.resolve("linear", mode, x=x, weight=weight)
-    y = registry.select("linear", x.device, mode)(rows, weight, bias, activation, residual, out_dtype)
+    numeric = modes.resolve("linear", mode, x=x, weight=weight)
+    y = registry.select("linear", x.device, numeric)(rows, weight, bias, activation, residual, out_dtype)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
@@ -94,8 +94,8 @@ def bmm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, mode: str
         check.fail("bmm", "b", "[B, K, N] with K, N > 0", check.shape_of(b))
     out_dtype = out_dtype or a.dtype
     check.choice("bmm", "out_dtype", out_dtype, check.FLOATS)
-    mode = modes.resolve("bmm", mode, a=a, b=b)
-    return registry.select("bmm", a.device, mode)(a.contiguous(), b.transpose(1, 2).contiguous(), out_dtype)
+    numeric = modes.resolve("bmm", mode, a=a, b=b)
+    return registry.select("bmm", a.device, numeric)(a.contiguous(), b.transpose(1, 2).contiguous(), out_dtype)
 
 
 @opaque("(Tensor x, str kind) -> Tensor", lambda x, kind: x.new_empty(x.shape))

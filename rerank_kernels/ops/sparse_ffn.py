@@ -64,8 +64,8 @@ def sparse_ffn(
             check.shape("sparse_ffn", name, t, n)
     rows = x.reshape(-1, k).contiguous()
     first = {"gate_weight": gate_weight} if gate_weight is not None else {"up_weight": up_weight}
-    mode = modes.resolve("sparse_ffn", mode, x=x, **first)
-    serve = registry.select("sparse_ffn", x.device, mode)
+    numeric = modes.resolve("sparse_ffn", mode, x=x, **first)
+    serve = registry.select("sparse_ffn", x.device, numeric)
     y = serve(rows, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
     return y.view(*x.shape[:-1], down_weight.shape[0])
 

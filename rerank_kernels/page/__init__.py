@@ -26,7 +26,7 @@ MEANING = {  # of a promise, in plain words
     "batch-invariant": "the other texts of a batch, how many they are and where the text stands among them change nothing",
     "padding-invariant": "how much padding there is, on which side and with which tokens changes nothing",
     "thread-invariant": "the number of threads changes nothing",
-    "portable": "the instructions that a machine has, and the settings of its math library, change nothing",
+    "machine-invariant": "the instructions that a machine has, and the settings of its math library, change nothing",
 }
 HOW_TO_READ = (
     "A row is one text, or one pair of query and document. Each check changes one thing about how the model is called, and "

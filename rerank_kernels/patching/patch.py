@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from rerank_kernels import check
 from rerank_kernels.backends import registry
+from rerank_kernels.backends.modes import Mode, named
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models.bound import Method, class_of
 from rerank_kernels.patching import walk
@@ -42,18 +42,18 @@ def patch(obj: Any, mode: str = "portable", strict: bool = True, *, backend: str
     Raises TypeError if obj is nothing of these, ValueError for another mode, BackendError for a backend that is not here,
     PatchError for all else that stands in the way.
     """
-    check.choice("patch", "mode", mode, registry.MODES)
+    numeric = named("patch", mode)
     found = resolve(obj)
     if found is None:
-        report = walk.prepare(obj, mode, strict, backend=backend)
+        report = walk.prepare(obj, numeric, strict, backend=backend)
         walk.bind(report)
         return report
     if found.problems and (strict or not (found.modules or found.overrides)):
         lines = "".join(f"\n  {problem}" for problem in found.problems)
         raise PatchError(f"patch: {found.system} cannot be served; nothing was patched:{lines}")
-    _as_before(found, mode, backend)
-    reports = {path: _prepared(found, path, mode, strict, backend) for path in found.modules}
-    report = _merged(found, reports, mode, backend)
+    _as_before(found, numeric, backend)
+    reports = {path: _prepared(found, path, numeric, strict, backend) for path in found.modules}
+    report = _merged(found, reports, numeric, backend)
     for one in reports.values():
         walk.bind(one)
     for override in found.overrides.values():
@@ -61,7 +61,7 @@ def patch(obj: Any, mode: str = "portable", strict: bool = True, *, backend: str
         if override.name not in held or held[override.name].holder is not override.holder:  # copy.copy took it from another
             again = functools.partial(patch, mode=mode, strict=strict, backend=backend)
             held[override.name] = Method(
-                override.holder, override.name, override.function, mode, strict, backend, report, again
+                override.holder, override.name, override.function, numeric, strict, backend, report, again
             )
     return report
 
@@ -78,25 +78,26 @@ def unpatch(obj: Any) -> None:
             del vars(holder)[name]
 
 
-def _as_before(found: Resolved, mode: str, backend: str | None) -> None:
+def _as_before(found: Resolved, mode: Mode, backend: str | None) -> None:
     for path, override in found.overrides.items():
         before = vars(override.holder).get(override.name)
         if isinstance(before, Method) and (before.mode, before.backend) != (mode, backend):
+            was, asked = (f"mode {m.name!r}, backend {b!r}" for m, b in ((before.mode, before.backend), (mode, backend)))
             raise PatchError(
-                f"patch: {path} of {class_of(override.holder)} is patched already, in mode {before.mode!r}, backend "
-                f"{before.backend!r}, and mode {mode!r}, backend {backend!r}, was asked for; call rk.unpatch() with it first"
+                f"patch: {path} of {class_of(override.holder)} is patched already, in {was}, and {asked}, was asked for; "
+                "call rk.unpatch() with it first"
             )
 
 
-def _prepared(found: Resolved, path: str, mode: str, strict: bool, backend: str | None) -> Report:
+def _prepared(found: Resolved, path: str, mode: Mode, strict: bool, backend: str | None) -> Report:
     try:
         return walk.prepare(found.modules[path], mode, strict, backend=backend)
     except PatchError as error:
         raise PatchError(f"patch: {found.system}, {path}: {str(error).removeprefix('patch: ')}") from None
 
 
-def _merged(found: Resolved, reports: dict[str, Report], mode: str, backend: str | None) -> Report:
-    report = Report(mode, {}, {}, {}, {}, backend, found.system)
+def _merged(found: Resolved, reports: dict[str, Report], mode: Mode, backend: str | None) -> Report:
+    report = Report(mode.name, {}, {}, {}, {}, backend, found.system)
     for path, one in reports.items():
         for kind in ("replaced", "exact", "unknown", "forwards"):
             getattr(report, kind).update({joined(path, p): value for p, value in getattr(one, kind).items()})

@@ -18,18 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from rerank_kernels import check
 from rerank_kernels.backends import registry
+from rerank_kernels.backends.modes import PORTABLE, Mode, named
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import registry as models
 from rerank_kernels.models.bound import Forward, class_of, hooked, name_of
 from rerank_kernels.models.registry import COMPILED, ENCODERS, EXACT, FORWARDS, LEAVES, PREFIXES
 from rerank_kernels.patching.report import Report
 
-HALVES = (torch.float16, torch.bfloat16)
 
-
-def patch(model: nn.Module, mode: str = "portable", strict: bool = True, *, backend: str | None = None) -> Report:
+def patch(model: nn.Module, mode: str | Mode = PORTABLE, strict: bool = True, *, backend: str | None = None) -> Report:
     """patch of patch.py, which says what is promised, for a model of PyTorch or transformers with nothing around it."""
     for cls in type(model).__mro__:
         if cls.__name__ in HOLDERS:
@@ -45,22 +43,22 @@ def bind(report: Report) -> None:
         forward.module.__dict__["forward"] = forward
 
 
-def prepare(model: nn.Module, mode: str = "portable", strict: bool = True, *, backend: str | None = None) -> Report:
+def prepare(model: nn.Module, mode: str | Mode = PORTABLE, strict: bool = True, *, backend: str | None = None) -> Report:
     """What patch would do, with the forwards that bind() puts in place, and patch's errors; changes nothing."""
     if not isinstance(model, nn.Module):
         inside = isinstance(getattr(model, "model", None), nn.Module)
         hint = "if that is all of it that computes, pass its .model" if inside else NO_MODEL.get(type(model).__name__, HELP)
         wanted = "a torch.nn.Module, or an object of a system that is served"
         raise TypeError(f"patch: model must be {wanted}, got {type(model).__name__}; {hint}")
-    check.choice("patch", "mode", mode, registry.MODES)
+    mode = named("patch", mode)
     for cls in type(model).__mro__:
         if cls.__name__ in WRAPPERS:
             raise PatchError(f"patch: model is a {cls.__name__}, a wrapper around the model to patch; {WRAPPERS[cls.__name__]}")
     _as_before(model, mode, backend)
     if backend is not None:
         registry.get(backend, f"patch(model, backend={backend!r})")
-    if mode == "tensor":
-        _tensor_cores(model, backend)
+    if mode != PORTABLE:
+        _can_ever_serve(model, mode, backend)
     report, causes = _plan(model, mode, backend)
     if strict and report.unknown:
         architectures = ", ".join(PREFIXES)
@@ -76,7 +74,7 @@ def prepare(model: nn.Module, mode: str = "portable", strict: bool = True, *, ba
 
 def unknown(model: nn.Module) -> dict[str, str]:
     """The modules of `model` that cannot be served, path -> why."""
-    return _plan(model, "portable", None)[0].unknown
+    return _plan(model, PORTABLE, None)[0].unknown
 
 
 def unpatch(model: nn.Module) -> None:
@@ -88,12 +86,12 @@ def unpatch(model: nn.Module) -> None:
             del module.__dict__["forward"]
 
 
-def _as_before(model: nn.Module, mode: str, backend: str | None) -> None:
+def _as_before(model: nn.Module, mode: Mode, backend: str | None) -> None:
     """Two forwards of one model in two modes would give bits that belong to neither."""
     for path, module in model.named_modules():
         forward = module.__dict__.get("forward")
         if isinstance(forward, Forward) and (forward.mode, forward.backend) != (mode, backend):
-            was, asked = (f"mode {m!r}" + (f", backend {b!r}" if b else "") for m, b in
+            was, asked = (f"mode {m.name!r}" + (f", backend {b!r}" if b else "") for m, b in
                           ((forward.mode, forward.backend), (mode, backend)))  # fmt: skip
             raise PatchError(
                 f"patch: {path or 'the model'} ({class_of(module)}) is patched already, in {was}, and {asked} was asked for; "
@@ -101,22 +99,22 @@ def _as_before(model: nn.Module, mode: str, backend: str | None) -> None:
             )
 
 
-def _tensor_cores(model: nn.Module, backend: str | None) -> None:
-    """Whether mode "tensor" can ever serve the model: a product's operands in one half precision, and a GPU to move it to."""
+def _can_ever_serve(model: nn.Module, mode: Mode, backend: str | None) -> None:
+    """Whether a mode of half precision can ever serve the model: operands of one dtype, and a GPU to move it to."""
     matrices = {name: p.dtype for name, p in model.named_parameters() if p.dim() > 1 and p.is_floating_point()}
     first = next(iter(matrices.values()), torch.float16)
     for name, dtype in matrices.items():
-        if dtype not in HALVES or dtype != first:
-            like = "" if first not in HALVES or dtype == first else f" and {first} elsewhere"
+        if dtype not in mode.operands or dtype != first:
+            like = "" if first not in mode.operands or dtype == first else f" and {first} elsewhere"
             raise PatchError(
-                f"patch: mode 'tensor' needs weights in float16 or bfloat16, all in one of them, and {name} is {dtype}{like}; "
-                "call model.half() or model.bfloat16() first, or take mode='portable'"
+                f"patch: mode {mode.name!r} needs weights in float16 or bfloat16, all in one of them, "
+                f"and {name} is {dtype}{like}; call model.half() or model.bfloat16() first, or take mode='portable'"
             )
-    asked = [backend] if backend is not None else [b.name for b in registry.BACKENDS.values() if b.tensor]
-    gaps = {name: registry.no_tensor_cores(name) for name in asked}
+    asked = [backend] if backend is not None else registry.having_mode(mode)
+    gaps = {name: registry.without_mode(name, mode) for name in asked}
     if all(gaps.values()):
         reasons = "; ".join(f"{name}: {why}" for name, why in gaps.items())
-        raise PatchError(f"patch: mode 'tensor' needs a GPU's tensor cores, and none can be used here; {reasons}; "
+        raise PatchError(f"patch: mode {mode.name!r} needs {mode.needs}, and none can be used here; {reasons}; "
                          "take mode='portable'")  # fmt: skip
 
 
@@ -129,7 +127,7 @@ def _why(unknown: dict[str, str], causes: dict[str, str]) -> str:
     return "".join(f"\n  {what}{many[what]}{paths[0]}" for what, paths in alike.items())
 
 
-def _plan(model: nn.Module, mode: str, backend: str | None) -> tuple[Report, dict[str, str]]:
+def _plan(model: nn.Module, mode: Mode, backend: str | None) -> tuple[Report, dict[str, str]]:
     """The report, and of its unknown modules those that are the cause, as path -> reason."""
     modules = dict(model.named_modules())
     problems = {path: why for path, m in modules.items() if (why := _problem(m)) is not None}
@@ -139,7 +137,7 @@ def _plan(model: nn.Module, mode: str, backend: str | None) -> tuple[Report, dic
     served = [root for root in roots if not any(_inside(path, root) for path in problems)]
     covered = {path for path in modules for root in served if _inside(path, root)}
 
-    report = Report(mode, {}, {}, {}, {}, backend)
+    report = Report(mode.name, {}, {}, {}, {}, backend)
     for path, m in modules.items():
         name, cls = name_of(m), class_of(m)
         if path in problems:

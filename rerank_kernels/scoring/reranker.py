@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rerank_kernels import check
+from rerank_kernels.backends.modes import MODES
 from rerank_kernels.models import registry as models
 from rerank_kernels.models.bound import Forward, serving
 from rerank_kernels.ops.softmax import sum as row_sum
@@ -121,7 +122,7 @@ class Reranker:
             self.model.to(device=device, dtype=dtype)
         before = self.model.__dict__.get("forward")
         if isinstance(before, Forward):
-            mode, backend = mode or before.mode, backend or before.backend
+            mode, backend = mode or before.mode.name, backend or before.backend
         self.report = walk.patch(self.model.eval(), mode or "portable", backend=backend)
         self.tokenizer = tokenizer
         self._rules: bounding.Rules | None = None
@@ -141,7 +142,7 @@ class Reranker:
             row = {text: i for i, text in enumerate(texts)}
             vectors = torch.from_numpy(self._encode(texts, True, progress, batch_tokens)).to(self._device)
             pairs_of = [row[q] for q in queries], [row[d] for d in documents]
-            with serving(self.report.mode, self.report.backend):
+            with serving(MODES[self.report.mode], self.report.backend):
                 logit = row_sum(vectors[pairs_of[0]] * vectors[pairs_of[1]], -1).cpu().numpy()
             return Scores(logit, logit.copy(), np.float32(1.0) - logit)
 

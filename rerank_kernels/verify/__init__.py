@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from rerank_kernels.backends import registry
+from rerank_kernels.backends.modes import PROMISES
 from rerank_kernels.models import registry as models
 from rerank_kernels.models.bound import Forward as BoundForward
 from rerank_kernels.patching import walk
@@ -58,11 +58,11 @@ def verify(
     """
     found = model.__dict__.get("forward")
     was = found if isinstance(found, BoundForward) else None
-    mode, served_by = mode or (was.mode if was else "portable"), was.backend if was else None
+    mode, served_by = mode or (was.mode.name if was else "portable"), was.backend if was else None
     training = model.training
     model.eval()
     try:
-        if was is not None and was.mode != mode:
+        if was is not None and was.mode.name != mode:
             walk.unpatch(model)
         # also for stock: what is not served is an error either way, and max_tokens asks a served model
         walk.patch(model, mode, backend=served_by)
@@ -122,14 +122,14 @@ def _verify(
     results = [measure(check, session) for check in checks]
     alone = np.concatenate([session.answer(Call((row,))) for row in range(len(texts.tokens))])
     about = environment(setting)
-    promised = registry.PROMISES if stock else setting.promises
+    promised = PROMISES if stock else setting.promises
     for r in results:
         r.promised = r.promise in promised
     controls = sighted_controls(texts, checks, alone)
     if not stock:
         # what the backend does not promise is reported; a mutant of it would prove nothing
         controls += mutant_controls(texts, [c for c in checks if c.promise in promised], forward, setting.device)
-        if finals is not None and "portable" in promised:
+        if finals is not None and "machine-invariant" in promised:
             controls.append(finals.control())
     lengths = [texts.length(r) for r in range(len(texts.tokens))]
     return VerifyReport(

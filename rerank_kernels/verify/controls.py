@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels.backends import registry
+from rerank_kernels.backends.modes import PORTABLE, Mode
 from rerank_kernels.verify.measure import Session, measure
 from rerank_kernels.verify.plan import FINAL, HOME, Call, Check, Floats, Forward, Inputs, Texts, home
 
@@ -169,7 +170,7 @@ def one_ulp_off(op: str) -> Iterator[None]:
     """Inside, every number that `op` returns is the next one away from zero in its own type."""
     true = registry.select
 
-    def select(name: str, device: torch.device, mode: str = "portable") -> Callable[..., Any]:
+    def select(name: str, device: torch.device, mode: Mode = PORTABLE) -> Callable[..., Any]:
         serve = true(name, device, mode)
 
         def off(*args: Any) -> Tensor:

@@ -217,10 +217,10 @@ def plan(texts: Texts, *, routes: Sequence[str] = (), few: int = 24) -> list[Che
     checks.append(Check("thread-invariant", "threads", ", ".join(map(str, THREADS)), "threads", threads))
     if isas := [r for r in routed if r.startswith("isa:")]:
         names = ", ".join(r[4:] for r in isas)
-        checks.append(Check("portable", "instructions", names, "route", tuple(routed[r][:1] for r in isas)))
+        checks.append(Check("machine-invariant", "instructions", names, "route", tuple(routed[r][:1] for r in isas)))
     if FINAL in routed:
         settled = tuple((Call(every[:few], route=FINAL, setting=s),) for s in SETTINGS)
-        checks.append(Check("portable", "math library", ", ".join(SETTINGS), "setting", settled))
+        checks.append(Check("machine-invariant", "math library", ", ".join(SETTINGS), "setting", settled))
     # where rows are as long as the model takes, a call may vary nothing
     return [dataclasses.replace(c, scorings=tuple(tuple(k for k in s if c.varies(k)) for s in c.scorings)) for c in checks]
 

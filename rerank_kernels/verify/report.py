@@ -18,6 +18,7 @@ from rerank_kernels.errors import BackendError
 from rerank_kernels.tables import Column, Table
 from rerank_kernels.verify.controls import Control
 from rerank_kernels.verify.measure import Result
+from rerank_kernels.version import NUMERICS_VERSION, __version__
 
 
 @dataclass
@@ -118,7 +119,7 @@ class Setting:
 
     @property
     def promises(self) -> tuple[str, ...]:
-        return self.backend.tensor if self.mode == "tensor" else self.backend.promises
+        return self.backend.promises[self.mode]
 
 
 def environment(setting: Setting | None = None) -> dict[str, Any]:
@@ -128,11 +129,9 @@ def environment(setting: Setting | None = None) -> dict[str, Any]:
     """
     import transformers
 
-    import rerank_kernels as rk
-
     out: dict[str, Any] = {
-        "rerank_kernels": rk.__version__,
-        "numerics": rk.NUMERICS_VERSION,
+        "rerank_kernels": __version__,
+        "numerics": NUMERICS_VERSION,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
