@@ -57,7 +57,7 @@ cuda-check: $(VENV)/installed $(VENV)/nvcc  ## what nvcc, Triton and ptxas made 
 # Built anew with BUILD_CUDA=1, so that what is missing is an error and no row of skipped tests.
 gpu: BUILD_CUDA = 1
 gpu: $(VENV)/nvcc $(VENV)/installed  ## the CUDA and Triton backends on a real GPU; wants TORCH to be a CUDA build
-	@$(BIN)/python -c 'import sys, rerank_kernels.backends.library as n; sys.exit(n.missing_cuda())'
+	@$(BIN)/python -c 'import sys, rerank_kernels.backend.library as n; sys.exit(n.missing_cuda())'
 	$(OFFLINE) $(BIN)/python -m pytest -m gpu --exhaustive $(ARGS)
 
 bench: $(VENV)/installed $(VENV)/engines  ## correctness gate, then times beside PyTorch's (ARGS='--quick', '--only linear', '--json out.json')
@@ -122,7 +122,7 @@ $(VENV)/installed: $(VENV)/tools $(VENV)/build.setting $(SOURCES)
 	rm -f rerank_kernels/*.so
 	RERANK_KERNELS_BUILD_CPU=$(BUILD_CPU) RERANK_KERNELS_BUILD_CUDA=$(BUILD_CUDA) $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --no-build-isolation -e '.[test,lint,demo]'
-	@$(BIN)/python -c 'import rerank_kernels.backends.library as n; print("cpu backend:", n.missing() or "built")'
+	@$(BIN)/python -c 'import rerank_kernels.backend.library as n; print("cpu backend:", n.missing() or "built")'
 	@touch $@
 
 # nvcc and nvdisasm for the tests: the machine's, else pip's wheels (270 MB). Where there are none either, the tests of GPU code

@@ -58,7 +58,7 @@ FLAGS = [
 GCC_FLAGS = ["-Wno-maybe-uninitialized"]  # clang does not know it
 
 
-# Why a library is missing, for the package to say: read by rerank_kernels/backends/native/__init__.py.
+# Why a library is missing, for the package to say: read by rerank_kernels/backend/native/__init__.py.
 NOT_BUILT = ROOT / "rerank_kernels" / "_not_built.txt"
 NO_CUDA = ROOT / "rerank_kernels" / "_no_cuda.txt"
 

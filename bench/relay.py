@@ -26,7 +26,7 @@ from results import line_of, ratios, show
 from rich.console import Console
 from turns import DeviceLost, play
 
-from rerank_kernels.backends import registry
+from rerank_kernels.backend import registry
 
 STEP = 150.0  # seconds without a step after which the worker counts as stuck
 MOST_WORKERS = 12

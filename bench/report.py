@@ -18,7 +18,7 @@ import torch
 from results import ROOT
 
 import rerank_kernels as rk
-from rerank_kernels.backends import registry
+from rerank_kernels.backend import registry
 
 SMI = "name driver_version clocks.sm clocks.mem clocks.max.sm power.draw power.limit temperature.gpu"
 

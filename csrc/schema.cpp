@@ -1,6 +1,6 @@
 // schema.cpp: every op's signature, one line each. Backends register themselves at the bottom of their own family files.
 // Arguments are what rerank_kernels/ops/<family>.py has checked and laid out; weights are [N, K], contiguous, as
-// nn.Linear holds them, but for sparse_ffn's (rerank_kernels/backends/weights.py).
+// nn.Linear holds them, but for sparse_ffn's (rerank_kernels/backend/weights.py).
 
 #include <dlfcn.h>
 

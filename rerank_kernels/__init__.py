@@ -12,8 +12,8 @@ from rerank_kernels.version import NUMERICS_VERSION
 from rerank_kernels.version import __version__ as __version__
 
 if TYPE_CHECKING:  # for type checkers and editors; _NAMES says the same to Python
-    from rerank_kernels.backends.registry import backends, use
-    from rerank_kernels.backends.weights import forget
+    from rerank_kernels.backend.registry import backends, use
+    from rerank_kernels.backend.weights import forget
     from rerank_kernels.errors import BackendError, FallbackWarning, PatchError
     from rerank_kernels.ops.attention import attention
     from rerank_kernels.ops.linear import activation, bmm, linear
@@ -56,8 +56,8 @@ __all__ = [
 ]
 
 _NAMES = {
-    "backends.registry": ("backends", "use"),
-    "backends.weights": ("forget",),
+    "backend.registry": ("backends", "use"),
+    "backend.weights": ("forget",),
     "errors": ("BackendError", "FallbackWarning", "PatchError"),
     "ops.attention": ("attention",),
     "ops.linear": ("activation", "bmm", "linear"),

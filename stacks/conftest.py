@@ -19,7 +19,7 @@ CASES = [(model, dtype) for model in ("minilm", "xlmr") for dtype in common.DTYP
 
 def pytest_report_header(config: pytest.Config) -> str:
     import rerank_kernels as rk
-    from rerank_kernels.backends import registry
+    from rerank_kernels.backend import registry
 
     return f"rerank_kernels from {Path(rk.__file__).parent}, backend {registry.active('cpu').name}"
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rerank_kernels.backends.registry import OPS
+from rerank_kernels.backend.registry import OPS
 from rerank_kernels.ops.linear import ACTIVATIONS
 from rerank_kernels.ops.pooling import POOL_MODES
 

@@ -29,7 +29,7 @@ import browser
 from cases import DTYPES
 from invariants import force_isa
 from ptxsim import served
-from rerank_kernels.backends import registry
+from rerank_kernels.backend import registry
 
 os.environ.pop("COLUMNS", None)  # pytest-xdist's word, which the commands would take for the user's
 # A shell that starts the tests in the background, or nohup, has them ignore these, and the commands that tests interrupt too.

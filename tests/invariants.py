@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cases import Case, Tensors, numbers
 from ptxsim import served
-from rerank_kernels.backends import registry
+from rerank_kernels.backend import registry
 from rerank_kernels.ops.linear import linear
 
 INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}

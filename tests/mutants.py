@@ -18,12 +18,12 @@ from torch import Tensor
 import invariants
 from cases import Case
 from rerank_kernels import check
-from rerank_kernels.backends.pytorch import attention as honest_attention
-from rerank_kernels.backends.pytorch import linear as honest_linear
-from rerank_kernels.backends.pytorch import norm as honest_norm
-from rerank_kernels.backends.pytorch import pooling as honest_pooling
-from rerank_kernels.backends.pytorch import softmax as honest_softmax
-from rerank_kernels.backends.pytorch import sparse_ffn as honest_sparse_ffn
+from rerank_kernels.backend.pytorch import attention as honest_attention
+from rerank_kernels.backend.pytorch import linear as honest_linear
+from rerank_kernels.backend.pytorch import norm as honest_norm
+from rerank_kernels.backend.pytorch import pooling as honest_pooling
+from rerank_kernels.backend.pytorch import softmax as honest_softmax
+from rerank_kernels.backend.pytorch import sparse_ffn as honest_sparse_ffn
 
 HONEST: dict[str, Callable[..., Any]] = {
     "layer_norm": honest_norm.layer_norm,

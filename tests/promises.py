@@ -12,8 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from rerank_kernels.backends.modes import MODES, PROMISES
-from rerank_kernels.backends.registry import BACKENDS, OPS
+from rerank_kernels.backend.modes import MODES, PROMISES
+from rerank_kernels.backend.registry import BACKENDS, OPS
 
 PAGE = Path(__file__).parent.parent / "NUMERICS.md"
 BEGIN, END = "<!-- written by tests/promises.py --write: do not edit -->", "<!-- end of the table of promises -->"

@@ -143,7 +143,7 @@ def moved(f: Callable[[Tensor], Tensor], dtype: torch.dtype) -> int:
 
 
 def sweep() -> dict[str, int]:
-    from rerank_kernels.backends.pytorch.norm import square_root
+    from rerank_kernels.backend.pytorch.norm import square_root
 
     positive = np.abs(operands()[0])
     roots, x = rounded(np.sqrt, positive), torch.from_numpy(positive)

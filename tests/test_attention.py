@@ -10,7 +10,7 @@ import contract
 import invariants
 from cases import Case, numbers, offsets
 from invariants import same
-from rerank_kernels.backends.registry import Backend
+from rerank_kernels.backend.registry import Backend
 from rerank_kernels.ops.attention import attention
 
 CASES = cases.of("attention")

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from rerank_kernels.backends import registry
-from rerank_kernels.backends.modes import PROMISES
-from rerank_kernels.backends.registry import BACKENDS, ENVIRONMENT, OPS, Backend, BackendError
+from rerank_kernels.backend import registry
+from rerank_kernels.backend.modes import PROMISES
+from rerank_kernels.backend.registry import BACKENDS, ENVIRONMENT, OPS, Backend, BackendError
 from rerank_kernels.ops.linear import linear
 
 

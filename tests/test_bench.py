@@ -20,7 +20,7 @@ from torch import Tensor
 
 import cases
 import rerank_kernels as rk
-from rerank_kernels.backends import registry
+from rerank_kernels.backend import registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 

@@ -33,7 +33,7 @@ import finals
 import rerank_kernels as rk
 import rounding
 from cases import CASES
-from rerank_kernels.backends import registry
+from rerank_kernels.backend import registry
 from rerank_kernels.ops import norm
 from rerank_kernels.patching.systems import sentence_transformers
 
@@ -54,7 +54,7 @@ COPIES = set(
 )
 EXACT = {"eq", "ne", "lt", "le", "gt", "ge", "equal", "isfinite", "isnan"}  # answers of yes and no about floats
 # Layouts of weights, of which no bit is in a result: they say which neurons are off, with bounds that hold for any rounding.
-LAYOUTS = re.compile(r"backends/weights\.py:\d+ in (_screened|finite|rounding)\b")
+LAYOUTS = re.compile(r"backend/weights\.py:\d+ in (_screened|finite|rounding)\b")
 ROUNDINGS = {(torch.float32, half) for half in rounding.HALVES.values()}
 NUMPY = {"numpy." + name.rsplit(".", 1)[1] for name in rounding.SWEPT if name.startswith("numpy.")}
 

@@ -7,7 +7,7 @@ import torch
 
 import cases
 from cases import Case
-from rerank_kernels.backends.registry import OPS
+from rerank_kernels.backend.registry import OPS
 
 CASES = cases.CASES
 

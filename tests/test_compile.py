@@ -18,9 +18,9 @@ from conftest import require
 from invariants import all_same, same
 from models import padded, rows, tiny
 from rerank_kernels import HeadOutput, backends, patch
-from rerank_kernels.backends import weights
-from rerank_kernels.backends.modes import PORTABLE, TENSOR, of_the_model
-from rerank_kernels.backends.registry import OPS
+from rerank_kernels.backend import weights
+from rerank_kernels.backend.modes import PORTABLE, TENSOR, of_the_model
+from rerank_kernels.backend.registry import OPS
 from rerank_kernels.ops import attention as attention_module
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import linear

@@ -24,8 +24,8 @@ import tensor
 from cases import Case, numbers, offsets
 from conftest import ran
 from invariants import all_same, same
-from rerank_kernels.backends import registry
-from rerank_kernels.backends.native import linear as native
+from rerank_kernels.backend import registry
+from rerank_kernels.backend.native import linear as native
 
 simulated = pytest.importorskip("ptxsim.simulated")
 CASES = cases.CASES

@@ -20,7 +20,7 @@ import conftest
 import invariants
 from conftest import ran
 from invariants import all_same
-from rerank_kernels.backends import registry
+from rerank_kernels.backend import registry
 
 simulated = pytest.importorskip("ptxsim.simulated")
 Edit = simulated.Edit

@@ -30,8 +30,8 @@ import finals
 import rerank_kernels
 from cases import DTYPES, Case
 from invariants import force_isa
-from rerank_kernels.backends import registry
-from rerank_kernels.backends.registry import Backend
+from rerank_kernels.backend import registry
+from rerank_kernels.backend.registry import Backend
 
 CASES = cases.CASES
 FILE = pathlib.Path(__file__).with_name("golden.json")

@@ -22,8 +22,8 @@ import models
 import rerank_kernels as rk
 from cases import DTYPES, Case
 from invariants import all_same, same
-from rerank_kernels.backends import registry
-from rerank_kernels.backends.registry import OPS
+from rerank_kernels.backend import registry
+from rerank_kernels.backend.registry import OPS
 from test_golden import digest
 
 pytestmark = pytest.mark.gpu

@@ -30,7 +30,7 @@ import rerank_kernels as rk
 import tensor
 from cases import Case, Tensors, numbers, offsets
 from invariants import all_same, same
-from rerank_kernels.backends import registry
+from rerank_kernels.backend import registry
 
 pytestmark = pytest.mark.gpu
 MMA_FILE = "RERANK_KERNELS_MMA_FILE"
@@ -189,7 +189,7 @@ def launchers() -> dict[str, int]:
 
 def of_triton(op: str) -> Any:
     """The module that starts the kernel of `op`."""
-    return importlib.import_module("rerank_kernels.backends.triton." + LAUNCHER[op].removesuffix("_tensor"))
+    return importlib.import_module("rerank_kernels.backend.triton." + LAUNCHER[op].removesuffix("_tensor"))
 
 
 def ways(served: str, case: Case) -> int:

@@ -19,8 +19,8 @@ import pytest
 
 import promises
 import rerank_kernels as rk
-from rerank_kernels.backends.modes import PROMISES
-from rerank_kernels.backends.registry import BACKENDS, OPS
+from rerank_kernels.backend.modes import PROMISES
+from rerank_kernels.backend.registry import BACKENDS, OPS
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = sorted(set(OPS.values()))
@@ -85,7 +85,7 @@ def test_op_is_where_the_registry_says(op: str, served_by: str) -> None:
 # From the bottom up. A room imports its own files, and rooms further down; what stands in line with it, it does not.
 ROOMS = (
     ("version", "errors", "check", "ranking", "tables"),
-    ("backends",),
+    ("backend",),
     ("ops",),
     ("models",),
     ("patching",),
@@ -163,6 +163,7 @@ def test_every_package_is_installed() -> None:
 
 
 def test_public_names_are_all_there() -> None:
+    assert not set(rk.__all__) & set(HEIGHT), "a public name that a room would hide once it is imported"
     assert sorted(rk.__all__) == sorted(set(rk.__all__))
     assert [n for n in rk.__all__ if not hasattr(rk, n)] == []
 
@@ -253,7 +254,7 @@ FORBIDDEN = {
     r"set_flush_denormal|_MM_SET_FLUSH_ZERO_MODE|_MM_SET_DENORMALS": "subnormals are kept",
     r"\bstd::(exp|tanh|erf|erfc|log|pow)f?\b": "the C library's functions differ from machine to machine; numerics.h has ours",
 }
-KERNELS = ("csrc", "rerank_kernels/backends/native", "rerank_kernels/backends/pytorch", "rerank_kernels/backends/triton")
+KERNELS = ("csrc", "rerank_kernels/backend/native", "rerank_kernels/backend/pytorch", "rerank_kernels/backend/triton")
 
 
 def code_only(path: Path) -> str:

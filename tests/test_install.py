@@ -162,7 +162,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-d
     return {"whole": build("whole"), "elsewhere": build("elsewhere", "-DRK_LIBRARY=RK_LIBRARY_")}
 
 
-ASK = "import rerank_kernels.backends.library as n; print(n.missing())"
+ASK = "import rerank_kernels.backend.library as n; print(n.missing())"
 NOW = str(rk.NUMERICS_VERSION)
 
 
@@ -226,7 +226,7 @@ assert torch.equal(rk.linear(x, w), y)
 
 def test_every_op_that_is_called_is_in_the_schema() -> None:
 
-    from rerank_kernels.backends import library
+    from rerank_kernels.backend import library
 
     names = {s.partition("(")[0] for s in SIGNATURES}
     called = set(library.called())
@@ -297,7 +297,7 @@ def test_a_checkout_that_hides_an_install_says_which(bare: pathlib.Path, tmp_pat
     shutil.copytree(bare / "rerank_kernels", checkout / "rerank_kernels")
     (checkout / "rerank_kernels" / "_not_built.txt").unlink()
     (checkout / "setup.py").touch()
-    ask = lambda: python("import rerank_kernels.backends.library as n; print(n.missing())", pathlib.Path(f"{checkout}:{site}"))  # noqa: E731
+    ask = lambda: python("import rerank_kernels.backend.library as n; print(n.missing())", pathlib.Path(f"{checkout}:{site}"))  # noqa: E731
     assert f"never installed; run: {sys.executable} -m pip install --no-build-isolation --no-deps -e '{checkout}'" in ask()
     (site / "rerank_kernels").mkdir(parents=True)
     (site / "rerank_kernels" / "_C.abi3.so").touch()
@@ -314,7 +314,7 @@ def test_the_command_names_the_folder_that_pip_installed_from(bare: pathlib.Path
     (sources / "setup.py").touch()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rerank-kernels\n")
     (info / "direct_url.json").write_text('{"url": "' + sources.as_uri() + '", "dir_info": {}}')
-    found = python("import rerank_kernels.backends.library as n; print(n.build_command())", tmp_path / "site")
+    found = python("import rerank_kernels.backend.library as n; print(n.build_command())", tmp_path / "site")
     assert found.endswith(f"--no-build-isolation --no-deps '{sources}'")
 
 
@@ -326,8 +326,8 @@ def test_the_messages_of_the_page_are_the_messages_of_the_program() -> None:
         "setup.py",
         "csrc/toolkit.py",
         "csrc/schema.cpp",
-        "rerank_kernels/backends/registry.py",
-        "rerank_kernels/backends/library.py",
+        "rerank_kernels/backend/registry.py",
+        "rerank_kernels/backend/library.py",
     )
     sources = "".join((ROOT / name).read_text() for name in names)
     plain = re.sub(r'"\s*\n\s*f?"', "", sources)

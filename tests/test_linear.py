@@ -15,7 +15,7 @@ import contract
 import invariants
 from cases import Case, numbers
 from invariants import same
-from rerank_kernels.backends.registry import Backend
+from rerank_kernels.backend.registry import Backend
 from rerank_kernels.ops.linear import ACTIVATIONS, activation, bmm, linear
 
 CASES = cases.of("linear")
@@ -292,7 +292,7 @@ def test_blocks_and_shares_of_bmm(isa: str, dtype: torch.dtype) -> None:
 LAST_BLOCK_OF_FOUR = """
 import rerank_kernels as rk
 import torch
-from rerank_kernels.backends.registry import use
+from rerank_kernels.backend.registry import use
 rows = torch.arange(4.0 * 11000).view(4, 11000) % 29 - 14
 a = torch.zeros(1, 35 * 504 + 4, 11000, dtype=torch.float16)
 a[0, -4:] = rows

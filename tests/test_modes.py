@@ -25,7 +25,7 @@ import tensor
 from conftest import ran, require
 from invariants import same
 from models import padded, rows, tiny, tokenizer
-from rerank_kernels.backends import modes, registry
+from rerank_kernels.backend import modes, registry
 from rerank_kernels.models.bound import Forward
 from rerank_kernels.models.registry import packed_embeddings, packed_logits
 from rerank_kernels.ops.linear import linear

@@ -13,7 +13,7 @@ import invariants
 import mutants
 from mutants import HONEST, MUTANTS, Mutant
 from rerank_kernels import check
-from rerank_kernels.backends import registry
+from rerank_kernels.backend import registry
 
 Serve = Callable[..., None]
 

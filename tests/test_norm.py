@@ -10,7 +10,7 @@ import contract
 import invariants
 from cases import numbers
 from invariants import same
-from rerank_kernels.backends.registry import Backend
+from rerank_kernels.backend.registry import Backend
 from rerank_kernels.ops.norm import layer_norm, layer_norm_truth, normalize, normalize_truth
 
 CASES = cases.of("norm")

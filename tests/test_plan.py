@@ -10,7 +10,7 @@ import torch
 import cases
 import tensor
 from conftest import require
-from rerank_kernels.backends.plan import ARCHITECTURES, CUDA_HEADS, K_STEP, Tile, cuda_attention, cuda_linear, plan, triton_gap
+from rerank_kernels.backend.plan import ARCHITECTURES, CUDA_HEADS, K_STEP, Tile, cuda_attention, cuda_linear, plan, triton_gap
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import linear
 

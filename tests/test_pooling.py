@@ -9,7 +9,7 @@ import cases
 import invariants
 from cases import numbers, offsets
 from invariants import same
-from rerank_kernels.backends.registry import Backend
+from rerank_kernels.backend.registry import Backend
 from rerank_kernels.ops.linear import linear
 from rerank_kernels.ops.pooling import pool, score_head, sigmoid
 

@@ -10,7 +10,7 @@ import contract
 import invariants
 from cases import numbers
 from invariants import same
-from rerank_kernels.backends.registry import Backend
+from rerank_kernels.backend.registry import Backend
 from rerank_kernels.ops.softmax import mean, softmax, sum  # noqa: A004  torch's names
 
 CASES = cases.of("softmax")

@@ -12,8 +12,8 @@ import invariants
 from cases import Case, numbers
 from conftest import require
 from invariants import same
-from rerank_kernels.backends import registry
-from rerank_kernels.backends.registry import Backend
+from rerank_kernels.backend import registry
+from rerank_kernels.backend.registry import Backend
 from rerank_kernels.ops.linear import linear
 from rerank_kernels.ops.sparse_ffn import sparse_ffn
 
@@ -117,7 +117,7 @@ def screening_costs_no_bit() -> None:
 def test_screening_without_its_bound_is_caught(column: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cpu's kernels are the only ones that screen."""
     require("cpu")
-    from rerank_kernels.backends.native import sparse_ffn as native
+    from rerank_kernels.backend.native import sparse_ffn as native
 
     honest = native.screen
 
@@ -134,7 +134,7 @@ def test_screening_without_its_bound_is_caught(column: int, monkeypatch: pytest.
 
 def test_screening_bounds_hold() -> None:
     """bound * |x| is above the error of the copies, in float64, for random and for adversarial rows; and it is not idle."""
-    weights = pytest.importorskip("rerank_kernels.backends.weights")
+    weights = pytest.importorskip("rerank_kernels.backend.weights")
     require("cpu")
     w = numbers("w", (200, 1100), torch.float32)
     w[3] = 0.0

@@ -24,7 +24,7 @@ import test_cuda
 from cases import Case
 from conftest import ran
 from invariants import all_same
-from rerank_kernels.backends.native import sparse_ffn
+from rerank_kernels.backend.native import sparse_ffn
 
 simulated = pytest.importorskip("ptxsim.simulated")
 Edit = simulated.Edit

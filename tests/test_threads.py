@@ -22,7 +22,7 @@ import models
 import rerank_kernels as rk
 from conftest import require
 from invariants import same, with_threads
-from rerank_kernels.backends import library
+from rerank_kernels.backend import library
 
 HERE = Path(__file__).parent
 POOL = HERE.parent / "csrc" / "cpu" / "pool.cpp"
@@ -202,7 +202,7 @@ for thread in busy: thread.start()
 for child in range(6):
     pid = os.fork()
     if pid == 0:
-        same = answers() == before and rk.library.threads() == 3
+        same = answers() == before and rk.backend.library.threads() == 3
         threads = len(os.listdir("/proc/self/task"))
         os._exit(0 if same and threads > 1 else 1)
     if os.waitpid(pid, 0)[1]: sys.exit(f"child {child} has other bits, or one thread")

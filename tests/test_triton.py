@@ -26,7 +26,7 @@ from invariants import all_same, same
 from ptxsim import simulated_triton as simulated
 from ptxsim.open_bits import open_bits
 from ptxsim.simulated_triton import Edit, simulated_triton
-from rerank_kernels.backends import registry
+from rerank_kernels.backend import registry
 
 CASES = cases.CASES
 ROOT = Path(__file__).parent.parent
@@ -80,14 +80,14 @@ def both(call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def tiles() -> list[int]:
-    from rerank_kernels.backends.triton import linear
+    from rerank_kernels.backend.triton import linear
 
     return list(range(len(linear.TILES)))
 
 
 @in_dtypes
 def test_every_tile_gives_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rerank_kernels.backends.triton import linear
+    from rerank_kernels.backend.triton import linear
 
     for case in CASES:
         if case.op in ("linear", "score_head"):
@@ -166,13 +166,13 @@ def test_weights_at_an_odd_address(dtype: torch.dtype) -> None:
 
 
 def ways(case: Case, arch: int = 80) -> int:
-    from rerank_kernels.backends.triton import attention, linear
+    from rerank_kernels.backend.triton import attention, linear
 
     return len(attention.tensor_tiles(case.rows["q"][1], arch) if case.op == "attention" else linear.tensor_tiles(arch))
 
 
 def forced(monkeypatch: pytest.MonkeyPatch, case: Case, way: int) -> None:
-    from rerank_kernels.backends.triton import attention, linear
+    from rerank_kernels.backend.triton import attention, linear
 
     monkeypatch.setattr(attention if case.op == "attention" else linear, "force", way)
 
@@ -256,7 +256,7 @@ def test_all_tiles_have_one_matrix_instruction(
 
 def test_tensor_tiles_fit() -> None:
     """Hopper: 64 rows and four warps, or multiples, or Triton takes mma.sync. Every tile is chosen by some M and N."""
-    from rerank_kernels.backends.triton import attention, linear
+    from rerank_kernels.backend.triton import attention, linear
 
     for arch in (80, 86, 89, 90, 120):
         every = [*linear.tensor_tiles(arch), *(t for d in (16, 64, 128, 256) for t in attention.tensor_tiles(d, arch))]
@@ -276,7 +276,7 @@ def test_a_gpu_that_nobody_looked_at_has_no_mode_tensor() -> None:
 
 @pytest.mark.parametrize("m", [1, 33])
 def test_bmm_is_linear_of_each_pair(m: int) -> None:
-    from rerank_kernels.backends.triton import linear
+    from rerank_kernels.backend.triton import linear
 
     with simulated_triton(race=True):
         for dtype, product, alone in (
@@ -290,7 +290,7 @@ def test_bmm_is_linear_of_each_pair(m: int) -> None:
 
 def test_who_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Triton compiles for other GPUs nobody has looked at; old ones lack the instructions."""
-    from rerank_kernels.backends import triton
+    from rerank_kernels.backend import triton
 
     def missing() -> str | None:
         triton.missing.cache_clear()
@@ -358,7 +358,7 @@ def test_no_instruction_leaves_a_bit_open(arch: int, dtype: torch.dtype) -> None
 
 def test_constants_are_those_of_numerics_h() -> None:
     number = re.compile(r"-?0x[01]\.[0-9a-f]+p[+-]\d+")
-    h, py = ((ROOT / p).read_text() for p in ("csrc/numerics.h", "rerank_kernels/backends/triton/numerics.py"))
+    h, py = ((ROOT / p).read_text() for p in ("csrc/numerics.h", "rerank_kernels/backend/triton/numerics.py"))
     ours = {float.fromhex(n) for n in number.findall(py)}
     assert {float.fromhex(n) for n in number.findall(h)} - {0.5} == ours
 

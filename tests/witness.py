@@ -333,7 +333,7 @@ def recording() -> Iterator[tuple[Any, list[Launch]]]:
     hold no numbers. Gives ptxsim.simulated and the growing list.
     """
     from ptxsim import simulated
-    from rerank_kernels.backends.library import missing
+    from rerank_kernels.backend.library import missing
 
     if reason := missing():  # it holds the ops' signatures
         raise RuntimeError(f"launches cannot be noted: {reason}")

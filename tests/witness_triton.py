@@ -1,4 +1,4 @@
-"""What Triton and its ptxas make of rerank_kernels/backends/triton, read from PTX and machine code on a machine without a GPU.
+"""What Triton and its ptxas make of rerank_kernels/backend/triton, read from PTX and machine code on a machine without a GPU.
 
     python tests/witness_triton.py             # the rules, for every kernel, tile and dtype; exit status 1 if one is broken
     python tests/witness_triton.py --check     # the same, and docs/GPU.md is what --write would write
@@ -31,8 +31,8 @@ import torch
 import rerank_kernels as rk
 import witness
 from ptxsim import simulated_triton as simulated
-from rerank_kernels.backends import library
-from rerank_kernels.backends.triton import attention, linear
+from rerank_kernels.backend import library
+from rerank_kernels.backend.triton import attention, linear
 
 BEGIN = "<!-- written by tests/witness_triton.py --write: do not edit -->"
 END = "<!-- end of what tests/witness_triton.py writes -->"

@@ -9,7 +9,7 @@
 // 2. ReGLU: the rows of up, for active neurons only.
 // 3. down: an axpy over the active neurons, ascending, in the chunks of 512 neurons of `dot`. Leaving out a zero term leaves
 //    every bit (NUMERICS.md, "sparse_ffn"), so many rows may take the dense way instead, with the same bits:
-//    rerank_kernels/backends/native/sparse_ffn.py does.
+//    rerank_kernels/backend/native/sparse_ffn.py does.
 
 #ifndef RK_ISA
 #define RK_FILE "sparse_ffn.cpp"
@@ -57,7 +57,7 @@ static void some_rows(const RowsArgs& args, const int32_t* neurons, int64_t coun
     });
 }
 
-// A first matrix in 8 bits a weight, twice, and what the copies leave out; see rerank_kernels/backends/weights.py, screen.
+// A first matrix in 8 bits a weight, twice, and what the copies leave out; see rerank_kernels/backend/weights.py, screen.
 struct Screen {
     const int8_t *coarse, *rest;  // [F, K]
     const float* bounds;          // [F, 4]: scale of coarse, error bound of it alone; scale of rest, error bound of both

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         return _plan(args)
     if args.arch or args.model or args.linear or args.head:
         raise InputError("--arch, --model, --linear and --head belong to --plan")
-    from rerank_kernels.backends.registry import BACKENDS, backends
+    from rerank_kernels.backend.registry import BACKENDS, backends
     from rerank_kernels.tables import Column, Table
     from rerank_kernels.verify import environment
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     import torch
 
-    from rerank_kernels.backends.plan import ARCHITECTURES, plan, triton_gap
+    from rerank_kernels.backend.plan import ARCHITECTURES, plan, triton_gap
     from rerank_kernels.tables import Column, Table
     from rerank_kernels.verify.models import SHAPE, SHAPES
 

@@ -164,7 +164,7 @@ def _identity(args: argparse.Namespace, reranker: Any, source: Format, to: Forma
     import torch
     import transformers
 
-    from rerank_kernels.backends import registry
+    from rerank_kernels.backend import registry
 
     device = next(reranker.model.parameters()).device
     served = registry.active(device)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rerank_kernels.backends import library, registry
-from rerank_kernels.backends.modes import PORTABLE, Mode, of_the_model
+from rerank_kernels.backend import library, registry
+from rerank_kernels.backend.modes import PORTABLE, Mode, of_the_model
 
 NOT_COMPILED = (
     "a patched model runs as it is, for fused arithmetic has other bits: torch.compile works around it without fullgraph=True; "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import check
-from rerank_kernels.backends import modes, registry
+from rerank_kernels.backend import modes, registry
 from rerank_kernels.ops.opaque import opaque
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "tanh", "relu", "silu", "sigmoid")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import check
-from rerank_kernels.backends import registry
+from rerank_kernels.backend import registry
 from rerank_kernels.ops.linear import ACTIVATIONS, linear_truth
 from rerank_kernels.ops.opaque import opaque
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import check
-from rerank_kernels.backends import registry
+from rerank_kernels.backend import registry
 from rerank_kernels.ops.opaque import opaque
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import check
-from rerank_kernels.backends import modes, registry
+from rerank_kernels.backend import modes, registry
 from rerank_kernels.ops.linear import linear_truth
 from rerank_kernels.ops.opaque import opaque
 

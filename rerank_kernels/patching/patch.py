@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from rerank_kernels.backends import registry
-from rerank_kernels.backends.modes import Mode, named
+from rerank_kernels.backend import registry
+from rerank_kernels.backend.modes import Mode, named
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models.bound import Method, class_of
 from rerank_kernels.patching import walk

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rerank_kernels.backends import registry
-from rerank_kernels.backends.modes import PORTABLE, Mode, named
+from rerank_kernels.backend import registry
+from rerank_kernels.backend.modes import PORTABLE, Mode, named
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import registry as models
 from rerank_kernels.models.bound import Forward, class_of, hooked, name_of

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rerank_kernels import check
-from rerank_kernels.backends.modes import MODES
+from rerank_kernels.backend.modes import MODES
 from rerank_kernels.models import registry as models
 from rerank_kernels.models.bound import Forward, serving
 from rerank_kernels.ops.softmax import sum as row_sum

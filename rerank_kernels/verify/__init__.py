@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from rerank_kernels.backends.modes import PROMISES
-from rerank_kernels.models import registry as models
+from rerank_kernels.backend.modes import PROMISES
 from rerank_kernels.models.bound import Forward as BoundForward
+from rerank_kernels.models.registry import max_tokens
 from rerank_kernels.patching import walk
 from rerank_kernels.scoring.reranker import Reranker
 from rerank_kernels.verify.controls import Control, mutant_controls, sighted_controls
@@ -69,7 +69,7 @@ def verify(
         if stock:
             walk.unpatch(model)
         large = sum(p.numel() for n, p in model.named_parameters() if "embeddings" not in n) >= LARGE
-        room = min(models.max_tokens(model), tokenizer.model_max_length)
+        room = min(max_tokens(model), tokenizer.model_max_length)
         cut = max_length or (room if pairs is not None else 128 if large else 320)
         texts = _texts(model, tokenizer, default_pairs() if pairs is None else pairs, min(cut, room), room, limit)
         setting = Setting.of(model, mode, served_by)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rerank_kernels.backends import registry
-from rerank_kernels.backends.modes import PORTABLE, Mode
+from rerank_kernels.backend import registry
+from rerank_kernels.backend.modes import PORTABLE, Mode
 from rerank_kernels.verify.measure import Session, measure
 from rerank_kernels.verify.plan import FINAL, HOME, Call, Check, Floats, Forward, Inputs, Texts, home
 

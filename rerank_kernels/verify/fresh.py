@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rerank_kernels.backends import registry
+from rerank_kernels.backend import registry
 from rerank_kernels.ops.pooling import pool
 from rerank_kernels.patching import walk
 from rerank_kernels.scoring.reranker import Reranker

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from rerank_kernels.backends import registry
+from rerank_kernels.backend import registry
 from rerank_kernels.errors import BackendError
 from rerank_kernels.tables import Column, Table
 from rerank_kernels.verify.controls import Control

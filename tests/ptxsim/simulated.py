@@ -32,7 +32,7 @@ import torch.utils.cpp_extension
 import toolkit
 from ptxsim.once import alone
 from ptxsim.program import Kernel, Module
-from rerank_kernels.backends import registry, weights
+from rerank_kernels.backend import registry, weights
 
 ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent

@@ -1,7 +1,7 @@
 """The triton backend on a machine without a GPU: its own Python, Triton's own compiler, and the PTX in the simulator.
 
     with simulated_triton(arch=90, race=True):
-        rk.linear(x, weight)            # CPU tensors; rerank_kernels/backends/triton serves them
+        rk.linear(x, weight)            # CPU tensors; rerank_kernels/backend/triton serves them
 
 launch.run is replaced: arguments are specialised as Triton's launcher does it (its own function), the kernel is compiled with
 the options of launch.OPTIONS for the architecture asked for, and its PTX runs here. What ptxas makes of the PTX is looked at
@@ -27,17 +27,17 @@ from typing import Any
 import torch
 
 from ptxsim.program import Kernel, Module
-from rerank_kernels.backends import registry
+from rerank_kernels.backend import registry
 
 ROOT = Path(__file__).parent.parent.parent
 BUILD = Path(os.environ.get("RERANK_KERNELS_CACHE", ROOT / "build" / "ptxsim"))
 os.environ.setdefault("TRITON_CACHE_DIR", str(BUILD / "triton"))
-PACKAGE = "rerank_kernels.backends.triton"
+PACKAGE = "rerank_kernels.backend.triton"
 
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """How a mutant breaks a kernel: `old`, in rerank_kernels/backends/triton/<file>, becomes `new` wherever it stands."""
+    """How a mutant breaks a kernel: `old`, in rerank_kernels/backend/triton/<file>, becomes `new` wherever it stands."""
 
     file: str
     old: str

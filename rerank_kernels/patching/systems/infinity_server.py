@@ -10,7 +10,7 @@ import signal
 import sys
 from typing import Any
 
-from rerank_kernels.backends import registry
+from rerank_kernels.backend import registry
 from rerank_kernels.patching.patch import patch
 
 INSTALL = 'infinity-server: infinity_emb is not installed; run: pip install "infinity_emb[torch,server]"'

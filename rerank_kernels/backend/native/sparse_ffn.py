@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rerank_kernels.backends.native.linear import linear, linear_tensor
-from rerank_kernels.backends.weights import check_finite, contiguous, screen, transposed
+from rerank_kernels.backend.native.linear import linear, linear_tensor
+from rerank_kernels.backend.weights import check_finite, contiguous, screen, transposed
 
 # From here on a row's share of reading all weights costs less than its own walk over the active ones. Only time depends on it.
 DENSE_ROWS = 8

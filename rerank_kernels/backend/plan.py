@@ -103,13 +103,13 @@ def triton_gap(arch: int) -> str | None:
 
 
 def triton_instruction(arch: int) -> str:
-    from rerank_kernels.backends.triton.launch import matrix_instruction
+    from rerank_kernels.backend.triton.launch import matrix_instruction
 
     return {"mma.sync": MMA, "wgmma": WGMMA}[matrix_instruction(arch)]
 
 
 def triton_linear(features: str, arch: int, k: int) -> Row:
-    from rerank_kernels.backends.triton import linear
+    from rerank_kernels.backend.triton import linear
 
     # a step of the loop is STEP k's, zeros beyond K
     count = ceil_div(k, linear.STEP) * linear.STEP // K_STEP
@@ -118,7 +118,7 @@ def triton_linear(features: str, arch: int, k: int) -> Row:
 
 
 def triton_attention(features: str, arch: int, d: int) -> Row:
-    from rerank_kernels.backends.triton import attention
+    from rerank_kernels.backend.triton import attention
 
     low, high = attention.parts(d, arch)
     tiles = tuple(Tile(t.rows, KEYS, t.warps * 32, None) for t in attention.tensor_tiles(d, arch))

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_kernels.backends.triton.launch import blocks, start
-from rerank_kernels.backends.triton.numerics import LANES, MINUS_INFINITY, exp_of_negative, fold_lanes
+from rerank_kernels.backend.triton.launch import blocks, start
+from rerank_kernels.backend.triton.numerics import LANES, MINUS_INFINITY, exp_of_negative, fold_lanes
 
 ROWS = 4  # of one block, a warp each
 AHEAD = 8  # loads of a lane under way

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rerank_kernels.backends.weights import contiguous
+from rerank_kernels.backend.weights import contiguous
 
 # enum Activation in csrc/numerics.h
 CODES = {None: 0, "gelu": 1, "gelu_tanh": 2, "tanh": 3, "relu": 4, "silu": 5, "sigmoid": 6}

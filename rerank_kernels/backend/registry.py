@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from rerank_kernels.backends import library, triton
-from rerank_kernels.backends.modes import MODES, PORTABLE, PROMISES, TENSOR, Mode
+from rerank_kernels.backend import library, triton
+from rerank_kernels.backend.modes import MODES, PORTABLE, PROMISES, TENSOR, Mode
 from rerank_kernels.errors import BackendError, FallbackWarning
 
 # op -> the family file that holds it in every backend's folder
@@ -59,10 +59,10 @@ _BOTH = {mode.name: mode.promises for mode in (PORTABLE, TENSOR)}
 BACKENDS = {
     b.name: b
     for b in (
-        Backend("cpu", "rerank_kernels.backends.native", ("cpu",), {"portable": PROMISES}, lambda: library.missing()),
-        Backend("cuda", "rerank_kernels.backends.native", ("cuda",), _BOTH, lambda: library.missing_cuda()),
-        Backend("triton", "rerank_kernels.backends.triton", ("cuda",), _BOTH, lambda: triton.missing()),
-        Backend("pytorch", "rerank_kernels.backends.pytorch", ("cpu",), {"portable": PROMISES[:3]}, lambda: None),
+        Backend("cpu", "rerank_kernels.backend.native", ("cpu",), {"portable": PROMISES}, lambda: library.missing()),
+        Backend("cuda", "rerank_kernels.backend.native", ("cuda",), _BOTH, lambda: library.missing_cuda()),
+        Backend("triton", "rerank_kernels.backend.triton", ("cuda",), _BOTH, lambda: triton.missing()),
+        Backend("pytorch", "rerank_kernels.backend.pytorch", ("cpu",), {"portable": PROMISES[:3]}, lambda: None),
     )
 }
 
@@ -271,7 +271,7 @@ def without_mode(name: str, mode: Mode) -> str | None:
         return f"has no mode {mode}; {' and '.join(having_mode(mode))} have, on a GPU"
     if mode != TENSOR or name != "triton" or missing(name) is not None:
         return missing(name)
-    from rerank_kernels.backends.triton import launch
+    from rerank_kernels.backend.triton import launch
 
     gaps = []
     for device in range(torch.cuda.device_count()):

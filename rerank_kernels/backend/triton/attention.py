@@ -26,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_kernels.backends.triton import launch
-from rerank_kernels.backends.triton.launch import blocks, matrix_instruction, start
-from rerank_kernels.backends.triton.numerics import (
+from rerank_kernels.backend.triton import launch
+from rerank_kernels.backend.triton.launch import blocks, matrix_instruction, start
+from rerank_kernels.backend.triton.numerics import (
     CHUNK,
     KEY_TILE,
     LANES,

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from rerank_kernels.backends.pytorch.linear import linear, stable_sigmoid
+from rerank_kernels.backend.pytorch.linear import linear, stable_sigmoid
 
 
 def pool(x: Tensor, cu_seqlens: Tensor, mode: str, out_dtype: torch.dtype) -> Tensor:

@@ -157,6 +157,6 @@ def _hidden_install(stem: str) -> str | None:
 
 @functools.cache
 def called() -> tuple[str, ...]:
-    """The library's ops that backends/ calls: what a library must have."""
+    """The library's ops that backend/ calls: what a library must have."""
     sources = (path.read_text(encoding="utf-8") for path in sorted(pathlib.Path(__file__).parent.glob("**/*.py")))
     return tuple(sorted({op for text in sources for op in re.findall(r"torch\.ops\.rerank_kernels\.(\w+)\(", text)}))

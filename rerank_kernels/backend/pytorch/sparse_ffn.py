@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rerank_kernels.backends.pytorch.linear import linear
+from rerank_kernels.backend.pytorch.linear import linear
 
 
 def sparse_ffn(

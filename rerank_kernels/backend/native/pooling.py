@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rerank_kernels.backends.native.linear import CODES
-from rerank_kernels.backends.weights import contiguous
+from rerank_kernels.backend.native.linear import CODES
+from rerank_kernels.backend.weights import contiguous
 
 
 def pool(x: Tensor, cu_seqlens: Tensor, mode: str, out_dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from rerank_kernels.backends.pytorch.softmax import row_sum
+from rerank_kernels.backend.pytorch.softmax import row_sum
 
 
 # Autocast would turn the matrix products into half precision behind our back.

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_kernels.backends.triton.launch import blocks, start
-from rerank_kernels.backends.triton.linear import ELEMENTS, elementwise, linear
-from rerank_kernels.backends.triton.numerics import sigmoid_of
+from rerank_kernels.backend.triton.launch import blocks, start
+from rerank_kernels.backend.triton.linear import ELEMENTS, elementwise, linear
+from rerank_kernels.backend.triton.numerics import sigmoid_of
 
 FEATURES = 128  # of one block
 AHEAD = 8  # tokens under way

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rerank_kernels.backends.pytorch.softmax import row_sum
+from rerank_kernels.backend.pytorch.softmax import row_sum
 
 
 def layer_norm(rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None) -> Tensor:

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_kernels.backends.triton.launch import blocks, start
-from rerank_kernels.backends.triton.linear import linear, linear_tensor
-from rerank_kernels.backends.triton.numerics import CHUNK, fmadd
-from rerank_kernels.backends.weights import check_finite, contiguous, transposed
+from rerank_kernels.backend.triton.launch import blocks, start
+from rerank_kernels.backend.triton.linear import linear, linear_tensor
+from rerank_kernels.backend.triton.numerics import CHUNK, fmadd
+from rerank_kernels.backend.weights import check_finite, contiguous, transposed
 
 DENSE_ROWS = 8  # from here on a row's share of reading all weights costs less than its own walk. Only time depends on it.
 NEURONS = 32  # of one block of 3

@@ -25,10 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_kernels.backends.triton import launch
-from rerank_kernels.backends.triton.launch import blocks, matrix_instruction, start
-from rerank_kernels.backends.triton.numerics import CHUNK, activate
-from rerank_kernels.backends.weights import contiguous
+from rerank_kernels.backend.triton import launch
+from rerank_kernels.backend.triton.launch import blocks, matrix_instruction, start
+from rerank_kernels.backend.triton.numerics import CHUNK, activate
+from rerank_kernels.backend.weights import contiguous
 
 Tile = tuple[int, int, int, int]  # rows, columns, steps of K, warps
 TILES: tuple[Tile, ...] = ((1, 32, 32, 1), (16, 32, 32, 2), (32, 64, 16, 4), (64, 64, 16, 8))
