@@ -20,6 +20,7 @@ import rerank_kernels as rk
 from commands import bad, run, write
 from models import save_cross_encoder, tiny, tokenizer
 from rerank_kernels import cli, verify
+from rerank_kernels.backend import registry
 from rerank_kernels.cli import models as chosen
 from rerank_kernels.cli import score as score_command
 
@@ -491,7 +492,7 @@ def test_info_plan(capsys, monkeypatch) -> None:
 
 def test_info_without_the_library_says_why(capsys, monkeypatch) -> None:
     reason = "the C++ library was not built"
-    monkeypatch.setattr(rk.backend, "missing", lambda name: reason if name == "cpu" else None)
+    monkeypatch.setattr(registry, "missing", lambda name: reason if name == "cpu" else None)
     code, out, _ = run(capsys, "info")
     assert code == 0 and f"cpu: {reason}" in out
 

@@ -125,7 +125,7 @@ def test_a_last_bit_of_one_embedding_moves_the_hashes(monkeypatch: pytest.Monkey
         y[-1, -1] = torch.nextafter(y[-1, -1], y.new_tensor(2.0))
         return y
 
-    monkeypatch.setattr(rerank_kernels.models.bert, "normalize", off)
+    monkeypatch.setattr(rerank_kernels.models.heads, "normalize", off)
     with registry.use("cpu"):
         for way in (way for way in finals.WAYS if way.startswith("Reranker, embeddings")):
             assert digest(*finals.WAYS[way]()()) != read()["finals"][way]

@@ -16,6 +16,7 @@ import rerank_kernels as rk
 import rerank_kernels.verify as package
 from models import CORPUS, tiny, tokenizer
 from rerank_kernels import check as arguments
+from rerank_kernels.backend import registry
 from rerank_kernels.models.bound import Forward
 from rerank_kernels.verify import VerifyReport, controls, default_pairs, fresh, verify
 from rerank_kernels.verify.measure import Session, measure
@@ -184,7 +185,7 @@ def leaking(true):
 
 def test_a_kernel_that_leaks_between_rows_is_caught(monkeypatch) -> None:
     model, own = cross_encoder()
-    monkeypatch.setattr(rk.backend, "select", leaking(rk.backend.select))
+    monkeypatch.setattr(registry, "select", leaking(registry.select))
     report = run(model, own)
     assert not report.ok
     assert {"batch", "position", "neighbours", "packed"} <= fallen(report)
