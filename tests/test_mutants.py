@@ -14,6 +14,7 @@ import mutants
 from mutants import HONEST, MUTANTS, Mutant
 from rerank_kernels import check
 from rerank_kernels.backend import registry
+from rerank_kernels.backend.modes import PORTABLE
 
 Serve = Callable[..., None]
 
@@ -23,7 +24,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     """serve(linear=kernel): every op from the honest kernels, this one from the given one."""
 
     def serve(**kernels: Callable[..., Any]) -> None:
-        monkeypatch.setattr(registry, "select", lambda op, device, mode="portable": {**HONEST, **kernels}[op])
+        monkeypatch.setattr(registry, "select", lambda op, device, mode=PORTABLE: {**HONEST, **kernels}[op])
 
     return serve
 

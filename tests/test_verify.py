@@ -17,6 +17,7 @@ import rerank_kernels.verify as package
 from models import CORPUS, tiny, tokenizer
 from rerank_kernels import check as arguments
 from rerank_kernels.backend import registry
+from rerank_kernels.backend.modes import PORTABLE
 from rerank_kernels.models.bound import Forward
 from rerank_kernels.verify import VerifyReport, controls, default_pairs, fresh, verify
 from rerank_kernels.verify.measure import Session, measure
@@ -168,7 +169,7 @@ def test_too_few_texts() -> None:
 def leaking(true):
     """Attention that lets a row see its neighbours: what a kernel with wrong offsets does."""
 
-    def select(op, device, mode="portable"):
+    def select(op, device, mode=PORTABLE):
         serve = true(op, device, mode)
         if op != "attention":
             return serve
