@@ -2,7 +2,7 @@
 
 A page holds `<!-- bench:NAME -->` and `<!-- /bench -->`, each on a line of its own; what stands between them is replaced, and
 nothing else. NAMEs: those of TABLES below; figures-cpu and figures-cuda for all that bench/plot.py drew into docs,
-figure-throughput-cpu for one of them. A table whose run is not there keeps what it had; a page without markers is left alone.
+figure-throughput-cpu for one of them. A table whose run is not there keeps what it had.
 """
 
 from __future__ import annotations
@@ -10,21 +10,18 @@ from __future__ import annotations
 import argparse
 import os
 import pathlib
-import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from results import ROOT, best_ratio, digits, kept, reach
 
-PAGES = ("README.md", "docs/GPU.md", "docs/SPEED.md")
+sys.path.append(str(ROOT))
+from tools import pages
+from tools.pages import markdown
+
+PAGES = ("README.md", "docs/SPEED.md")
 Content = Mapping[str, Any]
-MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
-
-
-def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def cpu(content: Content, models: bool) -> str:
@@ -208,28 +205,19 @@ def figures(device: str, page: pathlib.Path, folder: pathlib.Path, names: Iterab
     return "".join(f"![{FIGURES[n]}]({os.path.relpath(p, page.resolve().parent)})\n\n" for n, p in there.items())
 
 
-def placed(path: pathlib.Path, data: Mapping[str, Content], folder: pathlib.Path = ROOT / "docs") -> tuple[str, list[str]]:
-    """The page with its tables, and what was done."""
-    said: list[str] = []
+def made(page: pathlib.Path, data: Mapping[str, Content], folder: pathlib.Path = ROOT / "docs") -> pages.Contents:
+    """Name of a table or of figures -> its text on the page; None: there is no run that it could be made of."""
 
-    def table(match: re.Match[str]) -> str:
-        begin, name, _, end = match.groups()
-        if name.startswith(("figures-", "figure-")):
-            one, device = name.split("-")[1:-1], name.rpartition("-")[2]
-            drawn = figures(device, path, folder, one or FIGURES)
-            said.append(f"{name}: {drawn.count('![')}")
-            return begin + drawn + end if drawn else match.group(0)
-        if name not in TABLES:
-            raise SystemExit(f"there is no table {name!r}; there are {', '.join(TABLES)}")
-        needs, make = TABLES[name]
-        have = [data[need] for need in needs if need in data and HOLDS.get(name, "machine") in data[need]]
-        if not have:
-            said.append(f"{name}: no run, left as it was")
-            return match.group(0)
-        said.append(f"{name}: written")
-        return begin + make(*have) + end
+    def each() -> Iterator[tuple[str, str | None]]:
+        for name, (needs, make) in TABLES.items():
+            have = [data[need] for need in needs if need in data and HOLDS.get(name, "machine") in data[need]]
+            yield name, make(*have) if have else None
+        for device in ("cpu", "cuda"):
+            yield f"figures-{device}", figures(device, page, folder) or None
+            for name in FIGURES:
+                yield f"figure-{name}-{device}", figures(device, page, folder, [name]) or None
 
-    return MARKED.sub(table, path.read_text()), said
+    return dict(each())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -238,10 +226,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=pathlib.Path, default=ROOT / "bench" / "out", help="where the JSON files are")
     args = parser.parse_args(argv)
     data = kept(args.data)
-    for path in args.pages or [p for name in PAGES if (p := ROOT / name).is_file()]:
-        page, said = placed(path, data)
-        path.write_text(page)
-        print(f"{path}: {'; '.join(said) or 'no markers'}")
+    for path in args.pages or [ROOT / name for name in PAGES]:
+        contents = made(path, data)
+        written = ", ".join(pages.write(path, "bench", contents)) or "nothing new"
+        left = ", ".join(b.name for b in pages.blocks(path.read_text(), "bench") if contents[b.name] is None)
+        print(f"{path}: {written}" + (f"; no run, left as it was: {left}" if left else ""))
     return 0
 
 

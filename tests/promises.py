@@ -15,8 +15,11 @@ from pathlib import Path
 from rerank_kernels.backend.modes import MODES, PROMISES
 from rerank_kernels.backend.registry import BACKENDS, OPS
 
-PAGE = Path(__file__).parent.parent / "NUMERICS.md"
-BEGIN, END = "<!-- written by tests/promises.py --write: do not edit -->", "<!-- end of the table of promises -->"
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+from tools import pages  # noqa: E402
+
+PAGE = ROOT / "NUMERICS.md"
 CLASSES = {
     "norm": "TestNorm",
     "softmax": "TestSoftmax",
@@ -78,18 +81,15 @@ def table() -> str:
             + " | ".join(shown)
             + " |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def _within(test: str, home: str) -> str:
     return test.removeprefix(f"{home}::")
 
 
-def written() -> str:
-    """The page as it should be."""
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}"
+def written() -> pages.Contents:
+    return {"table": table()}
 
 
 if __name__ == "__main__":
@@ -97,4 +97,4 @@ if __name__ == "__main__":
     parser.add_argument("--write", action="store_true", help="write the table into NUMERICS.md")
     if not parser.parse_args().write:
         sys.exit("nothing to do without --write")
-    PAGE.write_text(written(), encoding="utf-8")
+    pages.write(PAGE, "promises", written())

@@ -166,7 +166,7 @@ def test_tables_stand_between_their_markers(data: Path, tmp_path: Path, capsys: 
     assert place.main(["--data", str(data), str(page)]) == 0 and page.read_text() == text
     assert "no run, left as it was" in capsys.readouterr().out
     page.write_text("<!-- bench:nothing -->\n<!-- /bench -->")
-    with pytest.raises(SystemExit, match="there is no table 'nothing'"):
+    with pytest.raises(place.pages.Wrong, match=r"page.md: line 1: there is no bench:nothing; there are cpu-models, "):
         place.main(["--data", str(data), str(page)])
 
 
@@ -177,16 +177,12 @@ def test_the_short_form_names_cases_that_there_are() -> None:
 def test_figures_that_are_drawn_stand_on_the_page(tmp_path: Path) -> None:
     docs, page = tmp_path / "docs", tmp_path / "page.md"
     docs.mkdir()
-    page.write_text("<!-- bench:figures-cuda -->\nold\n<!-- /bench -->\n")
-    assert "old" in place.placed(page, {}, docs)[0]
+    assert place.made(page, {}, docs)["figures-cuda"] is None
     (docs / "bits-cuda.svg").write_text("")
-    text, _ = place.placed(page, {}, docs)
-    assert "old" not in text and "](docs/bits-cuda.svg)" in text and "price" not in text
-    page.write_text("<!-- bench:figure-price-cuda -->\n<!-- /bench -->\n")
-    assert "svg" not in place.placed(page, {}, docs)[0]
+    assert (text := place.made(page, {}, docs)["figures-cuda"]) and "](docs/bits-cuda.svg)" in text and "price" not in text
+    assert place.made(page, {}, docs)["figure-price-cuda"] is None
     (docs / "price-cuda.svg").write_text("")
-    text, _ = place.placed(page, {}, docs)
-    assert "](docs/price-cuda.svg)" in text and "bits" not in text
+    assert (text := place.made(page, {}, docs)["figure-price-cuda"]) and "](docs/price-cuda.svg)" in text and "bits" not in text
 
 
 def test_figures(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -195,8 +195,7 @@ def test_occupancy_is_the_toolkits(kit: toolkit.Toolkit, tmp_path: Path) -> None
 
 
 def test_the_page_knows_every_kernel(kit: toolkit.Toolkit) -> None:
-    page = witness.PAGE.read_text(encoding="utf-8")
-    generated = page.partition(witness.BEGIN)[2].partition(witness.END)[0]
+    generated = witness.pages.text(witness.PAGE, "witness", "tables")
     if f"nvcc {kit.release};" not in generated:
         pytest.skip(f"docs/GPU.md was written with another nvcc than {kit.release}")
     there = {witness.readable(name).split("<")[0] for s in SOURCES for name in witness.ptx_kernels(kit.ptx(s, OLD).read_text())}

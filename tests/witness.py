@@ -36,9 +36,11 @@ from typing import Any
 import toolkit
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+from tools import pages  # noqa: E402
+
 CUDA = ROOT / "csrc" / "cuda"
 PAGE = ROOT / "docs" / "GPU.md"
-BEGIN, END = "<!-- written by tests/witness.py --write: do not edit -->", "<!-- end of what tests/witness.py writes -->"
 ARCHITECTURES = toolkit.ARCHITECTURES
 
 
@@ -597,8 +599,6 @@ def page(found: list[Kernel]) -> str:
     ]
     return "\n".join(
         [
-            BEGIN,
-            "",
             f"nvcc {kit.release}; {count} kernels for each of {', '.join('sm_' + a for a in ARCHITECTURES)}. In all of them: "
             "no instruction outside the contract, no spills and no local memory, no atomics, and tensor cores in those of mode "
             f"tensor only; {fma:,} fma in PTX, and no product that ptxas fused with a sum.",
@@ -625,7 +625,6 @@ def page(found: list[Kernel]) -> str:
             "",
             "</details>",
             "",
-            END,
         ]
     )
 
@@ -644,15 +643,12 @@ def main() -> int:
     broken = [f"{k.name}, sm_{k.arch}: {defect}" for k in found for defect in k.defects()]
     print("\n".join(broken) or f"witness: {len(found)} kernels of nvcc {kit.release}, every rule holds")
     if args.write or args.check:
-        text = PAGE.read_text(encoding="utf-8")
-        before, _, rest = text.partition(BEGIN)
-        old, _, after = rest.partition(END)
-        new = before + page(found) + after
+        contents = {"tables": page(found)}
         if args.write:
-            PAGE.write_text(new, encoding="utf-8")
-        elif f"nvcc {kit.release};" not in old:
+            pages.write(PAGE, "witness", contents)
+        elif f"nvcc {kit.release};" not in pages.text(PAGE, "witness", "tables"):
             print(f"witness: docs/GPU.md was written with another nvcc than {kit.release}: not compared")
-        elif new != text:
+        elif pages.stale(PAGE, "witness", contents):
             broken.append("stale")
             print("witness: docs/GPU.md is stale: run tests/witness.py --write")
     return 1 if broken else 0

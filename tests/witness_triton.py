@@ -33,9 +33,8 @@ import witness
 from ptxsim import simulated_triton as simulated
 from rerank_kernels.backend import library
 from rerank_kernels.backend.triton import attention, linear
+from tools import pages
 
-BEGIN = "<!-- written by tests/witness_triton.py --write: do not edit -->"
-END = "<!-- end of what tests/witness_triton.py writes -->"
 ARCHITECTURES = (80, 90, 120)
 HALVES = (torch.float16, torch.bfloat16)
 KB = 1024
@@ -239,8 +238,6 @@ def page(found: list[Program]) -> str:
         lines.append(f"| `{name}` | {', '.join([*dtypes, rest]).removesuffix(', ')} | {' | '.join(cells)} |")
     return "\n".join(
         [
-            BEGIN,
-            "",
             "## Triton's kernels",
             "",
             f"Triton {triton.__version__} and the ptxas that it brings; {len(found)} programs for "
@@ -256,7 +253,6 @@ def page(found: list[Program]) -> str:
             "",
             "</details>",
             "",
-            END,
         ]
     )
 
@@ -276,15 +272,13 @@ def main() -> int:
     broken = [f"{p.name}, {p.what}, sm_{p.arch}: {d}" for p in found for d in p.defects()]
     print("\n".join(broken) or f"witness_triton: {len(found)} programs of Triton {triton.__version__}, every rule holds")
     if args.write or args.check:
-        text = witness.PAGE.read_text(encoding="utf-8")
-        before, _, rest = text.partition(BEGIN)
-        old, _, after = rest.partition(END)
-        new = (before if rest else before.rstrip("\n") + "\n\n") + page(found) + (after or "\n")
+        contents = {"tables": page(found)}
+        old = pages.text(witness.PAGE, "witness-triton", "tables")
         if args.write:
-            witness.PAGE.write_text(new, encoding="utf-8")
+            pages.write(witness.PAGE, "witness-triton", contents)
         elif (named := re.search(r"^Triton (\S+) and", old, re.MULTILINE)) and named[1] != triton.__version__:
             print(f"witness_triton: docs/GPU.md was written with Triton {named[1]}, this is {triton.__version__}: not compared")
-        elif new != text:
+        elif pages.stale(witness.PAGE, "witness-triton", contents):
             broken.append("stale")
             print("witness_triton: docs/GPU.md is stale: run tests/witness_triton.py --write")
     return 1 if broken else 0
