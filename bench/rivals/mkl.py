@@ -4,13 +4,10 @@ The setting is read at MKL's first call, so it takes a process; strict mode prom
 alignment. `away` puts such a process into a contest, as one more rival that makes the same calls as the first. `bits` counts
 what it leaves unfixed: the pairs whose logit has other bits than alone, of a small reranker, for stock, stock in strict mode
 and ours.
-
-`python bench/strict.py` is a contestant's process; bench/run.py starts it.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import os
@@ -21,18 +18,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import shapes
 import torch
-from clock import Away, Contest, Missing, Turn, calls_awake
 from torch import Tensor
-from workers import PAUSE, Died, Ready, Worker, serve
+
+import rerank_kernels as rk
+from bench.cases import shapes
+from bench.cases.ops import DTYPES, Build
+from bench.harness.turns import AWAKE, Contestant, Missing, Work
+from bench.harness.worker import PAUSE, Died, Ready, Worker
 
 BAR = 1.0
 NAME = "MKL strict"
 CASES = tuple(f"linear {m}x{k}x{n}" for k, n in ((768, 768), (768, 3072), (3072, 768)) for m in (2048, 128, 16, 1))
 MODELS = ("8x128", "4x512", "32 of 16 to 512")  # of bge-reranker-base
 WAYS = ("stock", f"stock, {NAME}", "ours")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OF_BITS = ("fp32", "bf16")
 BATCHES, EQUAL, PAIRS = (2, 7, 32), 64, 64  # tokens a pair, where lengths are equal
 _workers: list[Worker] = []
 
@@ -55,22 +55,21 @@ def says() -> str | None:
     return match[1] if match else None
 
 
-def away(build: Callable[[], Contest], case: str, quick: bool, bar: float | None = BAR) -> Contest:
+def away(build: Build, case: str, quick: bool, bar: float | None = BAR) -> Work:
     """The contest, and its first rival in strict mode. A bar is for whole runs."""
-    contest = build()
-    first = contest.rivals[0].name
+    work = build()
+    first = next(c.name for c in work.contestants if not c.ours)
     there = functools.partial(ready, {"case": case, "quick": quick, "rival": first})
-    return replace(contest, rivals=[*contest.rivals, Away(f"{first}, {NAME}", there, bar)])
+    return replace(work, contestants=[*work.contestants, Contestant(f"{first}, {NAME}", bar=bar, away=there)])
 
 
-def ready(what: Mapping[str, Any]) -> Turn:
+def ready(what: Mapping[str, Any]) -> Callable[[int], float]:
     if not torch.backends.mkl.is_available():
         raise Missing("this PyTorch has no MKL")
     if not _workers:
-        arguments = ["--threads", str(torch.get_num_threads())]
-        _workers.append(Worker([__file__, *arguments], {"MKL_CBWR": setting()}, pause=PAUSE))
+        _workers.append(Worker(environment={"MKL_CBWR": setting()}, pause=PAUSE, awake=AWAKE))
     try:
-        said = _workers[0].prepare(what)
+        said = _workers[0].ask(f"{__name__}:prepare", **what)
     except Died as error:
         _workers.clear()
         raise Missing(f"failed: {error}") from error
@@ -98,11 +97,11 @@ def bits(name: str, layers: int | None = None, pairs: int = PAIRS) -> list[dict[
     for way in WAYS:
         if NAME in way and not torch.backends.mkl.is_available():
             continue
-        worker = Worker([__file__, "--threads", "1"], {"MKL_CBWR": setting() if NAME in way else ""})
+        worker = Worker(environment={"MKL_CBWR": setting() if NAME in way else ""}, threads=1)
         try:
-            for dtype in DTYPES:
+            for dtype in OF_BITS:
                 what = {"shape": dataclasses.asdict(shape), "dtype": dtype, "ours": way == "ours", "pairs": pairs}
-                said = worker.prepare({"bits": what})
+                said = worker.ask(f"{__name__}:count", **what)
                 if "error" in said:
                     raise Missing(f"{way}, {dtype}: {said['error']}")
                 found.append({"model": name, "way": way, "dtype": dtype, "pairs": pairs, **said})
@@ -111,19 +110,20 @@ def bits(name: str, layers: int | None = None, pairs: int = PAIRS) -> list[dict[
     return found
 
 
-def _count(shape: shapes.Shape, dtype: str, ours: bool, pairs: int) -> dict[str, Any]:
-    import rerank_kernels as rk
+# ---- the contestant's process ----------------------------------------------------------------------------------------------
 
-    model = shapes.reranker(shape).to(DTYPES[dtype])
+
+def count(shape: Mapping[str, Any], dtype: str, ours: bool, pairs: int) -> dict[str, Any]:
+    of = shapes.Shape(**shape)
+    model: Any = shapes.reranker(of).to(DTYPES[dtype])
     if ours:
         rk.patch(model)
 
-    def logits(rows: Sequence[Tensor], of: int, more: int = 0) -> Tensor:
-        parts = [rows[i : i + of] for i in range(0, len(rows), of)]
-        return torch.cat([model(**shapes.padded(shape, list(p), more=more)).logits.float() for p in parts])
+    def logits(rows: Sequence[Tensor], at_a_time: int, more: int = 0) -> Tensor:
+        return shapes.in_batches(of, rows, at_a_time, lambda batch: model(**batch).logits, more=more)
 
-    mixed = shapes.tokens(shape, tuple(shapes.MIXED_LENGTHS[i % len(shapes.MIXED_LENGTHS)] for i in range(pairs)))
-    equal = shapes.tokens(shape, (EQUAL,) * pairs)
+    mixed = shapes.tokens(of, shapes.lengths(pairs))
+    equal = shapes.tokens(of, (EQUAL,) * pairs)
     alone, alone_equal = logits(mixed, 1), logits(equal, 1)
     got = {f"batches of {n}": (logits(equal, n), alone_equal) for n in BATCHES}
     # the longest pairs have no room for padding
@@ -132,31 +132,12 @@ def _count(shape: shapes.Shape, dtype: str, ours: bool, pairs: int) -> dict[str,
     torch.set_num_threads(2)
     got["2 threads"] = (logits(mixed, 1), alone)
     torch.set_num_threads(1)
-    differ = {n: int((a.view(torch.int32) != b.view(torch.int32)).any(1).sum()) for n, (a, b) in got.items()}
-    return {"differ": differ, "furthest": max(float((a - b).abs().max()) for a, b in got.values())}
+    found = {n: shapes.differ(a, b) for n, (a, b) in got.items()}
+    return {"differ": {n: d for n, (d, _) in found.items()}, "furthest": max(f for _, f in found.values())}
 
 
-# ---- the contestant's process ----------------------------------------------------------------------------------------------
+def prepare(case: str, quick: bool, rival: str) -> Ready:
+    from bench.run import contests
 
-
-def prepare(what: Mapping[str, Any]) -> Ready:
-    if "bits" in what:
-        of = what["bits"]
-        return lambda: None, _count(shapes.Shape(**of["shape"]), of["dtype"], of["ours"], of["pairs"])
-    import run
-
-    contest = run.contests(what["quick"])[what["case"]]()
-    (rival,) = (r for r in contest.rivals if r.name == what["rival"])
-    return rival.call, {}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Stock PyTorch with settings of its own; bench/run.py starts it.")
-    parser.add_argument("--threads", type=int, required=True)
-    torch.set_num_threads(parser.parse_args(argv).threads)
-    with torch.no_grad():
-        return serve(prepare, calls_awake)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    work = contests(quick)[case]()
+    return next(c for c in work.contestants if c.name == rival).call, {}

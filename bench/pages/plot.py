@@ -1,4 +1,4 @@
-"""Draws the runs that bench/out holds: python bench/plot.py [--data FOLDER] [--out docs]
+"""Draws the runs that bench/out holds: python -m bench.pages.plot [--data FOLDER] [--out docs]
 
 price-DEVICE.svg       the price of invariance: how long the best of theirs takes for one op, over ours
 throughput-DEVICE.svg  pairs per second over batch and over length: ours, stock padded, sorted by length, one by one
@@ -21,7 +21,9 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib import ticker
-from results import ROOT, best_ratio, kept
+
+from bench import OUT, ROOT
+from bench.pages.results import best_ratio, kept, lines
 
 # text stays text, ids and dates stay the same: a figure of the same data is the same file
 matplotlib.rcParams |= {
@@ -41,6 +43,9 @@ COLOURS = {
 }
 
 
+Content = Mapping[str, Any]
+
+
 def colour(way: str) -> str:
     return COLOURS.get(way) or COLOURS[way.rpartition(" ")[2]]
 
@@ -52,28 +57,24 @@ def plain(axis: Any) -> None:
     axis.set_minor_formatter(ticker.NullFormatter())
 
 
-def machine(content: Mapping[str, Any]) -> str:
+def machine(content: Content) -> str:
     facts = content["machine"]
     return f"{facts['gpu'] if content.get('device') == 'cuda' else facts['cpu']}, torch {facts['torch']}, {facts['revision']}"
 
 
-def cpu_prices(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def cpu_prices(content: Content) -> dict[str, dict[str, float]]:
     """Op -> {"portable": stock / ours}; of linear's many sizes some, of a sparse FFN's shares one."""
+    rows = ("linear 1", "linear 128", "linear 2048", "linear + gelu 2048")
     prices: dict[str, dict[str, float]] = {}
     for r in content["results"]:
-        shown = r["group"] != "linear" or r["case"].split("x")[0] in (
-            "linear 1",
-            "linear 128",
-            "linear 2048",
-            "linear + gelu 2048",
-        )
-        strict = r["against"].endswith("MKL strict")
-        if r["group"] != "model" and shown and not strict and r["ratio"] is not None and r.get("active", 0.1) == 0.1:
-            prices[r["case"]] = {"portable": r["ratio"]}
+        shown = r["group"] != "linear" or r["case"].split("x")[0] in rows
+        stock = next(lines(r))
+        if r["group"] != "model" and shown and stock["ratio"] is not None and r.get("active", 0.1) == 0.1:
+            prices[r["case"]] = {"portable": stock["ratio"]}
     return prices
 
 
-def gpu_prices(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def gpu_prices(content: Content) -> dict[str, dict[str, float]]:
     """Op -> mode -> best of theirs / the better of our two backends; float16, and of linear's many sizes some."""
     prices: dict[str, dict[str, float]] = {}
     for r in content["results"]:
@@ -85,7 +86,7 @@ def gpu_prices(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return prices
 
 
-def price(content: Mapping[str, Any]) -> Any:
+def price(content: Content) -> Any:
     prices = gpu_prices(content) if content.get("device") == "cuda" else cpu_prices(content)
     modes = [m for m in ("portable", "tensor") if any(m in p for p in prices.values())]
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.2 * len(prices)), layout="constrained")
@@ -118,7 +119,7 @@ def price(content: Mapping[str, Any]) -> Any:
     return figure
 
 
-def throughput(content: Mapping[str, Any]) -> Any:
+def throughput(content: Content) -> Any:
     points = content["scaling"]["points"]
     variants = list(dict.fromkeys((p["dtype"], p["threads"]) for p in points))
     figure, grid = plt.subplots(len(variants), 2, figsize=(7, 2.6 * len(variants)), layout="constrained", squeeze=False)
@@ -144,7 +145,7 @@ def throughput(content: Mapping[str, Any]) -> Any:
     return figure
 
 
-def bits(content: Mapping[str, Any]) -> Any:
+def bits(content: Content) -> Any:
     lines = content["scaling"]["bits"]
     dtypes = list(dict.fromkeys(p["dtype"] for p in lines))
     figure, row = plt.subplots(1, len(dtypes), figsize=(1.0 + 3.2 * len(dtypes), 2.8), layout="constrained", squeeze=False)
@@ -164,12 +165,14 @@ def bits(content: Mapping[str, Any]) -> Any:
     return figure
 
 
-def sparse(content: Mapping[str, Any]) -> Any:
-    rows = sorted((r for r in content["results"] if r.get("tokens") == 1 and " ReLU " in r["case"]), key=lambda r: r["active"])
+def sparse(content: Content) -> Any:
+    cases = [r for r in content["results"] if r.get("tokens") == 1 and " ReLU " in r["case"]]
+    cases.sort(key=lambda r: r["active"])
+    rows = [next(lines(r)) for r in cases]
     if not rows:
         return None
     figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
-    shares = [100 * r["active"] for r in rows]
+    shares = [100 * r["active"] for r in cases]
     axes.plot(shares, [r["ours_ms"] for r in rows], marker="o", markersize=3, color=COLOURS["portable"], label="ours")
     axes.plot(shares, [r["theirs_ms"] for r in rows], color=COLOURS["stock"], label="stock, dense")
     axes.set_xlabel("neurons that are active, %")
@@ -185,7 +188,7 @@ FIGURES = {"price": ("", price), "throughput": ("scaling-", throughput), "bits":
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draws the runs that bench/out holds.")
-    parser.add_argument("--data", type=pathlib.Path, default=ROOT / "bench" / "out", help="where the JSON files are")
+    parser.add_argument("--data", type=pathlib.Path, default=OUT, help="where the JSON files are")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "docs", help="where the figures go")
     args = parser.parse_args(argv)
     data = kept(args.data)

@@ -1,6 +1,6 @@
 """Why the contract sums in the order it does: the error of candidate orders against float64, on the same random inputs.
 
-    python bench/orders.py
+    python tools/orders.py
 
 `dot` candidates differ in how K is cut; `attention` candidates in the tile of keys and in when the maximum is known: exact
 first (the contract), or running over key tiles of 64 with a rescaling at each tile (the order of a streaming softmax).

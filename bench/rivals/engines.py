@@ -6,30 +6,27 @@ ONNX Runtime at its best: its transformer optimiser (model type bert) finds laye
 transformers 5's graph, no attention, with either implementation; so attention goes into the export as the one node that the
 optimiser would make of it, MultiHeadAttention with a key mask. OpenVINO is held to float32.
 
-Before an engine is timed some of its logits are compared with float64's (bench/rerankers.py). An engine that is not installed
-has a row that says so. `python bench/engines.py` is a contestant's process, and the export's; bench/run.py starts it.
+Before an engine is timed some of its logits are compared with float64's (cases/models.py). An engine that is not installed has
+a row that says so.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import importlib.util
-import json
 import pathlib
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import shapes
 import torch
-from clock import Missing, Turn, calls_awake
 from torch import Tensor
-from workers import PAUSE, Died, Ready, Worker, serve
+
+from bench.cases import shapes
+from bench.harness.turns import AWAKE, Missing
+from bench.harness.worker import PAUSE, Died, Ready, Worker
 
 ENGINES = {  # name -> how the model is exported, and the package
     "ONNX Runtime": ("plain", "onnxruntime"),
@@ -63,16 +60,16 @@ def missing(engine: str) -> str | None:
     return f"not installed: {', '.join(lacking)} ({INSTALL})" if lacking else None
 
 
-def ready(engine: str, asked: Question, right: Callable[[Mapping[int, Tensor]], None]) -> Turn:
+def ready(engine: str, asked: Question, right: Callable[[Mapping[int, Tensor]], None]) -> Callable[[int], float]:
     """`right` is given some pairs' logits and raises AssertionError if they are wrong."""
     if why := missing(engine):
         raise Missing(why)
     file = _export(asked.shape, asked.layers, ENGINES[engine][0])
     if engine not in _workers:
-        arguments = ["serve", "--engine", engine, "--threads", str(torch.get_num_threads())]
-        _workers[engine] = Worker([__file__, *arguments], pause=PAUSE)
+        _workers[engine] = Worker(pause=PAUSE, awake=AWAKE)
+    what = {**dataclasses.asdict(asked), "engine": engine, "file": str(file), "threads": torch.get_num_threads()}
     try:
-        said = _workers[engine].prepare({**dataclasses.asdict(asked), "file": str(file)})
+        said = _workers[engine].ask(f"{__name__}:prepare", **what)
     except Died as error:
         del _workers[engine]
         raise Missing(f"failed: {error}") from error
@@ -87,13 +84,17 @@ def _export(shape: shapes.Shape, layers: int, how: str) -> pathlib.Path:
     if (shape, layers, how) not in _exported:
         for old in [key for key in _exported if key[2] == how]:
             _exported.pop(old)
-        folder = tempfile.TemporaryDirectory()
-        _folders.append(folder)
-        file = pathlib.Path(folder.name) / f"{how}.onnx"
-        what = {"shape": dataclasses.asdict(shape), "layers": layers, "how": how, "file": str(file)}
-        done = subprocess.run([sys.executable, __file__, "export", "--what", json.dumps(what)], capture_output=True, text=True)
-        if done.returncode:
-            raise Missing(f"the export failed: {done.stderr.strip().splitlines()[-1:]}")
+        _folders.append(tempfile.TemporaryDirectory())
+        file = pathlib.Path(_folders[-1].name) / f"{how}.onnx"
+        worker = Worker()
+        try:
+            said = worker.ask(f"{__name__}:export", shape=dataclasses.asdict(shape), layers=layers, how=how, file=str(file))
+        except Died as error:
+            said = {"error": str(error)}
+        finally:
+            worker.close()
+        if "error" in said:
+            raise Missing(f"the export failed: {said['error']}")
         _exported[shape, layers, how] = file
     return _exported[shape, layers, how]
 
@@ -119,39 +120,38 @@ class _Logits(torch.nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
-def export(shape: shapes.Shape, layers: int, how: str, file: pathlib.Path) -> None:
-    model = shapes.reranker(shape, layers=layers)
+def export(shape: Mapping[str, Any], layers: int, how: str, file: str) -> dict[str, Any]:
+    of = shapes.Shape(**shape)
+    model = shapes.reranker(of, layers=layers)
     if how == "fused":
         _attention_as_one_node(model)
     else:
         model.set_attn_implementation("eager")
-    batch = shapes.padded(shape, shapes.tokens(shape, (9, 17, 12)))
+    batch = shapes.padded(of, shapes.tokens(of, (9, 17, 12)))
     names = ["input_ids", "attention_mask"]
     sizes = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("length", min=2, max=512)}
-    traced = file.with_suffix(".traced.onnx") if how == "fused" else file
-    with torch.no_grad():
-        torch.onnx.export(
-            _Logits(model).eval(),  # else the export leaves dropout in
-            tuple(batch[n] for n in names),
-            str(traced),
-            dynamo=True,
-            dynamic_shapes=dict.fromkeys(names, sizes),
-            input_names=names,
-            output_names=["logits"],
-            external_data=True,
-            verbose=False,
-        )
+    traced = pathlib.Path(file).with_suffix(".traced.onnx" if how == "fused" else ".onnx")
+    torch.onnx.export(
+        _Logits(model).eval(),  # else the export leaves dropout in
+        tuple(batch[n] for n in names),
+        str(traced),
+        dynamo=True,
+        dynamic_shapes=dict.fromkeys(names, sizes),
+        input_names=names,
+        output_names=["logits"],
+        external_data=True,
+        verbose=False,
+    )
     if how == "fused":
         from onnxruntime.transformers import optimizer
         from onnxruntime.transformers.fusion_options import FusionOptions
 
-        sizes_ = {"num_heads": shape.heads, "hidden_size": shape.hidden}
-        better = optimizer.optimize_model(
-            str(traced), model_type="bert", opt_level=0, optimization_options=FusionOptions("bert"), **sizes_
-        )
-        better.save_model_to_file(str(file), use_external_data_format=True)
-        for part in file.parent.glob(f"{traced.name}*"):
+        how_ = {"model_type": "bert", "opt_level": 0, "optimization_options": FusionOptions("bert")}
+        better = optimizer.optimize_model(str(traced), num_heads=of.heads, hidden_size=of.hidden, **how_)
+        better.save_model_to_file(file, use_external_data_format=True)
+        for part in traced.parent.glob(f"{traced.name}*"):
             part.unlink()
+    return {}
 
 
 def _attention_as_one_node(model: Any) -> None:
@@ -207,33 +207,17 @@ def _loaded(engine: str, file: str, threads: int) -> Callable[[Inputs], Any]:
     return (_openvino if engine == "OpenVINO" else _onnxruntime)(file, threads)
 
 
-def prepare(engine: str, threads: int, asked: Mapping[str, Any]) -> Ready:
-    shape = shapes.Shape(**asked["shape"])
-    run = _loaded(engine, asked["file"], threads)
-    rows = shapes.tokens(shape, tuple(asked["lengths"]))
-    made = [{n: t.numpy() for n, t in batch.items()} for batch in shapes.batches(shape, rows, asked["of"])]
+def prepare(
+    engine: str, file: str, threads: int, shape: Mapping[str, Any], layers: int, lengths: list[int], of: int, check: list[int]
+) -> Ready:
+    asked = shapes.Shape(**shape)
+    run = _loaded(engine, file, threads)
+    rows = shapes.tokens(asked, tuple(lengths))
+    made = [{n: t.numpy() for n, t in batch.items()} for batch in shapes.batches(asked, rows, of)]
 
-    def call() -> list[Any]:
+    def call(i: int) -> list[Any]:
         return [run(batch) for batch in made]
 
-    logits = [row.tolist() for out in call() for row in out]
+    logits = [row.tolist() for out in call(0) for row in out]
     order = shapes.by_length(rows)
-    return call, {"logits": {i: logits[order.index(i)] for i in asked["check"]}}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="An engine's process, or the export of a model for it.")
-    parser.add_argument("task", choices=("serve", "export"))
-    parser.add_argument("--engine", choices=ENGINES)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--what", type=json.loads)
-    args = parser.parse_args(argv)
-    if args.task == "export":
-        what = args.what
-        export(shapes.Shape(**what["shape"]), what["layers"], what["how"], pathlib.Path(what["file"]))
-        return 0
-    return serve(functools.partial(prepare, args.engine, args.threads), calls_awake)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return call, {"logits": {i: logits[order.index(i)] for i in check}}

@@ -15,12 +15,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from results import ROOT
 
 import rerank_kernels as rk
+from bench import ROOT
 from rerank_kernels.backend import registry
 
 SMI = "name driver_version clocks.sm clocks.mem clocks.max.sm power.draw power.limit temperature.gpu"
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -32,7 +36,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         cpu = next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), cpu)
     facts = {
         "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
