@@ -262,8 +262,15 @@ def test_turns_alternate() -> None:
 def test_what_takes_long_has_fewer_rounds() -> None:
     pace = turns.Pace(5.0, 7, long=0.1, enough=1.0)
 
+    class Fake:
+        def __init__(self, seconds: float) -> None:
+            self.lasts = self.once = seconds
+
+        def measure(self) -> tuple[float, float]:
+            return self.once, self.once
+
     def rounds(seconds: float) -> int:
-        times, _ = turns.interleave({"a": turns.HostTurn(lambda n: seconds)}, pace)
+        times, _ = turns.interleave({"a": Fake(seconds)}, pace)
         return len(times["a"])
 
     assert [rounds(s) for s in (0.05, 0.11, 0.5, 2.0)] == [100, 45, 10, 1]

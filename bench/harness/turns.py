@@ -30,6 +30,7 @@ from bench.harness.worker import Died
 TURN = 0.002  # seconds a turn lasts at least: the clock's own cost and the hand-over are noise beside it
 MOST_ROUNDS, MOST_CALLS = 100, 64  # MOST_CALLS: of a graph
 SLOW = 0.02  # seconds from which a call on a GPU needs no company
+ENDLESS = 30.0  # seconds of a round from which two have to do
 AWAKE = 0.05  # seconds of work after which a core and its caches are as they were before it slept
 
 
@@ -224,7 +225,7 @@ def interleave(turns: Mapping[str, Turn], pace: Pace, arounds: Mapping[str, Any]
     once = sum(t.lasts for t in turns.values())
     if once > pace.enough:
         return {name: [(turn.once, turn.once)] for name, turn in turns.items()}, {}
-    least = min(pace.at_least, 2 if once > 3 * pace.long else 3 if once > pace.long else pace.at_least)
+    least = min(pace.at_least, 2 if once > ENDLESS else 3 if once > pace.long else pace.at_least)
     times: Times = {name: [] for name in turns}
     failed: Wrong = {}
     for number in range(max(least, min(MOST_ROUNDS, round(pace.budget / max(once, 1e-6))))):
