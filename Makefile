@@ -50,8 +50,7 @@ test-all: $(VENV)/installed $(VENV)/nvcc cuda-check  ## and what takes longer: m
 	$(OFFLINE) $(BIN)/python -m pytest $(SHARED) --exhaustive $(ARGS)
 
 cuda-check: $(VENV)/installed $(VENV)/nvcc  ## what nvcc, Triton and ptxas made of the kernels, for every architecture, and docs/GPU.md
-	$(BIN)/python tests/witness.py --check
-	$(BIN)/python tests/witness_triton.py --check
+	$(BIN)/python tools/witness --check
 	$(OFFLINE) $(BIN)/python -m pytest --exhaustive tests/test_witness.py tests/test_witness_triton.py $(ARGS)
 
 # Built anew with BUILD_CUDA=1, so that what is missing is an error and no row of skipped tests.
@@ -127,8 +126,8 @@ $(VENV)/installed: $(VENV)/tools $(VENV)/build.setting $(SOURCES)
 
 # nvcc and nvdisasm for the tests: the machine's, else pip's wheels (270 MB). Where there are none either, the tests of GPU code
 # are skipped, and the end of the run says so.
-$(VENV)/nvcc: $(VENV)/tools csrc/toolkit.py pyproject.toml
-	@lacking=$$($(BIN)/python csrc/toolkit.py --lacking); \
+$(VENV)/nvcc: $(VENV)/tools tools/toolkit.py pyproject.toml
+	@lacking=$$($(BIN)/python tools/toolkit.py --lacking); \
 	if [ -n "$$lacking" ]; then $(BIN)/python -m pip install --quiet --disable-pip-version-check $$lacking \
 	  || echo "no nvcc: GPU code will not be tested"; fi
 	@touch $@

@@ -1,6 +1,6 @@
 """Where the polynomial coefficients of numerics.h come from: weighted minimax fits, rounded to float32 one by one.
 
-    python csrc/fit.py        prints each polynomial, highest power last, as C hex floats, and its error before rounding
+    python tools/fit.py        prints each polynomial, highest power last, as C hex floats, and its error before rounding
 
 Lawson's algorithm (iteratively reweighted least squares in double-double-free 80-bit arithmetic) on Chebyshev nodes; after
 each coefficient is rounded to float32, the rest are fitted again, so that roundings make up for one another.

@@ -1,6 +1,6 @@
 """The table op x mode x backend x promise of NUMERICS.md: which test holds a cell, and on which ring it stands.
 
-    python tests/promises.py --write      # in the venv; test_house.py fails while the page says something else
+    python tools/promises.py --write      # in the venv; test_house.py fails while the page says something else
 
 Rings: `native` (the kernel itself ran), `simulated` (the compiler's PTX ran on a CPU, started by the real launchers). The
 cells of a GPU say both: CI runs the simulated test, and the native one was run by hand, with `make gpu`.
