@@ -24,7 +24,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all cuda-check gpu bench stacks installs figures readme lint format verify build clean FORCE
+.PHONY: help demo test test-all cuda-check gpu gpu-report bench stacks installs figures readme lint format verify build clean FORCE
 
 # Absolute, so that a recipe may use them from any directory.
 BIN := $(abspath $(VENV))/bin
@@ -58,6 +58,11 @@ gpu: BUILD_CUDA = 1
 gpu: $(VENV)/nvcc $(VENV)/installed  ## the CUDA and Triton backends on a real GPU; wants TORCH to be a CUDA build
 	@$(BIN)/python -c 'import sys, rerank_kernels.backend.library as n; sys.exit(n.missing_cuda())'
 	$(OFFLINE) $(BIN)/python -m pytest -m gpu --exhaustive $(ARGS)
+
+# Wants nothing from the network: with the python that is named, else the venv's, else the machine's, and the torch that it has.
+REPORTER = $(if $(findstring command,$(origin PYTHON)),$(PYTHON),$(firstword $(wildcard $(BIN)/python) $(PYTHON)))
+gpu-report:  ## what your GPU gives: bits, promises, times, probes, in minutes (ARGS='--minutes 8 --out DIR', --dry-run: the steps)
+	$(REPORTER) tools/gpu_report $(ARGS)
 
 bench: $(VENV)/installed $(VENV)/engines  ## correctness gate, then times beside PyTorch's (ARGS='--quick', '--only linear', '--json out.json')
 	@mkdir -p bench/out

@@ -29,9 +29,9 @@ def recording() -> Iterator[tuple[Any, list[Launch]]]:
     hold no numbers. Gives ptxsim.simulated and the growing list.
     """
     from ptxsim import simulated
-    from rerank_kernels.backend import library
+    from rerank_kernels.backend.library import missing
 
-    if reason := library.missing():  # it holds the ops' signatures
+    if reason := missing():  # it holds the ops' signatures
         raise RuntimeError(f"launches cannot be noted: {reason}")
     noted: list[Launch] = []
 
