@@ -415,3 +415,45 @@ def test_every_launcher_with_several_ways_has_a_case() -> None:
     modes = {"fp32": ("portable",), "fp16": ("portable", "tensor"), "bf16": ("portable", "tensor")}
     words = [(name.split(" ")[0], name.split(" ")[-1]) for name in ways.table()]
     assert {ways.launcher(op, mode) for op, dtype in words for mode in modes[dtype]} >= set(simulated.launchers())
+
+
+# ---- what the first steps look at can be wrong, and is told
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_a_case_with_other_bits_than_written_down_is_wrong(off: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cases
+    from rerank_kernels.backend import registry
+    from tools.gpu_report.work import golden
+
+    if reason := registry.missing("cpu"):
+        pytest.skip(reason)
+
+    def on(device: str, case: cases.Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        (out,) = case.call(case.make_rows(dtype), case.make_shared(dtype))
+        if off and dtype == torch.float16:
+            out = out.clone()
+            out.view(torch.int16).view(-1)[-1] ^= 1
+        return (out,)
+
+    monkeypatch.setattr(golden.test_gpu, "on", on)
+    with registry.use("cpu"):
+        found = golden.portable(next(c for c in cases.CASES if c.op == "normalize"))
+    assert found["equal"] == 3 - off and found.get("wrong") == ("other bits in float16" if off else None)
+
+
+def test_a_fallen_promise_is_wrong() -> None:
+    """A sum in which a row's place in the batch has a say."""
+    import cases
+    from tools.gpu_report.work import promises
+
+    class Wrong(cases.Case):
+        def call(self, rows: cases.Tensors, shared: cases.Tensors, lengths: tuple[int, ...] | None = None) -> Any:
+            (out,) = super().call(rows, shared, lengths)
+            return (out + 1e-3 * (torch.arange(len(out)) == 7),)
+
+    (case,) = [c for c in cases.CASES if str(c) == "sum-1000"]
+    assert promises.held(case, torch.float32) == {"holds": 4}
+    wrong = Wrong(case.op, case.label, case.rows, case.shared, case.options, count=case.count)
+    found = promises.held(wrong, torch.float32)
+    assert "batch-invariant" in str(found["wrong"]) and found["holds"] < 4
