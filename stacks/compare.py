@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "bench"))
-from place import markdown  # noqa: E402  the tables of pages are made in one way
+sys.path.append(str(ROOT))
+from tools import pages  # noqa: E402
 
 KEPT = ROOT / ".stacks"
 PAGES = ("README.md", "docs/WORKS_WITH.md")
-MARKED = re.compile(r"(<!-- stacks:([\w-]+) -->\n)(.*?)(<!-- /stacks -->)", re.DOTALL)
 Found = Mapping[str, Any]
 
 
@@ -114,7 +112,7 @@ def section(name: str, results: Mapping[str, Found]) -> str:
         )
         for row, case, ways in stock_rows(results, name)
     ]
-    return markdown(("stock, of 200", "model", *WAYS, "patched, any way"), rows)
+    return pages.markdown(("stock, of 200", "model", *WAYS, "patched, any way"), rows)
 
 
 def order(results: Mapping[str, Found]) -> str:
@@ -123,7 +121,7 @@ def order(results: Mapping[str, Found]) -> str:
         found = results.get(row.stack, {}).get("order", {}).get(row.system)
         if found:
             rows.append((f"{row.system}, {pins_of(row, results)}", f"{found['stock']}", f"{found['ours']}"))
-    return markdown(("places of 200 that are wrong", "stock", "patched"), rows)
+    return pages.markdown(("places of 200 that are wrong", "stock", "patched"), rows)
 
 
 def server(results: Mapping[str, Found]) -> str:
@@ -134,7 +132,7 @@ def server(results: Mapping[str, Found]) -> str:
         (f"SIGTERM: {name}", *(f"{ended[who][name]}" for who in ("stock", "ours")))
         for name in ("requests", "open at the signal", "lost")
     ]
-    return markdown(("", "infinity_emb", "rerank-kernels infinity-server"), rows)
+    return pages.markdown(("", "infinity_emb", "rerank-kernels infinity-server"), rows)
 
 
 def overview(results: Mapping[str, Found]) -> str:
@@ -151,22 +149,12 @@ def overview(results: Mapping[str, Found]) -> str:
         rows.append(
             (link, pins_of(row, results), f"[`make stacks STACKS={row.stack}`](stacks/{TESTS[row.stack]})", f"{stock}", "0")
         )
-    return markdown(("", "pins", "its test", "stock: pairs of 200 whose bits hang on the batch", "patched"), rows)
+    return pages.markdown(("", "pins", "its test", "stock: pairs of 200 whose bits hang on the batch", "patched"), rows)
 
 
 def tables(results: Mapping[str, Found]) -> dict[str, str]:
     sections = {name: section(name, results) for name in dict.fromkeys(row.section for row in ROWS)}
     return sections | {"order": order(results), "server": server(results), "overview": overview(results)}
-
-
-def placed(page: str, written: Mapping[str, str]) -> str:
-    def table(match: re.Match[str]) -> str:
-        begin, name, _, end = match.groups()
-        if name not in written:
-            raise SystemExit(f"there is no table {name!r}; there are {', '.join(written)}")
-        return begin + written[name] + end
-
-    return MARKED.sub(table, page)
 
 
 def show(results: Mapping[str, Found], wrong: Sequence[str]) -> None:
@@ -213,8 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         written = tables(results)
         for name in PAGES:
-            page = (ROOT / name).read_text()
-            (ROOT / name).write_text(placed(page, written))
+            pages.write(ROOT / name, "stacks", written)
     return 1 if wrong else 0
 
 

@@ -28,9 +28,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+from tools import pages  # noqa: E402
+
 KEPT = ROOT / "build" / "installs"
 PAGE = ROOT / "docs" / "INSTALL.md"
-MARKED = re.compile(r"(<!-- installs:matrix -->\n)(.*?)(<!-- /installs -->)", re.DOTALL)
 TOOLS = ("setuptools>=77", "ninja", "pytest>=8", "pytest-xdist>=3.6", "mpmath>=1.3", "numpy>=1.26", "rich>=13", "jinja2>=3.1")
 
 
@@ -154,9 +156,6 @@ def run(name: str, row: Row, scratch: Path) -> dict[str, Any]:
 
 
 def table() -> str:
-    sys.path.append(str(ROOT / "bench"))
-    from place import markdown  # the tables of pages are made in one way
-
     def cells(found: dict[str, Any]) -> list[str]:
         compiler = found["build"].partition(";")[0].removeprefix("compiler ")
         compiler = compiler if "lang" in compiler else f"g++ {compiler}"
@@ -164,7 +163,7 @@ def table() -> str:
         return [found["about"], *versions, compiler, f"`{found['wheel']}`", f"{found['isa']}: {found['tests']} tests, verify"]
 
     rows = [cells(json.loads(path.read_text())) for name in ROWS if (path := KEPT / f"{name}.json").exists()]
-    return markdown(("install", "torch", "transformers", "Python", "compiler", "wheel", "ran on"), rows)
+    return pages.markdown(("install", "torch", "transformers", "Python", "compiler", "wheel", "ran on"), rows)
 
 
 def main() -> int:
@@ -190,8 +189,7 @@ def main() -> int:
         print(f"  all of it: {time.monotonic() - began:.0f} s", flush=True)
     print(table())
     if args.place and not failed:
-        page = PAGE.read_text()
-        PAGE.write_text(MARKED.sub(lambda m: m[1] + table() + m[3], page))
+        pages.write(PAGE, "installs", {"matrix": table()})
     return bool(failed)
 
 

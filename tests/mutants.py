@@ -6,6 +6,7 @@ what they deviate from: the control.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,26 +19,14 @@ from torch import Tensor
 import invariants
 from cases import Case
 from rerank_kernels import check
-from rerank_kernels.backend.pytorch import attention as honest_attention
 from rerank_kernels.backend.pytorch import linear as honest_linear
 from rerank_kernels.backend.pytorch import norm as honest_norm
 from rerank_kernels.backend.pytorch import pooling as honest_pooling
 from rerank_kernels.backend.pytorch import softmax as honest_softmax
-from rerank_kernels.backend.pytorch import sparse_ffn as honest_sparse_ffn
+from rerank_kernels.backend.registry import BACKENDS, OPS
 
 HONEST: dict[str, Callable[..., Any]] = {
-    "layer_norm": honest_norm.layer_norm,
-    "normalize": honest_norm.normalize,
-    "softmax": honest_softmax.softmax,
-    "sum": honest_softmax.sum,
-    "mean": honest_softmax.mean,
-    "linear": honest_linear.linear,
-    "activation": honest_linear.activation,
-    "attention": honest_attention.attention,
-    "pool": honest_pooling.pool,
-    "sigmoid": honest_pooling.sigmoid,
-    "score_head": honest_pooling.score_head,
-    "sparse_ffn": honest_sparse_ffn.sparse_ffn,
+    op: getattr(importlib.import_module(f"{BACKENDS['pytorch'].package}.{family}"), op) for op, family in OPS.items()
 }
 
 
@@ -87,6 +76,22 @@ def linear_first_row_apart(rows: Tensor, *rest: Any) -> Tensor:
     return y
 
 
+def _bmm_in_parts(parts: int, a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    y = honest_linear.bmm(a, b, out_dtype)
+    for i in range(len(a)):
+        y[i] = _linear_in_parts(parts, a[i], b[i], None, None, None, out_dtype)
+    return y
+
+
+def bmm_split_k_by_entries(a: Tensor, *rest: Any) -> Tensor:
+    """Few entries: split K to keep the machine busy."""
+    return _bmm_in_parts(4, a, *rest) if len(a) < 16 else honest_linear.bmm(a, *rest)
+
+
+def bmm_split_k_by_threads(a: Tensor, *rest: Any) -> Tensor:
+    return _bmm_in_parts(torch.get_num_threads(), a, *rest)
+
+
 # --- precision ---------------------------------------------------------------------------------------------------------
 
 
@@ -94,6 +99,19 @@ def linear_tf32(rows: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     """Operands cut to 10 bits, as tensor cores do with float32 unless told otherwise."""
     cut = [(t.float().contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (rows, weight)]
     return honest_linear.linear(*cut, *rest)
+
+
+def bmm_tf32(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+    cut = [(t.float().contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (a, b)]
+    return honest_linear.bmm(*cut, *rest)
+
+
+def mean_adds_in_half(rows: Tensor) -> Tensor:
+    """Every partial sum is rounded to the rows' dtype."""
+    total = rows.new_zeros(len(rows))
+    for column in rows.unbind(1):
+        total = total + column
+    return total / rows.shape[1]
 
 
 def linear_rounds_before_bias(rows: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -143,6 +161,17 @@ def activation_gelu_from_erf(x: Tensor, kind: str) -> Tensor:
     return (
         (v * 0.5 * (1.0 + torch.erf(v * math.sqrt(0.5)))).to(x.dtype) if kind == "gelu" else honest_linear.activation(x, kind)
     )
+
+
+# --- places that nobody writes: tests fill new memory with NaN, so that they show ---------------------------------------
+
+
+def bmm_forgets_the_last_rows(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Tiles of 4 rows, and none for the remainder."""
+    y = a.new_empty(a.shape[0], a.shape[1], b.shape[1], dtype=out_dtype)
+    whole = a.shape[1] // 4 * 4
+    y[:, :whole] = honest_linear.bmm(a[:, :whole], b, out_dtype)
+    return y
 
 
 # --- other rows, other places ------------------------------------------------------------------------------------------
@@ -283,6 +312,10 @@ MUTANTS = [
     Mutant("linear", linear_tf32, invariants.right, "linear-1024x1"),
     Mutant("linear", linear_rounds_before_bias, invariants.right, "linear-512x16", torch.float16),
     Mutant("linear", linear_rounds_before_bias, invariants.right, "linear-512x16", torch.bfloat16),
+    Mutant("bmm", bmm_split_k_by_entries, invariants.batch_invariant, "bmm-5x513x3"),
+    Mutant("bmm", bmm_split_k_by_threads, invariants.thread_invariant, "bmm-5x513x3"),
+    Mutant("bmm", bmm_tf32, invariants.right, "bmm-17x100x40"),
+    Mutant("bmm", bmm_forgets_the_last_rows, invariants.right, "bmm-33x64x70"),
     Mutant("layer_norm", layer_norm_approximate_rsqrt, invariants.right, "layer_norm-768"),
     Mutant("normalize", normalize_length_in_half, invariants.right, "normalize-384", torch.bfloat16),
     Mutant("normalize", normalize_over_the_batch, invariants.batch_invariant, "normalize-384"),
@@ -290,6 +323,7 @@ MUTANTS = [
     Mutant("activation", activation_gelu_from_erf, invariants.right, "activation-gelu"),
     Mutant("softmax", softmax_batch_maximum, invariants.batch_invariant, "softmax-33"),
     Mutant("sum", sum_lanes_by_address, invariants.batch_invariant, "sum-100"),
+    Mutant("mean", mean_adds_in_half, invariants.right, "mean-100", torch.bfloat16),
     Mutant("attention", attention_tiles_by_position, invariants.batch_invariant, "attention-D64-H2of2-T70"),
     Mutant("attention", attention_multiplies_hidden_keys, invariants.hidden_keys, "attention-D64-H4of2-T70-causal=True"),
     Mutant("attention", attention_multiplies_hidden_keys, invariants.hidden_keys, "attention-D32-H4of1-T70-window=(7,3)"),

@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "bench"))
-from place import markdown  # noqa: E402  the tables of pages are made in one way
-
+sys.path.append(str(ROOT))
 import browser  # noqa: E402
+from tools import pages  # noqa: E402
+from tools.pages import Wrong  # noqa: E402  also of a page that says to do what fails
 
 PICTURE = ROOT / "docs" / "verify.png"
 ADDRESS = "ADDRESS"
@@ -57,10 +57,6 @@ OURS = {
 RUN = ("bash", "python")
 
 
-class Wrong(Exception):
-    """The page is not as it must be, or what it says to do fails."""
-
-
 class Block(NamedTuple):
     line: int
     language: str
@@ -72,7 +68,6 @@ class Shown(NamedTuple):
     line: int
     name: str
     text: str  # between the markers
-    place: tuple[int, int]  # of that text in the page
 
 
 @dataclass
@@ -85,22 +80,27 @@ class Ran:
 
 # ---- the page --------------------------------------------------------------------------------------------------------------
 
-PARTS = re.compile(
-    r"^<!-- readme:(?P<name>[\w-]+) -->\n(?P<shown>.*?)^<!-- /readme -->$"
-    r"|^(?:<!-- readme: not run, (?P<reason>[^\n]+) -->\n)?```(?P<language>[\w-]*)\n(?P<text>.*?)^```$",
-    re.DOTALL | re.MULTILINE,
+FENCED = re.compile(
+    r"^(?:<!-- readme: not run, (?P<reason>[^\n]+) -->\n)?```(?P<language>[\w-]*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
 
 
 def parts(page: str) -> Iterator[Block | Shown]:
     """The blocks of the page and what it shows of their output, in order."""
-    for found in PARTS.finditer(page):
-        line = page.count("\n", 0, found.start()) + 1
-        if found["name"] is not None:
-            if found["name"] not in NAMES:
-                raise Wrong(f"README.md:{line}: there is no readme:{found['name']}; there are {', '.join(NAMES)}")
-            yield Shown(line, found["name"], found["shown"], found.span("shown"))
-            continue
+    begin, line = 0, 1
+    for shown in pages.blocks(page, "readme"):
+        if shown.name not in NAMES:
+            raise Wrong(f"README.md:{shown.line}: there is no readme:{shown.name}; there are {', '.join(NAMES)}")
+        yield from _blocks(page[begin : shown.begin], line)
+        yield Shown(shown.line, shown.name, shown.text)
+        begin, line = shown.end, shown.line + 1 + shown.text.count("\n")
+    yield from _blocks(page[begin:], line)
+
+
+def _blocks(between: str, first: int) -> Iterator[Block]:
+    """Of a part of the page that begins on line `first`."""
+    for found in FENCED.finditer(between):
+        line = between.count("\n", 0, found.start()) + first
         block = Block(line, found["language"], found["text"], found["reason"] or "")
         if block.language not in RUN and not block.reason:
             raise Wrong(
@@ -108,9 +108,8 @@ def parts(page: str) -> Iterator[Block | Shown]:
                 "nor left out for a reason (<!-- readme: not run, REASON -->)"
             )
         yield block
-    rest = PARTS.sub("", page)
-    if left := re.search(r"^```.*$|<!-- /?readme.*", rest, re.MULTILINE):
-        raise Wrong(f"README.md: {left[0]!r} has no beginning or no end")
+    if left := re.search(r"^```.*$|<!-- readme: .*", FENCED.sub("", between), re.MULTILINE):
+        raise Wrong(f"README.md, below line {first}: {left[0]!r} has no beginning or no end")
 
 
 def fenced(text: str) -> str:
@@ -164,7 +163,7 @@ def changes(ran: Ran) -> str:
     python = ".".join(about["python"].split(".")[:2])
     texts = f"{found['rows']} docstrings of Python {python}, {found['shortest']} to {found['longest']} tokens"
     machine = f"{about['machine']}, torch {about['torch']}"
-    return f"{markdown(heads, rows)}\n(float32, {texts}; {machine})\n"
+    return f"{pages.markdown(heads, rows)}\n(float32, {texts}; {machine})\n"
 
 
 def changes_held(text: str) -> list[str]:
@@ -232,14 +231,16 @@ def as_run(text: str, address: str, torch: str | None) -> str:
     return text if torch is None else text.replace(TORCH, f"pip install {shlex.join(shlex.split(torch))}")
 
 
-def follow(page: str, shell: Shell, address: str, torch: str | None, say: Callable[[str], None]) -> tuple[str, list[str]]:
-    """Runs the page's blocks; the page as the run would have it, and what is wrong with the one given."""
+def follow(
+    page: str, shell: Shell, address: str, torch: str | None, say: Callable[[str], None]
+) -> tuple[dict[str, str], list[str]]:
+    """Runs the page's blocks; what the page should show, and what is wrong with what it does show."""
     found = list(parts(page))  # an error in the page is known before an hour's work
     commands = "".join(b.text for b in found if isinstance(b, Block) and b.language == "bash" and not b.reason)
     for wanted in (CLONE, TORCH):
         if wanted not in commands:
             raise Wrong(f"README.md: no block says `{wanted}`")
-    ran, wrong, written = None, [], page
+    ran, wrong, contents = None, [], dict[str, str]()
     for part in found:
         if isinstance(part, Shown):
             if ran is None:
@@ -247,8 +248,7 @@ def follow(page: str, shell: Shell, address: str, torch: str | None, say: Callab
             made = NAMES[part.name][0](ran)
             if differs := difference(part, made):
                 wrong.append(differs)
-            begin, end = (place + len(written) - len(page) for place in part.place)  # what stood before has another length now
-            written = written[:begin] + made + written[end:]
+            contents[part.name] = made
         elif not part.reason:
             block = part
             if block.language == "bash":
@@ -259,7 +259,7 @@ def follow(page: str, shell: Shell, address: str, torch: str | None, say: Callab
             say(f"README.md:{part.line}: {part.language}\n" + "".join(f"  {line}\n" for line in block.text.splitlines()))
             ran = shell.run(block)
             say(f"  {time.monotonic() - since:.0f} s\n")
-    return written, wrong
+    return contents, wrong
 
 
 def picture(page: Path) -> str:
@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             repository(address)
             say(f"not as printed: {ADDRESS} is {address}" + (f", torch is {args.torch}\n" if args.torch else "\n"))
             shell = Shell(folder, environment, scratch)
-            written, wrong = follow(page, shell, str(address), args.torch, say)
+            contents, wrong = follow(page, shell, str(address), args.torch, say)
             if args.write:
                 say(f"{picture(Path(shell.environment['PWD']) / 'verify.html')}\n")
         except Wrong as error:
@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for block in left_out:
         say(f"README.md:{block.line}: not run, {block.reason}\n")
     if args.write:
-        path.write_text(written)
+        pages.write(path, "readme", contents)
         return 0
     for differs in wrong:
         say(f"{differs}\n")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
-import sys
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
-
-import clock
-import engines
-import memory
-import rerankers
-import run
-import shapes
-import strict
-import workers
+from bench import run
+from bench.cases import memory, models, ops, shapes
+from bench.harness import turns, worker
+from bench.rivals import engines, mkl
 
 TINY = shapes.Shape("xlm-roberta", 1, 32, 64, 2, 3000, 514)
 LENGTHS = (9, 30, 12, 5)
@@ -32,8 +27,8 @@ def ended() -> Iterator[None]:
     """No process outlives these tests."""
     yield
     engines.close()
-    strict.close()
-    assert not engines._workers and not engines._folders and not strict._workers
+    mkl.close()
+    assert not engines._workers and not engines._folders and not mkl._workers
 
 
 @pytest.mark.parametrize("engine", engines.ENGINES)
@@ -60,62 +55,63 @@ def test_a_wrong_engine_gets_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The float64 check, of a worker that is a hundredth off."""
 
     class Off:
-        def prepare(self, what: object) -> dict[str, dict[str, list[float]]]:
+        def ask(self, function: str, **what: object) -> dict[str, dict[str, list[float]]]:
             return {"logits": {"0": [float(truth) + 0.01]}}
 
-    rows = shapes.tokens(TINY, (9,))
-    monkeypatch.setitem(shapes.RERANKERS, rerankers.BASE, TINY)
+    monkeypatch.setitem(shapes.RERANKERS, models.BASE, TINY)
     monkeypatch.setattr(engines, "missing", lambda _: None)
     monkeypatch.setattr(engines, "_export", lambda *_: Path("x"))
     monkeypatch.setitem(engines._workers, "OpenVINO", Off())  # type: ignore[misc]
-    rerankers.forget()
+    models.forget()
     with torch.no_grad():
-        truth = rerankers.model_truth(rerankers.BASE, 1, rows[0])
-        (away,) = (r for r in rerankers.model(rerankers.BASE, (9,), 1).rivals if r.name == "OpenVINO")
+        model = models.Model(ops.Place(), models.BASE, (9,), "fp32")
+        truth = models.truth(*model.key, tuple(model.rows[0].tolist()))
+        (engine,) = (c for c in model.contest(with_engines=True).contestants if c.name == "OpenVINO")
         with pytest.raises(AssertionError, match=r"OpenVINO, pair 0: logit 0.01 from float64's"):
-            away.ready()
-    rerankers.forget()
+            engine.away()
+    del engines._workers["OpenVINO"]
+    models.forget()
 
 
 def test_an_engine_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(clock.Missing, match=r"not installed: openvino, onnx, onnxscript \(pip install -e '.\[engines\]'\)"):
+    with pytest.raises(turns.Missing, match=r"not installed: openvino, onnx, onnxscript \(pip install -e '.\[engines\]'\)"):
         engines.ready("OpenVINO", engines.Question(TINY, 1, (9,), 1, (0,)), lambda _: None)
 
 
 def test_mkl_takes_strict_mode() -> None:
     if not torch.backends.mkl.is_available():
         pytest.skip("this PyTorch has no MKL")
-    assert (strict.says() or "").endswith(",STRICT")
+    assert (mkl.says() or "").endswith(",STRICT")
 
 
 def test_the_first_rival_in_strict_mode_is_one_more() -> None:
     table = run.contests(True)
-    assert {n for n, b in table.items() if b.func is strict.away} == {n for n in table if strict.chosen(n)}
-    assert set(strict.CASES) <= set(table) and sum(strict.chosen(n) for n in table) == len(strict.CASES) + len(strict.MODELS)
-    contest = table["linear 1x768x768"]()
-    assert [r.name for r in contest.rivals] == ["F.linear", "F.linear, MKL strict"]
+    assert {n for n, b in table.items() if getattr(b, "func", None) is mkl.away} == {n for n in table if mkl.chosen(n)}
+    assert set(mkl.CASES) <= set(table) and sum(mkl.chosen(n) for n in table) == len(mkl.CASES) + len(mkl.MODELS)
+    _, plain, strict = table["linear 1x768x768"]().contestants
+    assert [plain.name, strict.name] == ["F.linear", "F.linear, MKL strict"]
     try:
-        turn = contest.rivals[1].ready()
-    except clock.Missing as why:
+        turn = strict.away()
+    except turns.Missing as why:
         pytest.skip(str(why))
     assert 0.0 < turn(3) < 1.0
-    with pytest.raises(clock.Missing, match="failed: KeyError"):
-        strict.ready({"case": "no such case", "quick": True, "rival": "F.linear"})
+    with pytest.raises(turns.Missing, match="failed: KeyError"):
+        mkl.ready({"case": "no such case", "quick": True, "rival": "F.linear"})
 
 
 def test_bits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = replace(TINY, hidden=96, ffn=384)
     monkeypatch.setitem(shapes.RERANKERS, "tiny", shape)
-    monkeypatch.setattr(strict, "WAYS", ("stock",))
-    monkeypatch.setattr(strict, "DTYPES", {"fp32": torch.float32})
-    (stock,) = strict.bits("tiny", pairs=8)
+    monkeypatch.setattr(mkl, "WAYS", ("stock",))
+    monkeypatch.setattr(mkl, "OF_BITS", ("fp32",))
+    (stock,) = mkl.bits("tiny", pairs=8)
     assert (stock["way"], stock["pairs"]) == ("stock", 8)
     assert sum(stock["differ"].values()) > 0 and stock["furthest"] > 0
     threads = torch.get_num_threads()
     try:
         with torch.no_grad():
-            ours = strict._count(shape, "fp32", True, 8)
+            ours = mkl.count(dataclasses.asdict(shape), "fp32", True, 8)
     finally:
         torch.set_num_threads(threads)
     assert list(ours["differ"]) == ["batches of 2", "batches of 7", "batches of 32", "padding", "2 threads"]
@@ -126,9 +122,8 @@ def test_bits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_peak_memory_sees_what_a_process_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "LENGTHS", {"8x128": (12,) * 8})
     shapes.reranker(TINY).save_pretrained(tmp_path)
-    threads = torch.get_num_threads()
     for who in ("stock", "ours"):
-        found = memory.one(who, str(tmp_path), threads, TINY)
+        found = memory.one(who, str(tmp_path), dataclasses.asdict(TINY))
         assert set(found) == {"loaded", "8x128"} and min(found.values()) > 50
     hold = torch.ones(1024, 2**18)  # 1 GiB
     assert memory.peak() - found["8x128"] > 700
@@ -146,32 +141,53 @@ def test_memory_of_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def dead() -> Iterator[workers.Worker]:
-    worker = workers.Worker(["-c", "print('{}', flush=True); input(); raise SystemExit(7)"])
-    yield worker
-    worker.close()
+def dead() -> Iterator[worker.Worker]:
+    one = worker.Worker(program=["-c", "input(); raise SystemExit(7)"])
+    yield one
+    one.close()
 
 
-def test_a_contestant_that_dies_says_so(dead: workers.Worker) -> None:
+def test_a_contestant_that_dies_says_so(dead: worker.Worker) -> None:
     with pytest.raises(SystemExit, match="ended with 7"):
-        dead.prepare({})
+        dead.ask("anything")
 
 
-def test_an_engine_that_dies_loses_its_own_rows_only(
-    dead: workers.Worker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_contestant_that_says_nothing_is_ended() -> None:
+    silent = worker.Worker(program=["-c", "import time; time.sleep(60)"], patience=0.2)
+    with pytest.raises(worker.Died, match="no answer for 0 s"):
+        silent.ask("anything")
+    assert silent.process.poll() is not None
+
+
+def told(word: str) -> dict[str, object]:
+    print("on stdout, which is not the pipe")
+    return {"said": word, "MKL_CBWR": os.getenv("MKL_CBWR"), "threads": torch.get_num_threads()}
+
+
+def test_a_worker_answers_and_has_an_environment_of_its_own() -> None:
+    path = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])
+    one = worker.Worker(environment={"MKL_CBWR": "AVX2", "PYTHONPATH": path}, threads=1)
+    try:
+        assert one.ask(f"{__name__}:told", word="a") == {"said": "a", "MKL_CBWR": "AVX2", "threads": 1}
+        assert one.ask(f"{__name__}:told")["error"].startswith("TypeError") and one.turn(3) >= 0.0
+    finally:
+        one.close()
+
+
+def test_an_engine_that_dies_loses_its_own_rows_only(dead: worker.Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "missing", lambda _: None)
     monkeypatch.setattr(engines, "_export", lambda *_: Path("x"))
     monkeypatch.setattr(engines, "_workers", {"OpenVINO": dead})
-    asked = engines.Question(TINY, 1, (9,), 1, (0,))
-    with pytest.raises(clock.Missing, match="failed: a contestant's process ended with 7"):
-        engines.ready("OpenVINO", asked, lambda _: None)
+    with pytest.raises(turns.Missing, match="failed: a contestant's process ended with 7"):
+        engines.ready("OpenVINO", engines.Question(TINY, 1, (9,), 1, (0,)), lambda _: None)
     assert not engines._workers
 
-    def dies() -> clock.Contest:
-        return clock.Contest(lambda: None, [clock.Away("dead", lambda: dead.turn)], lambda: None)
+    left = [3]
 
-    table = {"a": dies, "b": lambda: clock.Contest(lambda: None, [clock.Rival("r", lambda: None)], lambda: None)}
-    results = run.run(table, budget=0.0, at_least=1, console=run.console())
-    assert [r["case"] for r in results or ()] == ["b"]
-    assert "a: not measured: a contestant's process ended with 7" in capsys.readouterr().out
+    def turn(n: int) -> float:
+        left[0] -= 1
+        return 2.0 if left[0] else dead.turn(n)
+
+    contestants = [turns.Contestant("ours", ours=True), turns.Contestant("stock"), turns.Contestant("dies", away=lambda: turn)]
+    cells = turns.play(turns.Work(contestants), turns.Pace(0.0, 3, 99.0))
+    assert "ms" in cells["stock"] and cells["dies"]["why"] == "a contestant's process ended with 7; its message is above"

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
-
-import place
-import results
-import run
-import scaling
-import shapes
+from bench import run
+from bench.cases import models, scaling, shapes
+from bench.pages import results, tables
+from tools import pages
 
 TINY = shapes.Shape("bert", 2, 32, 64, 2, 3000, 514)
 FACTS = {
@@ -30,31 +26,37 @@ FACTS = {
 }
 
 
-def raced(case: str, against: str, ours: float, theirs: float | None, **more: Any) -> dict[str, Any]:
-    ratio = theirs and theirs / ours
-    fixed = {"group": "linear", "bar": None, "verdict": None, **({} if theirs else {"why": "not installed: it"})}
-    return {"case": case, "against": against, "ours_ms": ours, "theirs_ms": theirs, "ratio": ratio, **fixed, **more}
+def raced(case: str, ours: float, *rivals: tuple[Any, ...], group: str = "linear", **about: Any) -> dict[str, Any]:
+    """A case; a rival is (name, ms or why there is none, bar or nothing). Who is away has the very same rounds with ours."""
+    cells: dict[str, Any] = {"cpu portable": {"ours": True, "ms": ours, "all_ms": [ours]}}
+    for name, theirs, *bar in rivals:
+        timed = {"why": theirs} if isinstance(theirs, str) else {"ms": theirs, "all_ms": [theirs]}
+        cells[name] = {"ours": False, **timed, **({"bar": bar[0]} if bar else {})}
+    return {"case": case, "group": group, "flops": 1.0, "bytes": 1.0, **about, "contestants": cells}
 
 
-MODEL = {"group": "model"}
+STRICT = "stock, SDPA, MKL strict"
 CPU = [
-    raced("linear 1", "F.linear", 2.0, 3.0, bar=1.2, verdict="ok"),
-    raced("linear 1", "F.linear, MKL strict", 2.0, 1.0, bar=1.0, verdict="FALLS SHORT"),
-    raced("linear 1x768x3072", "F.linear", 2.0, 5.0),
-    raced("linear 1x768x3072", "F.linear, MKL strict", 2.0, 7.0),
-    raced("linear 64x768x3072", "F.linear", 2.0, 5.0),
+    raced("linear 1", 2.0, ("F.linear", 3.0, 1.2), ("F.linear, MKL strict", 1.0, 1.0)),
+    raced("linear 1x768x3072", 2.0, ("F.linear", 5.0), ("F.linear, MKL strict", 7.0)),
+    raced("linear 64x768x3072", 2.0, ("F.linear", 5.0)),
     *(
-        raced(f"sparse_ffn ReLU 1x8x9, {a:.0%} active", "dense F.linear", a, 1.5, group="sparse_ffn", tokens=1, active=a)
+        raced(f"sparse_ffn ReLU 1x8x9, {a:.0%} active", a, ("dense F.linear", 1.5), group="sparse_ffn", tokens=1, active=a)
         for a in (0.5, 0.1)
     ),
-    raced("bge-reranker-base, 1x8", "stock, SDPA", 1000.0, 2340.0, **MODEL),
-    raced("bge-reranker-base, 1x8", "ONNX Runtime", 1000.0, 1500.0, **MODEL),
-    raced("bge-reranker-base, 1x8", "ONNX Runtime, fused", 1000.0, 1200.0, **MODEL),
-    raced("bge-reranker-base, 1x8", "OpenVINO", 1000.0, None, **MODEL),
-    raced("bge-reranker-base, 1x8", "stock, SDPA, MKL strict", 1000.0, 3000.0, **MODEL),
-    raced("bge-reranker-base, 3 of 1 to 2", "stock, padded", 1000.0, 9000.0, **MODEL),
-    raced("bge-reranker-base, 3 of 1 to 2", "stock, one by one", 1000.0, 4000.0, **MODEL),
-    raced("bge-reranker-base, 3 of 1 to 2", "OpenVINO, one by one", 1000.0, 3000.0, **MODEL),
+    raced(
+        "bge-reranker-base, 1x8",
+        1000.0,
+        ("stock, SDPA", 2340.0),
+        *(("ONNX Runtime", 1500.0), ("ONNX Runtime, fused", 1200.0), ("OpenVINO", "not installed: it"), (STRICT, 3000.0)),
+        group="model",
+    ),
+    raced(
+        "bge-reranker-base, 3 of 1 to 2",
+        1000.0,
+        *(("stock, padded", 9000.0), ("stock, one by one", 4000.0), ("OpenVINO, one by one", 3000.0)),
+        group="model",
+    ),
 ]
 MEMORY = [{"model": "a/b", "step": "8x128", "stock_mib": 200.0, "ours_mib": 220.0, "ratio": 1.1, "bar": 1.15, "verdict": "ok"}]
 BITS = [
@@ -103,7 +105,7 @@ def data(tmp_path: Path) -> Path:
         for b in (1, 2, 4)
     ]
     files: dict[str, dict[str, Any]] = {
-        "old": {"results": [{**CPU[0], "ratio": 9.0}]},
+        "old": {"results": [raced("linear 1", 2.0, ("F.linear", 18.0))]},
         "new": {"results": CPU, "memory": MEMORY, "bits": BITS},
         "only": {"results": [], "only": ["linear"]},
         "limits": {"results": [], "only": ["limits"], "limits": LIMITS},
@@ -130,10 +132,10 @@ def test_tables_stand_between_their_markers(data: Path, tmp_path: Path, capsys: 
     names = ["cpu-models", "cpu-models-short", "cpu-ops", "cpu-ops-short", "cpu-bits", "cpu-memory", "cpu-machine"]
     names += ["cpu-limits", "cpu-serving"]
     names += ["gpu-models", "gpu-ops", "gpu-machine", "bits"]
-    assert set(names) == set(place.TABLES)
+    assert set(names) == set(tables.TABLES)
     page = tmp_path / "page.md"
     page.write_text("before\n" + "".join(f"<!-- bench:{n} -->\nold {n}\n<!-- /bench -->\nkept {n}\n" for n in names))
-    assert place.main(["--data", str(data), str(page)]) == 0
+    assert tables.main(["--data", str(data), str(page)]) == 0
     text = page.read_text()
     assert "old" not in text and all(f"kept {n}\n" in text for n in names) and text.startswith("before\n")
     assert "| bge-reranker-base, 1x8 | stock, SDPA | 1000 ms | 2340 ms | 2.34 |  |" in text
@@ -157,41 +159,39 @@ def test_tables_stand_between_their_markers(data: Path, tmp_path: Path, capsys: 
     assert "| base 1x8 fp16 | 2.00 ms, compile | 4.00 ms, cuda | 0.50 | 1.00 ms, triton | 2.00 | 3G |" in text
     assert "| cpu, fp32, stock | 5 | 5 | 5.0e-07 |" in text and "| cpu, fp32, cpu portable | 0 | 0 | 0 |" in text
     assert "(cpu a CPU, threads 2, isa avx2, torch 2, revision abc)" in text and "driver_version 7" in text
-    assert place.main(["--data", str(data), str(page)]) == 0 and page.read_text() == text
+    assert tables.main(["--data", str(data), str(page)]) == 0 and page.read_text() == text
 
     (data / "new.json").write_text(json.dumps({"machine": FACTS, "results": CPU}))  # without the studies: their tables stay
-    assert place.main(["--data", str(data), str(page)]) == 0 and page.read_text() == text
+    assert tables.main(["--data", str(data), str(page)]) == 0 and page.read_text() == text
     for path in data.glob("*.json"):
         path.unlink()
-    assert place.main(["--data", str(data), str(page)]) == 0 and page.read_text() == text
+    assert tables.main(["--data", str(data), str(page)]) == 0 and page.read_text() == text
     assert "no run, left as it was" in capsys.readouterr().out
     page.write_text("<!-- bench:nothing -->\n<!-- /bench -->")
-    with pytest.raises(SystemExit, match="there is no table 'nothing'"):
-        place.main(["--data", str(data), str(page)])
+    with pytest.raises(pages.Wrong, match=r"page.md: line 1: there is no bench:nothing; there are cpu-models, "):
+        tables.main(["--data", str(data), str(page)])
 
 
 def test_the_short_form_names_cases_that_there_are() -> None:
-    assert [name for name in place.SHORT_OPS if name not in run.contests(False)] == []
+    assert [name for name in tables.SHORT_OPS if name not in run.contests(False)] == []
 
 
 def test_figures_that_are_drawn_stand_on_the_page(tmp_path: Path) -> None:
     docs, page = tmp_path / "docs", tmp_path / "page.md"
     docs.mkdir()
-    page.write_text("<!-- bench:figures-cuda -->\nold\n<!-- /bench -->\n")
-    assert "old" in place.placed(page, {}, docs)[0]
+    assert tables.made(page, {}, docs)["figures-cuda"] is None
     (docs / "bits-cuda.svg").write_text("")
-    text, _ = place.placed(page, {}, docs)
-    assert "old" not in text and "](docs/bits-cuda.svg)" in text and "price" not in text
-    page.write_text("<!-- bench:figure-price-cuda -->\n<!-- /bench -->\n")
-    assert "svg" not in place.placed(page, {}, docs)[0]
+    assert (text := tables.made(page, {}, docs)["figures-cuda"]) and "](docs/bits-cuda.svg)" in text and "price" not in text
+    assert tables.made(page, {}, docs)["figure-price-cuda"] is None
     (docs / "price-cuda.svg").write_text("")
-    text, _ = place.placed(page, {}, docs)
-    assert "](docs/price-cuda.svg)" in text and "bits" not in text
+    assert (
+        (text := tables.made(page, {}, docs)["figure-price-cuda"]) and "](docs/price-cuda.svg)" in text and "bits" not in text
+    )
 
 
 def test_figures(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    import plot
+    from bench.pages import plot
 
     out = tmp_path / "out"
     out.mkdir()
@@ -211,7 +211,7 @@ def test_figures(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_scaling_counts_what_stock_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(shapes.RERANKERS, scaling.MINILM, TINY)
+    monkeypatch.setitem(shapes.RERANKERS, models.MINILM, TINY)
     for name, value in (("BATCHES", (1, 9)), ("LENGTHS", (9,)), ("BITS", (1, 3, 8))):
         monkeypatch.setattr(scaling, name, value)
     out = tmp_path / "s.json"
@@ -220,8 +220,7 @@ def test_scaling_counts_what_stock_changes(monkeypatch: pytest.MonkeyPatch, tmp_
         assert run.main(["--scaling", "--quick", "--json", str(out)]) == 0
     finally:
         run.torch.set_num_threads(threads)
-        scaling.device.stock_model.cache_clear()
-        scaling.device.patched_model.cache_clear()
+        models.forget()
     found = json.loads(out.read_text())["scaling"]
     assert {(p["axis"], p["x"], p["threads"]) for p in found["points"]} == {
         (a, x, t) for a, x in (("batch", 1), ("batch", 9), ("length", 9)) for t in (1, 2)
@@ -234,4 +233,4 @@ def test_scaling_counts_what_stock_changes(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_mixed_lengths_repeat() -> None:
-    assert scaling.lengths(4) == shapes.MIXED_LENGTHS[:4] and scaling.lengths(64) == shapes.MIXED_LENGTHS * 2
+    assert shapes.lengths(4) == shapes.MIXED_LENGTHS[:4] and shapes.lengths(64) == shapes.MIXED_LENGTHS * 2

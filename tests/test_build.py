@@ -1,4 +1,4 @@
-"""setup.py and csrc/toolkit.py: what is built, with which flags, and what is said where something cannot be.
+"""setup.py and tools/toolkit.py: what is built, with which flags, and what is said where something cannot be.
 
 setup.py runs here on a copy of the sources, with setuptools.setup replaced: nothing is compiled but the CUDA library's torch
 side, once, against the torch that is installed.
@@ -150,6 +150,8 @@ def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[
 
     def run(cuda: str | None, **environment: str) -> Outcome:
         shutil.copy(ROOT / "setup.py", tmp_path)
+        (tmp_path / "tools").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "tools" / "toolkit.py", tmp_path / "tools")
         shutil.copytree(ROOT / "csrc", tmp_path / "csrc", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
         (tmp_path / "rerank_kernels").mkdir(exist_ok=True)
         for name in ("RERANK_KERNELS_BUILD_CPU", "RERANK_KERNELS_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST", "CXX"):
@@ -280,6 +282,8 @@ def small(tmp_path: Path) -> Path:
     left_out = shutil.ignore_patterns("*.so", "__pycache__", "cuda", "_*.txt")
     for folder in ("csrc", "rerank_kernels"):
         shutil.copytree(ROOT / folder, sources / folder, ignore=left_out)
+    (sources / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "toolkit.py", sources / "tools")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, sources)
     for kernel in (sources / "csrc" / "cpu").glob("*.cpp"):
@@ -400,7 +404,7 @@ def test_the_torch_side_compiles_against_this_torch() -> None:
 
 
 def test_the_extra_is_what_the_tests_ask_for() -> None:
-    """pyproject.toml's extra and csrc/toolkit.py's list, which `make test` installs from."""
+    """pyproject.toml's extra and tools/toolkit.py's list, which `make test` installs from."""
     block = re.search(r"^nvcc = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
     assert block is not None
     wanted = [*(f"{name}==13.0.*" for name in toolkit.found.WHEELS), toolkit.found.DISASSEMBLER]

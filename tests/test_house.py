@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import promises
 import rerank_kernels as rk
 from rerank_kernels.backend.modes import PROMISES
 from rerank_kernels.backend.registry import BACKENDS, OPS
+from tools import pages, promises
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = sorted(set(OPS.values()))
@@ -194,8 +194,8 @@ def test_numerics_has_every_promise_and_backend() -> None:
 
 
 def test_every_promise_names_its_test_and_its_ring() -> None:
-    """The table op x mode x backend x promise is what tests/promises.py makes of the registry, and its tests exist."""
-    assert text("NUMERICS.md") == promises.written(), "run: python tests/promises.py --write"
+    """The table op x mode x backend x promise is what tools/promises.py makes of the registry, and its tests exist."""
+    assert pages.stale(promises.PAGE, "promises", promises.written()) == [], "run: python tools/promises.py --write"
     promised = {(b.name, mode, p) for b in BACKENDS.values() for mode, names in b.promises.items() for p in names}
     held = {
         (backend, mode, promise)

@@ -324,7 +324,7 @@ def test_the_messages_of_the_page_are_the_messages_of_the_program() -> None:
     rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
     names = (
         "setup.py",
-        "csrc/toolkit.py",
+        "tools/toolkit.py",
         "csrc/schema.cpp",
         "rerank_kernels/backend/registry.py",
         "rerank_kernels/backend/library.py",

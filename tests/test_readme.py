@@ -22,7 +22,9 @@ def follow(page: str, folder: Path) -> tuple[str, list[str]]:
     scratch = folder / "scratch"
     scratch.mkdir()
     (empty := folder / "empty").mkdir()
-    return readme.follow(page, readme.Shell(empty, environment, scratch), "/some where", "torch>=2", lambda text: None)
+    shell = readme.Shell(empty, environment, scratch)
+    contents, wrong = readme.follow(page, shell, "/some where", "torch>=2", lambda text: None)
+    return readme.pages.replaced(page, "readme", contents)[0], wrong
 
 
 def first_python() -> str:

@@ -59,14 +59,6 @@ def test_a_stack_that_did_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert "flag.json" in capsys.readouterr().out
 
 
-def test_placed_writes_between_its_markers_only() -> None:
-    page = "a\n<!-- stacks:order -->\nold\n<!-- /stacks -->\nb\n"
-    assert compare.placed(page, {"order": "new\n"}) == page.replace("old", "new")
-    assert compare.placed(compare.placed(page, {"order": "new\n"}), {"order": "new\n"}) == page.replace("old", "new")
-    with pytest.raises(SystemExit, match="no table"):
-        compare.placed(page, {})
-
-
 def test_every_stack_has_its_pins_and_its_tests() -> None:
     pins = {path.stem for path in (ROOT / "stacks" / "pins").glob("*.txt")} - {"tests"}
     assert pins == set(compare.TESTS) == {row.stack for row in compare.ROWS}

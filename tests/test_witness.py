@@ -1,6 +1,6 @@
-"""tests/witness.py on the kernels that there are, and on kernels with one deliberate fault each, which it must find.
+"""tools/witness on the kernels that there are, and on kernels with one deliberate fault each, which it must find.
 
-Two architectures, the oldest and the newest. `make cuda-check` runs this, after tests/witness.py has looked at all of them and
+Two architectures, the oldest and the newest. `make cuda-check` runs this, after tools/witness has looked at all of them and
 at docs/GPU.md: ptxas takes minutes, so it is no part of `make test`.
 """
 
@@ -14,12 +14,16 @@ from pathlib import Path
 import pytest
 
 import toolkit
-import witness
 from conftest import required
+from tools import pages
+from tools.witness import launches, occupancy
+from tools.witness.kernels import ARCHITECTURES, CUDA, TENSOR_ROOM, of_ptx, of_source, readable
+from tools.witness.page import PAGE
+from tools.witness.ptx import ptx_kernels
 
-SOURCES = sorted(witness.CUDA.rglob("*.cu"))
+SOURCES = sorted(CUDA.rglob("*.cu"))
 pytestmark = pytest.mark.exhaustive
-OLD, NEW = witness.ARCHITECTURES[0], witness.ARCHITECTURES[-1]
+OLD, NEW = ARCHITECTURES[0], ARCHITECTURES[-1]
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +39,9 @@ def kit() -> toolkit.Toolkit:
 
 
 @pytest.mark.parametrize("arch", [OLD, NEW])
-@pytest.mark.parametrize("source", SOURCES, ids=lambda p: str(p.relative_to(witness.CUDA).with_suffix("")))
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: str(p.relative_to(CUDA).with_suffix("")))
 def test_every_kernel_keeps_the_rules(source: Path, arch: str) -> None:
-    kernels = witness.of_source(source, arch)
+    kernels = of_source(source, arch)
     assert kernels
     assert [f"{k.name}: {d}" for k in kernels for d in k.defects()] == []
 
@@ -50,10 +54,10 @@ def defects(kit: toolkit.Toolkit, tmp_path: Path, body: str, arch: str = OLD, ro
     source = tmp_path / room / "k.cu"
     source.parent.mkdir(exist_ok=True)
     source.write_text(
-        '#include <cuda_fp16.h>\n#include "tensor/mma.cuh"\nnamespace rk {\n'
+        f'#include <cuda_fp16.h>\n#include "{TENSOR_ROOM}/mma.cuh"\nnamespace rk {{\n'
         f"__global__ void score_kernel(float* p, const float* q, int n) {{ const int i = threadIdx.x; {body} }}\n}}\n"
     )
-    (kernel,) = witness.of_source(source, arch)
+    (kernel,) = of_source(source, arch)
     return "\n".join(kernel.defects())
 
 
@@ -93,7 +97,7 @@ def test_what_ptxas_fuses_is_found(kit: toolkit.Toolkit, tmp_path: Path, body: s
     """Without .rn on products and sums ptxas may fuse them, and does; with it, the same PTX has no defect."""
     assert defects(kit, tmp_path, body, arch) == ""
     ptx = kit.ptx(tmp_path / "k.cu", arch).read_text()
-    (fused,) = witness.of_ptx(re.sub(r"\b(mul|add|sub)\.rn\.f32\b", r"\1.f32", ptx), "k", arch)
+    (fused,) = of_ptx(re.sub(r"\b(mul|add|sub)\.rn\.f32\b", r"\1.f32", ptx), "k", arch)
     assert "ptxas fused: 1 x FFMA in the dyed code" in fused.defects()
 
 
@@ -101,9 +105,9 @@ MMA = "float s[4] = {p[i]}; const unsigned a[4] = {__float_as_uint(q[i])}; mma<f
 
 
 def test_tensor_cores_belong_in_the_tensor_room(kit: toolkit.Toolkit, tmp_path: Path) -> None:
-    assert defects(kit, tmp_path, MMA, room="tensor") == ""
+    assert defects(kit, tmp_path, MMA, room=TENSOR_ROOM) == ""
     assert re.search(r"outside the contract: .*mma\.sync(.|\n)*machine code: .*HMMA", defects(kit, tmp_path, MMA))
-    assert "no HMMA" in defects(kit, tmp_path, "p[i] = q[i];", room="tensor")
+    assert "no HMMA" in defects(kit, tmp_path, "p[i] = q[i];", room=TENSOR_ROOM)
 
 
 @pytest.mark.parametrize("what", ["m16n8k8.row.col.f32.f16.f16.f32", "m16n8k4.row.col.f32.tf32.tf32.f32"])
@@ -114,23 +118,23 @@ def test_another_matrix_instruction_is_found(kit: toolkit.Toolkit, tmp_path: Pat
         ': "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3]) : "r"(a[0]), "r"(a[0]), "r"(a[0]));'
     )
     body = MMA.replace("p[i] = s[0];", f"{other} p[i] = s[0];")
-    assert f"mma.sync.aligned.{what}" in defects(kit, tmp_path, body, room="tensor")
+    assert f"mma.sync.aligned.{what}" in defects(kit, tmp_path, body, room=TENSOR_ROOM)
 
 
 def test_compiled_without_its_flag_a_kernel_is_found(kit: toolkit.Toolkit) -> None:
     """--fmad=false is part of the contract: with nvcc's default the PTX itself is another."""
-    ptx = kit.ptx(witness.CUDA / "softmax.cu", OLD, ["--fmad=true"]).read_text()
-    said = [d for k in witness.of_ptx(ptx, "softmax", OLD) for d in k.defects()]
+    ptx = kit.ptx(CUDA / "softmax.cu", OLD, ["--fmad=true"]).read_text()
+    said = [d for k in of_ptx(ptx, "softmax", OLD) for d in k.defects()]
     assert any("outside the contract" in d or "fused" in d for d in said)
 
 
 def test_narrow_loads_are_found(kit: toolkit.Toolkit) -> None:
-    ptx = kit.ptx(witness.CUDA / "pooling.cu", OLD).read_text()
+    ptx = kit.ptx(CUDA / "pooling.cu", OLD).read_text()
     narrow = re.sub(
         r"cp\.async\.cg\.shared\.global \[([^]]*)\], \[([^]]*)\], 16, [^;]*;", r"cp.async.ca.shared.global [\1], [\2], 4;", ptx
     )
     assert narrow != ptx
-    said = {k.name.split("<")[0]: k.defects() for k in witness.of_ptx(narrow, "pooling", OLD)}
+    said = {k.name.split("<")[0]: k.defects() for k in of_ptx(narrow, "pooling", OLD)}
     assert said["pool_kernel"] == ["streams, but loads no 16 bytes at once"]
 
 
@@ -139,9 +143,9 @@ def test_narrow_loads_are_found(kit: toolkit.Toolkit) -> None:
 
 def test_every_kernel_is_launched_by_somebody(kit: toolkit.Toolkit) -> None:
     """An instance of a template that no launcher ever starts is dead weight, and untested."""
-    there = {name for s in SOURCES for name in witness.ptx_kernels(kit.ptx(s, OLD).read_text())}
-    _, launched = witness.launches()
-    assert sorted(map(witness.readable, there ^ set(launched))) == []
+    there = {name for s in SOURCES for name in ptx_kernels(kit.ptx(s, OLD).read_text())}
+    _, launched = launches.launches()
+    assert sorted(map(readable, there ^ set(launched))) == []
     assert all(launch.block <= 1024 and launch.shared <= 99 * 1024 for launch in launched.values())
 
 
@@ -153,7 +157,7 @@ def test_occupancy_is_the_toolkits(kit: toolkit.Toolkit, tmp_path: Path) -> None
     limits = "".join(
         f"if (arch == {a}) "
         f"p.maxThreadsPerMultiprocessor = {32 * limit.warps}, p.sharedMemPerMultiprocessor = {1024 * limit.shared};"
-        for a, limit in witness.LIMITS.items()
+        for a, limit in occupancy.LIMITS.items()
     )
     source = tmp_path / "occupancy.cpp"
     source.write_text(
@@ -182,7 +186,7 @@ def test_occupancy_is_the_toolkits(kit: toolkit.Toolkit, tmp_path: Path) -> None
     subprocess.run(["c++", "-w", source, "-o", program], check=True)
     asked = [
         (arch, registers, shared, threads)
-        for arch in witness.LIMITS
+        for arch in occupancy.LIMITS
         for registers in (16, 24, 33, 64, 96, 128, 168, 255)
         for shared in (0, 1000, 12288, 30720, 49408, 69632, 99 * 1024)
         for threads in (32, 64, 128, 256, 512)
@@ -190,14 +194,13 @@ def test_occupancy_is_the_toolkits(kit: toolkit.Toolkit, tmp_path: Path) -> None
     ]
     given = "\n".join(" ".join(map(str, line)) for line in asked)
     said = subprocess.run([program], input=given, capture_output=True, text=True, check=True).stdout.split()
-    ours = [witness.blocks_per_sm(*line) for line in asked]
+    ours = [occupancy.blocks_per_sm(*line) for line in asked]
     assert [(line, us, int(it)) for line, us, it in zip(asked, ours, said, strict=True) if us != int(it)] == []
 
 
 def test_the_page_knows_every_kernel(kit: toolkit.Toolkit) -> None:
-    page = witness.PAGE.read_text(encoding="utf-8")
-    generated = page.partition(witness.BEGIN)[2].partition(witness.END)[0]
+    generated = pages.text(PAGE, "witness", "tables")
     if f"nvcc {kit.release};" not in generated:
         pytest.skip(f"docs/GPU.md was written with another nvcc than {kit.release}")
-    there = {witness.readable(name).split("<")[0] for s in SOURCES for name in witness.ptx_kernels(kit.ptx(s, OLD).read_text())}
-    assert {n for n in there if f"`{n}`" not in generated} == set(), "run tests/witness.py --write"
+    there = {readable(name).split("<")[0] for s in SOURCES for name in ptx_kernels(kit.ptx(s, OLD).read_text())}
+    assert {n for n in there if f"`{n}`" not in generated} == set(), "run tools/witness --write"

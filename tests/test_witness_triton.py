@@ -1,5 +1,5 @@
-"""tests/witness_triton.py on kernels with one deliberate fault each, which it must find. Run by `make cuda-check`, after
-tests/witness_triton.py itself has looked at every kernel and at docs/GPU.md."""
+"""tools/witness on Triton's kernels with one deliberate fault each, which it must find. Run by `make cuda-check`, after it has
+looked at every kernel and at docs/GPU.md."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import rerank_kernels as rk
-import witness_triton
 from conftest import ran
 from ptxsim import simulated_triton as simulated
 from ptxsim.simulated_triton import Edit, simulated_triton
+from tools.witness.triton_kernels import witnessed
 
 pytestmark = pytest.mark.exhaustive
 
@@ -28,7 +28,7 @@ def said(arch: int, edit: Edit | None, **options: Any) -> str:
     x, w = torch.zeros(2048, 768).half(), torch.zeros(768, 768).half()
     with simulated_triton(arch=arch, starts=False, edit=edit):
         rk.linear(x, w, activation="gelu", **options)
-    return "\n".join(witness_triton.witnessed("", simulated.used[-1], arch).defects())
+    return "\n".join(witnessed("", simulated.used[-1], arch).defects())
 
 
 @pytest.mark.parametrize("arch", [80, 90])

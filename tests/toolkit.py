@@ -1,4 +1,4 @@
-"""nvcc for the tests: finds it (csrc/toolkit.py), compiles a file for one architecture, and keeps what it compiled.
+"""nvcc for the tests: finds it (tools/toolkit.py), compiles a file for one architecture, and keeps what it compiled.
 
     kit = toolkit.find()                    # None: no nvcc here
     kit.version                             # (13, 0)
@@ -26,7 +26,7 @@ from ptxsim.once import alone
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / "build" / "cuda"
 
-_spec = importlib.util.spec_from_file_location("rerank_kernels_toolkit", ROOT / "csrc" / "toolkit.py")
+_spec = importlib.util.spec_from_file_location("rerank_kernels_toolkit", ROOT / "tools" / "toolkit.py")
 assert _spec is not None and _spec.loader is not None
 found = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(found)

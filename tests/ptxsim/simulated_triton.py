@@ -5,7 +5,7 @@
 
 launch.run is replaced: arguments are specialised as Triton's launcher does it (its own function), the kernel is compiled with
 the options of launch.OPTIONS for the architecture asked for, and its PTX runs here. What ptxas makes of the PTX is looked at
-by tests/witness_triton.py.
+by tools/witness.
 """
 
 from __future__ import annotations

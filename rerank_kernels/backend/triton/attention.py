@@ -303,7 +303,7 @@ def _store(y_row, total, bottom, i, length, features, BEGIN: tl.constexpr, WIDTH
 def tensor_tiles(d: int, arch: int) -> tuple[TensorTile, ...]:
     """For heads of d features on this compute capability (90 for 9.0); the first is taken, the others are for the tests.
 
-    They are what has no spills (tests/witness_triton.py). With 256 features on Hopper that takes loads at the edges that do not
+    They are what has no spills (tools/witness). With 256 features on Hopper that takes loads at the edges that do not
     pass through registers; elsewhere q and a part of k in registers leave room for few rows.
     """
     wgmma = matrix_instruction(arch) == "wgmma"

@@ -1,0 +1,69 @@
+"""What each CPU kernel reaches of what the machine can do: FLOPs, bytes, the limit that follows, and the time taken.
+
+The machine's own figures come from limits.cpp, compiled here: fused multiply-adds a second, and bytes a second out of the
+last-level cache and out of memory, with the threads of the run. A kernel's work is counted, not measured (cases/ops.py):
+
+- fmas: operations for the multiplier (a fused multiply-add, a multiplication), a register of which counts as one. Products need
+  one a term; for the element functions the count is numerics.h's, divisions left out.
+- bytes: each tensor once, in or out. They come from memory where all of them are more than the last-level cache is asked to
+  hold (16 MiB), and from that cache otherwise.
+
+The limit is the longer of the two times; `reached` is limit / time.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import tempfile
+from typing import Any
+
+import torch
+
+from bench.cases import ops
+from bench.harness.turns import Missing, Pace, Work, play
+
+SOURCE = pathlib.Path(__file__).parent / "limits.cpp"
+CACHED = 16 * 2**20  # bytes
+MEASURED = re.compile(
+    r"linear (2048|128|1)x(768x768|768x3072|3072x768|1024x4096)|linear 2048x768x3072 bfloat16"
+    r"|attention (16x128|4x512), 12 .*|activation gelu \d+x3072|softmax (12288x128|6144x512)"
+    r"|layer_norm \+ residual \d+x768|sparse_ffn ReLU 1x.*, (2|10)% active"
+)
+
+
+def machine(threads: int) -> dict[str, float]:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise Missing(f"there is no C++ compiler on PATH to build {SOURCE.name} with")
+    with tempfile.TemporaryDirectory() as folder:
+        program = pathlib.Path(folder) / "limits"
+        flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-pthread"]
+        built = subprocess.run([compiler, *flags, SOURCE, "-o", program], capture_output=True, text=True)
+        if built.returncode:
+            raise Missing(f"{SOURCE.name} does not compile: {built.stderr[-1000:]}")
+        return json.loads(subprocess.run([program, str(threads)], capture_output=True, text=True, check=True).stdout)
+
+
+def measure(budget: float = 1.0) -> list[dict[str, Any]]:
+    """One record a kernel; the first is the machine's."""
+    threads = torch.get_num_threads()
+    top = machine(threads)
+    records: list[dict[str, Any]] = [{"threads": threads, **top}]
+    for name, build in ops.on_a_cpu(ops.Place()):
+        if MEASURED.fullmatch(name):
+            work = build()
+            (cell,) = play(Work([work.ours]), Pace(budget, 5, 10.0), gates=False).values()
+            records.append(record(name, work.fmas, work.bytes, cell["ms"], top))
+    return records
+
+
+def record(name: str, fmas: float, moved: float, ms: float, top: dict[str, float]) -> dict[str, Any]:
+    reading = top["memory_gbs" if moved > CACHED else "cache_gbs"] * 1e9
+    arithmetic, memory = 2e3 * fmas / (top["gflops"] * 1e9), 1e3 * moved / reading
+    by = "arithmetic" if arithmetic >= memory else "memory" if moved > CACHED else "cache"
+    limit = max(arithmetic, memory)
+    return {"case": name, "fmas": fmas, "bytes": moved, "limit_ms": limit, "limited_by": by, "ms": ms, "reached": limit / ms}

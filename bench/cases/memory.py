@@ -1,0 +1,84 @@
+"""Peak memory of a stock and of a patched reranker: a fresh process each, the same weights, the same batches.
+
+`measure` writes the weights to a temporary folder once; each process loads them as a user does, with from_pretrained, scores a
+batch of equal lengths and then the mixed one, and tells its peak (VmHWM) after each step. The peak is set back once the model
+is there and patched (Linux: clear_refs), so that what loading took for a moment hides nothing. The bar is for equal lengths:
+in a mixed batch stock's padding takes memory of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import re
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+import rerank_kernels as rk
+from bench.cases import shapes
+from bench.harness.turns import Missing
+from bench.harness.worker import Worker
+
+BAR = 1.15  # ours / stock, at most
+STEPS = ("loaded", "8x128", "32 of 16 to 512")
+LENGTHS = {"8x128": (128,) * 8, "32 of 16 to 512": shapes.MIXED_LENGTHS}
+STATUS = pathlib.Path("/proc/self/status")
+
+
+def measure(name: str, layers: int | None = None, *, bar: float | None = BAR) -> list[dict[str, Any]]:
+    """One record a step: MiB of stock and ours, and ours / stock."""
+    if not STATUS.exists():
+        raise Missing(f"there is no {STATUS}")
+    shape = dataclasses.replace(shapes.RERANKERS[name], layers=layers or shapes.RERANKERS[name].layers)
+    peaks = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for who in ("save", "stock", "ours"):
+            worker = Worker()
+            try:
+                peaks[who] = worker.ask(f"{__name__}:one", who=who, folder=folder, shape=dataclasses.asdict(shape))
+            finally:
+                worker.close()
+            if "error" in peaks[who]:
+                raise Missing(f"{name}, {who}: {peaks[who]['error']}")
+    records = []
+    for step in STEPS:
+        stock, ours = peaks["stock"][step], peaks["ours"][step]
+        held = bar if step == "8x128" else None
+        verdict = None if held is None else "ok" if ours / stock <= held else "FALLS SHORT"
+        row = {"model": name, "step": step, "stock_mib": stock, "ours_mib": ours, "ratio": ours / stock}
+        records.append({**row, "bar": held, "verdict": verdict})
+    return records
+
+
+def peak() -> float:
+    """MiB."""
+    match = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
+    assert match is not None
+    return int(match[1]) / 1024
+
+
+def one(who: str, folder: str, shape: Mapping[str, Any]) -> dict[str, float]:
+    """The process's side."""
+    from transformers import AutoModelForSequenceClassification
+
+    of = shapes.Shape(**shape)
+    if who == "save":
+        shapes.reranker(of).save_pretrained(folder)
+        return {}
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    if who == "ours":
+        rk.patch(model)
+    found = {"loaded": peak()}
+    with contextlib.suppress(OSError):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    with torch.inference_mode():
+        for step, lengths in LENGTHS.items():
+            batch = shapes.padded(of, shapes.tokens(of, lengths))
+            for _ in range(2):
+                model(**batch)
+            found[step] = peak()
+    return found

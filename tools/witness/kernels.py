@@ -1,0 +1,124 @@
+"""One CUDA kernel on one architecture: what nvcc and ptxas made of it, and which rules it breaks."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import toolkit
+from tools.witness.machine import Code, machine_kernels
+from tools.witness.ptx import dyed, outside_contract, ptx_kernels
+
+CUDA = Path(__file__).parent.parent.parent / "csrc" / "cuda"
+TENSOR_ROOM = "tensor"  # the folder of CUDA whose kernels have tensor cores
+ARCHITECTURES = toolkit.ARCHITECTURES
+
+
+@dataclass(frozen=True)
+class Kernel:
+    mangled: str
+    family: str
+    arch: str
+    ptx: str
+    code: Code
+    dyed: Code
+    registers: int
+    stack: int
+    spills: int
+    static_shared: int
+
+    @property
+    def name(self) -> str:
+        return readable(self.mangled)
+
+    @property
+    def tensor(self) -> bool:
+        return self.family.startswith(f"{TENSOR_ROOM}/")
+
+    def defects(self) -> list[str]:
+        told = [f"PTX outside the contract: {listed(ops)}"] if (ops := outside_contract(self.ptx, self.tensor)) else []
+        told += [f"ptxas fused: {listed(ops)} in the dyed code"] if (ops := self.dyed.undyed()) else []
+        wanted = len(re.findall(r"\bfma\.rn\.f32\b", self.ptx)) + 2 * len(re.findall(r"\bfma\.rn\.f32x2\b", self.ptx))
+        there = sum({"FFMA": 1, "FFMA2": 2}.get(op.split(".")[0], 0) for op in self.dyed.ops)
+        told += [f"{wanted} fma in PTX, {there} in the dyed code"] if wanted > there else []
+        told += [f"machine code: {listed(ops)}"] if (ops := self.code.forbidden(self.tensor)) else []
+        told += ["mode tensor, and no HMMA"] if self.tensor and not self.code.count("HMMA") else []
+        told += [f"{self.stack} bytes of stack, {self.spills} of spills"] if self.stack or self.spills else []
+        if streams(self.name) and not self.code.wide("LDG", "LDGSTS"):
+            told.append("streams, but loads no 16 bytes at once")
+        return told
+
+
+# Kernels for rows whose length or address is not a multiple of 16 bytes, and those that read next to nothing.
+NARROW = (
+    r"^(softmax_long|axpy)_kernel<[^<>]*, 1>$",
+    r"^((layer_norm|normalize)_long|score|active|finish)_kernel$",
+)
+
+
+def streams(name: str) -> bool:
+    return not any(re.search(n, name) for n in NARROW)
+
+
+def listed(ops: Counter[str]) -> str:
+    return ", ".join(f"{n} x {op}" for op, n in sorted(ops.items()))
+
+
+@functools.cache
+def readable(mangled: str) -> str:
+    """linear_tile<128x64, f16, float>."""
+    said = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    name = re.sub(r"^void ", "", said.replace("rk::", ""))
+    name = re.sub(r"\(.*\)$", "", name)
+    return re.sub(r"\w*Tile<(\d+), (\d+),[^<>]*>", r"\1x\2", name)
+
+
+def of_ptx(ptx: str, family: str, arch: str) -> list[Kernel]:
+    kit = toolkit.find()
+    assert kit is not None
+    made, said = kit.assemble(ptx, arch)
+    codes = machine_kernels(kit.disassemble(made))
+    dyed_codes = machine_kernels(kit.disassemble(kit.assemble(dyed(ptx), arch)[0]))
+    kernels = []
+    for mangled, text in ptx_kernels(ptx).items():
+        log = re.search(rf"entry function '{mangled}'.*?Used (\d+) registers[^\n]*", said, re.DOTALL)
+        assert log is not None, f"ptxas says nothing of {mangled}"
+        numbers = {
+            key: int(m[1]) if (m := re.search(rf"(\d+) bytes {key}", log[0])) else 0
+            for key in ("stack frame", "spill stores", "spill loads", "smem")
+        }
+        spills = numbers["spill stores"] + numbers["spill loads"]
+        kernels.append(
+            Kernel(
+                mangled,
+                family,
+                arch,
+                text,
+                codes[mangled],
+                dyed_codes[mangled],
+                int(log[1]),
+                numbers["stack frame"],
+                spills,
+                numbers["smem"],
+            )
+        )
+    return kernels
+
+
+def of_source(source: Path, arch: str) -> list[Kernel]:
+    kit = toolkit.find()
+    assert kit is not None
+    family = f"{TENSOR_ROOM}/{source.stem}" if source.parent.name == TENSOR_ROOM else source.stem
+    return of_ptx(kit.ptx(source, arch).read_text(), family, arch)
+
+
+def every(architectures: tuple[str, ...]) -> list[Kernel]:
+    sources = sorted(CUDA.rglob("*.cu"))
+    with ThreadPoolExecutor(2) as pool:
+        made = pool.map(lambda job: of_source(*job), [(s, a) for a in architectures for s in sources])
+        return [k for kernels in made for k in kernels]
