@@ -65,7 +65,7 @@ def text(name: str) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_has_its_file_in_every_room(family: str) -> None:
     rooms = [f"rerank_kernels/ops/{family}.py", f"csrc/cpu/{family}.cpp", f"tests/test_{family}.py"]
-    rooms += [f"csrc/cuda/{family}.cu", f"csrc/cuda/{family}.cpp"]
+    rooms += [f"csrc/cuda/portable/{family}.cu", f"csrc/cuda/torch/{family}.cpp"]
     rooms += [f"{b.package.replace('.', '/')}/{family}.py" for b in BACKENDS.values()]
     assert [r for r in rooms if not (ROOT / r).is_file()] == []
 

@@ -50,7 +50,7 @@ def defects(kit: toolkit.Toolkit, tmp_path: Path, body: str, arch: str = OLD, ro
     source = tmp_path / room / "k.cu"
     source.parent.mkdir(exist_ok=True)
     source.write_text(
-        '#include <cuda_fp16.h>\n#include "tensor/mma.cuh"\nnamespace rk {\n'
+        '#include <cuda_fp16.h>\n#include "sm80/mma.cuh"\nnamespace rk {\n'
         f"__global__ void score_kernel(float* p, const float* q, int n) {{ const int i = threadIdx.x; {body} }}\n}}\n"
     )
     (kernel,) = witness.of_source(source, arch)
@@ -101,9 +101,9 @@ MMA = "float s[4] = {p[i]}; const unsigned a[4] = {__float_as_uint(q[i])}; mma<f
 
 
 def test_tensor_cores_belong_in_the_tensor_room(kit: toolkit.Toolkit, tmp_path: Path) -> None:
-    assert defects(kit, tmp_path, MMA, room="tensor") == ""
+    assert defects(kit, tmp_path, MMA, room="sm80") == ""
     assert re.search(r"outside the contract: .*mma\.sync(.|\n)*machine code: .*HMMA", defects(kit, tmp_path, MMA))
-    assert "no HMMA" in defects(kit, tmp_path, "p[i] = q[i];", room="tensor")
+    assert "no HMMA" in defects(kit, tmp_path, "p[i] = q[i];", room="sm80")
 
 
 @pytest.mark.parametrize("what", ["m16n8k8.row.col.f32.f16.f16.f32", "m16n8k4.row.col.f32.tf32.tf32.f32"])
@@ -114,18 +114,18 @@ def test_another_matrix_instruction_is_found(kit: toolkit.Toolkit, tmp_path: Pat
         ': "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3]) : "r"(a[0]), "r"(a[0]), "r"(a[0]));'
     )
     body = MMA.replace("p[i] = s[0];", f"{other} p[i] = s[0];")
-    assert f"mma.sync.aligned.{what}" in defects(kit, tmp_path, body, room="tensor")
+    assert f"mma.sync.aligned.{what}" in defects(kit, tmp_path, body, room="sm80")
 
 
 def test_compiled_without_its_flag_a_kernel_is_found(kit: toolkit.Toolkit) -> None:
     """--fmad=false is part of the contract: with nvcc's default the PTX itself is another."""
-    ptx = kit.ptx(witness.CUDA / "softmax.cu", OLD, ["--fmad=true"]).read_text()
+    ptx = kit.ptx(witness.CUDA / "portable" / "softmax.cu", OLD, ["--fmad=true"]).read_text()
     said = [d for k in witness.of_ptx(ptx, "softmax", OLD) for d in k.defects()]
     assert any("outside the contract" in d or "fused" in d for d in said)
 
 
 def test_narrow_loads_are_found(kit: toolkit.Toolkit) -> None:
-    ptx = kit.ptx(witness.CUDA / "pooling.cu", OLD).read_text()
+    ptx = kit.ptx(witness.CUDA / "portable" / "pooling.cu", OLD).read_text()
     narrow = re.sub(
         r"cp\.async\.cg\.shared\.global \[([^]]*)\], \[([^]]*)\], 16, [^;]*;", r"cp.async.ca.shared.global [\1], [\2], 4;", ptx
     )

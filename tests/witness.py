@@ -6,7 +6,7 @@
 
 The rules, each a consequence of NUMERICS.md:
 - PTX holds nothing outside the contract (`outside_contract`): arithmetic is float32 and .rn, nothing approximate, no tensor
-  core, no atomic, and nothing that asks which multiprocessor it runs on or what time it is. The kernels of csrc/cuda/tensor/
+  core, no atomic, and nothing that asks which multiprocessor it runs on or what time it is. The kernels of csrc/cuda/sm80/
   have tensor cores, by one instruction only: mma.sync.m16n8k16 with float32 sums.
 - ptxas does not fuse what PTX holds apart. An FFMA may come from a PTX fma or from the inside of a division or square root, so
   counting says little. Instead the PTX is dyed: every fma.rn becomes fma.rz, and divisions, reciprocals and square roots become
@@ -190,7 +190,7 @@ class Kernel:
 
     @property
     def tensor(self) -> bool:
-        return self.family.startswith("tensor/")
+        return self.family.startswith("sm80/")
 
     def defects(self) -> list[str]:
         told = [f"PTX outside the contract: {_listed(ops)}"] if (ops := outside_contract(self.ptx, self.tensor)) else []
@@ -265,8 +265,7 @@ def of_ptx(ptx: str, family: str, arch: str) -> list[Kernel]:
 def of_source(source: Path, arch: str) -> list[Kernel]:
     kit = toolkit.find()
     assert kit is not None
-    family = f"tensor/{source.stem}" if source.parent.name == "tensor" else source.stem
-    return of_ptx(kit.ptx(source, arch).read_text(), family, arch)
+    return of_ptx(kit.ptx(source, arch).read_text(), f"{source.parent.name}/{source.stem}", arch)
 
 
 def every(architectures: tuple[str, ...]) -> list[Kernel]:
@@ -565,7 +564,7 @@ def table(kernels: dict[tuple[str, str], Kernel], one: dict[str, Launch]) -> lis
         )
         rows.setdefault(figures, []).append(readable(mangled).partition("<")[2].removesuffix(">"))
     lines = [
-        "| family | kernel | threads | shared KB | sm_80 registers | blocks x warps | sm_120 registers | blocks x warps "
+        "| room/family | kernel | threads | shared KB | sm_80 registers | blocks x warps | sm_120 registers | blocks x warps "
         "| others' registers | warps | hot loop: fma or mma / all |",
         "|" + "---|" * 11,
     ]

@@ -1,5 +1,5 @@
-// kernels.h: the launchers of the CUDA backend, family by family: what csrc/cuda/<family>.cpp (torch) asks of
-// csrc/cuda/<family>.cu (no torch). Pointers are device memory; nothing here waits for the device or allocates.
+// kernels.h: the launchers of the CUDA backend, family by family: what torch/<family>.cpp asks of the <family>.cu of a room
+// (portable/, sm80/), which knows no torch. Pointers are device memory; nothing here waits for the device or allocates.
 #pragma once
 
 #include "../args.h"
@@ -7,9 +7,6 @@
 namespace rk {
 
 using Stream = void*;  // a cudaStream_t; the torch side needs no CUDA header for it
-
-// Shared memory of one block: what every architecture from sm_80 to sm_120 grants.
-constexpr int MAX_SHARED = 99 * 1024;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

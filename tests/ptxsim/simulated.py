@@ -3,9 +3,9 @@
     with simulated(race=True, sched=2):
         rk.linear(x, weight)            # CPU tensors; torch.ops.rerank_kernels.* go to csrc/cuda
 
-csrc/cuda/**/*.cu are compiled by nvcc and linked with cudart.cpp in place of the CUDA runtime, csrc/cuda/*.cpp by g++ for CPU
-tensors (call.h). So Python, registration, launcher, grid, shared memory and arguments are the ones that a GPU would get; only
-ptxas and the chip are left out. README.md says what that proves and what it does not.
+csrc/cuda/*/*.cu are compiled by nvcc and linked with cudart.cpp in place of the CUDA runtime, csrc/cuda/torch/*.cpp by g++ for
+CPU tensors (call.h). So Python, registration, launcher, grid, shared memory and arguments are the ones that a GPU would get;
+only ptxas and the chip are left out. README.md says what that proves and what it does not.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = Path(os.environ.get("RERANK_KERNELS_CACHE", ROOT / "build" / "ptxsim"))
-FAMILIES = ("norm", "softmax", "linear", "attention", "pooling", "sparse_ffn")
-SOURCES = tuple(sorted(str(p.relative_to(CUDA).with_suffix("")) for p in CUDA.rglob("*.cu")))  # "linear", "tensor/linear"
+SOURCES = tuple(sorted(str(p.relative_to(CUDA).with_suffix("")) for p in CUDA.rglob("*.cu")))  # "portable/linear"
 # every op but those that are the CPU's own or take no tensor: one without a CUDA kernel fails, it is not the CPU's in disguise
 NOT_ON_A_GPU = {"transpose_weight", "force_isa", "launchers", "force_launch"}
 OPS = tuple(
@@ -73,14 +72,14 @@ _ATTENTION_TENSOR = """if (args.dtype == Dtype::F16) start(attention_tensor_rows
     else start(attention_tensor_rows<WIDTH, bf16>);"""
 LONGEST = {
     torch.float32: {
-        "linear.cu": (_LINEAR, "start(No(), No());"),
-        "attention.cu": (_ATTENTION, "start(attention_rows<float>);"),
+        "portable/linear.cu": (_LINEAR, "start(No(), No());"),
+        "portable/attention.cu": (_ATTENTION, "start(attention_rows<float>);"),
     },
     torch.float16: {
-        "linear.cu": (_LINEAR, "start(Yes(), Yes());"),
-        "attention.cu": (_ATTENTION, "start(attention_rows<f16>);"),
-        "tensor/linear.cu": (_LINEAR_TENSOR, "linear_tensor_tile<T, f16>"),
-        "tensor/attention.cu": (_ATTENTION_TENSOR, "start(attention_tensor_rows<WIDTH, f16>);"),
+        "portable/linear.cu": (_LINEAR, "start(Yes(), Yes());"),
+        "portable/attention.cu": (_ATTENTION, "start(attention_rows<f16>);"),
+        "sm80/linear.cu": (_LINEAR_TENSOR, "linear_tensor_tile<T, f16>"),
+        "sm80/attention.cu": (_ATTENTION_TENSOR, "start(attention_tensor_rows<WIDTH, f16>);"),
     },
 }
 
@@ -264,7 +263,7 @@ def library() -> Path:
     kit = toolkit.find()
     if kit is None:
         raise RuntimeError(missing())
-    torch_side = [ROOT / "csrc" / "schema.cpp", CUDA / "launch.cpp", *(CUDA / f"{f}.cpp" for f in FAMILIES)]
+    torch_side = [ROOT / "csrc" / "schema.cpp", *sorted((CUDA / "torch").glob("*.cpp"))]
     include = [HERE, ROOT / "csrc", *torch.utils.cpp_extension.include_paths()]
     flags = [
         "-O1",

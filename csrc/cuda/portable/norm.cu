@@ -7,7 +7,7 @@
 
 #include <type_traits>
 
-#include "launch.cuh"
+#include "room.cuh"
 #include "rows.cuh"
 
 namespace rk {

@@ -2,8 +2,8 @@
 // made without asking the device. Not seen by kernels.
 #pragma once
 
-#include "../tensors.h"
-#include "kernels.h"
+#include "../../tensors.h"
+#include "../kernels.h"
 
 #ifdef RK_SIMULATED_CALL  // tests/ptxsim: a Call and a dispatch key for CPU tensors
 #include RK_SIMULATED_CALL

@@ -10,9 +10,9 @@
 
 #include <algorithm>
 
-#include "epilogue.cuh"
+#include "../epilogue.cuh"
 #include "gemm.cuh"
-#include "launch.cuh"
+#include "room.cuh"
 
 namespace rk {
 

@@ -1,4 +1,4 @@
-// tensor/linear.cu: linear and bmm in mode "tensor": y[m, n] = act(dot_tensor(x[m], w[n]) + bias[n]) + residual[m, n], x [M, K]
+// sm80/linear.cu: linear and bmm in mode "tensor": y[m, n] = act(dot_tensor(x[m], w[n]) + bias[n]) + residual[m, n], x [M, K]
 // and w [N, K] half precision of one dtype, every shape, M = 1 and odd addresses included.
 //
 // Order: one accumulator an output, one mma for every 16 k, ascending, from +0; what is missing in the last one is zeros on
@@ -15,7 +15,7 @@
 #include <algorithm>
 
 #include "../epilogue.cuh"
-#include "../launch.cuh"
+#include "room.cuh"
 #include "mma.cuh"
 
 namespace rk {

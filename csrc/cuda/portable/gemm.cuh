@@ -15,7 +15,7 @@
 // are +0: fma(+0, +0, s) can only make +0 of a sum of -0, which adding it to a total that began at +0 would do as well.
 #pragma once
 
-#include "device.cuh"
+#include "../device.cuh"
 
 namespace rk {
 

@@ -1,6 +1,6 @@
 // sparse_ffn.cu: a ReLU or ReGLU feed-forward layer for few rows that reads little more than what active neurons need.
 //
-// 1. The pre-activations of `first`, for all neurons: linear.cu, or in mode tensor tensor/linear.cu. All else is one in both.
+// 1. The pre-activations of `first`, for all neurons: linear.cu, or in mode tensor sm80/linear.cu. All else is one in both.
 // 2. Which neurons are active? Their numbers and values side by side, ascending, for each row and each chunk of 512 neurons.
 // 3. ReGLU: dot products over the rows of up, for active neurons only; the chunks of 512 of K go to different blocks.
 // 4. down: per row and chunk of 512 neurons one fma chain a column over the active neurons, ascending.
@@ -10,7 +10,7 @@
 // grid of a row with all neurons active, and blocks that find no neuron to work on end at once.
 
 #include "gemm.cuh"
-#include "launch.cuh"
+#include "room.cuh"
 #include "rows.cuh"
 
 namespace rk {

@@ -26,7 +26,7 @@
 
 #include "../attention.cuh"
 #include "../kernels.h"
-#include "../launch.cuh"
+#include "room.cuh"
 #include "mma.cuh"
 
 namespace rk {

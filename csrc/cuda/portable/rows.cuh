@@ -6,7 +6,7 @@
 // bytes of the storage dtype hold, or 1 where an address or a length is not a multiple of that.
 #pragma once
 
-#include "device.cuh"
+#include "../device.cuh"
 
 namespace rk {
 
