@@ -66,6 +66,8 @@ RK_TORCH_LIBRARY(m) {
     // compiler, torch and flags, for info; the library's file, for the message about a second copy.
     m.def("build_info() -> str");
     m.def("loaded_from() -> str");
+    // the tiles of mode tensor, room by room, as JSON; csrc/cpu/tables.cpp
+    m.def("launch_tables() -> str");
     // the CUDA launchers that have several ways to serve a call, "linear 7, attention 2"; force_launch: which of them one takes,
     // -1 for its own choice. For tests.
     m.def("launchers() -> str");

@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from importlib import metadata
+from typing import Any
 from urllib.parse import unquote
 
 import torch
@@ -59,6 +60,13 @@ def holding_threads() -> Iterator[None]:
 def threads() -> int:
     """How many threads an op on CPU tensors may use now: torch.get_num_threads(), or what that was before the block above."""
     return int(torch.ops.rerank_kernels.hold_threads(-1)) if missing() is None else torch.get_num_threads()
+
+
+@functools.cache
+def launch_tables() -> dict[str, Any]:
+    """The tiles of mode tensor of each room of csrc/cuda, as its tiles.h has them: csrc/cpu/tables.cpp says in which form."""
+    tables: dict[str, Any] = json.loads(torch.ops.rerank_kernels.launch_tables())
+    return tables
 
 
 def _load(stem: str, what: str, reason: str) -> str | None:

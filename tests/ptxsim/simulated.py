@@ -40,7 +40,7 @@ CUDA = ROOT / "csrc" / "cuda"
 BUILD = Path(os.environ.get("RERANK_KERNELS_CACHE", ROOT / "build" / "ptxsim"))
 SOURCES = tuple(sorted(str(p.relative_to(CUDA).with_suffix("")) for p in CUDA.rglob("*.cu")))  # "portable/linear"
 # every op but those that are the CPU's own or take no tensor: one without a CUDA kernel fails, it is not the CPU's in disguise
-NOT_ON_A_GPU = {"transpose_weight", "force_isa", "launchers", "force_launch"}
+NOT_ON_A_GPU = {"transpose_weight", "force_isa", "launch_tables", "launchers", "force_launch"}
 OPS = tuple(
     name for name in re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc" / "schema.cpp").read_text()) if name not in NOT_ON_A_GPU
 )
