@@ -18,7 +18,7 @@ from pathlib import Path
 
 # The numeric contract's flags (NUMERICS.md, "Flags"): an fma is where the source says fmadd, nowhere else.
 NUMERIC_FLAGS = ["--fmad=false"]
-FLAGS = ["-std=c++17", "-O3", *NUMERIC_FLAGS]
+FLAGS = ["-std=c++20", "-O3", *NUMERIC_FLAGS]
 
 # A100; A10, RTX 3090; L4, RTX 4090; H100; B200; RTX 5090. cp.async sets the lower end.
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")

@@ -13,17 +13,13 @@ static Tensor layer_norm(const Tensor& x, const Tensor& weight, const std::optio
                          const std::optional<Tensor>& residual) {
     const int64_t rows = x.size(0), d = x.size(1);
     Tensor y = empty(x, {rows, d}, x.scalar_type());
-    const NormArgs args{x.const_data_ptr(),
-                        dtype_of(x, "layer_norm", "x"),
-                        residual ? residual->const_data_ptr() : nullptr,
-                        residual ? dtype_of(*residual, "layer_norm", "residual") : Dtype::F32,
-                        weight.const_data_ptr(),
-                        dtype_of(weight, "layer_norm", "weight"),
-                        bias ? bias->const_data_ptr() : nullptr,
-                        bias ? dtype_of(*bias, "layer_norm", "bias") : Dtype::F32,
-                        y.mutable_data_ptr(),
-                        d,
-                        float(eps)};
+    const NormArgs args{.x = ref(x, "layer_norm", "x"),
+                        .residual = ref(residual, "layer_norm", "residual"),
+                        .weight = ref(weight, "layer_norm", "weight"),
+                        .bias = ref(bias, "layer_norm", "bias"),
+                        .y = y.mutable_data_ptr(),
+                        .D = d,
+                        .eps = float(eps)};
     const int64_t block = 1 + 16384 / (d + 1);
     for_each_task(ceil_div(rows, block), [&](int64_t task) {
         const int64_t end = (task + 1) * block < rows ? (task + 1) * block : rows;
@@ -82,10 +78,10 @@ RK_INLINE float squares(const float* s, int64_t d, float mean) {
 // hardware's prefetcher begins anew with each.
 template <class T>
 RK_INLINE float sum_of_row(const NormArgs& a, int64_t row, float* in) {
-    const int64_t D = a.D, size = bytes_of(a.residual_dtype);
-    const T* x = static_cast<const T*>(a.x) + row * D;
-    const char* residual = a.residual ? static_cast<const char*>(a.residual) + row * D * size : nullptr;
-    const Dtype dtype = a.residual_dtype;
+    const int64_t D = a.D, size = bytes_of(a.residual.dtype);
+    const T* x = static_cast<const T*>(a.x.data) + row * D;
+    const char* residual = a.residual.data ? static_cast<const char*>(a.residual.data) + row * D * size : nullptr;
+    const Dtype dtype = a.residual.dtype;
     Lanes sum = zero_lanes();
     for (int64_t i = 0; i < D; i += LANES)
 #pragma GCC unroll 4
@@ -115,10 +111,10 @@ template <class T>
 static void layer_norm_rows_of(const NormArgs& a, int64_t begin, int64_t end, float* memory) {
     const int64_t D = a.D, gap = D + PANEL;
     float *weight = memory, *bias = memory + gap, *in = memory + 2 * gap;
-    widen(a.weight_dtype, a.weight, 0, D, weight);
-    if (a.bias) widen(a.bias_dtype, a.bias, 0, D, bias);
+    widen(a.weight.dtype, a.weight.data, 0, D, weight);
+    if (a.bias.data) widen(a.bias.dtype, a.bias.data, 0, D, bias);
     const float count = float(D);
-    const bool biased = a.bias != nullptr;
+    const bool biased = a.bias.data != nullptr;
     for (int64_t row = begin; row < end; ++row) {
         const float mean = sum_of_row<T>(a, row, in) / count;
         const float var = squares(in, D, mean) / count;
@@ -138,8 +134,8 @@ static void layer_norm_rows_of(const NormArgs& a, int64_t begin, int64_t end, fl
 }
 
 static void layer_norm_rows(const NormArgs& a, int64_t begin, int64_t end, float* memory) {
-    if (a.x_dtype == Dtype::F32) return layer_norm_rows_of<float>(a, begin, end, memory);
-    if (a.x_dtype == Dtype::F16) return layer_norm_rows_of<f16>(a, begin, end, memory);
+    if (a.x.dtype == Dtype::F32) return layer_norm_rows_of<float>(a, begin, end, memory);
+    if (a.x.dtype == Dtype::F16) return layer_norm_rows_of<f16>(a, begin, end, memory);
     layer_norm_rows_of<bf16>(a, begin, end, memory);
 }
 

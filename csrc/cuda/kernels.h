@@ -52,22 +52,14 @@ void score(const float* logit, int64_t n, float* score, float* complement, Strea
 
 // ---- sparse_ffn: first pre-activations of all neurons, then only what is active is read
 struct SparseFfnArgs {
-    const void* x;  // [M, K]
-    Dtype x_dtype;
-    const void* first;  // [F, K]: gate if there is one, else up
-    Dtype first_dtype;
-    const void* first_bias;  // [F] or null
-    Dtype first_bias_dtype;
-    const void* up;  // [F, K], or null: no gate
-    Dtype up_dtype;
-    const void* up_bias;  // [F] or null
-    Dtype up_bias_dtype;
-    const void* down;  // [F, D], the transpose of nn.Linear's weight
-    Dtype down_dtype;
-    const void* down_bias;  // [D] or null
-    Dtype down_bias_dtype;
-    void* y;  // [M, D]
-    Dtype y_dtype;
+    Ref x;           // [M, K]
+    Ref first;       // [F, K]: gate if there is one, else up
+    Ref first_bias;  // [F] or absent
+    Ref up;          // [F, K], or absent: no gate
+    Ref up_bias;     // [F] or absent
+    Ref down;        // [F, D], the transpose of nn.Linear's weight
+    Ref down_bias;   // [D] or absent
+    Out out;         // [M, D]
     int64_t M, K, F, D;
 };
 // `tensor`: the first pre-activations are mode tensor's; workspace in float32 elements

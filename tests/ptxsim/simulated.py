@@ -62,12 +62,12 @@ class Edit:
 
 # Where the kernels that nvcc compiles longest get their dtype, and what is left of it in a mutant that sees one dtype only. A
 # kernel that was left out and is started all the same is a LookupError, which is no way to be caught.
-_LINEAR = """if (g.x_dtype == Dtype::F32) w_half ? start(No(), Yes()) : start(No(), No());
+_LINEAR = """if (g.x.dtype == Dtype::F32) w_half ? start(No(), Yes()) : start(No(), No());
     else w_half ? start(Yes(), Yes()) : start(Yes(), No());"""
 _ATTENTION = """if (args.dtype == Dtype::F32) start(attention_rows<float>);
     else if (args.dtype == Dtype::F16) start(attention_rows<f16>);
     else start(attention_rows<bf16>);"""
-_LINEAR_TENSOR = "g.x_dtype == Dtype::F16 ? linear_tensor_tile<T, f16> : linear_tensor_tile<T, bf16>"
+_LINEAR_TENSOR = "g.x.dtype == Dtype::F16 ? linear_tensor_tile<T, f16> : linear_tensor_tile<T, bf16>"
 _ATTENTION_TENSOR = """if (args.dtype == Dtype::F16) start(attention_tensor_rows<WIDTH, f16>);
     else start(attention_tensor_rows<WIDTH, bf16>);"""
 LONGEST = {

@@ -38,12 +38,13 @@ __device__ __forceinline__ float rstd_of(float sum_of_squares, float count, floa
 template <class T, int WARPS, int N>
 __device__ __forceinline__ void layer_norm_row(const NormArgs& a, int64_t at, float* row, float* slots) {
     const int D = int(a.D);
-    const T* x = static_cast<const T*>(a.x) + at;
-    if (!a.residual) stage_sum<T, NoResidual, WARPS, N>(x, nullptr, D, row);
-    else if (a.residual_dtype == Dtype::F32)
-        stage_sum<T, float, WARPS, N>(x, static_cast<const float*>(a.residual) + at, D, row);
-    else if (a.residual_dtype == Dtype::F16) stage_sum<T, f16, WARPS, N>(x, static_cast<const f16*>(a.residual) + at, D, row);
-    else stage_sum<T, bf16, WARPS, N>(x, static_cast<const bf16*>(a.residual) + at, D, row);
+    const T* x = static_cast<const T*>(a.x.data) + at;
+    if (!a.residual.data) stage_sum<T, NoResidual, WARPS, N>(x, nullptr, D, row);
+    else if (a.residual.dtype == Dtype::F32)
+        stage_sum<T, float, WARPS, N>(x, static_cast<const float*>(a.residual.data) + at, D, row);
+    else if (a.residual.dtype == Dtype::F16)
+        stage_sum<T, f16, WARPS, N>(x, static_cast<const f16*>(a.residual.data) + at, D, row);
+    else stage_sum<T, bf16, WARPS, N>(x, static_cast<const bf16*>(a.residual.data) + at, D, row);
     team_barrier<WARPS>();
     const float count = float(a.D);
     const float mean = team_row_sum<WARPS>(D, slots, [&](float sum, int64_t i) { return sum + row[i]; }) / count;
@@ -56,11 +57,11 @@ __device__ __forceinline__ void layer_norm_row(const NormArgs& a, int64_t at, fl
 #pragma unroll 2
     for (int g = rank_in_team<WARPS>(); g < D / N; g += 32 * WARPS) {
         float v[N], w[N];
-        load_group_as<N>(a.weight_dtype, a.weight, g * N, w);
+        load_group_as<N>(a.weight, g * N, w);
         get_group<N>(row, g, v);
-        if (a.bias) {
+        if (a.bias.data) {
             float b[N];
-            load_group_as<N>(a.bias_dtype, a.bias, g * N, b);
+            load_group_as<N>(a.bias, g * N, b);
 #pragma unroll
             for (int j = 0; j < N; ++j) v[j] = fmadd((v[j] - mean) * rstd, w[j], b[j]);
         } else {
@@ -89,8 +90,8 @@ __global__ void __launch_bounds__(32 * TEAM_WARPS) layer_norm_long_kernel(const 
     __shared__ float slots[2];
     const int64_t at = int64_t(blockIdx.x) * a.D;
     const auto s = [&](int64_t i) {
-        const float x = load_as(a.x_dtype, a.x, at + i);
-        return a.residual ? x + load_as(a.residual_dtype, a.residual, at + i) : x;
+        const float x = load_as(a.x, at + i);
+        return a.residual.data ? x + load_as(a.residual, at + i) : x;
     };
     const float count = float(a.D);
     const float mean = team_row_sum<TEAM_WARPS>(a.D, slots, [&](float sum, int64_t i) { return sum + s(i); }) / count;
@@ -100,8 +101,8 @@ __global__ void __launch_bounds__(32 * TEAM_WARPS) layer_norm_long_kernel(const 
     });
     const float rstd = rstd_of(squares, count, a.eps);
     for (int64_t i = threadIdx.x; i < a.D; i += blockDim.x) {
-        const float normed = (s(i) - mean) * rstd, w = load_as(a.weight_dtype, a.weight, i);
-        store_as(a.x_dtype, a.y, at + i, a.bias ? fmadd(normed, w, load_as(a.bias_dtype, a.bias, i)) : normed * w);
+        const float normed = (s(i) - mean) * rstd, w = load_as(a.weight, i);
+        store_as(a.x.dtype, a.y, at + i, a.bias.data ? fmadd(normed, w, load_as(a.bias, i)) : normed * w);
     }
 }
 
@@ -162,8 +163,8 @@ template <class T>
 static void layer_norm_of(const NormArgs& a, int64_t rows, Stream stream) {
     const int way = layer_norm_choice.take(row_way(rows, a.D));
     const RowLaunch shape = row_launch(way, rows, a.D);
-    const bool vectors = a.D % VECTOR<T> == 0 && aligned(a.x, 16) && aligned(a.residual, 16) && aligned(a.weight, 16) &&
-                         aligned(a.bias, 16) && aligned(a.y, 16);
+    const bool vectors = a.D % VECTOR<T> == 0 && aligned(a.x.data, 16) && aligned(a.residual.data, 16) &&
+                         aligned(a.weight.data, 16) && aligned(a.bias.data, 16) && aligned(a.y, 16);
     launch("layer_norm", way == BLOCK_A_ROW ? layer_norm_kernel<T, TEAM_WARPS> : layer_norm_kernel<T, 1>,
            checked_blocks("layer_norm", shape.blocks), shape.threads, size_t(shape.shared), stream, a, rows,
            int(row_stride(a.D)), vectors);
@@ -172,8 +173,8 @@ static void layer_norm_of(const NormArgs& a, int64_t rows, Stream stream) {
 void layer_norm(const NormArgs& a, int64_t rows, Stream stream) {
     if (!row_fits(a.D))
         return launch("layer_norm", layer_norm_long_kernel, checked_blocks("layer_norm", rows), 32 * TEAM_WARPS, 0, stream, a);
-    if (a.x_dtype == Dtype::F32) return layer_norm_of<float>(a, rows, stream);
-    if (a.x_dtype == Dtype::F16) return layer_norm_of<f16>(a, rows, stream);
+    if (a.x.dtype == Dtype::F32) return layer_norm_of<float>(a, rows, stream);
+    if (a.x.dtype == Dtype::F16) return layer_norm_of<f16>(a, rows, stream);
     layer_norm_of<bf16>(a, rows, stream);
 }
 

@@ -132,8 +132,9 @@ __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tensor_tile(
     using X = Operand<T, T::BM>;
     using W = Operand<T, T::BN>;
     const unsigned memory = shared_address(shared);
-    X x(memory, static_cast<const char*>(g.x) + first * g.K * 2, g.K, rows, plan.x_wide);
-    W w(memory + T::BM * T::ROW, static_cast<const char*>(g.weight) + (batch * g.N + n0) * g.K * 2, g.K, columns, plan.w_wide);
+    X x(memory, static_cast<const char*>(g.x.data) + first * g.K * 2, g.K, rows, plan.x_wide);
+    W w(memory + T::BM * T::ROW, static_cast<const char*>(g.weight.data) + (batch * g.N + n0) * g.K * 2, g.K, columns,
+        plan.w_wide);
     const int K = int(g.K), stages = (K + T::BK - 1) / T::BK, steps = (K + STEP - 1) / STEP;
     const auto copy = [&](int stage, unsigned slot) {
         if (stage < stages) {
@@ -260,7 +261,7 @@ static void start_tensor(const char* op, const LinearArgs& g, int64_t batches, T
     plan.row_tiles = ceil_div(g.M, T::BM);
     plan.column_tiles = ceil_div(g.N, T::BN);
     const dim3 grid(checked_blocks(op, batches * plan.row_tiles * plan.column_tiles));
-    const auto kernel = g.x_dtype == Dtype::F16 ? linear_tensor_tile<T, f16> : linear_tensor_tile<T, bf16>;
+    const auto kernel = g.x.dtype == Dtype::F16 ? linear_tensor_tile<T, f16> : linear_tensor_tile<T, bf16>;
     launch(op, kernel, grid, T::THREADS, T::SHARED, stream, g, plan);
 }
 
@@ -274,8 +275,8 @@ void linear_tensor(const char* op, const LinearArgs& g, int64_t batches, Stream 
     if (g.M == 0 || batches == 0) return;
     if (g.K > 0x7fff0000) throw std::runtime_error(std::string(op) + ": K is too large for mode 'tensor'");
     TensorPlan plan{};
-    plan.x_wide = g.K % 8 == 0 && aligned(g.x, 16);
-    plan.w_wide = g.K % 8 == 0 && aligned(g.weight, 16);
+    plan.x_wide = g.K % 8 == 0 && aligned(g.x.data, 16);
+    plan.w_wide = g.K % 8 == 0 && aligned(g.weight.data, 16);
     plan.eight = in_groups_of(8, g);
     const int way = linear_tensor_choice.take(linear_tensor_way(g, batches));
     start_way(way, std::make_integer_sequence<int, LINEAR_WAYS>(), op, g, batches, plan, stream);

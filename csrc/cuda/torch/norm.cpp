@@ -9,17 +9,13 @@ static Tensor layer_norm_cuda(const Tensor& x, const Tensor& weight, const std::
     const Call call(x);
     const int64_t rows = x.size(0), D = x.size(1);
     Tensor y = call.empty({rows, D}, x.scalar_type());
-    const NormArgs args{call.read(x),
-                        dtype_of(x, "layer_norm", "x"),
-                        read(call, residual),
-                        dtype_of(residual, "layer_norm", "residual"),
-                        call.read(weight),
-                        dtype_of(weight, "layer_norm", "weight"),
-                        read(call, bias),
-                        dtype_of(bias, "layer_norm", "bias"),
-                        call.write(y),
-                        D,
-                        float(eps)};
+    const NormArgs args{.x = ref(call, x, "layer_norm", "x"),
+                        .residual = ref(call, residual, "layer_norm", "residual"),
+                        .weight = ref(call, weight, "layer_norm", "weight"),
+                        .bias = ref(call, bias, "layer_norm", "bias"),
+                        .y = call.write(y),
+                        .D = D,
+                        .eps = float(eps)};
     layer_norm(args, rows, call.stream());
     return y;
 }
