@@ -60,4 +60,17 @@ struct AxpyArgs {
     int64_t D;
 };
 
+// sparse_ffn for few rows, on a GPU: first pre-activations of all neurons, then only what is active is read.
+struct SparseFfnArgs {
+    Ref x;           // [M, K]
+    Ref first;       // [F, K]: gate if there is one, else up
+    Ref first_bias;  // [F] or absent
+    Ref up;          // [F, K], or absent: no gate
+    Ref up_bias;     // [F] or absent
+    Ref down;        // [F, D], the transpose of nn.Linear's weight
+    Ref down_bias;   // [D] or absent
+    Out out;         // [M, D]
+    int64_t M, K, F, D;
+};
+
 }  // namespace rk

@@ -82,11 +82,15 @@ static Tensor activation(const Tensor& x, int64_t kind, ScalarType out_dtype) {
     return y;
 }
 
-RK_TORCH_LIBRARY_IMPL(CPU, m) {
-    m.impl("linear", TORCH_BOX(&linear));
-    m.impl("bmm", TORCH_BOX(&bmm));
-    m.impl("activation", TORCH_BOX(&activation));
+// clang-format off
+RK_OPS(m) {
+    m.op("linear(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor? residual, ScalarType out_dtype) -> Tensor", TORCH_BOX(&linear));
+    m.op("linear_tensor(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor? residual, ScalarType out_dtype) -> Tensor");
+    m.op("bmm(Tensor a, Tensor b, ScalarType out_dtype) -> Tensor", TORCH_BOX(&bmm));
+    m.op("bmm_tensor(Tensor a, Tensor b, ScalarType out_dtype) -> Tensor");
+    m.op("activation(Tensor x, int kind, ScalarType out_dtype) -> Tensor", TORCH_BOX(&activation));
 }
+// clang-format on
 
 }  // namespace rk
 

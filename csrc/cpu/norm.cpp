@@ -42,10 +42,12 @@ static Tensor normalize(const Tensor& x, double eps) {
     return y;
 }
 
-RK_TORCH_LIBRARY_IMPL(CPU, m) {
-    m.impl("layer_norm", TORCH_BOX(&layer_norm));
-    m.impl("normalize", TORCH_BOX(&normalize));
+// clang-format off
+RK_OPS(m) {
+    m.op("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor", TORCH_BOX(&layer_norm));
+    m.op("normalize(Tensor x, float eps) -> Tensor", TORCH_BOX(&normalize));
 }
+// clang-format on
 
 }  // namespace rk
 

@@ -190,10 +190,13 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
     return y;
 }
 
-RK_TORCH_LIBRARY_IMPL(CPU, m) {
-    m.impl("transpose_weight", TORCH_BOX(&transpose_weight));
-    m.impl("sparse_ffn", TORCH_BOX(&sparse_ffn));
+// clang-format off
+RK_OPS(m) {
+    m.op("transpose_weight(Tensor weight) -> Tensor", TORCH_BOX(&transpose_weight));
+    m.op("sparse_ffn(Tensor x, Tensor first_weight, Tensor? first_bias, Tensor? coarse, Tensor? rest, Tensor? bounds, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias) -> Tensor", TORCH_BOX(&sparse_ffn));
+    m.op("sparse_ffn_tensor(Tensor x, Tensor first_weight, Tensor? first_bias, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias) -> Tensor");
 }
+// clang-format on
 
 }  // namespace rk
 

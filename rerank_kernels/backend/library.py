@@ -17,6 +17,8 @@ from urllib.parse import unquote
 
 import torch
 
+from rerank_kernels.backend.modes import MODES
+from rerank_kernels.names import OPS
 from rerank_kernels.version import NUMERICS_VERSION
 
 PACKAGE = pathlib.Path(__file__).parent.parent
@@ -165,6 +167,9 @@ def _hidden_install(stem: str) -> str | None:
 
 @functools.cache
 def called() -> tuple[str, ...]:
-    """The library's ops that backend/ calls: what a library must have."""
-    sources = (path.read_text(encoding="utf-8") for path in sorted(pathlib.Path(__file__).parent.glob("**/*.py")))
-    return tuple(sorted({op for text in sources for op in re.findall(r"torch\.ops\.rerank_kernels\.(\w+)\(", text)}))
+    """The library's ops that backend/ calls, by name or as they are: what a library must have."""
+    here = pathlib.Path(__file__).parent
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(here.glob("**/*.py")))
+    served = {name for path in here.glob("native/*.py") for name in re.findall(r"^def (\w+)\(", path.read_text(), re.MULTILINE)}
+    direct = {mode.function(op) for mode in MODES.values() for op in OPS} - served
+    return tuple(sorted(direct | set(re.findall(r"torch\.ops\.rerank_kernels\.(\w+)\(", text))))

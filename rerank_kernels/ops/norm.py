@@ -14,10 +14,7 @@ from rerank_kernels.backend import registry
 from rerank_kernels.ops.opaque import opaque
 
 
-@opaque(
-    "(Tensor x, Tensor weight, Tensor? bias=None, float eps=1e-05, *, Tensor? residual=None) -> Tensor",
-    lambda x, *_, **__: x.new_empty(x.shape),
-)
+@opaque(lambda x, *_, **__: x.new_empty(x.shape))
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor | None = None
 ) -> Tensor:
@@ -39,6 +36,7 @@ def layer_norm(
     if residual is not None:
         check.shape("layer_norm", "residual", residual, *x.shape)
         residual = residual.reshape(-1, d).contiguous()
+    bias = None if bias is None else bias.contiguous()
     y = registry.select("layer_norm", x.device)(rows, weight.contiguous(), bias, float(eps), residual)
     return y if x.dim() == 2 else y.view(x.shape)
 
@@ -52,7 +50,7 @@ def layer_norm_truth(
     return y if bias is None else y + bias.double()
 
 
-@opaque("(Tensor x, float eps=1e-12) -> Tensor", lambda x, *_, **__: x.new_empty(x.shape))
+@opaque(lambda x, *_, **__: x.new_empty(x.shape))
 def normalize(x: Tensor, eps: float = 1e-12) -> Tensor:
     """Vectors of length 1: x divided by its Euclidean length over the last dimension, or by eps where that is larger.
 

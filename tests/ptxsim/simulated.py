@@ -39,11 +39,14 @@ HERE = Path(__file__).parent
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = Path(os.environ.get("RERANK_KERNELS_CACHE", ROOT / "build" / "ptxsim"))
 SOURCES = tuple(sorted(str(p.relative_to(CUDA).with_suffix("")) for p in CUDA.rglob("*.cu")))  # "portable/linear"
-# every op but those that are the CPU's own or take no tensor: one without a CUDA kernel fails, it is not the CPU's in disguise
-NOT_ON_A_GPU = {"transpose_weight", "force_isa", "launch_tables", "launchers", "force_launch"}
-OPS = tuple(
-    name for name in re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc" / "schema.cpp").read_text()) if name not in NOT_ON_A_GPU
-)
+# every op but those that are the CPU's own: one without a CUDA kernel fails, it is not the CPU's in disguise
+NOT_ON_A_GPU = {"transpose_weight"}
+SIGNATURES = {  # of the ops that compute something: "linear": "linear(Tensor x, ...) -> Tensor"
+    text.partition("(")[0]: text
+    for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    for text in re.findall(r'm\.op\("([^"]+)"', path.read_text())
+}
+OPS = tuple(name for name in SIGNATURES if name not in NOT_ON_A_GPU)
 NAMESPACE = "rerank_kernels_simulated"
 
 
@@ -95,6 +98,7 @@ class Options:
 
 
 _options = Options()
+_signatures = torch.library.Library(NAMESPACE, "FRAGMENT")
 _error: list[BaseException] = []
 launched: list[tuple[str, tuple[int, ...], tuple[int, ...], int]] = []  # (kernel, grid, block, shared) of the calls so far
 
@@ -286,6 +290,8 @@ def library() -> Path:
         if not made.exists():
             _build(kit, made, torch_side, flags, link)
     torch.ops.load_library(str(made))
+    for signature in SIGNATURES.values():
+        _signatures.define(signature)
     ctypes.CDLL(str(made)).ptxsim_connect(_callback)
     return made
 

@@ -4,6 +4,8 @@
 
 namespace rk {
 
+void activation(int kind, const void* x, Dtype from, void* y, Dtype to, int64_t n, Stream stream);  // portable/linear.cu
+
 // x [.., M, K] and weight [.., N, K] as the kernels take them, with what the epilogue needs.
 static LinearArgs args_of(const Call& call, const char* op, const Tensor& x, const Tensor& weight,
                           const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& residual,

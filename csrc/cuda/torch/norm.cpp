@@ -4,6 +4,10 @@
 
 namespace rk {
 
+// portable/norm.cu; x, y [rows, D]
+void layer_norm(const NormArgs& args, int64_t rows, Stream stream);
+void normalize(const void* x, Dtype dtype, void* y, int64_t rows, int64_t D, float eps, Stream stream);
+
 static Tensor layer_norm_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps,
                               const std::optional<Tensor>& residual) {
     const Call call(x);

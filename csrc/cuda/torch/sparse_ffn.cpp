@@ -4,6 +4,10 @@
 
 namespace rk {
 
+// portable/sparse_ffn.cu. `tensor`: the first pre-activations are mode tensor's; workspace in float32 elements
+int64_t sparse_ffn_workspace(const SparseFfnArgs& args, bool tensor);
+void sparse_ffn(const SparseFfnArgs& args, bool tensor, float* workspace, Stream stream);
+
 static Tensor sparse_ffn_in(bool tensor, const Tensor& x, const Tensor& first, const std::optional<Tensor>& first_bias,
                             const std::optional<Tensor>& up, const std::optional<Tensor>& up_bias, const Tensor& down_rows,
                             const std::optional<Tensor>& down_bias) {
