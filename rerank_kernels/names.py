@@ -7,6 +7,7 @@ from __future__ import annotations
 
 OPS = {
     "layer_norm": "norm",
+    "rms_norm": "norm",
     "normalize": "norm",
     "softmax": "softmax",
     "sum": "softmax",

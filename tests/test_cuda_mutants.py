@@ -189,6 +189,13 @@ MUTANTS = [
         DIFFER,
     ),
     Mutant(
+        "the weight multiplies what is not rounded yet",
+        Edit("portable/norm.cu", "return rounded ? widen(narrow<T>(x)) : x;", "return x;"),
+        "rms_norm-768-before",
+        DIFFER,
+        dtype=torch.float16,
+    ),
+    Mutant(
         "a row's barrier dropped",
         Edit("portable/rows.cuh", "if constexpr (WARPS == 1) __syncwarp();\n    else __syncthreads();", ""),
         "layer_norm-768",
