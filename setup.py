@@ -196,12 +196,14 @@ def heard() -> Iterator[list[bytes]]:
 
 
 def cuda_or_why_not() -> tuple[types.SimpleNamespace | None, str]:
-    """What the CUDA library is built with (home, libraries, gencode: nvcc's architecture flags), or what a build lacks."""
+    """What the CUDA library is built with (home, libraries, flags, gencode: nvcc's architectures, of_room: a room's), or what a
+    build lacks.
+    """
     import torch
 
     if torch.version.cuda is None:
         return None, f"torch {torch.__version__} is a build without CUDA"
-    if not list((ROOT / "csrc" / "cuda").glob("*.cu")):
+    if not list((ROOT / "csrc" / "cuda").rglob("*.cu")):
         return None, "csrc/cuda holds no kernels"
     wanted = int(torch.version.cuda.split(".")[0])
     search = toolkit_module()
@@ -227,7 +229,8 @@ def cuda_or_why_not() -> tuple[types.SimpleNamespace | None, str]:
         f"{os.cpu_count()} cores; RERANK_KERNELS_BUILD_CUDA=0 leaves it out "
         f"(nvcc {kit.release} of {kit.home}, {said})"
     )
-    return types.SimpleNamespace(home=kit.home, libraries=kit.libraries, gencode=gencode, flags=search.FLAGS), ""
+    given = {"gencode": gencode, "flags": search.FLAGS, "of_room": search.of_room}
+    return types.SimpleNamespace(home=kit.home, libraries=kit.libraries, **given), ""
 
 
 def seen_gpus() -> list[str]:
@@ -240,14 +243,24 @@ def seen_gpus() -> list[str]:
     return [f"{major}{minor}" for major, minor in sorted(found)]
 
 
-def apart(object_filenames: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    """norm.cpp and norm.cu would both become norm.o: the latter becomes norm.cu.o."""
+def room_by_room(
+    compile_all: Callable[..., list[str]], flags_of: Callable[[str, list[str]], list[str]]
+) -> Callable[..., list[str]]:
+    """A compiler's `compile` for sources of several rooms of csrc/cuda, each with the architectures that are its own."""
 
-    def names(sources: list[str], *args: Any, **options: Any) -> list[str]:
-        plain = object_filenames(sources, *args, **options)
-        return [o[:-2] + ".cu.o" if str(s).endswith(".cu") else o for s, o in zip(sources, plain, strict=True)]
+    def compiled(sources: list[str], *args: Any, extra_postargs: dict[str, list[str]], **options: Any) -> list[str]:
+        gencode = [flag for flag in extra_postargs["nvcc"] if flag.startswith("-gencode")]
+        rest = [flag for flag in extra_postargs["nvcc"] if flag not in gencode]
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for source in sources:
+            groups.setdefault(tuple(flags_of(pathlib.Path(source).parent.name, gencode)), []).append(source)
+        objects = []
+        for flags, group in groups.items():
+            if flags:
+                objects += compile_all(group, *args, extra_postargs={**extra_postargs, "nvcc": [*rest, *flags]}, **options)
+        return objects
 
-    return names
+    return compiled
 
 
 def extensions() -> tuple[list, dict]:
@@ -286,9 +299,7 @@ def extensions() -> tuple[list, dict]:
             wanted = {e.name: e for e in self.extensions if self.in_checkout or e.name != HOST}
             built = []
             for name, extension in wanted.items():
-                if name == CUDA:  # PyTorch first checks the toolkit, and what it dislikes must not cost the CPU library
-                    self.compiler.object_filenames = apart(self.compiler.object_filenames)
-                self.extensions = [extension]
+                self.extensions = [extension]  # PyTorch may dislike CUDA's toolkit, which must not cost the CPU library
                 with heard() as said:
                     failed = self.failure_of_build()
                 if failed is None:
@@ -308,6 +319,11 @@ def extensions() -> tuple[list, dict]:
                     break
             self.extensions = self.distribution.ext_modules = built
             self.settle({e.name for e in built})
+
+        def build_extension(self, extension: setuptools.Extension) -> None:
+            if extension.name == CUDA and with_cuda is not None:
+                self.compiler.compile = room_by_room(self.compiler.compile, with_cuda.of_room)
+            super().build_extension(extension)
 
         def failure_of_build(self) -> Exception | None:
             try:

@@ -5,31 +5,33 @@
 
 namespace rk {
 
+// An array that a kernel reads. Where data is null the argument is absent, and its dtype is never looked at.
+struct Ref {
+    const void* data = nullptr;
+    Dtype dtype = Dtype::F32;
+};
+// One that it writes.
+struct Out {
+    void* data = nullptr;
+    Dtype dtype = Dtype::F32;
+};
+
 struct NormArgs {
-    const void* x;  // [R, D]
-    Dtype x_dtype;
-    const void* residual;  // [R, D] or null
-    Dtype residual_dtype;
-    const void* weight;  // [D]
-    Dtype weight_dtype;
-    const void* bias;  // [D] or null
-    Dtype bias_dtype;
-    void* y;  // [R, D], x_dtype
+    Ref x;         // [R, D]
+    Ref residual;  // [R, D] or absent
+    Ref weight;    // [D]
+    Ref bias;      // [D] or absent
+    void* y;       // [R, D], as x
     int64_t D;
     float eps;
 };
 
 struct LinearArgs {
-    const void* x;  // [M, K]
-    Dtype x_dtype;
-    const void* weight;  // [N, K], as nn.Linear holds it
-    Dtype weight_dtype;
-    const void* bias;  // [N] or null
-    Dtype bias_dtype;
-    const void* residual;  // [M, N] or null
-    Dtype residual_dtype;
-    void* out;  // [M, N]
-    Dtype out_dtype;
+    Ref x;         // [M, K]
+    Ref weight;    // [N, K], as nn.Linear holds it
+    Ref bias;      // [N] or absent
+    Ref residual;  // [M, N] or absent
+    Out out;       // [M, N]
     int64_t M, N, K;
     int activation;  // numerics.h, enum Activation
 };
@@ -45,23 +47,30 @@ struct AttentionArgs {
 };
 
 struct RowsArgs {
-    const void* x;  // [M, K]; the cpu's: one token
-    Dtype x_dtype;
-    const void* weight;  // [F, K], rows as in nn.Linear
-    Dtype weight_dtype;
-    const void* bias;  // [F] or null
-    Dtype bias_dtype;
+    Ref x;       // [M, K]; the cpu's: one token
+    Ref weight;  // [F, K], rows as in nn.Linear
+    Ref bias;    // [F] or absent
     int64_t K;
 };
 
 struct AxpyArgs {
-    const void* down;  // [F, D], the transpose of nn.Linear's weight
-    Dtype down_dtype;
-    const void* down_bias;  // [D] or null
-    Dtype down_bias_dtype;
-    void* out;  // [M, D]
-    Dtype out_dtype;
+    Ref down;       // [F, D], the transpose of nn.Linear's weight
+    Ref down_bias;  // [D] or absent
+    Out out;        // [M, D]
     int64_t D;
+};
+
+// sparse_ffn for few rows, on a GPU: first pre-activations of all neurons, then only what is active is read.
+struct SparseFfnArgs {
+    Ref x;           // [M, K]
+    Ref first;       // [F, K]: gate if there is one, else up
+    Ref first_bias;  // [F] or absent
+    Ref up;          // [F, K], or absent: no gate
+    Ref up_bias;     // [F] or absent
+    Ref down;        // [F, D], the transpose of nn.Linear's weight
+    Ref down_bias;   // [D] or absent
+    Out out;         // [M, D]
+    int64_t M, K, F, D;
 };
 
 }  // namespace rk

@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "args.h"
 #include "checks.h"
 #include "library.h"
 #include "types.h"
@@ -31,6 +32,10 @@ inline Dtype dtype_of(const Tensor& t, const char* op, const char* name) { retur
 inline Dtype dtype_of(const std::optional<Tensor>& t, const char* op, const char* name) {
     return t ? dtype_of(*t, op, name) : Dtype::F32;
 }
+
+inline Ref ref(const Tensor& t, const char* op, const char* name) { return {t.const_data_ptr(), dtype_of(t, op, name)}; }
+inline Ref ref(const std::optional<Tensor>& t, const char* op, const char* name) { return t ? ref(*t, op, name) : Ref{}; }
+inline Out out(const Tensor& t, const char* op, const char* name) { return {t.mutable_data_ptr(), dtype_of(t, op, name)}; }
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
     return torch::stable::new_empty(like, std::vector<int64_t>(shape), dtype);

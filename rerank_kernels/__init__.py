@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rerank_kernels.names import OPS
 from rerank_kernels.version import NUMERICS_VERSION
 from rerank_kernels.version import __version__ as __version__
 
@@ -15,12 +16,13 @@ if TYPE_CHECKING:  # for type checkers and editors; _NAMES says the same to Pyth
     from rerank_kernels.backend.registry import backends, use
     from rerank_kernels.backend.weights import forget
     from rerank_kernels.errors import BackendError, FallbackWarning, PatchError
-    from rerank_kernels.ops.attention import attention
-    from rerank_kernels.ops.linear import activation, bmm, linear
-    from rerank_kernels.ops.norm import layer_norm, normalize
-    from rerank_kernels.ops.pooling import HeadOutput, pool, score_head, sigmoid
-    from rerank_kernels.ops.softmax import mean, softmax, sum  # noqa: A004  torch's name
-    from rerank_kernels.ops.sparse_ffn import sparse_ffn
+    from rerank_kernels.ops.attention import *  # noqa: F403  an op's name stands in names.py alone
+    from rerank_kernels.ops.linear import *  # noqa: F403
+    from rerank_kernels.ops.norm import *  # noqa: F403
+    from rerank_kernels.ops.pooling import *  # noqa: F403
+    from rerank_kernels.ops.pooling import HeadOutput
+    from rerank_kernels.ops.softmax import *  # noqa: F403
+    from rerank_kernels.ops.sparse_ffn import *  # noqa: F403
     from rerank_kernels.patching.patch import patch, unpatch
     from rerank_kernels.patching.report import Report
     from rerank_kernels.scoring.reranker import Ranked, Reranker, Scores
@@ -35,41 +37,24 @@ __all__ = [
     "Report",
     "Reranker",
     "Scores",
-    "activation",
-    "attention",
     "backends",
-    "bmm",
     "forget",
-    "layer_norm",
-    "linear",
-    "mean",
-    "normalize",
     "patch",
-    "pool",
-    "score_head",
-    "sigmoid",
-    "softmax",
-    "sparse_ffn",
-    "sum",
     "unpatch",
     "use",
+    *OPS,
 ]
 
 _NAMES = {
     "backend.registry": ("backends", "use"),
     "backend.weights": ("forget",),
     "errors": ("BackendError", "FallbackWarning", "PatchError"),
-    "ops.attention": ("attention",),
-    "ops.linear": ("activation", "bmm", "linear"),
-    "ops.norm": ("layer_norm", "normalize"),
-    "ops.pooling": ("HeadOutput", "pool", "score_head", "sigmoid"),
-    "ops.softmax": ("mean", "softmax", "sum"),
-    "ops.sparse_ffn": ("sparse_ffn",),
+    "ops.pooling": ("HeadOutput",),
     "patching.patch": ("patch", "unpatch"),
     "patching.report": ("Report",),
     "scoring.reranker": ("Ranked", "Reranker", "Scores"),
 }
-_HOME = {name: home for home, names in _NAMES.items() for name in names}
+_HOME = {name: home for home, names in _NAMES.items() for name in names} | {op: f"ops.{OPS[op]}" for op in OPS}
 
 
 def __getattr__(name: str) -> Any:

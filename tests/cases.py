@@ -122,6 +122,7 @@ STEEPEST = 1.13  # largest derivative of any activation (gelu)
 class Near(NamedTuple):
     value: Tensor  # float64
     slack: Tensor  # float64, the largest allowed |result - value|
+    roundings: int = 1  # to the dtype of the result
 
 
 def steps(n: int) -> float:
@@ -170,7 +171,7 @@ def near_add(a: Near, b: Tensor) -> Near:
 
 def _rounded(n: Near, dtype: torch.dtype) -> Near:
     half_ulp = 2.0 ** -SIGNIFICAND[dtype] * n.value.abs() + torch.finfo(dtype).smallest_normal * 2.0 ** -SIGNIFICAND[dtype]
-    return Near(n.value, n.slack * 1.01 + half_ulp)
+    return Near(n.value, n.slack * 1.01 + n.roundings * half_ulp)
 
 
 def _near_layer_norm(case: Case, a: Tensors) -> tuple[Near, ...]:
@@ -182,6 +183,13 @@ def _near_layer_norm(case: Case, a: Tensors) -> tuple[Near, ...]:
     lost_in_mean = steps(d // 32 + 5) * U * s.abs().mean(-1, keepdim=True) + 2 * U * s.abs()
     slack = a["weight"].abs() * lost_in_mean / sd + steps(d // 32 + 8) * U * ((value - bias).abs() + value.abs())
     return (Near(value, slack),)
+
+
+def _near_rms_norm(case: Case, a: Tensors) -> tuple[Near, ...]:
+    """As normalize, and two roundings more: of the sum with a residual, and of the weight with its offset."""
+    value = TRUTHS["rms_norm"](**a, **case.options)
+    slack = (steps(a["x"].shape[-1] // 32 + 8) + 2.0) * U * value.abs()
+    return (Near(value, slack, roundings=2 if case.options["cast"] == "before" else 1),)
 
 
 def _near_normalize(case: Case, a: Tensors) -> tuple[Near, ...]:
@@ -273,6 +281,7 @@ def _near_sparse_ffn(case: Case, a: Tensors) -> tuple[Near, ...]:
 
 _NEAR: dict[str, Callable[[Case, Tensors], tuple[Near, ...]]] = {
     "layer_norm": _near_layer_norm,
+    "rms_norm": _near_rms_norm,
     "normalize": _near_normalize,
     "softmax": _near_softmax,
     "sum": _near_sum,
@@ -296,6 +305,12 @@ def _layer_norm(d: int, *, bias: bool = True, residual: bool = False, eps: float
     shared = {"weight": (d,), "bias": (d,)} if bias else {"weight": (d,)}
     label = f"{d}{'' if bias else '-no_bias'}{'-residual' if residual else ''}{'' if eps == 1e-5 else f'-eps={eps}'}"
     return Case("layer_norm", label, rows, shared, {"eps": eps})
+
+
+def _rms_norm(d: int, offset: int = 0, cast: str = "before", *, residual: bool = False, eps: float = 1e-6) -> Case:
+    rows = {"x": (d,), "residual": (d,)} if residual else {"x": (d,)}
+    label = f"{d}-{cast}{'-offset' if offset else ''}{'-residual' if residual else ''}{'' if eps == 1e-6 else f'-eps={eps}'}"
+    return Case("rms_norm", label, rows, {"weight": (d,)}, {"eps": eps, "offset": offset, "cast": cast})
 
 
 def _reduce(op: str, d: int) -> Case:
@@ -372,6 +387,11 @@ CASES: list[Case] = [
     _layer_norm(384, residual=True),
     _layer_norm(1000, bias=False),
     _layer_norm(1024, residual=True, eps=1e-12),
+    *(_rms_norm(d) for d in (1, 33, 768)),
+    *(_rms_norm(d, 1, "after") for d in (7, 1000)),
+    _rms_norm(384, residual=True),
+    _rms_norm(100, 1, residual=True, eps=1e-5),
+    _rms_norm(1024, 0, "after", residual=True),
     *(Case("normalize", f"{d}", {"x": (d,)}) for d in (1, 7, 32, 33, 384, 1000)),
     Case("normalize", "100-eps=12.5", {"x": (100,)}, options={"eps": 12.5}),  # the length of some rows, not of others
     *(_reduce(op, d) for op in ("softmax", "sum", "mean") for d in (1, 5, 32, 33, 100, 1000)),

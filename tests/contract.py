@@ -57,6 +57,17 @@ def layer_norm(s: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return torch.from_numpy(fma(c * rstd[:, None], weight.numpy()[None], bias.numpy()[None]))
 
 
+def rms_norm(s: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, offset: int, cast: str) -> Tensor:
+    """s in float32; the result in `dtype`, which is x's."""
+    squares = row_sum(s, squares=True).numpy() / np.float32(s.shape[1])
+    rstd = np.float32(1.0) / np.sqrt(squares + np.float32(eps))
+    normed = torch.from_numpy(s.numpy() * rstd[:, None])
+    if cast == "before":
+        normed = normed.to(dtype).float()
+    w = weight.float().numpy() + np.float32(1.0) if offset else weight.float().numpy()
+    return torch.from_numpy(normed.numpy() * w[None]).to(dtype)
+
+
 def normalize(x: Tensor, eps: float) -> Tensor:
     """float32 throughout: squares rounded before they are added, IEEE square root and division."""
     v = x.numpy()

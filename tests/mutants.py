@@ -142,6 +142,31 @@ def layer_norm_approximate_rsqrt(
     return (y if bias is None else y + bias.float()).to(rows.dtype)
 
 
+def rms_norm_without_offset(rows: Tensor, weight: Tensor, eps: float, plus_one: bool, *rest: Any) -> Tensor:
+    return honest_norm.rms_norm(rows, weight, eps, False, *rest)
+
+
+def rms_norm_casts_before(rows: Tensor, weight: Tensor, eps: float, plus_one: bool, rounded: bool, *rest: Any) -> Tensor:
+    """Llama's way for everyone."""
+    return honest_norm.rms_norm(rows, weight, eps, plus_one, True, *rest)
+
+
+def rms_norm_unbiased(rows: Tensor, weight: Tensor, eps: float, *rest: Any) -> Tensor:
+    """The mean by D - 1, as torch.var has it."""
+    d = rows.shape[-1]
+    scale = ((d - 1) / d) ** 0.5
+    return (honest_norm.rms_norm(rows.float(), weight.float(), eps, *rest) * scale).to(rows.dtype)
+
+
+def rms_norm_last_row_backwards(rows: Tensor, weight: Tensor, eps: float, plus_one: bool, rounded: bool, *rest: Any) -> Tensor:
+    """The remainder of a block goes another way, and adds from the end."""
+    y = honest_norm.rms_norm(rows, weight, eps, plus_one, rounded, *rest)
+    last = [None if t is None else t[-1:].flip(-1) for t in (rows, *rest)]
+    if len(rows):
+        y[-1:] = honest_norm.rms_norm(last[0], weight.flip(-1), eps, plus_one, rounded, last[1]).flip(-1)
+    return y
+
+
 def normalize_length_in_half(rows: Tensor, eps: float) -> Tensor:
     """The length is rounded to the rows' dtype before it divides."""
     x = rows.float()
@@ -317,6 +342,11 @@ MUTANTS = [
     Mutant("bmm", bmm_tf32, invariants.right, "bmm-17x100x40"),
     Mutant("bmm", bmm_forgets_the_last_rows, invariants.right, "bmm-33x64x70"),
     Mutant("layer_norm", layer_norm_approximate_rsqrt, invariants.right, "layer_norm-768"),
+    Mutant("rms_norm", rms_norm_without_offset, invariants.right, "rms_norm-7-after-offset"),
+    Mutant("rms_norm", rms_norm_casts_before, invariants.right, "rms_norm-1000-after-offset", torch.bfloat16),
+    Mutant("rms_norm", rms_norm_casts_before, invariants.right, "rms_norm-1000-after-offset", torch.float16),
+    Mutant("rms_norm", rms_norm_unbiased, invariants.right, "rms_norm-768-before"),
+    Mutant("rms_norm", rms_norm_last_row_backwards, invariants.batch_invariant, "rms_norm-384-before-residual"),
     Mutant("normalize", normalize_length_in_half, invariants.right, "normalize-384", torch.bfloat16),
     Mutant("normalize", normalize_over_the_batch, invariants.batch_invariant, "normalize-384"),
     Mutant("activation", activation_other_tail, invariants.batch_invariant, "activation-sigmoid"),

@@ -370,11 +370,36 @@ def test_the_cuda_library_is_built_with_the_contracts_flags(configure, kit: tool
     assert set(cuda.libraries) >= {"torch_cuda"} and any("cudart" in name for name in cuda.libraries)
 
 
-def test_objects_of_one_stem_have_two_names(configure) -> None:  # type: ignore[no-untyped-def]
+def test_a_room_is_compiled_for_its_own_architectures(configure, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     configure(None)
-    apart = runpy.run_path("setup.py")["apart"]
-    names = apart(lambda sources, **_: [f"build/{Path(s).stem}.o" for s in sources])
-    assert names(["norm.cpp", "norm.cu"], output_dir="") == ["build/norm.o", "build/norm.cu.o"]
+    calls: list[tuple[list[str], list[str]]] = []
+
+    def compile_all(sources: list[str], output_dir: str, extra_postargs: dict[str, list[str]]) -> list[str]:
+        assert output_dir == "build" and extra_postargs["cxx"] == ["-O3"] and extra_postargs["nvcc"][0] == "-O1"
+        calls.append((sources, codes(extra_postargs["nvcc"][1:])))
+        return [s + ".o" for s in sources]
+
+    sources = [f"csrc/cuda/{s}" for s in ("portable/norm.cu", "sm80/linear.cu", "sm90/linear.cu", "torch/norm.cpp")]
+    compiled = runpy.run_path("setup.py")["room_by_room"](compile_all, toolkit.found.of_room)
+
+    def run(listed: str) -> list[str]:
+        gencode, _ = toolkit.found.gencode(listed, NEWEST)
+        calls.clear()
+        given: list[str] = compiled(sources, output_dir="build", extra_postargs={"cxx": ["-O3"], "nvcc": ["-O1", *gencode]})
+        return given
+
+    assert run("8.0;9.0+PTX") == [s + ".o" for s in sources]
+    assert calls == [(sources, ["sm_80", "sm_90", "compute_90"])]
+    monkeypatch.setitem(toolkit.found.ROOMS, "sm90", ("90a",))
+    every = [*sources[:2], sources[3]]
+    assert run("8.0;9.0+PTX") == [s + ".o" for s in (*every, sources[2])]
+    assert calls == [(every, ["sm_80", "sm_90", "compute_90"]), (sources[2:3], ["sm_90a"])]
+    assert run("8.0") == [s + ".o" for s in every] and calls == [(every, ["sm_80"])], "a room without its architecture"
+
+
+def test_every_folder_of_kernels_is_a_room() -> None:
+    there = {p.parent.name for p in (ROOT / "csrc" / "cuda").rglob("*.cu")}
+    assert there == set(toolkit.found.ROOMS)
 
 
 def test_the_torch_side_compiles_against_this_torch() -> None:
@@ -397,7 +422,7 @@ def test_the_torch_side_compiles_against_this_torch() -> None:
         return done.stderr if done.returncode else ""
 
     with ThreadPoolExecutor(2) as pool:
-        assert [s for s in pool.map(compile_one, sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))) if s] == []
+        assert [s for s in pool.map(compile_one, sorted((ROOT / "csrc" / "cuda" / "torch").glob("*.cpp"))) if s] == []
 
 
 # ---- nvcc from pip, for machines without a toolkit

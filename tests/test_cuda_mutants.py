@@ -33,7 +33,7 @@ def compiled() -> None:
         return
     simulated.library()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda m: simulated.ptx(cases.OPS[cases.get(m.case).op], "80", m.edit.only(m.dtype)), MUTANTS))
+        list(pool.map(lambda m: simulated.ptx(m.source, "80", m.edit.only(m.dtype)), MUTANTS))
 
 
 @pytest.fixture(autouse=True)
@@ -57,18 +57,24 @@ class Mutant:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def source(self) -> str:
+        return f"portable/{cases.OPS[cases.get(self.case).op]}"
+
 
 DIFFER = r"values differ"
 MUTANTS = [
     Mutant(
         "a barrier dropped: a tile is read before all of it is there",
-        Edit("gemm.cuh", "__syncthreads();  // this stage is there for all, and all are through with the last one", ""),
+        Edit(
+            "portable/gemm.cuh", "__syncthreads();  // this stage is there for all, and all are through with the last one", ""
+        ),
         "linear-768x96-gelu-residual",
         "RACE|race",
     ),
     Mutant(
         "a wait dropped: a copy that has not landed",
-        Edit("gemm.cuh", "wait_for_copies<T::STAGES - 2>();  // this thread's part of the next stage has landed", ""),
+        Edit("portable/gemm.cuh", "wait_for_copies<T::STAGES - 2>();  // this thread's part of the next stage has landed", ""),
         "linear-768x96-gelu-residual",
         DIFFER,
         lazy_async=True,
@@ -77,7 +83,7 @@ MUTANTS = [
     Mutant(
         "K is split by M: few rows take chunks of 256",
         Edit(
-            "gemm.cuh",
+            "portable/gemm.cuh",
             "const int chunk_end = stages - stage < CHUNK / T::BK ? stages : stage + CHUNK / T::BK;",
             "const int span = (rows > 4 ? CHUNK : CHUNK / 2) / T::BK;"
             "const int chunk_end = stages - stage < span ? stages : stage + span;",
@@ -89,7 +95,7 @@ MUTANTS = [
     Mutant(
         "products in TF32",
         Edit(
-            "gemm.cuh",
+            "portable/gemm.cuh",
             "sum[i][j] = fmadd(a[i].v[e], b.v[e], sum[i][j]);",
             "sum[i][j] = fmadd(__uint_as_float(__float_as_uint(a[i].v[e]) & 0xffffe000u), b.v[e], sum[i][j]);",
         ),
@@ -99,7 +105,7 @@ MUTANTS = [
     Mutant(
         "chunk sums added by atomics: the order of the blocks is in the bits",
         Edit(
-            "linear.cu",
+            "portable/linear.cu",
             "            if (plan.four) store_four(to, y[0]);\n            else\n",
             "            if (c + 3 < columns) for (int e = 0; e < 4; ++e) atomicAdd(to - chunk * g.M * g.N + e, y[0].v[e]);\n"
             "            else\n",
@@ -111,33 +117,33 @@ MUTANTS = [
     ),
     Mutant(
         "two blocks write one place",
-        Edit("linear.cu", "(chunk * plan.batches * g.M + first + r) * g.N + n0 + c;", "(first + r) * g.N + n0 + c;"),
+        Edit("portable/linear.cu", "(chunk * plan.batches * g.M + first + r) * g.N + n0 + c;", "(first + r) * g.N + n0 + c;"),
         "linear-1536x24-float32",
         "RACE|race",
         force=("linear", 7),
     ),
     Mutant(
         "a tile's last rows are read though they do not exist",
-        Edit("linear.cu", "return x + (r < rows ? r : rows - 1) * plan.x.bytes;", "return x + r * plan.x.bytes;"),
+        Edit("portable/linear.cu", "return x + (r < rows ? r : rows - 1) * plan.x.bytes;", "return x + r * plan.x.bytes;"),
         "linear-768x96-gelu-residual",
         "out of bounds|out-of-bounds|outside",
     ),
     Mutant(
         "a mask off by one",
-        Edit("attention.cu", "at < begin || at >= end", "at < begin || at > end"),
+        Edit("portable/attention.cu", "at < begin || at >= end", "at < begin || at > end"),
         "attention-D64-H4of2-T70-causal=True",
         DIFFER,
     ),
     Mutant(
         "a hidden key is multiplied by zero",
-        Edit("attention.cu", "if (HIDES && __float_as_uint(e[i].v[m]) == 0x80000000u) continue;", ""),
+        Edit("portable/attention.cu", "if (HIDES && __float_as_uint(e[i].v[m]) == 0x80000000u) continue;", ""),
         "attention-D64-H4of2-T70-causal=True",
         DIFFER,
         invariants.hidden_keys,
     ),
     Mutant(
         "a tile whose first key is hidden taken for one that hides nothing",
-        Edit("attention.cu", "work.begin(i_last) > key ||", "work.begin(i_last) > key + 1 ||"),
+        Edit("portable/attention.cu", "work.begin(i_last) > key ||", "work.begin(i_last) > key + 1 ||"),
         "attention-D32-H2of2-T70-window=(30,-1)",
         DIFFER,
         invariants.hidden_keys,
@@ -145,7 +151,7 @@ MUTANTS = [
     Mutant(
         "a tile whose last key is hidden taken for one that hides nothing",
         Edit(
-            "attention.cu",
+            "portable/attention.cu",
             "work.end(i_first) < min(key + KEY_TILE, length)",
             "work.end(i_first) + 1 < min(key + KEY_TILE, length)",
         ),
@@ -155,7 +161,7 @@ MUTANTS = [
     ),
     Mutant(
         "scores take the place of Q while another warp reads it",
-        Edit("attention.cu", "if (round == 0 && kept && kept_at >= score_tiles) __syncthreads();", ""),
+        Edit("portable/attention.cu", "if (round == 0 && kept && kept_at >= score_tiles) __syncthreads();", ""),
         "attention-D128-H2of2-T100",
         "RACE|race",
         dtype=torch.float16,
@@ -164,7 +170,9 @@ MUTANTS = [
     Mutant(
         "active neurons in another order",
         Edit(
-            "sparse_ffn.cu", "active.neuron[at * CHUNK + place] = int(f);", "active.neuron[at * CHUNK + (place ^ 1)] = int(f);"
+            "portable/sparse_ffn.cu",
+            "active.neuron[at * CHUNK + place] = int(f);",
+            "active.neuron[at * CHUNK + (place ^ 1)] = int(f);",
         ),
         "sparse_ffn-33x513x17-bias",
         DIFFER,
@@ -173,7 +181,7 @@ MUTANTS = [
     Mutant(
         "an fma in two roundings",
         Edit(
-            "norm.cu",
+            "portable/norm.cu",
             "return fmadd(c, c, sum);\n    });\n    const float rstd = rstd_of(squares, count, a.eps);\n    T*",
             "return c * c + sum;\n    });\n    const float rstd = rstd_of(squares, count, a.eps);\n    T*",
         ),
@@ -181,8 +189,15 @@ MUTANTS = [
         DIFFER,
     ),
     Mutant(
+        "the weight multiplies what is not rounded yet",
+        Edit("portable/norm.cu", "return rounded ? widen(narrow<T>(x)) : x;", "return x;"),
+        "rms_norm-768-before",
+        DIFFER,
+        dtype=torch.float16,
+    ),
+    Mutant(
         "a row's barrier dropped",
-        Edit("rows.cuh", "if constexpr (WARPS == 1) __syncwarp();\n    else __syncthreads();", ""),
+        Edit("portable/rows.cuh", "if constexpr (WARPS == 1) __syncwarp();\n    else __syncthreads();", ""),
         "layer_norm-768",
         "RACE|race",
     ),

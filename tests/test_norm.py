@@ -1,9 +1,13 @@
-"""layer_norm: y = (s - mean) / sqrt(var + eps) * weight + bias with s = x + residual; normalize: y = x / max(|x|, eps)."""
+"""layer_norm: y = (s - mean) / sqrt(var + eps) * weight + bias with s = x + residual; rms_norm: y = s / sqrt(mean(s²) + eps) *
+weight; normalize: y = x / max(|x|, eps)."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from torch import Tensor
 
 import cases
 import contract
@@ -11,7 +15,7 @@ import invariants
 from cases import numbers
 from invariants import same
 from rerank_kernels.backend.registry import Backend
-from rerank_kernels.ops.norm import layer_norm, layer_norm_truth, normalize, normalize_truth
+from rerank_kernels.ops.norm import layer_norm, layer_norm_truth, normalize, normalize_truth, rms_norm
 
 CASES = cases.of("norm")
 
@@ -67,6 +71,64 @@ def test_errors(backend: Backend) -> None:
         layer_norm(x, w, residual=torch.zeros(3))
     with pytest.raises(TypeError, match=r"layer_norm: x must be float32, float16 or bfloat16, got torch.float64"):
         layer_norm(x.double(), w)
+
+
+@pytest.mark.promise("machine-invariant")
+@pytest.mark.parametrize("d", [1, 5, 32, 33, 384, 1000])
+@pytest.mark.parametrize(("offset", "cast"), [*itertools.product((0, 1), ("before", "after"))])
+def test_rms_norm_is_the_stated_order(backend: Backend, dtype: torch.dtype, d: int, offset: int, cast: str) -> None:
+    x, w = numbers("x", (6, d), dtype), numbers("w", (d,), dtype)
+    r = numbers("r", (6, d), dtype, 2.0**-6)
+    for residual, s in ((None, x.float()), (r, x.float() + r.float())):
+        got = rms_norm(x, w, 1e-6, offset=offset, cast=cast, residual=residual)
+        same(got, contract.rms_norm(s, w, 1e-6, dtype, offset, cast), f"D = {d}, kernel against the contract in NumPy")
+
+
+def stock(kind: str, x: Tensor, w: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Ours, and what transformers' module gives."""
+    if kind == "llama":
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm as Module
+
+        options = {"offset": 0, "cast": "before"}
+    else:
+        from transformers.models.gemma.modeling_gemma import GemmaRMSNorm as Module
+
+        options = {"offset": 1, "cast": "after"}
+    module = Module(len(w), eps)
+    with torch.no_grad():
+        module.weight = torch.nn.Parameter(w)
+        return rms_norm(x, w, eps, **options), module(x)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_rms_norm_rounds_as_the_stock_module(backend: Backend, dtype: torch.dtype, kind: str) -> None:
+    """Where the mean of the squares is exact in any order, here 25, nothing is left but the roundings: equal bits."""
+    x = numbers("x", (64, 384), torch.float32).sign() * torch.tensor([7.0, 1.0] * 192)
+    ours, theirs = stock(kind, x.to(dtype), numbers("w", (384,), dtype), 0.0)
+    same(ours, theirs, f"{kind} in {dtype}")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_rms_norm_is_near_the_stock_module(backend: Backend, dtype: torch.dtype, kind: str) -> None:
+    """Elsewhere PyTorch's sum has another order: a step of the dtype, or the few of the sum in float32."""
+    ours, theirs = stock(kind, numbers("x", (50, 1000), dtype), numbers("w", (1000,), dtype))
+    step = 8 * 2.0**-24 if dtype == torch.float32 else 2.02 * 2.0 ** -cases.SIGNIFICAND[dtype]
+    steps = 2 if kind == "llama" and dtype != torch.float32 else 1
+    assert ((ours.double() - theirs.double()).abs() <= steps * step * theirs.double().abs() + 2.0**-24).all()
+
+
+def test_rms_norm_errors(backend: Backend) -> None:
+    x, w = torch.zeros(2, 3), torch.ones(3)
+    with pytest.raises(ValueError, match=r"rms_norm: weight must be \[3\], got \[4\]"):
+        rms_norm(x, torch.ones(4))
+    with pytest.raises(ValueError, match=r"rms_norm: offset must be one of 0, 1, got 0.5"):
+        rms_norm(x, w, offset=0.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"rms_norm: cast must be one of 'before', 'after', got 'never'"):
+        rms_norm(x, w, cast="never")
+    with pytest.raises(ValueError, match=r"rms_norm: residual must be \[2, 3\], got \[3\]"):
+        rms_norm(x, w, residual=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"rms_norm: eps must be a number >= 0, got -1"):
+        rms_norm(x, w, -1.0)
 
 
 @pytest.mark.parametrize("d", [1, 5, 32, 33, 384, 1000])

@@ -39,7 +39,7 @@ def compiled() -> None:
         return
     simulated.library()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda m: simulated.ptx("tensor/linear", "80", m.edit.only(HALF)), MUTANTS))
+        list(pool.map(lambda m: simulated.ptx("sm80/linear", "80", m.edit.only(HALF)), MUTANTS))
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ DIFFER = r"values differ"
 MUTANTS = [
     Mutant(
         "a barrier dropped: a tile is read before all of it is there",
-        Edit("tensor/linear.cu", "__syncthreads();                   // it is there for all, and all", "// for all, and all"),
+        Edit("sm80/linear.cu", "__syncthreads();                   // it is there for all, and all", "// for all, and all"),
         "linear-768x96-gelu-residual",
         invariants.right,
         "RACE|race",
@@ -83,7 +83,7 @@ MUTANTS = [
     Mutant(
         "a barrier dropped: sums take the place of a tile that another warp reads",
         Edit(
-            "tensor/linear.cu",
+            "sm80/linear.cu",
             "        __syncthreads();\n#pragma unroll\n        for (int i = 0; i < T::TM; ++i) {\n            if",
             "#pragma unroll\n        for (int i = 0; i < T::TM; ++i) {\n            if",
         ),
@@ -95,7 +95,7 @@ MUTANTS = [
     Mutant(
         "a wait of one stage too few: a copy that has not landed",
         Edit(
-            "tensor/linear.cu",
+            "sm80/linear.cu",
             "wait_for_copies<T::STAGES - 2>();  // this thread's part of the next stage has landed",
             "wait_for_copies<T::STAGES - 1>();",
         ),
@@ -106,7 +106,7 @@ MUTANTS = [
     Mutant(
         "K is split by M: two accumulators, added at the end, for more than 4 rows",
         Edit(
-            "tensor/linear.cu",
+            "sm80/linear.cu",
             "    for (int stage = 0; stage < full; ++stage) {",
             "    float other[T::TM][T::TN][4] = {};\n"
             "    for (int stage = 0; stage <= full; ++stage) {\n"
@@ -130,7 +130,7 @@ MUTANTS = [
     Mutant(
         "the smallest tile, which few rows take, has m16n8k8 instead of m16n8k16",
         Edit(
-            "tensor/linear.cu",
+            "sm80/linear.cu",
             "mma<Half>(sum[i][j], a[i], b[j][0], b[j][1]);",
             "if (T::BM > 16) mma<Half>(sum[i][j], a[i], b[j][0], b[j][1]);\n"
             "                else\n"
@@ -148,7 +148,7 @@ MUTANTS = [
     Mutant(
         "the sum is rounded to half precision before the bias",
         Edit(
-            "tensor/linear.cu",
+            "sm80/linear.cu",
             "            finish(g, plan.eight, first + r, n0 + c, y);",
             "            for (int e = 0; e < 8; ++e) y[e / 4].v[e % 4] = widen(narrow<Half>(y[e / 4].v[e % 4]));\n"
             "            finish(g, plan.eight, first + r, n0 + c, y);",
@@ -159,14 +159,14 @@ MUTANTS = [
     ),
     Mutant(
         "what is missing in the last 16 k is what stands behind the row",
-        Edit("tensor/mma.cuh", "if (e < valid) pairs[e / 2] |=", "pairs[e / 2] |="),
+        Edit("sm80/mma.cuh", "if (e < valid) pairs[e / 2] |=", "pairs[e / 2] |="),
         "linear-513x17-gelu",
         invariants.right,
         "beyond the bound|out-of-bounds",
     ),
     Mutant(
         "the last k are left out where they do not fill an instruction",
-        Edit("tensor/linear.cu", "steps = (K + STEP - 1) / STEP;", "steps = K / STEP;"),
+        Edit("sm80/linear.cu", "steps = (K + STEP - 1) / STEP;", "steps = K / STEP;"),
         "linear-513x17-gelu",
         invariants.right,
         "beyond the bound",
@@ -174,7 +174,7 @@ MUTANTS = [
     Mutant(
         "pieces that change places by the row when they are written, and not when they are read",
         Edit(
-            "tensor/linear.cu",
+            "sm80/linear.cu",
             "swizzled<T::ROW>(warp_n * T::WN + b_row, piece_of_b());",
             "(b_row * T::ROW + piece_of_b() * 16);",
         ),
@@ -184,7 +184,7 @@ MUTANTS = [
     ),
     Mutant(
         "every product of bmm takes the first one's second operand",
-        Edit("tensor/linear.cu", "(batch * g.N + n0) * g.K * 2, g.K, columns", "n0 * g.K * 2, g.K, columns"),
+        Edit("sm80/linear.cu", "(batch * g.N + n0) * g.K * 2, g.K, columns", "n0 * g.K * 2, g.K, columns"),
         "bmm-33x64x70",
         invariants.batch_invariant,
         DIFFER,

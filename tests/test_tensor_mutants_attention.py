@@ -32,7 +32,7 @@ def compiled() -> None:
         return
     simulated.library()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda m: simulated.ptx("tensor/attention", "80", m.edit.only(HALF)), MUTANTS))
+        list(pool.map(lambda m: simulated.ptx("sm80/attention", "80", m.edit.only(HALF)), MUTANTS))
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ class Mutant:
         return self.name
 
 
-FILE = "tensor/attention.cu"
+FILE = "sm80/attention.cu"
 CAUSAL, LONG = "attention-D64-H4of2-T70-causal=True", "attention-D64-H2of2-T100"
 DIFFER, WRONG = r"values differ", r"beyond the bound"
 MUTANTS = [

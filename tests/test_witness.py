@@ -123,13 +123,13 @@ def test_another_matrix_instruction_is_found(kit: toolkit.Toolkit, tmp_path: Pat
 
 def test_compiled_without_its_flag_a_kernel_is_found(kit: toolkit.Toolkit) -> None:
     """--fmad=false is part of the contract: with nvcc's default the PTX itself is another."""
-    ptx = kit.ptx(CUDA / "softmax.cu", OLD, ["--fmad=true"]).read_text()
+    ptx = kit.ptx(CUDA / "portable" / "softmax.cu", OLD, ["--fmad=true"]).read_text()
     said = [d for k in of_ptx(ptx, "softmax", OLD) for d in k.defects()]
     assert any("outside the contract" in d or "fused" in d for d in said)
 
 
 def test_narrow_loads_are_found(kit: toolkit.Toolkit) -> None:
-    ptx = kit.ptx(CUDA / "pooling.cu", OLD).read_text()
+    ptx = kit.ptx(CUDA / "portable" / "pooling.cu", OLD).read_text()
     narrow = re.sub(
         r"cp\.async\.cg\.shared\.global \[([^]]*)\], \[([^]]*)\], 16, [^;]*;", r"cp.async.ca.shared.global [\1], [\2], 4;", ptx
     )

@@ -18,10 +18,14 @@ from pathlib import Path
 
 # The numeric contract's flags (NUMERICS.md, "Flags"): an fma is where the source says fmadd, nowhere else.
 NUMERIC_FLAGS = ["--fmad=false"]
-FLAGS = ["-std=c++17", "-O3", *NUMERIC_FLAGS]
+FLAGS = ["-std=c++20", "-O3", *NUMERIC_FLAGS]
 
 # A100; A10, RTX 3090; L4, RTX 4090; H100; B200; RTX 5090. cp.async sets the lower end.
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+
+# The rooms of csrc/cuda that hold kernels, and what each is compiled for: None, all that is asked for; or these alone, where
+# they are asked for ("90a" with sm_90). How much shared memory a block may have there says its room.cuh.
+ROOMS: dict[str, tuple[str, ...] | None] = {"portable": None, "sm80": None}
 
 SECONDS = 134  # of one core for one architecture: nvcc 13.0 on an AMD EPYC (Zen 3) that had other work too
 
@@ -135,6 +139,15 @@ def gencode(listed: str | None, kit: Toolkit, seen: Sequence[str] = ()) -> tuple
         if fits[4]:
             flags.append(_for(arch, "compute"))
     return list(dict.fromkeys(flags)), f"TORCH_CUDA_ARCH_LIST={listed}"
+
+
+def of_room(room: str, flags: Sequence[str]) -> list[str]:
+    """Of gencode's flags what a room is compiled with; none: it is left out. A folder that is no room of kernels takes all."""
+    only = ROOMS.get(room)
+    if only is None:
+        return list(flags)
+    asked = set(re.findall(r"code=sm_(\d+)", " ".join(flags)))
+    return [_for(arch) for arch in only if arch.rstrip("af") in asked]
 
 
 def minutes(flags: Sequence[str]) -> int:

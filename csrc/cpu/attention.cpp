@@ -43,7 +43,12 @@ static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const
     return out;
 }
 
-RK_TORCH_LIBRARY_IMPL(CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+// clang-format off
+RK_OPS(m) {
+    m.op("attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int left, int right, float scale) -> Tensor", TORCH_BOX(&attention));
+    m.op("attention_tensor(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int left, int right, float scale) -> Tensor");
+}
+// clang-format on
 
 }  // namespace rk
 

@@ -179,15 +179,15 @@ RK_INLINE void dot_few_of(int rows, const float* a, int64_t lda, const T* const*
 template <Activation KIND>
 static void finish_tile(const LinearArgs& g, const float* sums, int rows, int64_t m0, int64_t n0, int columns) {
     const auto end = [&](Vec y, int64_t at, int some) __attribute__((always_inline)) {
-        if (g.residual) y = y + load_some_as(g.residual_dtype, g.residual, at, some);
-        store_some_as(g.out_dtype, g.out, at, y, some);
+        if (g.residual.data) y = y + load_some_as(g.residual.dtype, g.residual.data, at, some);
+        store_some_as(g.out.dtype, g.out.data, at, y, some);
     };
     for (int c = 0; c < columns; c += W) {
         const int some = columns - c < W ? columns - c : W;
-        const Vec bias = g.bias ? load_some_as(g.bias_dtype, g.bias, n0 + c, some) : all(0.0f);
+        const Vec bias = g.bias.data ? load_some_as(g.bias.dtype, g.bias.data, n0 + c, some) : all(0.0f);
         const auto sum_of = [&](int r) __attribute__((always_inline)) {
             const Vec y = load(sums + r * PANEL + c);
-            return g.bias ? y + bias : y;
+            return g.bias.data ? y + bias : y;
         };
         int r = 0;
         for (; r + SOME <= rows; r += SOME) {
@@ -222,7 +222,7 @@ constexpr int64_t GROUP = 4;
 // Rows lie this many floats further apart than they are long: rows 4096 bytes apart would all fall into the same few lines of
 // the first-level cache, and real K are multiples of 1024. Rows that lie well are read where they are.
 constexpr int64_t ROW_GAP = 16;
-RK_INLINE bool in_place(const LinearArgs& g) { return g.x_dtype == Dtype::F32 && g.K % 512 != 0; }
+RK_INLINE bool in_place(const LinearArgs& g) { return g.x.dtype == Dtype::F32 && g.K % 512 != 0; }
 
 // `bytes` from each of `rows` rows, `stride` bytes apart, into the second-level cache, to be read or written: part `part` of
 // `parts` of the rows, so that it takes no more at a time than the products beside it hide.
@@ -238,12 +238,12 @@ template <class T>
 static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end, int64_t p_begin, int64_t p_end, int64_t p_then,
                             float* scratch) {
     const int64_t height = m_end - m_begin, step = g.K < CHUNK ? g.K : CHUNK, lda = in_place(g) ? g.K : step + ROW_GAP;
-    const T* const weight = static_cast<const T*>(g.weight);
+    const T* const weight = static_cast<const T*>(g.weight.data);
     if (height <= FEW_ROWS) {
         alignas(64) float sums[FEW_ROWS * PANEL];
-        const float* a = static_cast<const float*>(g.x) + m_begin * g.K;
-        if (g.x_dtype != Dtype::F32) {
-            widen(g.x_dtype, g.x, m_begin * g.K, height * g.K, scratch);
+        const float* a = static_cast<const float*>(g.x.data) + m_begin * g.K;
+        if (g.x.dtype != Dtype::F32) {
+            widen(g.x.dtype, g.x.data, m_begin * g.K, height * g.K, scratch);
             a = scratch;
         }
         for (int64_t p = p_begin; p < p_end; ++p) {
@@ -255,8 +255,8 @@ static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end,
         }
         return;
     }
-    const char *const x = static_cast<const char*>(g.x), *const out = static_cast<const char*>(g.out);
-    const int64_t x_bytes = bytes_of(g.x_dtype), out_bytes = bytes_of(g.out_dtype);
+    const char *const x = static_cast<const char*>(g.x.data), *const out = static_cast<const char*>(g.out.data);
+    const int64_t x_bytes = bytes_of(g.x.dtype), out_bytes = bytes_of(g.out.dtype);
     float* const panels = scratch;
     float* const rows = panels + (p_end - p_begin < GROUP ? p_end - p_begin : GROUP) * step * PANEL;
     float* const sums = in_place(g) ? rows : rows + TILE_ROWS * lda;
@@ -272,9 +272,10 @@ static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end,
             const int64_t then_end = (then + group) * PANEL, then_rows = (then_end < g.N ? then_end : g.N) - then * PANEL;
             for (int64_t m = 0; m < height; m += TILE_ROWS) {
                 const int some = int(height - m < TILE_ROWS ? height - m : TILE_ROWS);
-                const float* a = static_cast<const float*>(g.x) + (m_begin + m) * g.K + k0;
+                const float* a = static_cast<const float*>(g.x.data) + (m_begin + m) * g.K + k0;
                 if (!in_place(g)) {
-                    for (int r = 0; r < some; ++r) widen(g.x_dtype, g.x, (m_begin + m + r) * g.K + k0, deep, rows + r * lda);
+                    for (int r = 0; r < some; ++r)
+                        widen(g.x.dtype, g.x.data, (m_begin + m + r) * g.K + k0, deep, rows + r * lda);
                     a = rows;
                 }
                 for (int64_t p = p0; p < p0 + group; ++p) {
@@ -303,7 +304,7 @@ static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end,
 // Floats of scratch for a block of up to so many rows.
 [[maybe_unused]] static int64_t linear_scratch(const LinearArgs& g, int64_t rows, int64_t panels) {
     // a block that is lower than the others, as the last may be, takes the way of few rows
-    const int64_t few = g.x_dtype == Dtype::F32 ? 0 : (rows < FEW_ROWS ? rows : FEW_ROWS) * g.K;
+    const int64_t few = g.x.dtype == Dtype::F32 ? 0 : (rows < FEW_ROWS ? rows : FEW_ROWS) * g.K;
     if (rows <= FEW_ROWS) return few;
     const int64_t step = g.K < CHUNK ? g.K : CHUNK, group = panels < GROUP ? panels : GROUP;
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
@@ -314,8 +315,8 @@ static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end,
 // Rows [m_begin, m_end) of panels [p_begin, p_end). p_then: the panel at which this thread is likely to go on.
 [[maybe_unused]] static void linear_block(const LinearArgs& g, int64_t m_begin, int64_t m_end, int64_t p_begin, int64_t p_end,
                                           int64_t p_then, float* scratch) {
-    if (g.weight_dtype == Dtype::F32) return linear_block_of<float>(g, m_begin, m_end, p_begin, p_end, p_then, scratch);
-    if (g.weight_dtype == Dtype::F16) return linear_block_of<f16>(g, m_begin, m_end, p_begin, p_end, p_then, scratch);
+    if (g.weight.dtype == Dtype::F32) return linear_block_of<float>(g, m_begin, m_end, p_begin, p_end, p_then, scratch);
+    if (g.weight.dtype == Dtype::F16) return linear_block_of<f16>(g, m_begin, m_end, p_begin, p_end, p_then, scratch);
     linear_block_of<bf16>(g, m_begin, m_end, p_begin, p_end, p_then, scratch);
 }
 

@@ -33,10 +33,7 @@ static Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<
                      const std::optional<Tensor>& residual, ScalarType out_dtype) {
     Tensor y = empty(x, {x.size(0), weight.size(0)}, out_dtype);
     LinearArgs g = linear_args("linear", x, weight, bias, activation, y);
-    if (residual) {
-        g.residual = residual->const_data_ptr();
-        g.residual_dtype = dtype_of(*residual, "linear", "residual");
-    }
+    g.residual = ref(residual, "linear", "residual");
     run_linear(g);
     return y;
 }
@@ -47,29 +44,25 @@ static Tensor bmm(const Tensor& a, const Tensor& b, ScalarType out_dtype) {
     RK_CHECK(b.dim() == 3 && b.size(0) == B && b.size(2) == K && K > 0 && N > 0, "bmm", "b must be [B, N, K] with N, K > 0");
     RK_CHECK(a.is_contiguous() && b.is_contiguous(), "bmm", "a and b must be contiguous");
     Tensor y = empty(a, {B, M, N}, out_dtype);
-    const Dtype from = dtype_of(a, "bmm", "a"), with = dtype_of(b, "bmm", "b"), to = dtype_of(out_dtype, "bmm", "out_dtype");
+    const Dtype from = dtype_of(a, "bmm", "a"), with = dtype_of(b, "bmm", "b");
+    const Dtype to_dtype = dtype_of(out_dtype, "bmm", "out_dtype");
     const auto *left = static_cast<const char*>(a.const_data_ptr()), *right = static_cast<const char*>(b.const_data_ptr());
-    auto* out = static_cast<char*>(y.mutable_data_ptr());
+    auto* to = static_cast<char*>(y.mutable_data_ptr());
     if (M == 0) return y;
     const int64_t panels = ceil_div(N, PANEL), threads = rk::threads(), rows = block_rows(M);
     const int64_t shares = std::min(panels, std::max(B > 0 ? ceil_div(4 * threads, B) : 1, ceil_div(panels, 24)));
     for_each_task(B * shares, [&](int64_t task) {
         const int64_t entry = task / shares, share = task % shares;
         const int64_t p = panels * share / shares, p_end = panels * (share + 1) / shares;
-        const LinearArgs g{left + entry * M * K * bytes_of(from),
-                           from,
-                           right + entry * N * K * bytes_of(with),
-                           with,
-                           nullptr,
-                           Dtype::F32,
-                           nullptr,
-                           Dtype::F32,
-                           out + entry * M * N * bytes_of(to),
-                           to,
-                           M,
-                           N,
-                           K,
-                           0};
+        const LinearArgs g{.x = {left + entry * M * K * bytes_of(from), from},
+                           .weight = {right + entry * N * K * bytes_of(with), with},
+                           .bias = {},
+                           .residual = {},
+                           .out = {to + entry * M * N * bytes_of(to_dtype), to_dtype},
+                           .M = M,
+                           .N = N,
+                           .K = K,
+                           .activation = 0};
         float* memory = scratch(size_t(RK_CALL(linear_scratch, g, std::min(M, rows), p_end - p)));
         for (int64_t m = 0; m < M; m += rows) RK_CALL(linear_block, g, m, std::min(m + rows, M), p, p_end, p, memory);
     });
@@ -89,11 +82,15 @@ static Tensor activation(const Tensor& x, int64_t kind, ScalarType out_dtype) {
     return y;
 }
 
-RK_TORCH_LIBRARY_IMPL(CPU, m) {
-    m.impl("linear", TORCH_BOX(&linear));
-    m.impl("bmm", TORCH_BOX(&bmm));
-    m.impl("activation", TORCH_BOX(&activation));
+// clang-format off
+RK_OPS(m) {
+    m.op("linear(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor? residual, ScalarType out_dtype) -> Tensor", TORCH_BOX(&linear));
+    m.op("linear_tensor(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor? residual, ScalarType out_dtype) -> Tensor");
+    m.op("bmm(Tensor a, Tensor b, ScalarType out_dtype) -> Tensor", TORCH_BOX(&bmm));
+    m.op("bmm_tensor(Tensor a, Tensor b, ScalarType out_dtype) -> Tensor");
+    m.op("activation(Tensor x, int kind, ScalarType out_dtype) -> Tensor", TORCH_BOX(&activation));
 }
+// clang-format on
 
 }  // namespace rk
 

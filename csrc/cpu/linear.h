@@ -14,20 +14,15 @@ inline LinearArgs linear_args(const char* op, const Tensor& x, const Tensor& wei
     RK_CHECK(weight.dim() == 2 && weight.size(0) == y.size(1) && weight.size(1) == x.size(1) && weight.is_contiguous(), op,
              "the weight must be [N, K] and contiguous");
     RK_CHECK(weight.size(0) > 0 && weight.size(1) > 0, op, "N and K must be > 0");
-    return LinearArgs{x.const_data_ptr(),
-                      dtype_of(x, op, "x"),
-                      weight.const_data_ptr(),
-                      dtype_of(weight, op, "weight"),
-                      bias ? bias->const_data_ptr() : nullptr,
-                      bias ? dtype_of(*bias, op, "bias") : Dtype::F32,
-                      nullptr,
-                      Dtype::F32,
-                      y.mutable_data_ptr(),
-                      dtype_of(y, op, "out_dtype"),
-                      x.size(0),
-                      weight.size(0),
-                      x.size(1),
-                      int(activation)};
+    return {.x = ref(x, op, "x"),
+            .weight = ref(weight, op, "weight"),
+            .bias = ref(bias, op, "bias"),
+            .residual = {},
+            .out = out(y, op, "out_dtype"),
+            .M = x.size(0),
+            .N = weight.size(0),
+            .K = x.size(1),
+            .activation = int(activation)};
 }
 
 void run_linear(const LinearArgs&);

@@ -1,6 +1,8 @@
-// norm.cpp: layer_norm and normalize on the CPU. One row at a time: rows are for the threads, only features shape the work.
+// norm.cpp: layer_norm, rms_norm and normalize on the CPU. One row at a time: rows are for the threads, only features shape the
+// work.
 // layer_norm: s = x + residual; mean and var by row_sum; y = fma((s - mean) * (1 / sqrt(var + eps)), w, b).
-// normalize: y = x / max(sqrt(row_sum(x * x)), eps), each square rounded. Orders as NUMERICS.md, "layer_norm", "normalize".
+// rms_norm: the same with a mean of 0, and y = (s * (1 / sqrt(var + eps))) * w.
+// normalize: y = x / max(sqrt(row_sum(x * x)), eps), each square rounded. Orders as NUMERICS.md has them.
 
 #ifndef RK_ISA
 #define RK_FILE "norm.cpp"
@@ -9,25 +11,41 @@
 
 namespace rk {
 
+static NormArgs norm_args(const char* op, const Tensor& x, const Tensor& weight, double eps,
+                          const std::optional<Tensor>& residual, const Tensor& y) {
+    return {.x = ref(x, op, "x"),
+            .residual = ref(residual, op, "residual"),
+            .weight = ref(weight, op, "weight"),
+            .bias = {},
+            .y = y.mutable_data_ptr(),
+            .D = x.size(1),
+            .eps = float(eps)};
+}
+
+// f(begin, end) for all rows, in blocks.
+template <class F>
+static void for_rows(int64_t rows, int64_t d, const F& f) {
+    const int64_t block = 1 + 16384 / (d + 1);
+    for_each_task(ceil_div(rows, block), [&](int64_t task) { f(task * block, std::min((task + 1) * block, rows)); });
+}
+
 static Tensor layer_norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps,
                          const std::optional<Tensor>& residual) {
-    const int64_t rows = x.size(0), d = x.size(1);
-    Tensor y = empty(x, {rows, d}, x.scalar_type());
-    const NormArgs args{x.const_data_ptr(),
-                        dtype_of(x, "layer_norm", "x"),
-                        residual ? residual->const_data_ptr() : nullptr,
-                        residual ? dtype_of(*residual, "layer_norm", "residual") : Dtype::F32,
-                        weight.const_data_ptr(),
-                        dtype_of(weight, "layer_norm", "weight"),
-                        bias ? bias->const_data_ptr() : nullptr,
-                        bias ? dtype_of(*bias, "layer_norm", "bias") : Dtype::F32,
-                        y.mutable_data_ptr(),
-                        d,
-                        float(eps)};
-    const int64_t block = 1 + 16384 / (d + 1);
-    for_each_task(ceil_div(rows, block), [&](int64_t task) {
-        const int64_t end = (task + 1) * block < rows ? (task + 1) * block : rows;
-        RK_CALL(layer_norm_rows, args, task * block, end, scratch(size_t(3 * (d + PANEL))));
+    Tensor y = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
+    NormArgs args = norm_args("layer_norm", x, weight, eps, residual, y);
+    args.bias = ref(bias, "layer_norm", "bias");
+    for_rows(x.size(0), args.D, [&](int64_t begin, int64_t end) {
+        RK_CALL(layer_norm_rows, args, begin, end, scratch(size_t(3 * (args.D + PANEL))));
+    });
+    return y;
+}
+
+static Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, bool plus_one, bool rounded,
+                       const std::optional<Tensor>& residual) {
+    Tensor y = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
+    const NormArgs args = norm_args("rms_norm", x, weight, eps, residual, y);
+    for_rows(x.size(0), args.D, [&](int64_t begin, int64_t end) {
+        RK_CALL(rms_norm_rows, args, plus_one, rounded, begin, end, scratch(size_t(3 * (args.D + PANEL))));
     });
     return y;
 }
@@ -38,18 +56,19 @@ static Tensor normalize(const Tensor& x, double eps) {
     Tensor y = empty(x, {rows, d}, x.scalar_type());
     const void* from = x.const_data_ptr();
     void* to = y.mutable_data_ptr();
-    const int64_t block = 1 + 16384 / (d + 1);
-    for_each_task(ceil_div(rows, block), [&](int64_t task) {
-        const int64_t end = (task + 1) * block < rows ? (task + 1) * block : rows;
-        RK_CALL(normalize_rows, from, dtype, d, float(eps), task * block, end, to, scratch(size_t(d + PANEL)));
+    for_rows(rows, d, [&](int64_t begin, int64_t end) {
+        RK_CALL(normalize_rows, from, dtype, d, float(eps), begin, end, to, scratch(size_t(d + PANEL)));
     });
     return y;
 }
 
-RK_TORCH_LIBRARY_IMPL(CPU, m) {
-    m.impl("layer_norm", TORCH_BOX(&layer_norm));
-    m.impl("normalize", TORCH_BOX(&normalize));
+// clang-format off
+RK_OPS(m) {
+    m.op("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> Tensor", TORCH_BOX(&layer_norm));
+    m.op("rms_norm(Tensor x, Tensor weight, float eps, bool plus_one, bool rounded, Tensor? residual) -> Tensor", TORCH_BOX(&rms_norm));
+    m.op("normalize(Tensor x, float eps) -> Tensor", TORCH_BOX(&normalize));
 }
+// clang-format on
 
 }  // namespace rk
 
@@ -82,10 +101,10 @@ RK_INLINE float squares(const float* s, int64_t d, float mean) {
 // hardware's prefetcher begins anew with each.
 template <class T>
 RK_INLINE float sum_of_row(const NormArgs& a, int64_t row, float* in) {
-    const int64_t D = a.D, size = bytes_of(a.residual_dtype);
-    const T* x = static_cast<const T*>(a.x) + row * D;
-    const char* residual = a.residual ? static_cast<const char*>(a.residual) + row * D * size : nullptr;
-    const Dtype dtype = a.residual_dtype;
+    const int64_t D = a.D, size = bytes_of(a.residual.dtype);
+    const T* x = static_cast<const T*>(a.x.data) + row * D;
+    const char* residual = a.residual.data ? static_cast<const char*>(a.residual.data) + row * D * size : nullptr;
+    const Dtype dtype = a.residual.dtype;
     Lanes sum = zero_lanes();
     for (int64_t i = 0; i < D; i += LANES)
 #pragma GCC unroll 4
@@ -110,21 +129,33 @@ RK_INLINE float sum_of_row(const NormArgs& a, int64_t row, float* in) {
     return fold(sum);
 }
 
-// memory holds weight, bias and one row: 3 (D + PANEL) floats.
 template <class T>
-static void layer_norm_rows_of(const NormArgs& a, int64_t begin, int64_t end, float* memory) {
+RK_INLINE Vec rounded(Vec v) {
+    T kept[W];
+    store(kept, v);
+    return load(kept);
+}
+
+// memory holds weight, bias and one row: 3 (D + PANEL) floats. RMS: no mean is taken off. plus_one: added to the weight;
+// round_first: to x's dtype before the product with the weight.
+template <class T, bool RMS>
+static void norm_rows_of(const NormArgs& a, bool plus_one, bool round_first, int64_t begin, int64_t end, float* memory) {
     const int64_t D = a.D, gap = D + PANEL;
     float *weight = memory, *bias = memory + gap, *in = memory + 2 * gap;
-    widen(a.weight_dtype, a.weight, 0, D, weight);
-    if (a.bias) widen(a.bias_dtype, a.bias, 0, D, bias);
+    widen(a.weight.dtype, a.weight.data, 0, D, weight);
+    if (plus_one)
+        for (int64_t i = 0; i < D; ++i) weight[i] = weight[i] + 1.0f;
+    if (a.bias.data) widen(a.bias.dtype, a.bias.data, 0, D, bias);
     const float count = float(D);
-    const bool biased = a.bias != nullptr;
+    const bool biased = a.bias.data != nullptr;
     for (int64_t row = begin; row < end; ++row) {
-        const float mean = sum_of_row<T>(a, row, in) / count;
+        const float sum = sum_of_row<T>(a, row, in), mean = RMS ? 0.0f : sum / count;
         const float var = squares(in, D, mean) / count;
         const float rstd = 1.0f / sqrt_of(var + a.eps);
         const auto y_of = [&](int64_t i) __attribute__((always_inline)) {
-            const Vec normed = (load(in + i) - all(mean)) * all(rstd), w = load(weight + i);
+            Vec normed = (load(in + i) - all(mean)) * all(rstd);
+            const Vec w = load(weight + i);
+            if (RMS && round_first) normed = rounded<T>(normed);
             return biased ? fmadd(normed, w, load(bias + i)) : normed * w;
         };
         T* y = static_cast<T*>(a.y) + row * D;
@@ -138,9 +169,15 @@ static void layer_norm_rows_of(const NormArgs& a, int64_t begin, int64_t end, fl
 }
 
 static void layer_norm_rows(const NormArgs& a, int64_t begin, int64_t end, float* memory) {
-    if (a.x_dtype == Dtype::F32) return layer_norm_rows_of<float>(a, begin, end, memory);
-    if (a.x_dtype == Dtype::F16) return layer_norm_rows_of<f16>(a, begin, end, memory);
-    layer_norm_rows_of<bf16>(a, begin, end, memory);
+    if (a.x.dtype == Dtype::F32) return norm_rows_of<float, false>(a, false, false, begin, end, memory);
+    if (a.x.dtype == Dtype::F16) return norm_rows_of<f16, false>(a, false, false, begin, end, memory);
+    norm_rows_of<bf16, false>(a, false, false, begin, end, memory);
+}
+
+static void rms_norm_rows(const NormArgs& a, bool plus_one, bool round_first, int64_t begin, int64_t end, float* memory) {
+    if (a.x.dtype == Dtype::F32) return norm_rows_of<float, true>(a, plus_one, round_first, begin, end, memory);
+    if (a.x.dtype == Dtype::F16) return norm_rows_of<f16, true>(a, plus_one, round_first, begin, end, memory);
+    norm_rows_of<bf16, true>(a, plus_one, round_first, begin, end, memory);
 }
 
 // in[i] = x[i], and the sum of x[i] * x[i], a product that is rounded by itself, in the 32-lane order.

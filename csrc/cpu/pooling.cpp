@@ -41,10 +41,12 @@ static std::tuple<Tensor, Tensor, Tensor> score_head(const Tensor& pooled, const
     return {logit, score, complement};
 }
 
-RK_TORCH_LIBRARY_IMPL(CPU, m) {
-    m.impl("pool", TORCH_BOX(&pool));
-    m.impl("score_head", TORCH_BOX(&score_head));
+// clang-format off
+RK_OPS(m) {
+    m.op("pool(Tensor x, Tensor cu_seqlens, bool mean, ScalarType out_dtype) -> Tensor", TORCH_BOX(&pool));
+    m.op("score_head(Tensor pooled, Tensor? dense_weight, Tensor? dense_bias, int activation, Tensor out_weight, Tensor? out_bias) -> (Tensor, Tensor, Tensor)", TORCH_BOX(&score_head));
 }
+// clang-format on
 
 }  // namespace rk
 

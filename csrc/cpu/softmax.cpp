@@ -36,10 +36,16 @@ static Tensor row_sum(const Tensor& x, bool mean) {
     return y;
 }
 
-RK_TORCH_LIBRARY_IMPL(CPU, m) {
-    m.impl("softmax", TORCH_BOX(&softmax));
-    m.impl("row_sum", TORCH_BOX(&row_sum));
+static Tensor sum(const Tensor& x) { return row_sum(x, false); }
+static Tensor mean(const Tensor& x) { return row_sum(x, true); }
+
+// clang-format off
+RK_OPS(m) {
+    m.op("softmax(Tensor x) -> Tensor", TORCH_BOX(&softmax));
+    m.op("sum(Tensor x) -> Tensor", TORCH_BOX(&sum));
+    m.op("mean(Tensor x) -> Tensor", TORCH_BOX(&mean));
 }
+// clang-format on
 
 }  // namespace rk
 

@@ -40,13 +40,10 @@ static Tensor transpose_weight(const Tensor& weight) {
 }
 
 static RowsArgs rows_args(const float* x, const Tensor& weight, const std::optional<Tensor>& bias) {
-    return RowsArgs{x,
-                    Dtype::F32,
-                    weight.const_data_ptr(),
-                    dtype_of(weight, "sparse_ffn", "weight"),
-                    bias ? bias->const_data_ptr() : nullptr,
-                    bias ? dtype_of(*bias, "sparse_ffn", "bias") : Dtype::F32,
-                    weight.size(1)};
+    return {.x = {x, Dtype::F32},
+            .weight = ref(weight, "sparse_ffn", "weight"),
+            .bias = ref(bias, "sparse_ffn", "bias"),
+            .K = weight.size(1)};
 }
 
 // values[i] = dot(x, weight[neurons[i]]) + bias: the exact pre-activations of some neurons.
@@ -145,13 +142,10 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
     } else {
         run_linear(linear_args("sparse_ffn", x, first_weight, first_bias, 0, first));
     }
-    const AxpyArgs args{down_rows.const_data_ptr(),
-                        dtype_of(down_rows, "sparse_ffn", "down_weight"),
-                        down_bias ? down_bias->const_data_ptr() : nullptr,
-                        down_bias ? dtype_of(*down_bias, "sparse_ffn", "down_bias") : Dtype::F32,
-                        y.mutable_data_ptr(),
-                        dtype_of(y, "sparse_ffn", "x"),
-                        D};
+    const AxpyArgs args{.down = ref(down_rows, "sparse_ffn", "down_weight"),
+                        .down_bias = ref(down_bias, "sparse_ffn", "down_bias"),
+                        .out = out(y, "sparse_ffn", "x"),
+                        .D = D};
     // Kept from call to call: no allocation in the steady state. Tasks of other threads get pointers into them.
     thread_local std::vector<int32_t> neurons;
     thread_local std::vector<float> h, up;
@@ -196,10 +190,13 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
     return y;
 }
 
-RK_TORCH_LIBRARY_IMPL(CPU, m) {
-    m.impl("transpose_weight", TORCH_BOX(&transpose_weight));
-    m.impl("sparse_ffn", TORCH_BOX(&sparse_ffn));
+// clang-format off
+RK_OPS(m) {
+    m.op("transpose_weight(Tensor weight) -> Tensor", TORCH_BOX(&transpose_weight));
+    m.op("sparse_ffn(Tensor x, Tensor first_weight, Tensor? first_bias, Tensor? coarse, Tensor? rest, Tensor? bounds, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias) -> Tensor", TORCH_BOX(&sparse_ffn));
+    m.op("sparse_ffn_tensor(Tensor x, Tensor first_weight, Tensor? first_bias, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias) -> Tensor");
 }
+// clang-format on
 
 }  // namespace rk
 
@@ -270,20 +267,20 @@ static void about_listed(const float* x, int64_t K, const int8_t* weights, const
 template <class T>
 RK_INLINE void rows_dot_of(const RowsArgs& a, const int32_t* neurons, int n, float* sums) {
     const T* row[PANEL];
-    for (int c = 0; c < PANEL; ++c) row[c] = static_cast<const T*>(a.weight) + int64_t(neurons[c < n ? c : 0]) * a.K;
-    dot_few<1, CHUNK>(static_cast<const float*>(a.x), a.K, row, a.K, sums);
+    for (int c = 0; c < PANEL; ++c) row[c] = static_cast<const T*>(a.weight.data) + int64_t(neurons[c < n ? c : 0]) * a.K;
+    dot_few<1, CHUNK>(static_cast<const float*>(a.x.data), a.K, row, a.K, sums);
 }
 
 // values[i] = dot(x, weight[neurons[i]]) + bias[neurons[i]] for up to PANEL neurons, each with its own chain.
 static void rows_dot(const RowsArgs& a, const int32_t* neurons, int n, float* values) {
     alignas(64) float sums[PANEL];
-    if (a.weight_dtype == Dtype::F32) rows_dot_of<float>(a, neurons, n, sums);
-    else if (a.weight_dtype == Dtype::F16) rows_dot_of<f16>(a, neurons, n, sums);
+    if (a.weight.dtype == Dtype::F32) rows_dot_of<float>(a, neurons, n, sums);
+    else if (a.weight.dtype == Dtype::F16) rows_dot_of<f16>(a, neurons, n, sums);
     else rows_dot_of<bf16>(a, neurons, n, sums);
     for (int c = 0; c < n; ++c) {
         float bias = 0.0f;
-        if (a.bias) widen(a.bias_dtype, a.bias, neurons[c], 1, &bias);
-        values[c] = a.bias ? sums[c] + bias : sums[c];
+        if (a.bias.data) widen(a.bias.dtype, a.bias.data, neurons[c], 1, &bias);
+        values[c] = a.bias.data ? sums[c] + bias : sums[c];
     }
 }
 
@@ -321,7 +318,7 @@ template <class T>
 static void axpy_block_of(const AxpyArgs& a, int64_t m, int64_t begin, int64_t end, const int32_t* active, int64_t count,
                           const float* h, float* memory) {
     const int64_t columns = end - begin, padded = columns + PANEL;
-    const T* down = static_cast<const T*>(a.down) + begin;
+    const T* down = static_cast<const T*>(a.down.data) + begin;
     float *total = memory, *sum = memory + padded;
     for (int64_t d = 0; d < columns; d += W) store(total + d, all(0.0f));
     for (int64_t i = 0; i < count;) {
@@ -336,15 +333,15 @@ static void axpy_block_of(const AxpyArgs& a, int64_t m, int64_t begin, int64_t e
     for (int64_t d = 0; d < columns; d += W) {
         const int some = int(columns - d < W ? columns - d : W);
         Vec y = load(total + d);
-        if (a.down_bias) y = y + load_some_as(a.down_bias_dtype, a.down_bias, begin + d, some);
-        store_some_as(a.out_dtype, a.out, m * a.D + begin + d, y, some);
+        if (a.down_bias.data) y = y + load_some_as(a.down_bias.dtype, a.down_bias.data, begin + d, some);
+        store_some_as(a.out.dtype, a.out.data, m * a.D + begin + d, y, some);
     }
 }
 
 static void axpy_block(const AxpyArgs& a, int64_t m, int64_t begin, int64_t end, const int32_t* active, int64_t count,
                        const float* h, float* memory) {
-    if (a.down_dtype == Dtype::F32) return axpy_block_of<float>(a, m, begin, end, active, count, h, memory);
-    if (a.down_dtype == Dtype::F16) return axpy_block_of<f16>(a, m, begin, end, active, count, h, memory);
+    if (a.down.dtype == Dtype::F32) return axpy_block_of<float>(a, m, begin, end, active, count, h, memory);
+    if (a.down.dtype == Dtype::F16) return axpy_block_of<f16>(a, m, begin, end, active, count, h, memory);
     axpy_block_of<bf16>(a, m, begin, end, active, count, h, memory);
 }
 

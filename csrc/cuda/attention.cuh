@@ -1,4 +1,4 @@
-// attention.cuh: which rows of which sequence a block has, for both kernels of attention (attention.cu, tensor/attention.cu).
+// attention.cuh: which rows of which sequence a block has, for the attention.cu of every room.
 //
 // A row here is a (token, query head) pair: the query heads of one key head lie side by side, token by token, so that they
 // share the keys and values that a block reads, and a short sequence still fills its block.

@@ -53,6 +53,8 @@ __device__ __forceinline__ void store_as(Dtype dtype, void* p, int64_t i, float 
     else if (dtype == Dtype::F16) static_cast<f16*>(p)[i] = narrow<f16>(x);
     else static_cast<bf16*>(p)[i] = narrow<bf16>(x);
 }
+__device__ __forceinline__ float load_as(const Ref& from, int64_t i) { return load_as(from.dtype, from.data, i); }
+__device__ __forceinline__ void store_as(const Out& to, int64_t i, float x) { store_as(to.dtype, to.data, i, x); }
 
 // Four neighbours at once, of 16 bytes (float) or 8 bytes (half); the address must be a multiple of that.
 struct Four {

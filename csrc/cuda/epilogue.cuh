@@ -66,11 +66,11 @@ __device__ __forceinline__ void store_group_as(Dtype dtype, void* p, int64_t i, 
 
 // Whether outputs can be handled `count` at a time: N and every address in the epilogue allow it.
 inline bool in_groups_of(int count, const LinearArgs& g) {
-    const auto fits = [&](const void* p, Dtype dtype) {
-        const int64_t bytes = count * bytes_of(dtype);
-        return !p || aligned(p, unsigned(bytes < 16 ? bytes : 16));
+    const auto fits = [&](const auto& array) {
+        const int64_t bytes = count * bytes_of(array.dtype);
+        return !array.data || aligned(array.data, unsigned(bytes < 16 ? bytes : 16));
     };
-    return g.N % count == 0 && fits(g.bias, g.bias_dtype) && fits(g.residual, g.residual_dtype) && fits(g.out, g.out_dtype);
+    return g.N % count == 0 && fits(g.bias) && fits(g.residual) && fits(g.out);
 }
 
 // The epilogue of outputs [m, n .. n + 4 Q - 1], `whole` if in_groups_of(4 Q); those past N are left alone.
@@ -78,30 +78,30 @@ template <int Q>
 __device__ __forceinline__ void finish(const LinearArgs& g, bool whole, int64_t m, int64_t n, Four (&y)[Q]) {
     const int64_t at = m * g.N + n;
     const int some = g.N - n < 4 * Q ? int(g.N - n) : 4 * Q;
-    const auto load = [&](Dtype dtype, const void* p, int64_t i, Four(&v)[Q]) {
-        if (whole) return load_group_as(dtype, p, i, v);
+    const auto load = [&](const Ref& from, int64_t i, Four(&v)[Q]) {
+        if (whole) return load_group_as(from.dtype, from.data, i, v);
 #pragma unroll
         for (int e = 0; e < 4 * Q; ++e)
-            if (e < some) v[e / 4].v[e % 4] = load_as(dtype, p, i + e);
+            if (e < some) v[e / 4].v[e % 4] = load_as(from, i + e);
     };
-    if (g.bias) {
+    if (g.bias.data) {
         Four b[Q] = {};
-        load(g.bias_dtype, g.bias, n, b);
+        load(g.bias, n, b);
 #pragma unroll
         for (int e = 0; e < 4 * Q; ++e) y[e / 4].v[e % 4] = y[e / 4].v[e % 4] + b[e / 4].v[e % 4];
     }
 #pragma unroll
     for (int q = 0; q < Q; ++q) y[q] = activate_four(g.activation, y[q]);
-    if (g.residual) {
+    if (g.residual.data) {
         Four r[Q] = {};
-        load(g.residual_dtype, g.residual, at, r);
+        load(g.residual, at, r);
 #pragma unroll
         for (int e = 0; e < 4 * Q; ++e) y[e / 4].v[e % 4] = y[e / 4].v[e % 4] + r[e / 4].v[e % 4];
     }
-    if (whole) return store_group_as(g.out_dtype, g.out, at, y);
+    if (whole) return store_group_as(g.out.dtype, g.out.data, at, y);
 #pragma unroll
     for (int e = 0; e < 4 * Q; ++e)
-        if (e < some) store_as(g.out_dtype, g.out, at + e, y[e / 4].v[e % 4]);
+        if (e < some) store_as(g.out, at + e, y[e / 4].v[e % 4]);
 }
 
 }  // namespace rk

@@ -1,4 +1,5 @@
-// launch.cuh: starting a kernel, with the errors said, and the launchers' choices, which a test can force.
+// launch.cuh: starting a kernel, with the errors said, and the launchers' choices, which a test can force. Included by a room's
+// room.cuh, which says first what MAX_SHARED is there.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,9 +26,9 @@ inline unsigned checked_blocks(const char* op, int64_t blocks) {
 }
 
 // Starts kernel(args...) on the stream; nothing waits, nothing is allocated, so a CUDA graph can capture it. A grid without
-// blocks is no launch: an op on no rows is not an error.
+// blocks is no launch: an op on no rows is not an error. Static: a room's instance has that room's MAX_SHARED.
 template <class... P, class... A>
-void launch(const char* op, void (*kernel)(P...), dim3 grid, int threads, size_t shared, Stream stream, A&&... args) {
+static void launch(const char* op, void (*kernel)(P...), dim3 grid, int threads, size_t shared, Stream stream, A&&... args) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     if (shared > 48 * 1024)  // more than the default must be asked for; always the same, since another thread may do it too
         check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -12,10 +12,13 @@ import shlex
 import sys
 from collections.abc import Iterator
 from importlib import metadata
+from typing import Any
 from urllib.parse import unquote
 
 import torch
 
+from rerank_kernels.backend.modes import MODES
+from rerank_kernels.names import OPS
 from rerank_kernels.version import NUMERICS_VERSION
 
 PACKAGE = pathlib.Path(__file__).parent.parent
@@ -59,6 +62,13 @@ def holding_threads() -> Iterator[None]:
 def threads() -> int:
     """How many threads an op on CPU tensors may use now: torch.get_num_threads(), or what that was before the block above."""
     return int(torch.ops.rerank_kernels.hold_threads(-1)) if missing() is None else torch.get_num_threads()
+
+
+@functools.cache
+def launch_tables() -> dict[str, Any]:
+    """The tiles of mode tensor of each room of csrc/cuda, as its tiles.h has them: csrc/cpu/tables.cpp says in which form."""
+    tables: dict[str, Any] = json.loads(torch.ops.rerank_kernels.launch_tables())
+    return tables
 
 
 def _load(stem: str, what: str, reason: str) -> str | None:
@@ -157,6 +167,9 @@ def _hidden_install(stem: str) -> str | None:
 
 @functools.cache
 def called() -> tuple[str, ...]:
-    """The library's ops that backend/ calls: what a library must have."""
-    sources = (path.read_text(encoding="utf-8") for path in sorted(pathlib.Path(__file__).parent.glob("**/*.py")))
-    return tuple(sorted({op for text in sources for op in re.findall(r"torch\.ops\.rerank_kernels\.(\w+)\(", text)}))
+    """The library's ops that backend/ calls, by name or as they are: what a library must have."""
+    here = pathlib.Path(__file__).parent
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(here.glob("**/*.py")))
+    served = {name for path in here.glob("native/*.py") for name in re.findall(r"^def (\w+)\(", path.read_text(), re.MULTILINE)}
+    direct = {mode.function(op) for mode in MODES.values() for op in OPS} - served
+    return tuple(sorted(direct | set(re.findall(r"torch\.ops\.rerank_kernels\.(\w+)\(", text))))

@@ -2,8 +2,8 @@
 of them make one sum, and the tiles that the launcher chooses from. A pure function; it needs no GPU.
 
 All tiles of a row of this table take the same instructions in the same order for an output, so the choice is in no bit. CUDA
-C++ is the same on every architecture; its tiles are repeated here from csrc/cuda/tensor/, and tests/test_plan.py holds the two
-together. Triton's are its own tables, read where Triton is installed.
+C++ is the same on every architecture; its tiles are those of csrc/cuda/sm80/tiles.h, which the C++ library holds without CUDA
+too. Triton's are its own tables, read where Triton is installed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from rerank_kernels.backend import library
 from rerank_kernels.errors import BackendError
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -19,18 +20,6 @@ MMA, WGMMA = "mma.sync m16n8k16", "wgmma m64nNk16"
 K_STEP = 16  # of either instruction
 KEYS = 64  # of a tile of attention
 WIDEST_HEAD = 256
-
-# linear.cu: rows, columns, k's of a stage, rows and columns of a warp, stages
-CUDA_LINEAR = (
-    (128, 256, 32, 64, 64, 4),
-    (128, 128, 64, 64, 64, 3),
-    (128, 64, 64, 64, 32, 3),
-    (64, 64, 64, 32, 32, 3),
-    (32, 32, 64, 16, 16, 6),
-    (16, 32, 64, 16, 8, 8),
-)
-CUDA_HEADS = (32, 64, 96, 128, 192, 256)  # attention.cu: the widths that a head is filled up to
-CUDA_WARPS = (8, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -60,35 +49,32 @@ def plan(arch: int, linears: Sequence[tuple[int, int]], heads: Sequence[int]) ->
         if n < 1 or k < 1:
             raise ValueError(f"plan: N and K must be >= 1, got {n} and {k}")
         features = f"N {n}, K {k}"
-        yield Row("linear, bmm", features, arch, "cuda", MMA, ceil_div(k, K_STEP), cuda_linear())
+        if cuda_gap() is None:
+            yield Row("linear, bmm", features, arch, "cuda", MMA, ceil_div(k, K_STEP), cuda_linear())
         if triton_gap(arch) is None:
             yield triton_linear(features, arch, k)
     for d in heads:
         if not 1 <= d <= WIDEST_HEAD:
             raise ValueError(f"plan: a head must have 1 to {WIDEST_HEAD} features, got {d}")
         features = f"head {d}"
-        yield Row("attention", features, arch, "cuda", MMA, ceil_div(d, K_STEP), cuda_attention(d))
+        if cuda_gap() is None:
+            yield Row("attention", features, arch, "cuda", MMA, ceil_div(d, K_STEP), cuda_attention(d))
         if triton_gap(arch) is None:
             yield triton_attention(features, arch, d)
 
 
+def cuda_gap() -> str | None:
+    """Why the tiles of the CUDA kernels are not known here, None if they are."""
+    return library.missing()
+
+
 def cuda_linear() -> tuple[Tile, ...]:
-    return tuple(
-        Tile(rows, columns, 32 * (rows // warp_rows) * (columns // warp_columns), stages * (rows + columns) * 2 * depth)
-        for rows, columns, depth, warp_rows, warp_columns, stages in CUDA_LINEAR
-    )
+    return tuple(Tile(*numbers) for numbers in library.launch_tables()["sm80"]["linear"])
 
 
 def cuda_attention(d: int) -> tuple[Tile, ...]:
-    width = next(w for w in CUDA_HEADS if d <= w)
-    narrow = width <= 128  # then Q stays in registers
-    most, stages = 8 if narrow else 4, 3 if width <= 192 else 2
-
-    def shared(warps: int) -> int:
-        q = 0 if narrow else warps * 32 * (width // K_STEP) * 16
-        return 128 + stages * KEYS * width * 2 + q + warps * 16 * 24
-
-    return tuple(Tile(warps * 16, KEYS, warps * 32, shared(warps)) for warps in CUDA_WARPS if warps <= most)
+    widths = library.launch_tables()["sm80"]["attention"]
+    return tuple(Tile(*numbers) for numbers in widths[str(min(w for w in map(int, widths) if d <= w))])
 
 
 def triton_gap(arch: int) -> str | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import os
 import sys
 import threading
@@ -26,23 +27,8 @@ import torch
 from rerank_kernels.backend import library, triton
 from rerank_kernels.backend.modes import MODES, PORTABLE, PROMISES, TENSOR, Mode
 from rerank_kernels.errors import BackendError, FallbackWarning
+from rerank_kernels.names import OPS
 
-# op -> the family file that holds it in every backend's folder
-OPS = {
-    "layer_norm": "norm",
-    "normalize": "norm",
-    "softmax": "softmax",
-    "sum": "softmax",
-    "mean": "softmax",
-    "linear": "linear",
-    "bmm": "linear",
-    "activation": "linear",
-    "attention": "attention",
-    "pool": "pooling",
-    "sigmoid": "pooling",
-    "score_head": "pooling",
-    "sparse_ffn": "sparse_ffn",
-}
 ENVIRONMENT = "RERANK_KERNELS_BACKEND"
 
 
@@ -184,8 +170,12 @@ def missing(name: str) -> str | None:
 
 @functools.cache
 def _load(name: str, op: str, mode: Mode = PORTABLE) -> Callable[..., Any]:
-    module = importlib.import_module(f"{BACKENDS[name].package}.{OPS[op]}")
-    function = getattr(module, mode.function(op), None)
+    package, function = importlib.import_module(BACKENDS[name].package), None
+    if importlib.util.find_spec(f"{package.__name__}.{OPS[op]}"):
+        module = importlib.import_module(f"{package.__name__}.{OPS[op]}")
+        function = getattr(module, mode.function(op), None)
+    if function is None and hasattr(package, "direct"):  # nothing stands before the op itself
+        function = package.direct(mode.function(op))
     if function is None:
         raise BackendError(f"{mode.function(op)}: backend {name!r} has no such op")
     return function

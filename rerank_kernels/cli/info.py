@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     import torch
 
-    from rerank_kernels.backend.plan import ARCHITECTURES, plan, triton_gap
+    from rerank_kernels.backend.plan import ARCHITECTURES, cuda_gap, plan, triton_gap
     from rerank_kernels.tables import Column, Table
     from rerank_kernels.verify.models import SHAPE, SHAPES
 
@@ -101,6 +101,8 @@ def _plan(args: argparse.Namespace) -> int:
     with writing.naming(writing.STDOUT):
         console = terminal.console()
         console.print(table)
+        if lacks := cuda_gap():
+            console.print(f"cuda: {lacks}", markup=False, soft_wrap=not console.is_terminal)
         for gap in dict.fromkeys(filter(None, map(triton_gap, architectures))):
             console.print(f"triton: {gap}", markup=False, soft_wrap=not console.is_terminal)
     return 0

@@ -20,9 +20,9 @@ from rerank_kernels.ops.opaque import opaque
 
 
 @opaque(
-    "(Tensor q, Tensor k, Tensor v, *, Tensor? cu_seqlens=None, Tensor? mask=None, bool causal=False, int[]? window=None, "
-    "float? scale=None, str? mode=None) -> Tensor",
     lambda q, *_, **__: q.new_empty(q.shape),
+    schema="(Tensor q, Tensor k, Tensor v, *, Tensor? cu_seqlens=None, Tensor? mask=None, bool causal=False, "
+    "int[]? window=None, float? scale=None, str? mode=None) -> Tensor",
 )
 def attention(
     q: Tensor,

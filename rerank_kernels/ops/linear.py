@@ -25,11 +25,7 @@ def _linear_result(x: Tensor, weight: Tensor, *_: Any, out_dtype: torch.dtype | 
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=out_dtype or x.dtype)
 
 
-@opaque(
-    "(Tensor x, Tensor weight, Tensor? bias=None, *, str? activation=None, Tensor? residual=None, ScalarType? out_dtype=None, "
-    "str? mode=None) -> Tensor",
-    _linear_result,
-)
+@opaque(_linear_result)
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -79,7 +75,7 @@ def _bmm_result(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, m
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2], dtype=out_dtype or a.dtype)
 
 
-@opaque("(Tensor a, Tensor b, *, ScalarType? out_dtype=None, str? mode=None) -> Tensor", _bmm_result)
+@opaque(_bmm_result)
 def bmm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, mode: str | None = None) -> Tensor:
     """y[i] = a[i] · b[i] for every entry i of a batch, rounded once.
 
@@ -98,7 +94,7 @@ def bmm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, mode: str
     return registry.select("bmm", a.device, numeric)(a.contiguous(), b.transpose(1, 2).contiguous(), out_dtype)
 
 
-@opaque("(Tensor x, str kind) -> Tensor", lambda x, kind: x.new_empty(x.shape))
+@opaque(lambda x, kind: x.new_empty(x.shape))
 def activation(x: Tensor, kind: str) -> Tensor:
     """act(x), element by element; x of any shape, result of the same shape and dtype.
 

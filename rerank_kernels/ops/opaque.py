@@ -11,8 +11,9 @@ A result has no gradient, as in eager; an input that asks for one is the same er
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_type_hints
 
 import torch
 
@@ -20,8 +21,8 @@ NAMESPACE = "rerank_kernels_compiled"
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# op -> schema, function, fake: what `register` makes an op of
-_declared: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {}
+# op -> schema (None: inferred), function, fake: what `register` makes an op of
+_declared: dict[str, tuple[str | None, Callable[..., Any], Callable[..., Any]]] = {}
 _made: dict[str, Any] = {}
 _library: torch.library.Library | None = None
 
@@ -39,7 +40,7 @@ def register(name: str) -> bool:
             with torch._C._AutoDispatchBelowAutograd():
                 return _made[name](*args, **kwargs)
 
-        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(name + (schema or inferred(function)), tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, function, "CompositeExplicitAutograd")
         _library.impl(name, without_gradient, "Autograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
@@ -47,19 +48,37 @@ def register(name: str) -> bool:
     return True
 
 
+def inferred(function: Callable[..., Any]) -> str:
+    """The schema that a function's annotations say: "(Tensor x, float eps=1e-12) -> Tensor"."""
+    hints = get_type_hints(function)
+    signature = inspect.signature(function)
+    fields = getattr(hints["return"], "__annotations__", None) if issubclass(hints["return"], tuple) else None
+    hints["return"] = tuple[(torch.Tensor,) * len(fields)] if fields else hints["return"]  # type: ignore[misc]  # named: all tensors
+
+    def annotated() -> None: ...
+
+    annotated.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[p.replace(annotation=hints[p.name]) for p in signature.parameters.values()],
+        return_annotation=hints["return"],
+    )
+    # an int of ours is a dimension, never a size
+    return torch.library.infer_schema(annotated, mutates_args=()).replace("SymInt", "int")
+
+
 # What torch.compiler.assume_constant_result does, without importing the compiler: a trace calls it and does not look inside.
 register._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def opaque(
-    schema: str,
     fake: Callable[..., Any],
+    *,
     result: Callable[..., Any] | None = None,
+    schema: str | None = None,
     arguments: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Gives a public op its opaque form. schema: arguments and result, in the order of the function; fake: empty tensors of the
-    result's shape, strides and dtype; result: makes what the function returns out of the tuple that an op returns; arguments:
-    the function's own as a schema can hold them."""
+    """Gives a public op its opaque form. fake: empty tensors of the result's shape, strides and dtype; result: makes what the
+    function returns out of the tuple that an op returns. Arguments and result are those of its annotations; where a schema
+    cannot hold one, schema: what it holds instead, in the order of the function; arguments: the function's own, made to fit."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         name = function.__name__

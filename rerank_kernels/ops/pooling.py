@@ -45,9 +45,7 @@ def _score_head_result(pooled: Tensor, out_weight: Tensor, *_: Any, **__: Any) -
     return tuple(pooled.new_empty(shape, dtype=torch.float32) for _ in range(3))
 
 
-@opaque(
-    "(Tensor x, str mode, *, Tensor? cu_seqlens=None, Tensor? mask=None, ScalarType? out_dtype=None) -> Tensor", _pool_result
-)
+@opaque(_pool_result)
 def pool(
     x: Tensor,
     mode: str,
@@ -84,19 +82,14 @@ def pool(
     return registry.select("pool", x.device)(rows.contiguous(), cu, mode, out_dtype)
 
 
-@opaque("(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape, dtype=torch.float32))
+@opaque(lambda x: x.new_empty(x.shape, dtype=torch.float32))
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x)) in float32, returned in float32 whatever the dtype of x. sigmoid(-x) is 1 - sigmoid(x), unrounded."""
     check.floating("sigmoid", x=x)
     return registry.select("sigmoid", x.device)(x.contiguous())
 
 
-@opaque(
-    "(Tensor pooled, Tensor out_weight, Tensor? out_bias=None, *, Tensor? dense_weight=None, Tensor? dense_bias=None, "
-    'str? activation="tanh") -> (Tensor, Tensor, Tensor)',
-    _score_head_result,
-    HeadOutput,
-)
+@opaque(_score_head_result, result=HeadOutput)
 def score_head(
     pooled: Tensor,
     out_weight: Tensor,

@@ -28,7 +28,7 @@ def _dims_as_list(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) 
     return x, [dim] if isinstance(dim, int) else list(dim), keepdim
 
 
-@opaque("(Tensor x, int dim=-1) -> Tensor", _softmax_result)
+@opaque(_softmax_result)
 def softmax(x: Tensor, dim: int = -1) -> Tensor:
     """exp(x - max) / sum(exp(x - max)) over `dim`; x of any shape, result of the same shape and dtype.
 
@@ -42,13 +42,13 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     return y.view(last.shape).movedim(-1, dim)
 
 
-@opaque("(Tensor x, int[] dim, bool keepdim=False) -> Tensor", _reduced("sum"), arguments=_dims_as_list)
+@opaque(_reduced("sum"), schema="(Tensor x, int[] dim, bool keepdim=False) -> Tensor", arguments=_dims_as_list)
 def sum(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:  # noqa: A001  torch's name
     """Sum over one dimension or several (flattened in ascending order of dimension); float32 inside, x.dtype out."""
     return _reduce("sum", x, dim, keepdim)
 
 
-@opaque("(Tensor x, int[] dim, bool keepdim=False) -> Tensor", _reduced("mean"), arguments=_dims_as_list)
+@opaque(_reduced("mean"), schema="(Tensor x, int[] dim, bool keepdim=False) -> Tensor", arguments=_dims_as_list)
 def mean(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
     """`sum` divided by the count with IEEE division, rounded once to x.dtype."""
     return _reduce("mean", x, dim, keepdim)

@@ -23,11 +23,7 @@ def _sparse_ffn_result(x: Tensor, up_weight: Tensor, down_weight: Tensor, **_: A
     return x.new_empty(*x.shape[:-1], down_weight.shape[0])
 
 
-@opaque(
-    "(Tensor x, Tensor up_weight, Tensor down_weight, *, Tensor? gate_weight=None, Tensor? up_bias=None, "
-    "Tensor? gate_bias=None, Tensor? down_bias=None, str? mode=None) -> Tensor",
-    _sparse_ffn_result,
-)
+@opaque(_sparse_ffn_result)
 def sparse_ffn(
     x: Tensor,
     up_weight: Tensor,

@@ -1,4 +1,4 @@
-// call.h: csrc/cuda/launch.h's Call, for CPU tensors whose kernels run in the simulator. It tells the stand-in for the CUDA
+// call.h: csrc/cuda/torch/launch.h's Call, for CPU tensors whose kernels run in the simulator. It tells the stand-in for the CUDA
 // runtime which memory the op may touch, and fills new tensors with NaN, so that a place nobody writes shows.
 #pragma once
 

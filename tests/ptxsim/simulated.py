@@ -3,9 +3,9 @@
     with simulated(race=True, sched=2):
         rk.linear(x, weight)            # CPU tensors; torch.ops.rerank_kernels.* go to csrc/cuda
 
-csrc/cuda/**/*.cu are compiled by nvcc and linked with cudart.cpp in place of the CUDA runtime, csrc/cuda/*.cpp by g++ for CPU
-tensors (call.h). So Python, registration, launcher, grid, shared memory and arguments are the ones that a GPU would get; only
-ptxas and the chip are left out. README.md says what that proves and what it does not.
+csrc/cuda/*/*.cu are compiled by nvcc and linked with cudart.cpp in place of the CUDA runtime, csrc/cuda/torch/*.cpp by g++ for
+CPU tensors (call.h). So Python, registration, launcher, grid, shared memory and arguments are the ones that a GPU would get;
+only ptxas and the chip are left out. README.md says what that proves and what it does not.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = Path(os.environ.get("RERANK_KERNELS_CACHE", ROOT / "build" / "ptxsim"))
-FAMILIES = ("norm", "softmax", "linear", "attention", "pooling", "sparse_ffn")
-SOURCES = tuple(sorted(str(p.relative_to(CUDA).with_suffix("")) for p in CUDA.rglob("*.cu")))  # "linear", "tensor/linear"
-# every op but those that are the CPU's own or take no tensor: one without a CUDA kernel fails, it is not the CPU's in disguise
-NOT_ON_A_GPU = {"transpose_weight", "force_isa", "launchers", "force_launch"}
-OPS = tuple(
-    name for name in re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc" / "schema.cpp").read_text()) if name not in NOT_ON_A_GPU
-)
+SOURCES = tuple(sorted(str(p.relative_to(CUDA).with_suffix("")) for p in CUDA.rglob("*.cu")))  # "portable/linear"
+# every op but those that are the CPU's own: one without a CUDA kernel fails, it is not the CPU's in disguise
+NOT_ON_A_GPU = {"transpose_weight"}
+SIGNATURES = {  # of the ops that compute something: "linear": "linear(Tensor x, ...) -> Tensor"
+    text.partition("(")[0]: text
+    for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    for text in re.findall(r'm\.op\("([^"]+)"', path.read_text())
+}
+OPS = tuple(name for name in SIGNATURES if name not in NOT_ON_A_GPU)
 NAMESPACE = "rerank_kernels_simulated"
 
 
@@ -63,24 +65,24 @@ class Edit:
 
 # Where the kernels that nvcc compiles longest get their dtype, and what is left of it in a mutant that sees one dtype only. A
 # kernel that was left out and is started all the same is a LookupError, which is no way to be caught.
-_LINEAR = """if (g.x_dtype == Dtype::F32) w_half ? start(No(), Yes()) : start(No(), No());
+_LINEAR = """if (g.x.dtype == Dtype::F32) w_half ? start(No(), Yes()) : start(No(), No());
     else w_half ? start(Yes(), Yes()) : start(Yes(), No());"""
 _ATTENTION = """if (args.dtype == Dtype::F32) start(attention_rows<float>);
     else if (args.dtype == Dtype::F16) start(attention_rows<f16>);
     else start(attention_rows<bf16>);"""
-_LINEAR_TENSOR = "g.x_dtype == Dtype::F16 ? linear_tensor_tile<T, f16> : linear_tensor_tile<T, bf16>"
+_LINEAR_TENSOR = "g.x.dtype == Dtype::F16 ? linear_tensor_tile<T, f16> : linear_tensor_tile<T, bf16>"
 _ATTENTION_TENSOR = """if (args.dtype == Dtype::F16) start(attention_tensor_rows<WIDTH, f16>);
     else start(attention_tensor_rows<WIDTH, bf16>);"""
 LONGEST = {
     torch.float32: {
-        "linear.cu": (_LINEAR, "start(No(), No());"),
-        "attention.cu": (_ATTENTION, "start(attention_rows<float>);"),
+        "portable/linear.cu": (_LINEAR, "start(No(), No());"),
+        "portable/attention.cu": (_ATTENTION, "start(attention_rows<float>);"),
     },
     torch.float16: {
-        "linear.cu": (_LINEAR, "start(Yes(), Yes());"),
-        "attention.cu": (_ATTENTION, "start(attention_rows<f16>);"),
-        "tensor/linear.cu": (_LINEAR_TENSOR, "linear_tensor_tile<T, f16>"),
-        "tensor/attention.cu": (_ATTENTION_TENSOR, "start(attention_tensor_rows<WIDTH, f16>);"),
+        "portable/linear.cu": (_LINEAR, "start(Yes(), Yes());"),
+        "portable/attention.cu": (_ATTENTION, "start(attention_rows<f16>);"),
+        "sm80/linear.cu": (_LINEAR_TENSOR, "linear_tensor_tile<T, f16>"),
+        "sm80/attention.cu": (_ATTENTION_TENSOR, "start(attention_tensor_rows<WIDTH, f16>);"),
     },
 }
 
@@ -96,6 +98,7 @@ class Options:
 
 
 _options = Options()
+_signatures = torch.library.Library(NAMESPACE, "FRAGMENT")
 _error: list[BaseException] = []
 launched: list[tuple[str, tuple[int, ...], tuple[int, ...], int]] = []  # (kernel, grid, block, shared) of the calls so far
 
@@ -264,7 +267,7 @@ def library() -> Path:
     kit = toolkit.find()
     if kit is None:
         raise RuntimeError(missing())
-    torch_side = [ROOT / "csrc" / "schema.cpp", CUDA / "launch.cpp", *(CUDA / f"{f}.cpp" for f in FAMILIES)]
+    torch_side = [ROOT / "csrc" / "schema.cpp", *sorted((CUDA / "torch").glob("*.cpp"))]
     include = [HERE, ROOT / "csrc", *torch.utils.cpp_extension.include_paths()]
     flags = [
         "-O1",
@@ -287,6 +290,8 @@ def library() -> Path:
         if not made.exists():
             _build(kit, made, torch_side, flags, link)
     torch.ops.load_library(str(made))
+    for signature in SIGNATURES.values():
+        _signatures.define(signature)
     ctypes.CDLL(str(made)).ptxsim_connect(_callback)
     return made
 

@@ -7,7 +7,7 @@
 
 The rules, each a consequence of NUMERICS.md:
 - PTX holds nothing outside the contract (`outside_contract`): arithmetic is float32 and .rn, nothing approximate, no tensor
-  core, no atomic, and nothing that asks which multiprocessor it runs on or what time it is. The kernels of csrc/cuda/tensor/
+  core, no atomic, and nothing that asks which multiprocessor it runs on or what time it is. The kernels of csrc/cuda/sm80/
   have tensor cores, by one instruction only: mma.sync.m16n8k16 with float32 sums.
 - ptxas does not fuse what PTX holds apart. An FFMA may come from a PTX fma or from the inside of a division or square root, so
   counting says little. Instead the PTX is dyed: every fma.rn becomes fma.rz, and divisions, reciprocals and square roots become

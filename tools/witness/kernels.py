@@ -15,7 +15,7 @@ from tools.witness.machine import Code, machine_kernels
 from tools.witness.ptx import dyed, outside_contract, ptx_kernels
 
 CUDA = Path(__file__).parent.parent.parent / "csrc" / "cuda"
-TENSOR_ROOM = "tensor"  # the folder of CUDA whose kernels have tensor cores
+TENSOR_ROOM = "sm80"  # the folder of CUDA whose kernels have tensor cores
 ARCHITECTURES = toolkit.ARCHITECTURES
 
 
@@ -57,7 +57,7 @@ class Kernel:
 # Kernels for rows whose length or address is not a multiple of 16 bytes, and those that read next to nothing.
 NARROW = (
     r"^(softmax_long|axpy)_kernel<[^<>]*, 1>$",
-    r"^((layer_norm|normalize)_long|score|active|finish)_kernel$",
+    r"^((layer_norm|rms_norm|normalize)_long|score|active|finish)_kernel$",
 )
 
 
@@ -113,8 +113,7 @@ def of_ptx(ptx: str, family: str, arch: str) -> list[Kernel]:
 def of_source(source: Path, arch: str) -> list[Kernel]:
     kit = toolkit.find()
     assert kit is not None
-    family = f"{TENSOR_ROOM}/{source.stem}" if source.parent.name == TENSOR_ROOM else source.stem
-    return of_ptx(kit.ptx(source, arch).read_text(), family, arch)
+    return of_ptx(kit.ptx(source, arch).read_text(), f"{source.parent.name}/{source.stem}", arch)
 
 
 def every(architectures: tuple[str, ...]) -> list[Kernel]:

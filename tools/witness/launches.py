@@ -141,6 +141,7 @@ def other_calls() -> Iterator[Any]:
         for rows, d in ((256, 768), (64, 2048), (3, 30000), (3, 65536), (3, 65537)):
             x = zeros(a, rows, d)
             yield lambda x=x: rk.layer_norm(x, x[0], x[0], residual=x)
+            yield lambda x=x: rk.rms_norm(x, x[0], residual=x)
             yield lambda x=x: rk.normalize(x)
             yield lambda x=x: rk.softmax(x, -1)
             yield lambda x=x: rk.sum(x, -1)

@@ -99,7 +99,7 @@ def table(kernels: dict[tuple[str, str], Kernel], one: dict[str, Launch]) -> lis
         )
         rows.setdefault(figures, []).append(readable(mangled).partition("<")[2].removesuffix(">"))
     lines = [
-        "| family | kernel | threads | shared KB | sm_80 registers | blocks x warps | sm_120 registers | blocks x warps "
+        "| room/family | kernel | threads | shared KB | sm_80 registers | blocks x warps | sm_120 registers | blocks x warps "
         "| others' registers | warps | hot loop: fma or mma / all |",
         "|" + "---|" * 11,
     ]

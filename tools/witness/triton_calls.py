@@ -36,6 +36,7 @@ def calls(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
                 yield f"{t}, {len(rows)} rows, gate", partial(rk.sparse_ffn, rows, weight, down, gate_weight=weight)
         if dtype != torch.bfloat16:
             yield t, partial(rk.layer_norm, x, x[0], x[0], residual=x)
+            yield f"{t}, rms", partial(rk.rms_norm, x, x[0], offset=1, residual=x)
             for way, small in enumerate(linear.TILES):
                 if dtype == torch.float32 or small == linear.TILES[-1]:
                     call = partial(rk.linear, x, weight, bias, **full)

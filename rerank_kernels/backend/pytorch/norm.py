@@ -1,9 +1,9 @@
 """layer_norm: y = c * (1 / sqrt(mean(c²) + eps)) * weight + bias with c = s - mean(s), s = x + residual, for rows [R, D];
-normalize: y = x / max(sqrt(row_sum(x * x)), eps).
+rms_norm: y = (s * (1 / sqrt(mean(s²) + eps))) * weight; normalize: y = x / max(sqrt(row_sum(x * x)), eps).
 
 Means by `row_sum` and IEEE division; every other step is one element-wise IEEE operation on the row's own numbers. (layer_norm
-has not the bits of the compiled backend, which squares into its lanes and applies weight and bias by fma: PyTorch has no
-element-wise fma. normalize has them.)
+and rms_norm have not the bits of the compiled backend, which squares into its lanes by fma: PyTorch has no element-wise fma.
+normalize has them.)
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ def layer_norm(rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float, re
     rstd = 1.0 / square_root(row_sum(c * c) / d + eps)
     y = c * rstd[:, None] * weight.float()
     return (y if bias is None else y + bias.float()).to(rows.dtype)
+
+
+def rms_norm(rows: Tensor, weight: Tensor, eps: float, plus_one: bool, rounded: bool, residual: Tensor | None) -> Tensor:
+    s = rows.float() if residual is None else rows.float() + residual.float()
+    normed = s * (1.0 / square_root(row_sum(s * s) / rows.shape[-1] + eps))[:, None]
+    w = weight.float() + 1.0 if plus_one else weight.float()
+    return ((normed.to(rows.dtype).float() if rounded else normed) * w).to(rows.dtype)
 
 
 def normalize(rows: Tensor, eps: float) -> Tensor:

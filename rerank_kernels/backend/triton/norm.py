@@ -1,8 +1,9 @@
-"""layer_norm and normalize over rows [R, D].
+"""layer_norm, rms_norm and normalize over rows [R, D].
 
 layer_norm: s = x + residual; mean and var by row_sum; y = fma((s - mean) * (1 / sqrt(var + eps)), w, b).
+rms_norm: the same with a mean of 0, and y = (s * (1 / sqrt(var + eps))) * w.
 normalize: y = x / max(sqrt(row_sum(x * x)), eps), each square rounded.
-Orders as NUMERICS.md, "layer_norm", "normalize". A warp takes a row, a thread a lane of the sum. A row is read for every pass,
+Orders as NUMERICS.md has them. A warp takes a row, a thread a lane of the sum. A row is read for every pass,
 after the first from caches.
 """
 
@@ -21,18 +22,24 @@ AHEAD = 8  # loads of a lane under way
 
 
 @triton.jit(do_not_specialize=["rows", "D"])
-def layer_norm_kernel(x, residual, weight, bias, y, rows, D: tl.int64, eps, ROWS: tl.constexpr, AHEAD: tl.constexpr):
+def norm_kernel(
+    x, residual, weight, bias, y, rows, D: tl.int64, eps,
+    RMS: tl.constexpr, PLUS_ONE: tl.constexpr, ROUNDED: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """RMS: no mean is taken off; then PLUS_ONE: added to the weight, and ROUNDED: to x's dtype before the product with it."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     lane = tl.arange(0, LANES)[None, :]
     at = row * D
     count = D.to(tl.float32)
 
-    sums = tl.zeros((ROWS, LANES), tl.float32)
-    for begin in range(0, D, LANES * AHEAD):
-        for step in tl.static_range(AHEAD):
-            i = begin + step * LANES + lane
-            sums = sums + _sum_of(x, residual, at, i, (row < rows) & (i < D))
-    mean = tl.div_rn(fold_lanes(sums, ROWS), count)
+    mean = tl.zeros((ROWS, 1), tl.float32)
+    if not RMS:
+        sums = tl.zeros((ROWS, LANES), tl.float32)
+        for begin in range(0, D, LANES * AHEAD):
+            for step in tl.static_range(AHEAD):
+                i = begin + step * LANES + lane
+                sums = sums + _sum_of(x, residual, at, i, (row < rows) & (i < D))
+        mean = tl.div_rn(fold_lanes(sums, ROWS), count)
 
     squares = tl.zeros((ROWS, LANES), tl.float32)
     for begin in range(0, D, LANES * AHEAD):
@@ -48,7 +55,11 @@ def layer_norm_kernel(x, residual, weight, bias, y, rows, D: tl.int64, eps, ROWS
             i = begin + step * LANES + lane
             there = (row < rows) & (i < D)
             normed = (_sum_of(x, residual, at, i, there) - mean) * rstd
+            if ROUNDED:
+                normed = normed.to(y.dtype.element_ty).to(tl.float32)
             w = tl.load(weight + i, mask=i < D, other=0.0).to(tl.float32)
+            if PLUS_ONE:
+                w = w + 1.0
             if bias is None:
                 out = normed * w
             else:
@@ -88,24 +99,19 @@ def normalize_kernel(x, y, rows, D: tl.int64, eps, ROWS: tl.constexpr, AHEAD: tl
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None) -> Tensor:
-    rows, d = x.shape
-    y = torch.empty_like(x)
-    bias = None if bias is None else bias.contiguous()
+    return _norm(x, weight, bias, eps, residual, RMS=False, PLUS_ONE=False, ROUNDED=False)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool, rounded: bool, residual: Tensor | None) -> Tensor:
+    return _norm(x, weight, None, eps, residual, RMS=True, PLUS_ONE=plus_one, ROUNDED=rounded)
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None, **constants: bool) -> Tensor:
+    (rows, d), y = x.shape, torch.empty_like(x)
     start(
-        layer_norm_kernel,
-        (blocks(rows, ROWS),),
-        x,
-        residual,
-        weight,
-        bias,
-        y,
-        rows,
-        d,
-        eps,
-        ROWS=ROWS,
-        AHEAD=AHEAD,
-        num_warps=ROWS,
-    )
+        norm_kernel, (blocks(rows, ROWS),), x, residual, weight, bias, y, rows, d, eps,
+        **constants, ROWS=ROWS, AHEAD=AHEAD, num_warps=ROWS,
+    )  # fmt: skip
     return y
 
 

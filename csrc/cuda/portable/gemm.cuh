@@ -15,7 +15,7 @@
 // are +0: fma(+0, +0, s) can only make +0 of a sum of -0, which adding it to a total that began at +0 would do as well.
 #pragma once
 
-#include "device.cuh"
+#include "../device.cuh"
 
 namespace rk {
 
@@ -37,9 +37,9 @@ struct Rows {
     bool wide;  // rows begin at multiples of 16 bytes: cp.async in its widest form
 };
 
-inline Rows rows_of(const void* p, Dtype dtype, int64_t K) {
-    const int64_t bytes = K * bytes_of(dtype);
-    return {bytes, dtype, aligned(p, 16) && bytes % 16 == 0};
+inline Rows rows_of(const Ref& from, int64_t K) {
+    const int64_t bytes = K * bytes_of(from.dtype);
+    return {bytes, from.dtype, aligned(from.data, 16) && bytes % 16 == 0};
 }
 
 // One operand of a block: COUNT rows on their way from global memory to float tiles [COUNT][PITCH] in shared memory.

@@ -1,4 +1,4 @@
-// tensor/linear.cu: linear and bmm in mode "tensor": y[m, n] = act(dot_tensor(x[m], w[n]) + bias[n]) + residual[m, n], x [M, K]
+// sm80/linear.cu: linear and bmm in mode "tensor": y[m, n] = act(dot_tensor(x[m], w[n]) + bias[n]) + residual[m, n], x [M, K]
 // and w [N, K] half precision of one dtype, every shape, M = 1 and odd addresses included.
 //
 // Order: one accumulator an output, one mma for every 16 k, ascending, from +0; what is missing in the last one is zeros on
@@ -13,9 +13,10 @@
 // expression, so the cheapest may be chosen by shape.
 
 #include <algorithm>
+#include <utility>
 
 #include "../epilogue.cuh"
-#include "../launch.cuh"
+#include "room.cuh"
 #include "mma.cuh"
 
 namespace rk {
@@ -24,7 +25,7 @@ template <int BM_, int BN_, int BK_, int WM_, int WN_, int STAGES_, int MIN_BLOC
 struct TensorTile {
     static constexpr int BM = BM_, BN = BN_, BK = BK_, WM = WM_, WN = WN_, STAGES = STAGES_;
     static constexpr int WARPS_M = BM / WM, WARPS_N = BN / WN, THREADS = 32 * WARPS_M * WARPS_N;
-    static constexpr int MIN_BLOCKS = MIN_BLOCKS_;         // of a multiprocessor: bounds the registers
+    static constexpr int MIN_BLOCKS = MIN_BLOCKS_;
     static constexpr int TM = WM / 16, TN = WN / 8;        // a warp's mma, side by side
     static constexpr int STEPS = BK / STEP, ROW = BK * 2;  // of a stage; bytes of a row in it
     static constexpr int STAGE = (BM + BN) * ROW, SHARED = STAGES * STAGE;
@@ -131,8 +132,9 @@ __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tensor_tile(
     using X = Operand<T, T::BM>;
     using W = Operand<T, T::BN>;
     const unsigned memory = shared_address(shared);
-    X x(memory, static_cast<const char*>(g.x) + first * g.K * 2, g.K, rows, plan.x_wide);
-    W w(memory + T::BM * T::ROW, static_cast<const char*>(g.weight) + (batch * g.N + n0) * g.K * 2, g.K, columns, plan.w_wide);
+    X x(memory, static_cast<const char*>(g.x.data) + first * g.K * 2, g.K, rows, plan.x_wide);
+    W w(memory + T::BM * T::ROW, static_cast<const char*>(g.weight.data) + (batch * g.N + n0) * g.K * 2, g.K, columns,
+        plan.w_wide);
     const int K = int(g.K), stages = (K + T::BK - 1) / T::BK, steps = (K + STEP - 1) / STEP;
     const auto copy = [&](int stage, unsigned slot) {
         if (stage < stages) {
@@ -220,25 +222,16 @@ __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tensor_tile(
 
 // ---- launcher
 
-using Tensor128x256 = TensorTile<128, 256, 32, 64, 64, 4, 1>;
-using Tensor128x128 = TensorTile<128, 128, 64, 64, 64, 3, 1>;
-using Tensor128x64 = TensorTile<128, 64, 64, 64, 32, 3, 2>;
-using Tensor64x64 = TensorTile<64, 64, 64, 32, 32, 3, 3>;
-using Tensor32x32 = TensorTile<32, 32, 64, 16, 16, 6, 4>;
-using Tensor16x32 = TensorTile<16, 32, 64, 16, 8, 8, 4>;
+using sm80::LINEAR_TILES, sm80::LINEAR_WAYS;
 
-// Of a tile: its size, how many blocks of it a multiprocessor holds, nanoseconds for 16 k's of a block that is alone there and
-// of as many as it holds, and to begin and end one. Fitted to an H100 in bfloat16, within 8 %; only for speed.
-struct TensorCost {
-    int64_t rows, columns, resident;
-    double alone, full, ends;
+template <int WAY>
+struct TileOf {
+    static constexpr sm80::LinearTile T = LINEAR_TILES[WAY];
+    using Tile = TensorTile<T.rows, T.columns, T.depth, T.warp_rows, T.warp_columns, T.stages, T.least_blocks>;
+    static_assert(Tile::THREADS == T.threads() && Tile::SHARED == T.shared());
 };
-constexpr TensorCost TENSOR_COSTS[] = {{128, 256, 1, 284, 328, 5700}, {128, 128, 2, 151, 296, 4600},
-                                       {128, 64, 3, 96, 260, 2700},   {64, 64, 4, 68, 219, 1700},
-                                       {32, 32, 4, 41, 106, 1350},    {16, 32, 4, 36, 80, 1500}};
-constexpr int TENSOR_TILES = 6;
 
-static Choice linear_tensor_choice("linear_tensor", TENSOR_TILES);
+static Choice linear_tensor_choice("linear_tensor", LINEAR_WAYS);
 
 // A pure function of the shape: the tile with the least estimated time on an H100, whatever chip it is.
 static int linear_tensor_way(const LinearArgs& g, int64_t batches) {
@@ -246,8 +239,8 @@ static int linear_tensor_way(const LinearArgs& g, int64_t batches) {
     const double steps = double(ceil_div(g.K, STEP));
     int best = 0;
     double least = 0;
-    for (int way = 0; way < TENSOR_TILES; ++way) {
-        const TensorCost& c = TENSOR_COSTS[way];
+    for (int way = 0; way < LINEAR_WAYS; ++way) {
+        const sm80::LinearTile& c = LINEAR_TILES[way];
         const int64_t blocks = batches * ceil_div(g.M, c.rows) * ceil_div(g.N, c.columns);
         const int64_t each = ceil_div(blocks, processors), at_once = c.resident * processors;
         double time;
@@ -268,25 +261,25 @@ static void start_tensor(const char* op, const LinearArgs& g, int64_t batches, T
     plan.row_tiles = ceil_div(g.M, T::BM);
     plan.column_tiles = ceil_div(g.N, T::BN);
     const dim3 grid(checked_blocks(op, batches * plan.row_tiles * plan.column_tiles));
-    const auto kernel = g.x_dtype == Dtype::F16 ? linear_tensor_tile<T, f16> : linear_tensor_tile<T, bf16>;
+    const auto kernel = g.x.dtype == Dtype::F16 ? linear_tensor_tile<T, f16> : linear_tensor_tile<T, bf16>;
     launch(op, kernel, grid, T::THREADS, T::SHARED, stream, g, plan);
+}
+
+template <int... WAY>
+static void start_way(int way, std::integer_sequence<int, WAY...>, const char* op, const LinearArgs& g, int64_t batches,
+                      const TensorPlan& plan, Stream stream) {
+    ((way == WAY ? start_tensor<typename TileOf<WAY>::Tile>(op, g, batches, plan, stream) : void()), ...);
 }
 
 void linear_tensor(const char* op, const LinearArgs& g, int64_t batches, Stream stream) {
     if (g.M == 0 || batches == 0) return;
     if (g.K > 0x7fff0000) throw std::runtime_error(std::string(op) + ": K is too large for mode 'tensor'");
     TensorPlan plan{};
-    plan.x_wide = g.K % 8 == 0 && aligned(g.x, 16);
-    plan.w_wide = g.K % 8 == 0 && aligned(g.weight, 16);
+    plan.x_wide = g.K % 8 == 0 && aligned(g.x.data, 16);
+    plan.w_wide = g.K % 8 == 0 && aligned(g.weight.data, 16);
     plan.eight = in_groups_of(8, g);
-    switch (linear_tensor_choice.take(linear_tensor_way(g, batches))) {
-        case 0: start_tensor<Tensor128x256>(op, g, batches, plan, stream); break;
-        case 1: start_tensor<Tensor128x128>(op, g, batches, plan, stream); break;
-        case 2: start_tensor<Tensor128x64>(op, g, batches, plan, stream); break;
-        case 3: start_tensor<Tensor64x64>(op, g, batches, plan, stream); break;
-        case 4: start_tensor<Tensor32x32>(op, g, batches, plan, stream); break;
-        default: start_tensor<Tensor16x32>(op, g, batches, plan, stream);
-    }
+    const int way = linear_tensor_choice.take(linear_tensor_way(g, batches));
+    start_way(way, std::make_integer_sequence<int, LINEAR_WAYS>(), op, g, batches, plan, stream);
 }
 
 }  // namespace rk

@@ -10,9 +10,9 @@
 
 #include <algorithm>
 
-#include "epilogue.cuh"
+#include "../epilogue.cuh"
 #include "gemm.cuh"
-#include "launch.cuh"
+#include "room.cuh"
 
 namespace rk {
 
@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tile(const L
     const int64_t k_begin = chunk * CHUNK, k_end = plan.sums && g.K - k_begin > CHUNK ? k_begin + CHUNK : g.K;
 
     const int64_t first = batch * g.M + m0;  // of the output's rows
-    const char* x = static_cast<const char*>(g.x) + first * plan.x.bytes;
-    const char* w = static_cast<const char*>(g.weight) + (batch * g.N + n0) * plan.w.bytes;
+    const char* x = static_cast<const char*>(g.x.data) + first * plan.x.bytes;
+    const char* w = static_cast<const char*>(g.weight.data) + (batch * g.N + n0) * plan.w.bytes;
     const auto x_row = [&](int r) { return x + (r < rows ? r : rows - 1) * plan.x.bytes; };
     const auto w_row = [&](int r) { return w + (r < columns ? r : columns - 1) * plan.w.bytes; };
     using D = Dot<T, X_HALF, W_HALF>;
@@ -162,8 +162,8 @@ static void start_tile(const char* op, const LinearArgs& g, LinearPlan plan, Str
     };
     using Yes = std::true_type;
     using No = std::false_type;
-    const bool w_half = g.weight_dtype != Dtype::F32;
-    if (g.x_dtype == Dtype::F32) w_half ? start(No(), Yes()) : start(No(), No());
+    const bool w_half = g.weight.dtype != Dtype::F32;
+    if (g.x.dtype == Dtype::F32) w_half ? start(No(), Yes()) : start(No(), No());
     else w_half ? start(Yes(), Yes()) : start(Yes(), No());
 }
 
@@ -172,8 +172,8 @@ void linear(const char* op, const LinearArgs& g, int64_t batches, float* workspa
     const int way = linear_choice.take(linear_way(g, batches));
     LinearPlan plan{};
     plan.batches = batches;
-    plan.x = rows_of(g.x, g.x_dtype, g.K);
-    plan.w = rows_of(g.weight, g.weight_dtype, g.K);
+    plan.x = rows_of(g.x, g.K);
+    plan.w = rows_of(g.weight, g.K);
     plan.chunks = ceil_div(g.K, CHUNK);
     plan.sums = way % 2 && plan.chunks > 1 ? workspace : nullptr;
     plan.four = in_groups_of(4, g) && aligned(workspace, 16);

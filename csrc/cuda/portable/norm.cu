@@ -1,13 +1,14 @@
-// norm.cu: layer_norm and normalize over the last dimension of [R, D].
+// norm.cu: layer_norm, rms_norm and normalize over the last dimension of [R, D].
 // layer_norm: s = x + residual; mean and var by row_sum; y = fma((s - mean) * (1 / sqrt(var + eps)), w, b).
-// normalize: y = x / max(sqrt(row_sum(x * x)), eps), each square rounded. Orders as NUMERICS.md, "layer_norm", "normalize".
+// rms_norm: the same with a mean of 0, and y = (s * (1 / sqrt(var + eps))) * w.
+// normalize: y = x / max(sqrt(row_sum(x * x)), eps), each square rounded. Orders as NUMERICS.md has them.
 //
 // A warp or a block takes a row: x and residual are read once, s waits in shared memory as float32, where lane l of a warp
 // reads s[l], s[l + 32], ... as row_sum wants it. A row that does not fit (D above some 25,000) is read again for every pass.
 
 #include <type_traits>
 
-#include "launch.cuh"
+#include "room.cuh"
 #include "rows.cuh"
 
 namespace rk {
@@ -35,18 +36,30 @@ __device__ __forceinline__ float rstd_of(float sum_of_squares, float count, floa
     return 1.0f / sqrt_of(sum_of_squares / count + eps);
 }
 
-template <class T, int WARPS, int N>
-__device__ __forceinline__ void layer_norm_row(const NormArgs& a, int64_t at, float* row, float* slots) {
+// What layer_norm has not: one is added to the weight, and what the weight multiplies is rounded to x's dtype T first.
+struct Rms {
+    bool plus_one, rounded;
+    __device__ __forceinline__ float weight(float w) const { return plus_one ? w + 1.0f : w; }
+    template <class T>
+    __device__ __forceinline__ float normed(float x) const {
+        return rounded ? widen(narrow<T>(x)) : x;
+    }
+};
+
+// RMS: no mean is taken off.
+template <class T, int WARPS, int N, bool RMS>
+__device__ __forceinline__ void norm_row(const NormArgs& a, Rms rms, int64_t at, float* row, float* slots) {
     const int D = int(a.D);
-    const T* x = static_cast<const T*>(a.x) + at;
-    if (!a.residual) stage_sum<T, NoResidual, WARPS, N>(x, nullptr, D, row);
-    else if (a.residual_dtype == Dtype::F32)
-        stage_sum<T, float, WARPS, N>(x, static_cast<const float*>(a.residual) + at, D, row);
-    else if (a.residual_dtype == Dtype::F16) stage_sum<T, f16, WARPS, N>(x, static_cast<const f16*>(a.residual) + at, D, row);
-    else stage_sum<T, bf16, WARPS, N>(x, static_cast<const bf16*>(a.residual) + at, D, row);
+    const T* x = static_cast<const T*>(a.x.data) + at;
+    if (!a.residual.data) stage_sum<T, NoResidual, WARPS, N>(x, nullptr, D, row);
+    else if (a.residual.dtype == Dtype::F32)
+        stage_sum<T, float, WARPS, N>(x, static_cast<const float*>(a.residual.data) + at, D, row);
+    else if (a.residual.dtype == Dtype::F16)
+        stage_sum<T, f16, WARPS, N>(x, static_cast<const f16*>(a.residual.data) + at, D, row);
+    else stage_sum<T, bf16, WARPS, N>(x, static_cast<const bf16*>(a.residual.data) + at, D, row);
     team_barrier<WARPS>();
     const float count = float(a.D);
-    const float mean = team_row_sum<WARPS>(D, slots, [&](float sum, int64_t i) { return sum + row[i]; }) / count;
+    const float mean = RMS ? 0.0f : team_row_sum<WARPS>(D, slots, [&](float sum, int64_t i) { return sum + row[i]; }) / count;
     const float squares = team_row_sum<WARPS>(D, slots + 1, [&](float sum, int64_t i) {
         const float c = row[i] - mean;
         return fmadd(c, c, sum);
@@ -56,11 +69,14 @@ __device__ __forceinline__ void layer_norm_row(const NormArgs& a, int64_t at, fl
 #pragma unroll 2
     for (int g = rank_in_team<WARPS>(); g < D / N; g += 32 * WARPS) {
         float v[N], w[N];
-        load_group_as<N>(a.weight_dtype, a.weight, g * N, w);
+        load_group_as<N>(a.weight, g * N, w);
         get_group<N>(row, g, v);
-        if (a.bias) {
+        if constexpr (RMS) {
+#pragma unroll
+            for (int j = 0; j < N; ++j) v[j] = rms.normed<T>(v[j] * rstd) * rms.weight(w[j]);
+        } else if (a.bias.data) {
             float b[N];
-            load_group_as<N>(a.bias_dtype, a.bias, g * N, b);
+            load_group_as<N>(a.bias, g * N, b);
 #pragma unroll
             for (int j = 0; j < N; ++j) v[j] = fmadd((v[j] - mean) * rstd, w[j], b[j]);
         } else {
@@ -72,37 +88,58 @@ __device__ __forceinline__ void layer_norm_row(const NormArgs& a, int64_t at, fl
 }
 
 // `stride`: floats from one row to the next in shared memory. `vectors`: all addresses and D allow accesses of 16 bytes.
-template <class T, int WARPS>
-__global__ void __launch_bounds__(32 * TEAM_WARPS) layer_norm_kernel(const NormArgs a, int64_t rows, int stride, bool vectors) {
+template <class T, int WARPS, bool RMS>
+__device__ __forceinline__ void norm_rows(const NormArgs& a, Rms rms, int64_t rows, int stride, bool vectors) {
     extern __shared__ float4 memory[];
     float* const shared = reinterpret_cast<float*>(memory);
     const int team = WARPS == 1 ? int(threadIdx.x / 32) : 0, teams = WARPS == 1 ? int(blockDim.x / 32) : 1;
     const int64_t r = int64_t(blockIdx.x) * teams + team;
     if (r >= rows) return;
     float *row = shared + team * stride, *slots = shared + stride;
-    if (vectors) layer_norm_row<T, WARPS, VECTOR<T>>(a, r * a.D, row, slots);
-    else layer_norm_row<T, WARPS, 1>(a, r * a.D, row, slots);
+    if (vectors) norm_row<T, WARPS, VECTOR<T>, RMS>(a, rms, r * a.D, row, slots);
+    else norm_row<T, WARPS, 1, RMS>(a, rms, r * a.D, row, slots);
+}
+template <class T, int WARPS>
+__global__ void __launch_bounds__(32 * TEAM_WARPS) layer_norm_kernel(const NormArgs a, int64_t rows, int stride, bool vectors) {
+    norm_rows<T, WARPS, false>(a, {}, rows, stride, vectors);
+}
+template <class T, int WARPS>
+__global__ void __launch_bounds__(32 * TEAM_WARPS)
+    rms_norm_kernel(const NormArgs a, const Rms rms, int64_t rows, int stride, bool vectors) {
+    norm_rows<T, WARPS, true>(a, rms, rows, stride, vectors);
 }
 
 // Any D: one block a row, whose first warp sums.
-__global__ void __launch_bounds__(32 * TEAM_WARPS) layer_norm_long_kernel(const NormArgs a) {
+template <bool RMS>
+__device__ __forceinline__ void norm_long(const NormArgs& a, Rms rms) {
     __shared__ float slots[2];
     const int64_t at = int64_t(blockIdx.x) * a.D;
     const auto s = [&](int64_t i) {
-        const float x = load_as(a.x_dtype, a.x, at + i);
-        return a.residual ? x + load_as(a.residual_dtype, a.residual, at + i) : x;
+        const float x = load_as(a.x, at + i);
+        return a.residual.data ? x + load_as(a.residual, at + i) : x;
     };
     const float count = float(a.D);
-    const float mean = team_row_sum<TEAM_WARPS>(a.D, slots, [&](float sum, int64_t i) { return sum + s(i); }) / count;
+    const float mean =
+        RMS ? 0.0f : team_row_sum<TEAM_WARPS>(a.D, slots, [&](float sum, int64_t i) { return sum + s(i); }) / count;
     const float squares = team_row_sum<TEAM_WARPS>(a.D, slots + 1, [&](float sum, int64_t i) {
         const float c = s(i) - mean;
         return fmadd(c, c, sum);
     });
     const float rstd = rstd_of(squares, count, a.eps);
     for (int64_t i = threadIdx.x; i < a.D; i += blockDim.x) {
-        const float normed = (s(i) - mean) * rstd, w = load_as(a.weight_dtype, a.weight, i);
-        store_as(a.x_dtype, a.y, at + i, a.bias ? fmadd(normed, w, load_as(a.bias_dtype, a.bias, i)) : normed * w);
+        float normed = (s(i) - mean) * rstd, w = load_as(a.weight, i);
+        if constexpr (RMS) {
+            normed = a.x.dtype == Dtype::F16    ? rms.normed<f16>(normed)
+                     : a.x.dtype == Dtype::BF16 ? rms.normed<bf16>(normed)
+                                                : normed;
+            w = rms.weight(w);
+        }
+        store_as(a.x.dtype, a.y, at + i, !RMS && a.bias.data ? fmadd(normed, w, load_as(a.bias, i)) : normed * w);
     }
+}
+__global__ void __launch_bounds__(32 * TEAM_WARPS) layer_norm_long_kernel(const NormArgs a) { norm_long<false>(a, {}); }
+__global__ void __launch_bounds__(32 * TEAM_WARPS) rms_norm_long_kernel(const NormArgs a, const Rms rms) {
+    norm_long<true>(a, rms);
 }
 
 // ---- normalize -----------------------------------------------------------------------------------------------------------
@@ -126,7 +163,7 @@ __device__ __forceinline__ void normalize_row(const T* x, T* y, int D, float eps
     }
 }
 
-// `stride` and `vectors` as in layer_norm_kernel.
+// `stride` and `vectors` as in norm_rows.
 template <class T, int WARPS>
 __global__ void __launch_bounds__(32 * TEAM_WARPS)
     normalize_kernel(const T* x, T* y, int64_t rows, int64_t D, float eps, int stride, bool vectors) {
@@ -156,25 +193,45 @@ __global__ void __launch_bounds__(32 * TEAM_WARPS)
 // ---- launchers -----------------------------------------------------------------------------------------------------------
 
 static Choice layer_norm_choice("layer_norm", 2);
+static Choice rms_norm_choice("rms_norm", 2);
 static Choice normalize_choice("normalize", 2);
 
-template <class T>
-static void layer_norm_of(const NormArgs& a, int64_t rows, Stream stream) {
-    const int way = layer_norm_choice.take(row_way(rows, a.D));
+template <class F>
+static void for_dtype(Dtype dtype, F start) {
+    if (dtype == Dtype::F32) start(float());
+    else if (dtype == Dtype::F16) start(f16());
+    else start(bf16());
+}
+
+// kernel(a, more..., rows, stride, vectors)
+template <class T, class Kernel, class... More>
+static void start_rows(const Choice& choice, Kernel warp_a_row, Kernel block_a_row, const NormArgs& a, int64_t rows,
+                       Stream stream, More... more) {
+    const int way = choice.take(row_way(rows, a.D));
     const RowLaunch shape = row_launch(way, rows, a.D);
-    const bool vectors = a.D % VECTOR<T> == 0 && aligned(a.x, 16) && aligned(a.residual, 16) && aligned(a.weight, 16) &&
-                         aligned(a.bias, 16) && aligned(a.y, 16);
-    launch("layer_norm", way == BLOCK_A_ROW ? layer_norm_kernel<T, TEAM_WARPS> : layer_norm_kernel<T, 1>,
-           checked_blocks("layer_norm", shape.blocks), shape.threads, size_t(shape.shared), stream, a, rows,
-           int(row_stride(a.D)), vectors);
+    const bool vectors = a.D % VECTOR<T> == 0 && aligned(a.x.data, 16) && aligned(a.residual.data, 16) &&
+                         aligned(a.weight.data, 16) && aligned(a.bias.data, 16) && aligned(a.y, 16);
+    launch(choice.kernel, way == BLOCK_A_ROW ? block_a_row : warp_a_row, checked_blocks(choice.kernel, shape.blocks),
+           shape.threads, size_t(shape.shared), stream, a, more..., rows, int(row_stride(a.D)), vectors);
 }
 
 void layer_norm(const NormArgs& a, int64_t rows, Stream stream) {
     if (!row_fits(a.D))
         return launch("layer_norm", layer_norm_long_kernel, checked_blocks("layer_norm", rows), 32 * TEAM_WARPS, 0, stream, a);
-    if (a.x_dtype == Dtype::F32) return layer_norm_of<float>(a, rows, stream);
-    if (a.x_dtype == Dtype::F16) return layer_norm_of<f16>(a, rows, stream);
-    layer_norm_of<bf16>(a, rows, stream);
+    for_dtype(a.x.dtype, [&](auto t) {
+        using T = decltype(t);
+        start_rows<T>(layer_norm_choice, layer_norm_kernel<T, 1>, layer_norm_kernel<T, TEAM_WARPS>, a, rows, stream);
+    });
+}
+
+void rms_norm(const NormArgs& a, bool plus_one, bool rounded, int64_t rows, Stream stream) {
+    const Rms rms{plus_one, rounded};
+    if (!row_fits(a.D))
+        return launch("rms_norm", rms_norm_long_kernel, checked_blocks("rms_norm", rows), 32 * TEAM_WARPS, 0, stream, a, rms);
+    for_dtype(a.x.dtype, [&](auto t) {
+        using T = decltype(t);
+        start_rows<T>(rms_norm_choice, rms_norm_kernel<T, 1>, rms_norm_kernel<T, TEAM_WARPS>, a, rows, stream, rms);
+    });
 }
 
 template <class T>

@@ -4,6 +4,8 @@
 
 namespace rk {
 
+void activation(int kind, const void* x, Dtype from, void* y, Dtype to, int64_t n, Stream stream);  // portable/linear.cu
+
 // x [.., M, K] and weight [.., N, K] as the kernels take them, with what the epilogue needs.
 static LinearArgs args_of(const Call& call, const char* op, const Tensor& x, const Tensor& weight,
                           const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& residual,
@@ -12,20 +14,15 @@ static LinearArgs args_of(const Call& call, const char* op, const Tensor& x, con
     RK_CHECK(N > 0 && K > 0, op, "N and K must be > 0");
     RK_CHECK(weight.dim() == x.dim() && weight.size(last - 1) == N && weight.size(last) == K && weight.is_contiguous(), op,
              "the weight must be [N, K] and contiguous on a GPU");
-    return {call.read(x),
-            dtype_of(x, op, "x"),
-            call.read(weight),
-            dtype_of(weight, op, "weight"),
-            read(call, bias),
-            dtype_of(bias, op, "bias"),
-            read(call, residual),
-            dtype_of(residual, op, "residual"),
-            call.write(y),
-            dtype_of(y, op, "out_dtype"),
-            M,
-            N,
-            K,
-            int(activation)};
+    return {.x = ref(call, x, op, "x"),
+            .weight = ref(call, weight, op, "weight"),
+            .bias = ref(call, bias, op, "bias"),
+            .residual = ref(call, residual, op, "residual"),
+            .out = out(call, y, op, "out_dtype"),
+            .M = M,
+            .N = N,
+            .K = K,
+            .activation = int(activation)};
 }
 
 static void run(const Call& call, const char* op, const LinearArgs& args, int64_t batches) {
@@ -34,7 +31,7 @@ static void run(const Call& call, const char* op, const LinearArgs& args, int64_
 }
 
 static void run_tensor(const Call& call, const char* op, const LinearArgs& args, int64_t batches) {
-    RK_CHECK(args.x_dtype != Dtype::F32 && args.x_dtype == args.weight_dtype, op,
+    RK_CHECK(args.x.dtype != Dtype::F32 && args.x.dtype == args.weight.dtype, op,
              "mode 'tensor' takes operands in half precision, both of one dtype");
     linear_tensor(op, args, batches, call.stream());
 }

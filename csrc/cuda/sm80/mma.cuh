@@ -10,10 +10,11 @@
 #pragma once
 
 #include "../device.cuh"
+#include "tiles.h"
 
 namespace rk {
 
-constexpr int STEP = 16;  // k's of one mma
+using sm80::STEP;
 
 // sum += a b^T
 template <class Half>

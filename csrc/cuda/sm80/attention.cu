@@ -26,14 +26,15 @@
 
 #include "../attention.cuh"
 #include "../kernels.h"
-#include "../launch.cuh"
+#include "room.cuh"
 #include "mma.cuh"
 
 namespace rk {
 
 using Keys = std::false_type;
 using Values = std::true_type;
-constexpr int WARP_ROWS = 16, MOST_WARPS = 8;
+using sm80::WARP_ROWS, sm80::WARP_WAYS;
+static_assert(sm80::KEYS == KEY_TILE && sm80::WORK_BYTES == WORK);
 constexpr int GROUPS = KEY_TILE / STEP;  // of 16 keys
 constexpr float NONE_YET = -__builtin_huge_valf();
 constexpr float NORMAL = -87.0f;  // exp is a normal number from here on
@@ -44,10 +45,10 @@ struct Head {
     static constexpr int ROW = WIDTH * 2, PIECES = WIDTH / 8, STEPS = WIDTH / STEP;
     static constexpr int SURE_STEPS = WIDTH <= 32 ? 1 : WIDTH <= 128 ? STEPS - 1 : STEPS - 3;  // that even the narrowest has
     static constexpr int TILE = KEY_TILE * ROW;                                                // bytes
-    static constexpr bool Q_IN_REGISTERS = WIDTH <= 128;
-    static constexpr int STAGES = WIDTH <= 192 ? 3 : 2;
+    static constexpr sm80::HeadTile SHAPE{WIDTH};
+    static constexpr bool Q_IN_REGISTERS = SHAPE.q_in_registers();
+    static constexpr int STAGES = SHAPE.stages();
     static constexpr int REGISTERS_FOR = WIDTH <= 64 ? 12 : WIDTH <= 128 ? 8 : 4;  // warps: three, two, one blocks of 4
-    static constexpr int WARPS = WIDTH <= 128 ? MOST_WARPS : 4;  // at most, for the shared memory that Q takes
 };
 
 // Where piece `piece` of row `row` lies in a tile: no two of eight rows, as ldmatrix reads them, meet in a bank. The pieces of
@@ -67,6 +68,7 @@ struct Row {
     int64_t q, out;  // elements from the first head's
     int begin, end;  // the keys it sees
 };
+static_assert(sizeof(Row) == sm80::ROW_BYTES);
 
 struct Tiles {
     int begin, end;  // of keys
@@ -396,7 +398,7 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
 }
 
 // Ways 0, 1, 2: blocks of 8, 4, 2 warps (4, 4, 2 for heads wider than 128), one key head a block. + 3: up to HEADS_AT_ONCE.
-static Choice attention_tensor_way("attention_tensor", 6);
+static Choice attention_tensor_way("attention_tensor", 2 * WARP_WAYS);
 constexpr int HEADS_AT_ONCE = 4;
 
 // On an H100 four warps were the best or within an eighth of it, whatever the lengths, but for short sequences with wide heads
@@ -413,16 +415,15 @@ static void start_attention(const AttentionArgs& args, const int32_t* cu_seqlens
     using Shape = Head<WIDTH>;
     const int64_t rows = total * (args.H / args.H_kv);
     const int way = attention_tensor_way.take(own_way(rows, ceil_div(rows, B), args.H_kv, WIDTH));
-    const int warps = std::min(MOST_WARPS >> way % 3, Shape::WARPS);
+    const int warps = Shape::SHAPE.warps(way % WARP_WAYS);
     const auto starts = [&](const void* p, int64_t token, int64_t head) {
         return aligned(p, 16) && token % 8 == 0 && head % 8 == 0;
     };
     const bool wide = starts(args.q, args.q_token, args.q_head) && starts(args.k, args.k_token, args.k_head) &&
                       starts(args.v, args.v_token, args.v_head);
     const dim3 grid(checked_blocks("attention", ceil_div(rows, warps * WARP_ROWS) + B),
-                    unsigned(std::min<int64_t>(way < 3 ? args.H_kv : ceil_div(args.H_kv, HEADS_AT_ONCE), 65535)));
-    const size_t q_bytes = Shape::Q_IN_REGISTERS ? 0 : warps * 32 * Shape::STEPS * sizeof(uint4);
-    const size_t shared = WORK + Shape::STAGES * Shape::TILE + q_bytes + warps * WARP_ROWS * sizeof(Row);
+                    unsigned(std::min<int64_t>(way < WARP_WAYS ? args.H_kv : ceil_div(args.H_kv, HEADS_AT_ONCE), 65535)));
+    const size_t shared = Shape::SHAPE.shared(warps);
     const auto start = [&](auto kernel) {
         launch("attention", kernel, grid, warps * 32, shared, stream, args, wide, cu_seqlens, B, total);
     };

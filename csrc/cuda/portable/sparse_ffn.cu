@@ -1,6 +1,6 @@
 // sparse_ffn.cu: a ReLU or ReGLU feed-forward layer for few rows that reads little more than what active neurons need.
 //
-// 1. The pre-activations of `first`, for all neurons: linear.cu, or in mode tensor tensor/linear.cu. All else is one in both.
+// 1. The pre-activations of `first`, for all neurons: linear.cu, or in mode tensor sm80/linear.cu. All else is one in both.
 // 2. Which neurons are active? Their numbers and values side by side, ascending, for each row and each chunk of 512 neurons.
 // 3. ReGLU: dot products over the rows of up, for active neurons only; the chunks of 512 of K go to different blocks.
 // 4. down: per row and chunk of 512 neurons one fma chain a column over the active neurons, ascending.
@@ -10,7 +10,7 @@
 // grid of a row with all neurons active, and blocks that find no neuron to work on end at once.
 
 #include "gemm.cuh"
-#include "launch.cuh"
+#include "room.cuh"
 #include "rows.cuh"
 
 namespace rk {
@@ -58,9 +58,9 @@ __global__ void __launch_bounds__(UpTile::THREADS)
     const int begin = int(blockIdx.x % BLOCKS) * UpTile::BN, n = active.count[at] - begin;
     if (n <= 0) return;
     const int* neuron = active.neuron + at * CHUNK + begin;
-    const auto x_row = [&](int) { return static_cast<const char*>(a.x) + m * x_rows.bytes; };
+    const auto x_row = [&](int) { return static_cast<const char*>(a.x.data) + m * x_rows.bytes; };
     const auto up_row = [&](int i) {
-        return static_cast<const char*>(a.weight) + int64_t(neuron[i < n ? i : n - 1]) * up_rows.bytes;
+        return static_cast<const char*>(a.weight.data) + int64_t(neuron[i < n ? i : n - 1]) * up_rows.bytes;
     };
     const int64_t k_begin = int64_t(blockIdx.y) * CHUNK, k_end = k_begin + CHUNK < a.K ? k_begin + CHUNK : a.K;
     using UpDot = Dot<UpTile, X_HALF, W_HALF>;
@@ -80,7 +80,7 @@ constexpr int AXPY_RING = 4;  // stages
 template <class T, int N>
 __global__ void __launch_bounds__(AXPY_THREADS)
     axpy_kernel(const T* down, int64_t D, int64_t chunks, Active active, const float* up_sums, int64_t k_chunks,
-                const void* up_bias, Dtype up_bias_dtype, float* sums) {
+                const Ref up_bias, float* sums) {
     __shared__ float h[CHUNK];
     __shared__ int neuron[CHUNK];
     const int64_t at = blockIdx.x, m = at / chunks, c = at % chunks;
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(AXPY_THREADS)
         if (up_sums) {
             float up = 0.0f;
             for (int64_t k = 0; k < k_chunks; ++k) up = up + up_sums[((m * k_chunks + k) * chunks + c) * CHUNK + i];
-            if (up_bias) up = up + load_as(up_bias_dtype, up_bias, neuron[i]);
+            if (up_bias.data) up = up + load_as(up_bias, neuron[i]);
             value = value * up;
         }
         h[i] = value;
@@ -150,15 +150,22 @@ __global__ void __launch_bounds__(FINISH_THREADS)
     float y = 0.0f;
 #pragma unroll 8
     for (int64_t c = 0; c < chunks; ++c) y = y + sums[(m * chunks + c) * a.D + d];
-    if (a.down_bias) y = y + load_as(a.down_bias_dtype, a.down_bias, d);
-    store_as(a.out_dtype, a.out, i, y);
+    if (a.down_bias.data) y = y + load_as(a.down_bias, d);
+    store_as(a.out, i, y);
 }
 
 // ---- launcher ------------------------------------------------------------------------------------------------------------
 
 static LinearArgs first_args(const SparseFfnArgs& a, float* out) {
-    return LinearArgs{a.x,        a.x_dtype, a.first, a.first_dtype, a.first_bias, a.first_bias_dtype, nullptr, Dtype::F32, out,
-                      Dtype::F32, a.M,       a.F,     a.K,           NONE};
+    return {.x = a.x,
+            .weight = a.first,
+            .bias = a.first_bias,
+            .residual = {},
+            .out = {out, Dtype::F32},
+            .M = a.M,
+            .N = a.F,
+            .K = a.K,
+            .activation = NONE};
 }
 
 // The workspace, in float32 elements, every part at a multiple of 16 bytes. What linear needs is done with before the parts
@@ -173,7 +180,7 @@ struct Workspace {
         neuron = after(count, a.M * chunks);
         value = after(neuron, neurons);
         up = after(value, neurons);
-        sums = after(up, a.up ? k_chunks * neurons : 0);
+        sums = after(up, a.up.data ? k_chunks * neurons : 0);
         const int64_t end = after(sums, a.M * chunks * a.D);
         const int64_t linear_end = linear + (tensor ? 0 : linear_workspace(first_args(a, nullptr), 1));
         size = end > linear_end ? end : linear_end;
@@ -184,42 +191,42 @@ int64_t sparse_ffn_workspace(const SparseFfnArgs& a, bool tensor) { return Works
 
 template <bool X_HALF, bool W_HALF>
 static void launch_up(const SparseFfnArgs& a, const Workspace& w, const Active& active, float* sums, Stream stream) {
-    const RowsArgs up{a.x, a.x_dtype, a.up, a.up_dtype, a.up_bias, a.up_bias_dtype, a.K};
+    const RowsArgs up{.x = a.x, .weight = a.up, .bias = a.up_bias, .K = a.K};
     const dim3 grid(checked_blocks("sparse_ffn", a.M * w.chunks * (CHUNK / UpTile::BN)), unsigned(w.k_chunks));
     launch("sparse_ffn", up_kernel<X_HALF, W_HALF>, grid, UpTile::THREADS, Dot<UpTile, X_HALF, W_HALF>::BYTES, stream, up,
-           rows_of(a.x, a.x_dtype, a.K), rows_of(a.up, a.up_dtype, a.K), w.chunks, active, sums);
+           rows_of(a.x, a.K), rows_of(a.up, a.K), w.chunks, active, sums);
 }
 
 template <class T>
 static void launch_axpy(const SparseFfnArgs& a, const Workspace& w, const Active& active, const float* up, float* sums,
                         Stream stream) {
-    const bool vectors = a.D % VECTOR<T> == 0 && aligned(a.down, 16);
+    const bool vectors = a.D % VECTOR<T> == 0 && aligned(a.down.data, 16);
     const int64_t columns = AXPY_THREADS * (vectors ? VECTOR<T> : 1);
     launch("sparse_ffn", vectors ? axpy_kernel<T, VECTOR<T>> : axpy_kernel<T, 1>,
            dim3(checked_blocks("sparse_ffn", a.M * w.chunks), unsigned(ceil_div(a.D, columns))), AXPY_THREADS, 0, stream,
-           static_cast<const T*>(a.down), a.D, w.chunks, active, up, w.k_chunks, a.up_bias, a.up_bias_dtype, sums);
+           static_cast<const T*>(a.down.data), a.D, w.chunks, active, up, w.k_chunks, a.up_bias, sums);
 }
 
 void sparse_ffn(const SparseFfnArgs& a, bool tensor, float* workspace, Stream stream) {
     const Workspace w(a, tensor);
-    float *const first = workspace, *const sums = workspace + w.sums, *const up = a.up ? workspace + w.up : nullptr;
+    float *const first = workspace, *const sums = workspace + w.sums, *const up = a.up.data ? workspace + w.up : nullptr;
     if (tensor) linear_tensor("sparse_ffn", first_args(a, first), 1, stream);
     else linear("sparse_ffn", first_args(a, first), 1, workspace + w.linear, stream);
     const Active active{reinterpret_cast<int*>(workspace + w.count), reinterpret_cast<int*>(workspace + w.neuron),
                         workspace + w.value};
     launch("sparse_ffn", active_kernel, checked_blocks("sparse_ffn", a.M * w.chunks), CHUNK, 0, stream, first, a.F, w.chunks,
            active);
-    if (a.up) {
-        const bool x_half = a.x_dtype != Dtype::F32, up_half = a.up_dtype != Dtype::F32;
+    if (a.up.data) {
+        const bool x_half = a.x.dtype != Dtype::F32, up_half = a.up.dtype != Dtype::F32;
         const auto up_launcher = x_half    ? up_half ? launch_up<true, true> : launch_up<true, false>
                                  : up_half ? launch_up<false, true>
                                            : launch_up<false, false>;
         up_launcher(a, w, active, up, stream);
     }
-    if (a.down_dtype == Dtype::F32) launch_axpy<float>(a, w, active, up, sums, stream);
-    else if (a.down_dtype == Dtype::F16) launch_axpy<f16>(a, w, active, up, sums, stream);
+    if (a.down.dtype == Dtype::F32) launch_axpy<float>(a, w, active, up, sums, stream);
+    else if (a.down.dtype == Dtype::F16) launch_axpy<f16>(a, w, active, up, sums, stream);
     else launch_axpy<bf16>(a, w, active, up, sums, stream);
-    const AxpyArgs down{a.down, a.down_dtype, a.down_bias, a.down_bias_dtype, a.y, a.y_dtype, a.D};
+    const AxpyArgs down{.down = a.down, .down_bias = a.down_bias, .out = a.out, .D = a.D};
     launch("sparse_ffn", finish_kernel, checked_blocks("sparse_ffn", ceil_div(a.M * a.D, FINISH_THREADS)), FINISH_THREADS, 0,
            stream, down, a.M, w.chunks, sums);
 }

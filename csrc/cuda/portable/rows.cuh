@@ -6,7 +6,7 @@
 // bytes of the storage dtype hold, or 1 where an address or a length is not a multiple of that.
 #pragma once
 
-#include "device.cuh"
+#include "../device.cuh"
 
 namespace rk {
 
@@ -57,10 +57,10 @@ __device__ __forceinline__ void load_group(const Half* p, float (&v)[N]) {
 }
 
 template <int N>
-__device__ __forceinline__ void load_group_as(Dtype dtype, const void* p, int64_t i, float (&v)[N]) {
-    if (dtype == Dtype::F32) load_group<N>(static_cast<const float*>(p) + i, v);
-    else if (dtype == Dtype::F16) load_group<N>(static_cast<const f16*>(p) + i, v);
-    else load_group<N>(static_cast<const bf16*>(p) + i, v);
+__device__ __forceinline__ void load_group_as(const Ref& from, int64_t i, float (&v)[N]) {
+    if (from.dtype == Dtype::F32) load_group<N>(static_cast<const float*>(from.data) + i, v);
+    else if (from.dtype == Dtype::F16) load_group<N>(static_cast<const f16*>(from.data) + i, v);
+    else load_group<N>(static_cast<const bf16*>(from.data) + i, v);
 }
 
 template <int N>

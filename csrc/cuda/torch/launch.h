@@ -2,8 +2,8 @@
 // made without asking the device. Not seen by kernels.
 #pragma once
 
-#include "../tensors.h"
-#include "kernels.h"
+#include "../../tensors.h"
+#include "../kernels.h"
 
 #ifdef RK_SIMULATED_CALL  // tests/ptxsim: a Call and a dispatch key for CPU tensors
 #include RK_SIMULATED_CALL
@@ -40,7 +40,15 @@ class Call {
 
 namespace rk {
 
-inline const void* read(const Call& call, const std::optional<Tensor>& t) { return t ? call.read(*t) : nullptr; }
+inline Ref ref(const Call& call, const Tensor& t, const char* op, const char* name) {
+    return {call.read(t), dtype_of(t, op, name)};
+}
+inline Ref ref(const Call& call, const std::optional<Tensor>& t, const char* op, const char* name) {
+    return t ? ref(call, *t, op, name) : Ref{};
+}
+inline Out out(const Call& call, const Tensor& t, const char* op, const char* name) {
+    return {call.write(t), dtype_of(t, op, name)};
+}
 
 // Memory that lives as long as the op; empty if nothing is needed. It is reused in the order of the stream, so an op may give
 // it back while its kernels are still under way.

@@ -16,9 +16,9 @@
 
 #include <algorithm>
 
-#include "attention.cuh"
-#include "kernels.h"
-#include "launch.cuh"
+#include "../attention.cuh"
+#include "../kernels.h"
+#include "room.cuh"
 
 namespace rk {
 

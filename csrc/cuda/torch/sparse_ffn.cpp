@@ -4,6 +4,10 @@
 
 namespace rk {
 
+// portable/sparse_ffn.cu. `tensor`: the first pre-activations are mode tensor's; workspace in float32 elements
+int64_t sparse_ffn_workspace(const SparseFfnArgs& args, bool tensor);
+void sparse_ffn(const SparseFfnArgs& args, bool tensor, float* workspace, Stream stream);
+
 static Tensor sparse_ffn_in(bool tensor, const Tensor& x, const Tensor& first, const std::optional<Tensor>& first_bias,
                             const std::optional<Tensor>& up, const std::optional<Tensor>& up_bias, const Tensor& down_rows,
                             const std::optional<Tensor>& down_bias) {
@@ -18,26 +22,18 @@ static Tensor sparse_ffn_in(bool tensor, const Tensor& x, const Tensor& first, c
     RK_CHECK(!tensor || (dtype_of(x, "sparse_ffn", "x") != Dtype::F32 && x.scalar_type() == first.scalar_type()), "sparse_ffn",
              "mode 'tensor' takes x and the first weight in half precision, both of one dtype");
     Tensor y = call.empty({M, D}, x.scalar_type());
-    const SparseFfnArgs args{call.read(x),
-                             dtype_of(x, "sparse_ffn", "x"),
-                             call.read(first),
-                             dtype_of(first, "sparse_ffn", "weight"),
-                             read(call, first_bias),
-                             dtype_of(first_bias, "sparse_ffn", "bias"),
-                             read(call, up),
-                             dtype_of(up, "sparse_ffn", "up_weight"),
-                             read(call, up_bias),
-                             dtype_of(up_bias, "sparse_ffn", "up_bias"),
-                             call.read(down_rows),
-                             dtype_of(down_rows, "sparse_ffn", "down_weight"),
-                             read(call, down_bias),
-                             dtype_of(down_bias, "sparse_ffn", "down_bias"),
-                             call.write(y),
-                             dtype_of(y, "sparse_ffn", "x"),
-                             M,
-                             K,
-                             F,
-                             D};
+    const SparseFfnArgs args{.x = ref(call, x, "sparse_ffn", "x"),
+                             .first = ref(call, first, "sparse_ffn", "weight"),
+                             .first_bias = ref(call, first_bias, "sparse_ffn", "bias"),
+                             .up = ref(call, up, "sparse_ffn", "up_weight"),
+                             .up_bias = ref(call, up_bias, "sparse_ffn", "up_bias"),
+                             .down = ref(call, down_rows, "sparse_ffn", "down_weight"),
+                             .down_bias = ref(call, down_bias, "sparse_ffn", "down_bias"),
+                             .out = out(call, y, "sparse_ffn", "x"),
+                             .M = M,
+                             .K = K,
+                             .F = F,
+                             .D = D};
     Tensor memory = workspace(call, sparse_ffn_workspace(args, tensor));
     sparse_ffn(args, tensor, static_cast<float*>(call.write(memory)), call.stream());
     return y;

@@ -4,6 +4,10 @@
 
 namespace rk {
 
+// portable/softmax.cu; x, y [rows, D] in `dtype`; row_sum: y [rows]
+void softmax(const void* x, Dtype dtype, void* y, int64_t rows, int64_t D, Stream stream);
+void row_sum(const void* x, Dtype dtype, void* y, int64_t rows, int64_t D, bool mean, Stream stream);
+
 static Tensor softmax_cuda(const Tensor& x) {
     const Call call(x);
     Tensor y = call.empty({x.size(0), x.size(1)}, x.scalar_type());
@@ -18,9 +22,13 @@ static Tensor row_sum_cuda(const Tensor& x, bool mean) {
     return y;
 }
 
+static Tensor sum_cuda(const Tensor& x) { return row_sum_cuda(x, false); }
+static Tensor mean_cuda(const Tensor& x) { return row_sum_cuda(x, true); }
+
 RK_TORCH_LIBRARY_IMPL(RK_KEY, m) {
     m.impl("softmax", TORCH_BOX(&softmax_cuda));
-    m.impl("row_sum", TORCH_BOX(&row_sum_cuda));
+    m.impl("sum", TORCH_BOX(&sum_cuda));
+    m.impl("mean", TORCH_BOX(&mean_cuda));
 }
 
 }  // namespace rk

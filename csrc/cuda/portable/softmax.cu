@@ -5,7 +5,7 @@
 // not fit (D above some 25,000) is read three times, its exponentials pass through shared memory on their way to the sum.
 // row_sum: a warp takes a row, which may be as long as a whole tensor: it runs through a ring of copies ahead of the sum.
 
-#include "launch.cuh"
+#include "room.cuh"
 #include "rows.cuh"
 
 namespace rk {

@@ -4,8 +4,8 @@
 // A block takes 128 bytes' worth of features of one sequence, so that even one sequence of 768 features keeps 24 blocks busy.
 // All threads copy tokens ahead into a ring in shared memory; one thread a feature adds.
 
-#include "device.cuh"
-#include "launch.cuh"
+#include "../device.cuh"
+#include "room.cuh"
 
 namespace rk {
 

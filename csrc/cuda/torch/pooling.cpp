@@ -6,6 +6,11 @@
 
 namespace rk {
 
+// portable/pooling.cu; score[i] = sigmoid(logit[i]), complement[i] = sigmoid(-logit[i])
+void pool(const void* x, Dtype from, const int32_t* cu_seqlens, int64_t B, int64_t total, int64_t D, bool mean, void* y,
+          Dtype to, Stream stream);
+void score(const float* logit, int64_t n, float* score, float* complement, Stream stream);
+
 static Tensor pool_cuda(const Tensor& x, const Tensor& cu_seqlens, bool mean, ScalarType out_dtype) {
     const Call call(x);
     const int64_t B = cu_seqlens.size(0) - 1, D = x.size(1);
