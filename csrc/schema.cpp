@@ -48,8 +48,8 @@ RK_TORCH_LIBRARY(m) {
     m.def("bmm_tensor(Tensor a, Tensor b, ScalarType out_dtype) -> Tensor");
     m.def("activation(Tensor x, int kind, ScalarType out_dtype) -> Tensor");
     // attention
-    m.def("attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int left, int right, float scale) -> Tensor");
-    m.def("attention_tensor(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int left, int right, float scale) -> Tensor");
+    m.def("attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k, int left, int right, float scale) -> Tensor");
+    m.def("attention_tensor(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k, int left, int right, float scale) -> Tensor");
     // pooling
     m.def("pool(Tensor x, Tensor cu_seqlens, bool mean, ScalarType out_dtype) -> Tensor");
     m.def("score_head(Tensor pooled, Tensor? dense_weight, Tensor? dense_bias, int activation, Tensor out_weight, Tensor? out_bias) -> (Tensor, Tensor, Tensor)");
