@@ -36,8 +36,10 @@ struct LinearArgs {
     int activation;  // numerics.h, enum Activation
 };
 
+// The queries of a sequence are the last ones of its keys: query i of T_q stands at place T_k - T_q + i. left and right count
+// from there.
 struct AttentionArgs {
-    const void *q, *k, *v;  // [total, H, D], [total, H_kv, D] twice; strides in elements, features side by side
+    const void *q, *k, *v;  // [total, H, D], [total_k, H_kv, D] twice; strides in elements, features side by side
     int64_t q_token, q_head, k_token, k_head, v_token, v_head;
     Dtype dtype;
     void* out;  // [total, H, D], contiguous

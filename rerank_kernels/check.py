@@ -62,29 +62,6 @@ def choice(op: str, name: str, value: object, allowed: tuple[object, ...]) -> No
         fail(op, name, "one of " + ", ".join(repr(a) for a in allowed), repr(value))
 
 
-def cu_seqlens(op: str, cu: Tensor, total: int, device: torch.device) -> Tensor:
-    """[B + 1] offsets as int32 on `device`. On a GPU only shape and dtype are checked: reading values would synchronise."""
-    if not isinstance(cu, Tensor) or cu.dim() != 1 or cu.numel() < 1 or cu.dtype not in (torch.int32, torch.int64):
-        came = f"{cu.dtype} {shape_of(cu)}" if isinstance(cu, Tensor) else type(cu).__name__
-        fail(op, "cu_seqlens", "a 1-D int32 tensor [B + 1] of offsets", came)
-    if cu.device.type == "cpu":
-        offsets = cu.tolist()  # and not with tensors: every layer's attention looks, and each op on a tensor takes microseconds
-        if offsets[0] != 0 or offsets[-1] != total or offsets != sorted(offsets):
-            fail(op, "cu_seqlens", f"ascending from 0 to {total}, the number of tokens", offsets[:8])
-    return cu.to(device=device, dtype=torch.int32).contiguous()  # kernels read it as an array
-
-
 def on_device(op: str, name: str, t: object, like: str, device: torch.device) -> None:
     if isinstance(t, Tensor) and t.device != device:
         fail(op, name, f"on {device} like {like}", f"a tensor on {t.device}", f"move it with .to({str(device)!r})")
-
-
-def mask_to_cu_seqlens(op: str, mask: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """A padding mask [B, T] (true or nonzero: a token) to (indices of the tokens in [B * T], cu_seqlens [B + 1])."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or tuple(mask.shape) != (batch, length) or mask.is_floating_point():
-        came = f"{mask.dtype} {shape_of(mask)}" if isinstance(mask, Tensor) else type(mask).__name__
-        fail(op, "mask", f"bool or integer [B, T] = [{batch}, {length}], nonzero where a token is", came)
-    valid = mask != 0
-    cu = torch.zeros(batch + 1, dtype=torch.int32, device=mask.device)
-    cu[1:] = valid.sum(dim=1).cumsum(0)
-    return valid.reshape(-1).nonzero().squeeze(1), cu

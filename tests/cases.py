@@ -60,6 +60,7 @@ class Case:
     shared: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     lengths: tuple[int, ...] = ()  # of the sequences, for ops over sequences
+    keys: tuple[int, ...] = ()  # of the sequences' keys, if those have lengths of their own
     count: int = 37  # rows, for the others: not a multiple of any tile
 
     def __str__(self) -> str:
@@ -69,26 +70,42 @@ class Case:
     def total(self) -> int:
         return sum(self.lengths) if self.lengths else self.count
 
+    def lengths_of(self, name: str) -> tuple[int, ...]:
+        """Of the sequences of argument `name`."""
+        return self.keys if self.keys and name in ("k", "v") else self.lengths
+
     def make_rows(self, dtype: torch.dtype, total: int | None = None, salt: str = "") -> Tensors:
-        total = self.total if total is None else total
-        return {n: numbers(f"{self} {n} {salt}", (total, *s), dtype) for n, s in self.rows.items()}
+        def count(name: str) -> int:
+            return total if total is not None else sum(self.lengths_of(name)) if self.lengths else self.count
+
+        return {n: numbers(f"{self} {n} {salt}", (count(n), *s), dtype) for n, s in self.rows.items()}
 
     def make_shared(self, dtype: torch.dtype) -> Tensors:
         """Weights [N, K] are scaled by about 1 / sqrt(K), so that chains of layers stay in float16's range."""
         scales = {n: 2.0 ** -round(math.log2(math.sqrt(s[1]))) if len(s) == 2 else 1.0 for n, s in self.shared.items()}
         return {n: numbers(f"{self} {n}", s, dtype, scales[n]) for n, s in self.shared.items()}
 
-    def call(self, rows: Tensors, shared: Tensors, lengths: tuple[int, ...] | None = None) -> tuple[Tensor, ...]:
+    def sequences(self, lengths: tuple[int, ...] | None = None, keys: tuple[int, ...] | None = None) -> Tensors:
+        """The arguments that say which rows are whose, for ops over sequences: these lengths, or the case's own."""
+        given = {"cu_seqlens": self.lengths if lengths is None else lengths} if self.lengths else {}
+        if self.keys:
+            given["cu_seqlens_k"] = self.keys if keys is None else keys
+        return {name: offsets(own) for name, own in given.items()}
+
+    def call(
+        self,
+        rows: Tensors,
+        shared: Tensors,
+        lengths: tuple[int, ...] | None = None,
+        keys: tuple[int, ...] | None = None,
+    ) -> tuple[Tensor, ...]:
         """The public function on these rows; always a tuple, whose tensors have one entry a row or a sequence."""
-        arguments: dict[str, Any] = {**rows, **shared, **self.options}
-        if self.lengths:
-            arguments["cu_seqlens"] = offsets(self.lengths if lengths is None else lengths)
-        out = FUNCTIONS[self.op](**arguments)
+        out = FUNCTIONS[self.op](**rows, **shared, **self.options, **self.sequences(lengths, keys))
         return (out,) if isinstance(out, Tensor) else tuple(out)
 
-    def call_padded(self, rows: Tensors, shared: Tensors, mask: Tensor | None) -> tuple[Tensor, ...]:
-        """The same on padded [B, T, ...] rows, for ops over sequences."""
-        out = FUNCTIONS[self.op](**rows, **shared, **self.options, mask=mask)
+    def call_padded(self, rows: Tensors, shared: Tensors, masks: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """The same on padded [B, T, ...] rows, for ops over sequences. masks: "mask" and, for keys, "mask_k", or none."""
+        out = FUNCTIONS[self.op](**rows, **shared, **self.options, **masks)
         return (out,) if isinstance(out, Tensor) else tuple(out)
 
     def near(self, rows: Tensors, shared: Tensors, out: tuple[Tensor, ...]) -> tuple[Near, ...]:
@@ -228,21 +245,21 @@ def _near_bmm(case: Case, a: Tensors) -> tuple[Near, ...]:
 def _near_attention(case: Case, a: Tensors) -> tuple[Near, ...]:
     options = {k: v for k, v in case.options.items() if k in ("causal", "window", "scale")}
     q, k, v = a["q"], a["k"], a["v"]
-    cu = offsets(case.lengths)
-    value = TRUTHS["attention"](q, k, v, cu_seqlens=cu, **options)
-    weighted = TRUTHS["attention"](q, k, v.abs(), cu_seqlens=cu, **options)
+    spans = [offsets(case.lengths_of(name)).tolist() for name in ("q", "k")]
+    value = TRUTHS["attention"](q, k, v, **case.sequences(), **options)
+    weighted = TRUTHS["attention"](q, k, v.abs(), **case.sequences(), **options)
     group = q.shape[1] // k.shape[1]
     scale = case.options.get("scale", 1.0 / math.sqrt(q.shape[2]))
     count, slack = _counted(case), torch.zeros_like(value)
     # mode tensor rounds the weights of the values to half precision; bfloat16's is the coarser one
     rounded = 1.01 * 2.0**-8 if case.options.get("mode") == "tensor" else 0.0
-    for lo, hi in itertools.pairwise(cu.tolist()):
-        if lo < hi:
-            keys = k[lo:hi].repeat_interleave(group, 1).abs()
+    for (lo, hi), (first, last) in zip(*map(itertools.pairwise, spans), strict=True):
+        if lo < hi and first < last:
+            keys = k[first:last].repeat_interleave(group, 1).abs()
             largest = torch.einsum("ihd,jhd->ihj", q[lo:hi].abs(), keys).amax(-1, keepdim=True) * abs(scale)
             # a score's error is a relative error of its weight, once above and once below the fraction bar
             slack[lo:hi] = 2.0 * (count(q.shape[2]) + 2.0) * U * largest * weighted[lo:hi]
-            slack[lo:hi] += (2.0 * (count(hi - lo) + 4.0) * U + rounded) * weighted[lo:hi]
+            slack[lo:hi] += (2.0 * (count(last - first) + 4.0) * U + rounded) * weighted[lo:hi]
     return (Near(value, slack + 2.0 * TINY),)
 
 
@@ -342,12 +359,17 @@ def _bmm(m: int, k: int, n: int, out_dtype: torch.dtype | None = None) -> Case:
 
 
 def _attention(
-    d: int, heads: tuple[int, int] = (2, 2), lengths: tuple[int, ...] = (5, 1, 33, 0, 70, 64), **options: Any
+    d: int,
+    heads: tuple[int, int] = (2, 2),
+    lengths: tuple[int, ...] = (5, 1, 33, 0, 70, 64),
+    keys: tuple[int, ...] = (),
+    **options: Any,
 ) -> Case:
     words = [f"{k}={v}".replace(" ", "") for k, v in options.items()]
-    label = "-".join([f"D{d}", f"H{heads[0]}of{heads[1]}", f"T{max(lengths)}", *words])
+    places = f"T{max(lengths)}" + (f"of{max(keys)}" if keys else "")
+    label = "-".join([f"D{d}", f"H{heads[0]}of{heads[1]}", places, *words])
     rows = {"q": (heads[0], d), "k": (heads[1], d), "v": (heads[1], d)}
-    return Case("attention", label, rows, options=options, lengths=lengths)
+    return Case("attention", label, rows, options=options, lengths=lengths, keys=keys)
 
 
 def _pool(d: int, mode: str, lengths: tuple[int, ...] = (5, 1, 33, 0, 130), out_dtype: torch.dtype | None = None) -> Case:
@@ -426,6 +448,10 @@ CASES: list[Case] = [
     _attention(128, lengths=(100,)),  # in half precision with 128
     _attention(16, (1, 1), lengths=(520, 3, 1030)),
     _attention(16, (2, 1), lengths=(40, 600), causal=True),
+    _attention(16, (4, 2), (1, 1, 1), (70, 1, 33), causal=True),  # decode: the newest query over all keys so far
+    # a chunk; more queries than keys, so that some see none; no queries; no keys; as many of both
+    _attention(32, (2, 1), (3, 9, 0, 4, 2), (70, 5, 6, 0, 2), window=(40, 3)),
+    _attention(8, (2, 2), (5, 9, 2), (65, 4, 0)),  # cross-attention
     *(_pool(d, mode) for d in (1, 33, 384) for mode in POOL_MODES),
     _pool(48, "mean", out_dtype=torch.float32),
     Case("sigmoid", "33", {"x": (33,)}),

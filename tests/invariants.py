@@ -112,29 +112,34 @@ def _rows_batch(case: Case, rows: Tensors, shared: Tensors) -> None:
 
 def _sequences_batch(case: Case, rows: Tensors, shared: Tensors) -> None:
     full = case.call(rows, shared)
-    bounds = _bounds(case)
+    bounds = {n: _bounds(case.lengths_of(n)) for n in rows}
+    out = _bounds(case.lengths)
     per_token = full[0].shape[0] == case.total and case.op != "pool"
 
     def of(out: tuple[Tensor, ...], b: int, start: int, stop: int) -> tuple[Tensor, ...]:
         return tuple(t[start:stop] if per_token else t[b : b + 1] for t in out)
 
-    for b, (start, stop) in enumerate(bounds):
-        part = {n: t[start:stop] for n, t in rows.items()}
-        all_same(case.call(part, shared, (stop - start,)), of(full, b, start, stop), f"{case}, sequence {b} alone")
-    order = list(reversed(range(len(bounds))))
-    token = torch.cat([torch.arange(*bounds[b]) for b in order])
-    turned = case.call({n: t[token] for n, t in rows.items()}, shared, tuple(case.lengths[b] for b in order))
-    all_same(turned, full, f"{case}, sequences in another order", token if per_token else torch.tensor(order))
+    def chosen(order: list[int]) -> tuple[Tensor, ...]:
+        """Of these sequences only, in this order."""
+        part = {n: torch.cat([t[slice(*bounds[n][b])] for b in order]) for n, t in rows.items()}
+        lengths, keys = (tuple(some[b] for b in order) if some else () for some in (case.lengths, case.keys))
+        return case.call(part, shared, lengths, keys)
+
+    for b, (start, stop) in enumerate(out):
+        all_same(chosen([b]), of(full, b, start, stop), f"{case}, sequence {b} alone")
+    order = list(reversed(range(len(out))))
+    token = torch.cat([torch.arange(*out[b]) for b in order])
+    all_same(chosen(order), full, f"{case}, sequences in another order", token if per_token else torch.tensor(order))
     shifted = {n: _misaligned(t) for n, t in rows.items()}
     all_same(case.call(shifted, shared), full, f"{case}, tokens at an odd address")
     for value in HOSTILE:
         for parity in (0, 1):
             others = {n: t.clone() for n, t in rows.items()}
-            for t in others.values():
-                for start, stop in bounds[parity::2]:
+            for n, t in others.items():
+                for start, stop in bounds[n][parity::2]:
                     t[start:stop] = value
             got = case.call(others, shared)
-            for b, (start, stop) in list(enumerate(bounds))[1 - parity :: 2]:
+            for b, (start, stop) in list(enumerate(out))[1 - parity :: 2]:
                 all_same(of(got, b, start, stop), of(full, b, start, stop), f"{case}, {value} in sequences beside {b}")
 
 
@@ -156,27 +161,34 @@ def _rows_padded(case: Case, rows: Tensors, shared: Tensors) -> None:
 
 def _sequences_padded(case: Case, rows: Tensors, shared: Tensors) -> None:
     packed = case.call(rows, shared)
-    bounds, longest = _bounds(case), max(case.lengths)
-    wider = (("left", 9), ("right", 64), ("scattered", 31))
-    for side, width in (("left", longest), ("right", longest), *((side, longest + more) for side, more in wider)):
-        mask = torch.zeros(len(bounds), width, dtype=torch.bool)
-        for b, n in enumerate(case.lengths):
-            mask[b, place(side, n, width)] = True
-        for junk, form in zip((0.0, *HOSTILE), (mask, mask.long() * 7, mask, mask.int()), strict=True):
-            padded = {n: t.new_full((*mask.shape, *t.shape[1:]), junk) for n, t in rows.items()}
+    of = {"mask": case.lengths, "mask_k": case.keys} if case.keys else {"mask": case.lengths}
+    bounds = {n: _bounds(case.lengths_of(n)) for n in rows}
+    for side, more in (("left", 0), ("right", 0), ("left", 9), ("right", 64), ("scattered", 31)):
+        masks = {name: _mask(side, lengths, max(lengths) + more) for name, lengths in of.items()}
+        its = {n: masks["mask_k" if case.keys and n in ("k", "v") else "mask"] for n in rows}
+        mask, what = masks["mask"], f"{case}, padded {side} to {max(case.lengths) + more}"
+        for junk, form in zip((0.0, *HOSTILE), (Tensor.bool, lambda m: m.long() * 7, Tensor.bool, Tensor.int), strict=True):
+            padded = {n: t.new_full((*its[n].shape, *t.shape[1:]), junk) for n, t in rows.items()}
             for n, t in padded.items():
-                t[mask] = rows[n]
-            got = case.call_padded(padded, shared, form)
+                t[its[n]] = rows[n]
+            got = case.call_padded(padded, shared, {name: form(m) for name, m in masks.items()})
             if case.op == "pool":
-                all_same(got, packed, f"{case}, padded {side} to {width} with {junk}")
+                all_same(got, packed, f"{what} with {junk}")
                 continue
-            all_same(tuple(g[mask] for g in got), packed, f"{case}, padded {side} to {width} with {junk}")
+            all_same(tuple(g[mask] for g in got), packed, f"{what} with {junk}")
             assert all(bool((g[~mask] == 0).all()) for g in got), f"{case}: a padded place of the result is not 0"
-    for b, (start, stop) in enumerate(bounds):
-        if stop - start == longest:  # no mask is a mask of ones
-            alone = {n: t[None, start:stop] for n, t in rows.items()}
+    for b, (start, stop) in enumerate(_bounds(case.lengths)):
+        if stop - start == max(case.lengths):  # no mask is a mask of ones
+            alone = {n: t[None, slice(*bounds[n][b])] for n, t in rows.items()}
             want = tuple(t[b : b + 1] if case.op == "pool" else t[None, start:stop] for t in packed)
-            all_same(case.call_padded(alone, shared, None), want, f"{case}, sequence {b} without a mask")
+            all_same(case.call_padded(alone, shared, {}), want, f"{case}, sequence {b} without a mask")
+
+
+def _mask(side: str, lengths: tuple[int, ...], width: int) -> Tensor:
+    mask = torch.zeros(len(lengths), width, dtype=torch.bool)
+    for b, n in enumerate(lengths):
+        mask[b, place(side, n, width)] = True
+    return mask
 
 
 def place(side: str, n: int, width: int) -> Tensor:
@@ -213,9 +225,9 @@ def hidden_keys(case: Case, dtype: torch.dtype) -> None:
     (want,) = case.call(rows, shared)
     left, right = case.options.get("window", (-1, -1))
     right = 0 if case.options.get("causal") else right
-    for start, stop in _bounds(case):
-        for token in {start, (start + stop) // 2, stop - 1} if start < stop else ():
-            away = torch.arange(start, stop) - token  # row - key
+    for (start, stop), (first, last) in zip(_bounds(case.lengths), _bounds(case.lengths_of("k")), strict=True):
+        for token in {first, (first + last) // 2, last - 1} if start < stop and first < last else ():
+            away = torch.arange(last - (stop - start), last) - token  # row - key; the rows are the last ones of their keys
             blind = torch.zeros(stop - start, dtype=torch.bool)
             if right >= 0:
                 blind |= away < -right
@@ -223,7 +235,7 @@ def hidden_keys(case: Case, dtype: torch.dtype) -> None:
                 blind |= away > left
             for junk in HOSTILE:
                 poisoned = {n: t.clone() for n, t in rows.items()}
-                for t in poisoned.values():
+                for t in (poisoned["k"], poisoned["v"], *(() if case.keys else (poisoned["q"],))):
                     t[token] = junk
                 (got,) = case.call(poisoned, shared)
                 same(
@@ -258,9 +270,9 @@ def with_threads(count: int, f: Callable[[], tuple[Tensor, ...]]) -> tuple[Tenso
         torch.set_num_threads(before)
 
 
-def _bounds(case: Case) -> list[tuple[int, int]]:
-    ends = torch.tensor(case.lengths).cumsum(0).tolist()
-    return [(e - n, e) for e, n in zip(ends, case.lengths, strict=True)]
+def _bounds(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    return [(e - n, e) for e, n in zip(ends, lengths, strict=True)]
 
 
 def _misaligned(t: Tensor) -> Tensor:
@@ -326,7 +338,7 @@ class Promises:
         full = case.call(case.make_rows(dtype), shared)
         if case.lengths:
             for lengths in ((), (0,), (0, 0, 0)):
-                for got, f in zip(case.call(rows, shared, lengths), full, strict=True):
+                for got, f in zip(case.call(rows, shared, lengths, lengths), full, strict=True):
                     first = len(lengths) if case.op == "pool" else 0
                     assert got.shape == (first, *f.shape[1:]) and got.dtype == f.dtype and not got.any()
             return

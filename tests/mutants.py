@@ -18,12 +18,13 @@ from torch import Tensor
 
 import invariants
 from cases import Case
-from rerank_kernels import check
+from rerank_kernels.backend.pytorch import attention as honest_attention
 from rerank_kernels.backend.pytorch import linear as honest_linear
 from rerank_kernels.backend.pytorch import norm as honest_norm
 from rerank_kernels.backend.pytorch import pooling as honest_pooling
 from rerank_kernels.backend.pytorch import softmax as honest_softmax
 from rerank_kernels.backend.registry import BACKENDS, OPS
+from rerank_kernels.ops.sequences import Sequences
 
 HONEST: dict[str, Callable[..., Any]] = {
     op: getattr(importlib.import_module(f"{BACKENDS['pytorch'].package}.{family}"), op) for op, family in OPS.items()
@@ -228,7 +229,7 @@ def sum_lanes_by_address(rows: Tensor) -> Tensor:
 
 
 def attention_tiles_by_position(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, right: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float
 ) -> Tensor:
     """Key tiles of 64 counted from the start of the tensor (of the padded row), not from the sequence's own first token.
 
@@ -249,7 +250,7 @@ def attention_tiles_by_position(
 
 
 def attention_multiplies_hidden_keys(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, right: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float
 ) -> Tensor:
     """Weight 0 instead of a skip: 0 * NaN."""
     out = torch.empty_like(q)
@@ -263,6 +264,19 @@ def attention_multiplies_hidden_keys(
             s = (torch.bmm(heads[0], heads[1].transpose(1, 2)) * scale).masked_fill(hidden, -math.inf)
             out[start:stop] = torch.bmm(torch.softmax(s, -1), heads[2]).transpose(0, 1)
     return out
+
+
+def attention_queries_from_the_first_key(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float
+) -> Tensor:
+    """Query i stands at place i of its keys, as if the queries were the first ones: what it sees beyond is cut off."""
+    if cu_seqlens_k is None or right < 0:
+        return honest_attention.attention(q, k, v, cu_seqlens, cu_seqlens_k, left, right, scale)
+    rows, keys = (list(pairwise(cu.tolist())) for cu in (cu_seqlens, cu_seqlens_k))
+    ends = [min(last, first + stop - start) for (start, stop), (first, last) in zip(rows, keys, strict=True)]
+    cut = [torch.cat([t[first:end] for (first, _), end in zip(keys, ends, strict=True)]) for t in (k, v)]
+    lengths = torch.tensor([0, *(end - first for (first, _), end in zip(keys, ends, strict=True))], dtype=torch.int32)
+    return honest_attention.attention(q, *cut, cu_seqlens, lengths.cumsum(0).int(), left, right, scale)
 
 
 def pool_by_membership(x: Tensor, cu_seqlens: Tensor, mode: str, out_dtype: torch.dtype) -> Tensor:
@@ -319,13 +333,12 @@ def sparse_ffn_batch_union(rows: Tensor, *arguments: Any) -> Tensor:
 # --- before the kernel --------------------------------------------------------------------------------------------------
 
 
-def mask_ignored(op: str, mask: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """In place of check.mask_to_cu_seqlens: every place counts as a token from the first valid one on."""
-    valid = (mask != 0).cummax(1).values if mask.shape[1] else mask != 0
-    return check_mask(op, valid, batch, length)
+def mask_ignored(mask: Tensor, *arguments: Any, **named: Any) -> Sequences:
+    """In place of Sequences.from_mask: every place counts as a token from the first valid one on."""
+    return honest_from_mask((mask != 0).cummax(1).values if mask.shape[1] else mask, *arguments, **named)
 
 
-check_mask = check.mask_to_cu_seqlens
+honest_from_mask = Sequences.from_mask
 
 MUTANTS = [
     Mutant("linear", linear_split_k_by_m, invariants.batch_invariant, "linear-1025x40-gelu_tanh"),
@@ -357,6 +370,7 @@ MUTANTS = [
     Mutant("attention", attention_tiles_by_position, invariants.batch_invariant, "attention-D64-H2of2-T70"),
     Mutant("attention", attention_multiplies_hidden_keys, invariants.hidden_keys, "attention-D64-H4of2-T70-causal=True"),
     Mutant("attention", attention_multiplies_hidden_keys, invariants.hidden_keys, "attention-D32-H4of1-T70-window=(7,3)"),
+    Mutant("attention", attention_queries_from_the_first_key, invariants.right, "attention-D16-H4of2-T1of70-causal=True"),
     Mutant("pool", pool_by_membership, invariants.batch_invariant, "pool-33-mean"),
     Mutant("pool", pool_by_prefix_sums, invariants.batch_invariant, "pool-33-mean"),
     Mutant("sigmoid", sigmoid_in_half, invariants.right, "sigmoid-33", torch.float16),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -41,6 +43,10 @@ def test_order_of_the_sums(backend: Backend, length: int, right: int, dtype: tor
     want = contract.dot(e, v.t(), chunk=64) / contract.row_sum(e)[:, None]
     got = attention(q[:, None], k[:, None], v[:, None], cu_seqlens=offsets((length,)), window=(-1, right), scale=0.3)
     same(got[:, 0], want.to(dtype), f"T = {length}, kernel against the contract in NumPy")
+    few = (length + 2) // 3
+    own = dict(cu_seqlens=offsets((few,)), cu_seqlens_k=offsets((length,)))
+    got = attention(q[-few:, None], k[:, None], v[:, None], **own, window=(-1, right), scale=0.3)
+    same(got[:, 0], want[-few:].to(dtype), f"the last {few} queries of T = {length} against the contract in NumPy")
 
 
 def test_grouped_heads_are_repeated_heads(backend: Backend, dtype: torch.dtype) -> None:
@@ -61,6 +67,67 @@ def test_equivalent_masks(backend: Backend, dtype: torch.dtype) -> None:
     same(attention(q, k, v, cu_seqlens=cu, window=(0, 0)), v, "a row that sees itself only is its v")
     same(causal[-1], full[-1], "the last causal row sees everything")
     same(causal[0], v[0], "the first causal row sees itself")
+
+
+PREFILL = 130
+# queries [start, stop) of a sequence over its keys up to stop: decode at and beside the chunks' bounds, and chunks of a prefill
+STEPS = ((0, 130), (0, 1), (5, 6), (62, 63), (63, 64), (64, 65), (129, 130), (3, 6), (60, 70), (64, 128))
+
+
+def steps_against_prefill(d: int = 16, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    """A query has the same bits whether it comes alone, in a chunk or with the whole sequence. The steps are the sequences of
+    one call; the whole comes first, so that no other begins where the tensor does."""
+    q, k, v = qkv(PREFILL, 4, 2, d, dtype)
+    cu, cu_k = offsets(tuple(b - a for a, b in STEPS)), offsets(tuple(b for _, b in STEPS))
+    its_q = torch.cat([q[a:b] for a, b in STEPS])
+    its_k, its_v = (torch.cat([t[:b] for _, b in STEPS]) for t in (k, v))
+    for window in ((-1, 0), (40, 0)):
+        want = attention(q, k, v, cu_seqlens=offsets((PREFILL,)), window=window, **options)
+        got = attention(its_q, its_k, its_v, cu_seqlens=cu, cu_seqlens_k=cu_k, window=window, **options)
+        for (a, b), at in zip(STEPS, cu.tolist(), strict=False):
+            same(got[at : at + b - a], want[a:b], f"queries {a}:{b} over keys 0:{b}, window {window}, against the whole")
+
+
+@pytest.mark.promise("machine-invariant")
+def test_decode_and_chunks_have_the_bits_of_the_prefill(backend: Backend, dtype: torch.dtype) -> None:
+    steps_against_prefill(16, dtype)
+
+
+def test_decode_and_chunks_on_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
+    for name in ("scalar", isa):
+        invariants.force_isa(name)
+        steps_against_prefill(72, dtype)
+
+
+def test_what_sees_no_key_is_zero(backend: Backend, dtype: torch.dtype) -> None:
+    """As in FlashAttention. Before the first key under a causal mask, or no keys at all; whatever q, k and v hold."""
+    q, k, v = qkv(12, 4, 2, dtype=dtype)
+    own = dict(cu_seqlens=offsets((5, 4, 3)), cu_seqlens_k=offsets((2, 0, 10)))
+    for junk in (0.0, NAN, INF):
+        y = attention(q, k, v, **own, causal=True)
+        blind = torch.zeros(12, dtype=torch.bool)
+        blind[[0, 1, 2, 5, 6, 7, 8]] = True
+        same(y[blind], torch.zeros_like(y[blind]), f"rows that see nothing, beside {junk}")
+        q[blind] = junk
+        assert junk != 0.0 or bool((y[~blind] != 0).all())
+        k[:2], v[:2] = junk, junk
+    assert not attention(q, k[:0], v[:0], cu_seqlens=offsets((12,)), cu_seqlens_k=offsets((0,))).any()
+    full = attention(*qkv(12, 4, 2, dtype=dtype), **own)
+    assert bool((full[:5] != 0).all()) and not full[5:9].any()
+
+
+def test_keys_of_their_own_in_padded_form(backend: Backend, dtype: torch.dtype) -> None:
+    q, k, v = (t.view(2, -1, *t.shape[1:]) for t in (qkv(6, dtype=dtype)[0], *qkv(14, dtype=dtype)[1:]))
+    both = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    want = attention(*both, cu_seqlens=offsets((3, 3)), cu_seqlens_k=offsets((7, 7)), causal=True).view(q.shape)
+    same(attention(q, k, v, causal=True), want, "no mask")
+    ones = torch.ones(2, 7, dtype=torch.bool)
+    same(attention(q, k, v, mask_k=ones, causal=True), want, "a mask of the keys, of ones")
+    ones[1, 5:] = False
+    less = attention(q[1:], k[1:, :5], v[1:, :5], causal=True)
+    got = attention(q, k, v, mask_k=ones, causal=True)
+    same(got[0], want[0], "a whole one beside a padded one")
+    same(got[1], less[0], "two padded keys")
 
 
 @pytest.mark.parametrize("length", [2, 17, 64, 65, 129, 513, 600])
@@ -189,7 +256,21 @@ def test_errors(backend: Backend) -> None:
         attention(q, q, q, cu_seqlens=cu, window=(-2, 0))
     with pytest.raises(ValueError, match=r"attention: scale must be finite and not 0 as a float32, got nan"):
         attention(q, q, q, cu_seqlens=cu, scale=NAN)
+    with pytest.raises(ValueError, match=r"attention: k must be \[6, H_kv, 8\], got \[5, 4, 8\]"):
+        attention(q, q[:5], q[:5], cu_seqlens=cu)
+    with pytest.raises(ValueError, match=r"attention: cu_seqlens_k must be ascending from 0 to 5, the number of tokens, got"):
+        attention(q, q[:5], q[:5], cu_seqlens=cu, cu_seqlens_k=cu)
+    with pytest.raises(ValueError, match=r"attention: cu_seqlens_k must be \[2\] like cu_seqlens, got \[3\]"):
+        attention(q, q[:5], q[:5], cu_seqlens=cu, cu_seqlens_k=offsets((2, 3)))
+    with pytest.raises(ValueError, match="attention: cu_seqlens_k is for packed input, whose queries need cu_seqlens"):
+        attention(q, q, q, cu_seqlens_k=cu)
     p = torch.zeros(2, 3, 4, 8)
+    with pytest.raises(ValueError, match=r"attention: mask_k must be \[B, T_k\] = \[2, 2\] beside a mask of the queries"):
+        attention(p, p[:, :2], p[:, :2], mask=torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(
+        ValueError, match=r"attention: mask_k must be bool or integer \[B, T\] = \[2, 3\].* got torch.bool \[2, 2\]"
+    ):
+        attention(p, p, p, mask_k=torch.ones(2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"attention: mask must be bool or integer \[B, T\] = \[2, 3\].* got torch.float32"):
         attention(p, p, p, mask=torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"attention: mask must be .* got torch.int64 \[3, 2\]"):

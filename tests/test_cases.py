@@ -21,10 +21,9 @@ def test_every_op_has_cases(op: str) -> None:
 
 def test_truths_are_the_ops_own(case: Case) -> None:
     rows, shared = case.make_rows(torch.float32), case.make_shared(torch.float32)
-    sequences = {"cu_seqlens": cases.offsets(case.lengths)} if case.lengths else {}
     options = {name: value for name, value in case.options.items() if name != "out_dtype"}
     wide = {name: t.double() for name, t in {**rows, **shared}.items()}
-    want = cases.TRUTHS[case.op](**wide, **options, **sequences)
+    want = cases.TRUTHS[case.op](**wide, **options, **case.sequences())
     want = (want,) if isinstance(want, torch.Tensor) else tuple(want)
     got = case.near(rows, shared, tuple(w.float() for w in want))
     for near, w in zip(got, want, strict=True):

@@ -26,6 +26,7 @@ from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import linear
 from rerank_kernels.ops.opaque import NAMESPACE, register
 from rerank_kernels.ops.pooling import pool, score_head
+from rerank_kernels.ops.sequences import Sequences
 from rerank_kernels.ops.softmax import mean, softmax, sum  # noqa: A004
 from rerank_kernels.ops.sparse_ffn import sparse_ffn
 
@@ -134,6 +135,17 @@ def test_errors_are_the_ops_own() -> None:
         compiled(lambda x, cu: pool(x, "cls", cu_seqlens=cu))(x, torch.tensor([0, 3], dtype=torch.int32))
     with pytest.raises(RuntimeError, match=r"linear: x asks for gradients and rerank_kernels is forward only"):
         compiled(lambda x, w: linear(x * 2, w), "eager")(x.requires_grad_(), w)
+
+
+def test_keys_of_their_own_and_sequences() -> None:
+    """What only the host knows of Sequences does not pass: the op inside checks their offsets once more."""
+    q, k = numbers("q", (5, 2, 16), torch.float32), numbers("k", (9, 2, 16), torch.float32)
+    cu, cu_k = cases.offsets((2, 3)), cases.offsets((4, 5))
+    want = attention(q, k, k, cu_seqlens=cu, cu_seqlens_k=cu_k, causal=True)
+    same(compiled(lambda: attention(q, k, k, cu_seqlens=cu, cu_seqlens_k=cu_k, causal=True))(), want, "compiled")
+    own, keys = Sequences.from_cu_seqlens(cu, 5), Sequences.from_cu_seqlens(cu_k, 9)
+    same(compiled(lambda: attention(q, k, k, cu_seqlens=own, cu_seqlens_k=keys, causal=True))(), want, "Sequences, compiled")
+    same(compiled(lambda: pool(q[:, 0], "mean", cu_seqlens=own))(), pool(q[:, 0], "mean", cu_seqlens=cu), "pool, compiled")
 
 
 def test_mode_is_asked_when_the_graph_runs() -> None:

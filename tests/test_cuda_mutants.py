@@ -135,6 +135,18 @@ MUTANTS = [
         DIFFER,
     ),
     Mutant(
+        "queries are the first ones of their keys, not the last",
+        Edit("attention.cuh", "shift = keys - length;", "shift = 0;"),
+        "attention-D16-H4of2-T1of70-causal=True",
+        DIFFER,
+    ),
+    Mutant(
+        "a row that sees no key divides by its sum of zero",
+        Edit("attention.cu", "if (l == 0.0f) l = 1.0f;", ""),
+        "attention-D32-H2of1-T9of70-window=(40,3)",
+        DIFFER,
+    ),
+    Mutant(
         "a hidden key is multiplied by zero",
         Edit("portable/attention.cu", "if (HIDES && __float_as_uint(e[i].v[m]) == 0x80000000u) continue;", ""),
         "attention-D64-H4of2-T70-causal=True",

@@ -133,7 +133,7 @@ def test_in_a_graph(family: str) -> None:
     for case in cases.of(family):
         rows = {n: t.cuda() for n, t in case.make_rows(torch.float32).items()}
         shared = {n: t.cuda() for n, t in case.make_shared(torch.float32).items()}
-        lengths = {"cu_seqlens": cases.offsets(case.lengths).cuda()} if case.lengths else {}
+        lengths = {n: t.cuda() for n, t in case.sequences().items()}
 
         def call(case: Case = case, arguments: dict[str, object] = {**rows, **shared, **case.options, **lengths}) -> object:  # noqa: B006
             return cases.FUNCTIONS[case.op](**arguments)

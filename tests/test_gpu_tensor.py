@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import conftest
 import invariants
 import rerank_kernels as rk
 import tensor
-from cases import Case, Tensors, numbers, offsets
+from cases import Case, Tensors, numbers
 from invariants import all_same, same
 from rerank_kernels.backend import registry
 
@@ -73,13 +73,19 @@ def moved(t: Tensor) -> Tensor:
 class OnGpu(Case):
     """A case that is computed on the GPU; what goes in and comes out is on the CPU, where invariants.py looks at it."""
 
-    def call(self, rows: Tensors, shared: Tensors, lengths: tuple[int, ...] | None = None) -> tuple[Tensor, ...]:
-        out = super().call(*({n: moved(t) for n, t in some.items()} for some in (rows, shared)), lengths)
+    def call(
+        self,
+        rows: Tensors,
+        shared: Tensors,
+        lengths: tuple[int, ...] | None = None,
+        keys: tuple[int, ...] | None = None,
+    ) -> tuple[Tensor, ...]:
+        out = super().call(*({n: moved(t) for n, t in some.items()} for some in (rows, shared)), lengths, keys)
         return tuple(t.cpu() for t in out)
 
-    def call_padded(self, rows: Tensors, shared: Tensors, mask: Tensor | None) -> tuple[Tensor, ...]:
+    def call_padded(self, rows: Tensors, shared: Tensors, masks: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         there = ({n: moved(t) for n, t in some.items()} for some in (rows, shared))
-        return tuple(t.cpu() for t in super().call_padded(*there, None if mask is None else mask.cuda()))
+        return tuple(t.cpu() for t in super().call_padded(*there, {n: t.cuda() for n, t in masks.items()}))
 
 
 def on_gpu(case: Case) -> OnGpu:
@@ -259,7 +265,7 @@ def test_200_repeats_beside_other_work(served: str, busy: OnGpu, dtype: torch.dt
 def on_device(case: Case, dtype: torch.dtype) -> tuple[Callable[[], Tensor], Tensors, Tensors]:
     """The call on tensors that stay on the GPU, offsets included, and those tensors."""
     rows, shared = ({n: moved(t) for n, t in some.items()} for some in (case.make_rows(dtype), case.make_shared(dtype)))
-    lengths = {"cu_seqlens": offsets(case.lengths).cuda()} if case.lengths else {}
+    lengths = {n: t.cuda() for n, t in case.sequences().items()}
     return lambda: cases.FUNCTIONS[case.op](**rows, **shared, **case.options, **lengths), rows, shared
 
 

@@ -15,9 +15,9 @@ import invariants
 import mutants
 from conftest import require
 from mutants import HONEST, MUTANTS, Mutant
-from rerank_kernels import check
 from rerank_kernels.backend import registry
 from rerank_kernels.backend.modes import PORTABLE
+from rerank_kernels.ops.sequences import Sequences
 
 Serve = Callable[..., None]
 
@@ -48,7 +48,7 @@ def test_mutant_is_caught(serve: Serve, mutant: Mutant) -> None:
 def test_mask_mutant_is_caught(serve: Serve, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     serve()
     invariants.padding_invariant(cases.get(case), torch.float32)
-    monkeypatch.setattr(check, "mask_to_cu_seqlens", mutants.mask_ignored)
+    monkeypatch.setattr(Sequences, "from_mask", mutants.mask_ignored)
     with pytest.raises(AssertionError):
         invariants.padding_invariant(cases.get(case), torch.float32)
 

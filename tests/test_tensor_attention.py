@@ -15,6 +15,7 @@ import torch
 import cases
 import invariants
 import rerank_kernels as rk
+import test_attention
 from cases import Case, numbers, offsets
 from conftest import ran
 from invariants import all_same, same
@@ -113,6 +114,13 @@ def test_what_a_row_sees_reaches_it_and_nothing_else() -> None:
             assert y.isnan().all()
 
 
+@pytest.mark.parametrize("d", [16, 96, 200])
+def test_decode_and_chunks_have_the_bits_of_the_prefill(d: int) -> None:
+    for way, model in [*((way, 2) for way in range(ways())), (-1, 3)]:
+        with simulated.simulated(mma=model), simulated.forced(LAUNCHER, way):
+            test_attention.steps_against_prefill(d, torch.float16, mode="tensor")
+
+
 @pytest.mark.parametrize("d", [7, 40, 64, 256])
 def test_any_stride_and_address(d: int) -> None:
     """Slices of a fused QKV, heads first in memory, rows at odd addresses: by halves instead of 16 bytes, the same bits."""
@@ -159,10 +167,13 @@ def test_many_short_sequences() -> None:
 
 def test_wrong_offsets_stay_inside() -> None:
     """Values that only the device knows: clamped, so that nothing is read or written outside."""
-    q = numbers("q", (20, 2, 16), torch.float16)
-    for wrong in ((0, 50), (-7, 20), (15, 3), (0, 2**31 - 1), (-(2**31), 20)):
-        with simulated.simulated():
-            torch.ops.rerank_kernels.attention_tensor(q, q, q, torch.tensor(wrong, dtype=torch.int32), -1, -1, 0.25)
+    q, fine = numbers("q", (20, 2, 16), torch.float16), offsets((20,))
+    for pair in ((0, 50), (-7, 20), (15, 3), (0, 2**31 - 1), (-(2**31), 20)):
+        wrong = torch.tensor(pair, dtype=torch.int32)
+        for cu, cu_k in ((wrong, None), (wrong, fine), (fine, wrong)):
+            with simulated.simulated():
+                torch.ops.rerank_kernels.attention_tensor(q, q, q, cu, cu_k, -1, 3, 0.25)
+                torch.ops.rerank_kernels.attention(q, q, q, cu, cu_k, -1, 3, 0.25)
 
 
 def test_heads_that_are_too_wide() -> None:

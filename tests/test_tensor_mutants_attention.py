@@ -18,6 +18,7 @@ import cases
 import conftest
 import invariants
 import tensor
+import test_attention
 from conftest import ran
 
 simulated = pytest.importorskip("ptxsim.simulated")
@@ -113,11 +114,26 @@ MUTANTS = [
         DIFFER,
     ),
     Mutant(
+        "tiles of keys end at the place of the block's first query, as if each call had tiles of its own",
+        Edit(
+            FILE,
+            "const auto key_of = [](int tile) { return tile * KEY_TILE; };\n"
+            "    const auto tile_of = [](int key) { return key / KEY_TILE; };",
+            "const bool first = work.k < static_cast<const T*>(a.k) + KEY_TILE * a.k_token;  // nothing lies before it\n"
+            "    const int shift = first ? 0 : KEY_TILE - 1 - work.token % KEY_TILE;\n"
+            "    const auto key_of = [=](int tile) { return tile * KEY_TILE - shift; };\n"
+            "    const auto tile_of = [=](int key) { return (key + shift) / KEY_TILE; };",
+        ),
+        CAUSAL,
+        lambda case, dtype: test_attention.steps_against_prefill(64, dtype, mode="tensor"),
+        DIFFER,
+    ),
+    Mutant(
         "behind a sequence's end its neighbour is read, and multiplied by zero",
         Edit(
             FILE,
             "work.length - int(key), D, wide",
-            "int((static_cast<const T*>(a.k) + total * a.k_token - work.k) / a.k_token - key), D, wide",
+            "int((static_cast<const T*>(a.k) + packed.total_k * a.k_token - work.k) / a.k_token - key), D, wide",
         ),
         CAUSAL,
         invariants.batch_invariant,

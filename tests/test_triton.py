@@ -20,6 +20,7 @@ import invariants
 import models
 import rerank_kernels as rk
 import tensor
+import test_attention
 from cases import Case, numbers, offsets
 from conftest import ran
 from invariants import all_same, same
@@ -109,6 +110,14 @@ def test_real_linear(m: int, k: int, n: int) -> None:
 def test_real_attention(lengths: tuple[int, ...]) -> None:
     q, k, v = (numbers(n, (sum(lengths), 12, 64), torch.float32) for n in "qkv")
     same(*both(lambda: rk.attention(q, k, v, cu_seqlens=offsets(lengths))), f"12 heads of 64, lengths {lengths}")
+
+
+def test_decode_and_chunks_have_the_bits_of_the_prefill() -> None:
+    with simulated_triton():
+        test_attention.steps_against_prefill()
+    for model in (2, 3):
+        with tensor.simulated("triton", model):
+            test_attention.steps_against_prefill(16, torch.float16, mode="tensor")
 
 
 @in_dtypes

@@ -15,10 +15,10 @@ from rich.console import Console
 import rerank_kernels as rk
 import rerank_kernels.verify as package
 from models import CORPUS, tiny, tokenizer
-from rerank_kernels import check as arguments
 from rerank_kernels.backend import registry
 from rerank_kernels.backend.modes import PORTABLE
 from rerank_kernels.models.bound import Forward
+from rerank_kernels.ops.sequences import Sequences
 from rerank_kernels.verify import VerifyReport, controls, default_pairs, fresh, verify
 from rerank_kernels.verify.measure import Session, measure
 from rerank_kernels.verify.plan import FINAL, HOME, MIXED, SETTINGS, Call, Check, Texts, build, home, plan
@@ -195,18 +195,18 @@ def test_a_kernel_that_leaks_between_rows_is_caught(monkeypatch) -> None:
 
 def test_a_forward_that_reads_padding_is_caught(monkeypatch) -> None:
     """The mask is only ever right up to the next multiple of 4."""
-    true = arguments.mask_to_cu_seqlens
+    true = Sequences.from_mask
 
-    def blurred(op, mask, batch, length):
+    def blurred(mask, *shape, **named):
         wide = mask.clone()
         for row in wide:
             n = int(row.sum())
             if not row[-1]:
                 row[: n + (-n) % 4] = True
-        return true(op, wide, batch, length)
+        return true(wide, *shape, **named)
 
     model, own = cross_encoder()
-    monkeypatch.setattr(arguments, "mask_to_cu_seqlens", blurred)
+    monkeypatch.setattr(Sequences, "from_mask", blurred)
     report = run(model, own)
     assert {"padding length", "padding value"} <= fallen(report)
     assert "repeat" not in fallen(report) and "position" not in fallen(report)

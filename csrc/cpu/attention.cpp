@@ -1,7 +1,7 @@
-// attention.cpp: packed self-attention on the CPU, bidirectional or windowed (causal is a window), grouped heads.
+// attention.cpp: packed attention on the CPU, bidirectional or windowed (causal is a window), grouped heads.
 //
 // For each query row: s_j = dot(q, k_j) * scale; max exact; e_j = exp(s_j - max); l = row_sum(e), lane j mod 32;
-// out = dot(e, v) / l over keys, in chunks of 64. j counts from the sequence's own first token (NUMERICS.md, "attention").
+// out = dot(e, v) / l over keys, in chunks of 64. j counts from the sequence's own first key (NUMERICS.md, "attention").
 // Rows go in tiles of TILE_ROWS through the same dot tiles as linear; the scores of a tile stay in the caches.
 
 #ifndef RK_ISA
@@ -11,42 +11,49 @@
 
 namespace rk {
 
-static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, int64_t left,
-                        int64_t right, double scale) {
+static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
+                        const std::optional<Tensor>& cu_seqlens_k, int64_t left, int64_t right, double scale) {
     const int64_t H = q.size(1), D = q.size(2), H_kv = k.size(1), B = cu_seqlens.size(0) - 1;
     Tensor out = empty(q, {q.size(0), H, D}, q.scalar_type());
     const int32_t* cu = checked_offsets(cu_seqlens, q.size(0), "attention");
-    const AttentionArgs args{q.const_data_ptr(),
-                             k.const_data_ptr(),
-                             v.const_data_ptr(),
-                             q.stride(0),
-                             q.stride(1),
-                             k.stride(0),
-                             k.stride(1),
-                             v.stride(0),
-                             v.stride(1),
-                             dtype_of(q, "attention", "q"),
-                             out.mutable_data_ptr(),
-                             H,
-                             H_kv,
-                             D,
-                             left,
-                             right,
-                             float(scale)};
+    const int32_t* cu_k = cu;
+    if (cu_seqlens_k) {
+        cu_k = checked_offsets(*cu_seqlens_k, k.size(0), "attention");
+        RK_CHECK(cu_seqlens_k->size(0) == B + 1, "attention", "cu_seqlens_k must have as many sequences as cu_seqlens");
+    }
+    RK_CHECK(k.size(0) == cu_k[B] && v.size(0) == cu_k[B], "attention",
+             "k and v must have as many tokens as their offsets say");
+    const AttentionArgs args{.q = q.const_data_ptr(),
+                             .k = k.const_data_ptr(),
+                             .v = v.const_data_ptr(),
+                             .q_token = q.stride(0),
+                             .q_head = q.stride(1),
+                             .k_token = k.stride(0),
+                             .k_head = k.stride(1),
+                             .v_token = v.stride(0),
+                             .v_head = v.stride(1),
+                             .dtype = dtype_of(q, "attention", "q"),
+                             .out = out.mutable_data_ptr(),
+                             .H = H,
+                             .H_kv = H_kv,
+                             .D = D,
+                             .left = left,
+                             .right = right,
+                             .scale = float(scale)};
     for_each_task(B * H_kv, [&](int64_t task) {
-        const int64_t b = task / H_kv, first = cu[b], length = cu[b + 1] - first;
-        if (length == 0) return;
-        const int64_t keys = ceil_div(length, PANEL) * PANEL, width = ceil_div(D, PANEL) * PANEL;
+        const int64_t b = task / H_kv, T_q = cu[b + 1] - cu[b], T_k = cu_k[b + 1] - cu_k[b];
+        if (T_q == 0) return;
+        const int64_t keys = ceil_div(T_k, PANEL) * PANEL, width = ceil_div(D, PANEL) * PANEL;
         float* memory = scratch(size_t(2 * keys * width + 16 * (keys + 2 * width + PANEL)));
-        RK_CALL(attend, args, first, length, task % H_kv, memory);
+        RK_CALL(attend, args, cu[b], T_q, cu_k[b], T_k, task % H_kv, memory);
     });
     return out;
 }
 
 // clang-format off
 RK_OPS(m) {
-    m.op("attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int left, int right, float scale) -> Tensor", TORCH_BOX(&attention));
-    m.op("attention_tensor(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int left, int right, float scale) -> Tensor");
+    m.op("attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k, int left, int right, float scale) -> Tensor", TORCH_BOX(&attention));
+    m.op("attention_tensor(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k, int left, int right, float scale) -> Tensor");
 }
 // clang-format on
 
@@ -102,51 +109,65 @@ RK_INLINE bool lay_values(const AttentionArgs& a, int64_t first, int64_t length,
     return finite;
 }
 
-// One sequence and one key head, with every query head of its group.
-static void attend(const AttentionArgs& a, int64_t first, int64_t length, int64_t kv_head, float* memory) {
-    const int64_t keys = (length + PANEL - 1) / PANEL * PANEL, width = (a.D + PANEL - 1) / PANEL * PANEL;
+// One sequence and one key head, with every query head of its group. The sequence's queries are rows [q_first, q_first + T_q),
+// its keys and values rows [k_first, k_first + T_k).
+static void attend(const AttentionArgs& a, int64_t q_first, int64_t T_q, int64_t k_first, int64_t T_k, int64_t kv_head,
+                   float* memory) {
+    const int64_t group = a.H / a.H_kv;
+    // Query i stands at place i + shift among the keys. The first `blind` queries stand before every key that they may see.
+    const int64_t shift = T_k - T_q, before = a.right < 0 ? 0 : -shift - a.right;
+    const int64_t blind = T_k == 0 ? T_q : before < 0 ? 0 : before < T_q ? before : T_q;
+    for (int64_t i = 0; i < blind; ++i) {
+        const int64_t at = (q_first + i) * a.H + kv_head * group, size = a.D * bytes_of(a.dtype);
+        __builtin_memset(static_cast<char*>(a.out) + at * size, 0, size_t(group * size));
+    }
+    if (blind == T_q) return;
+
+    const int64_t keys = (T_k + PANEL - 1) / PANEL * PANEL, width = (a.D + PANEL - 1) / PANEL * PANEL;
     float* keys_laid = memory;
     float* values_laid = keys_laid + keys * a.D;
     const int64_t lds = keys + ROW_GAP;          // as in gemm.h: not a multiple of 4096 bytes
     float* scores = values_laid + keys * width;  // [TILE_ROWS][lds]
     float* q_rows = scores + TILE_ROWS * lds;    // [TILE_ROWS][D]
     float* sums = q_rows + TILE_ROWS * width;    // [TILE_ROWS][PANEL]
-    if (a.dtype == Dtype::F32) lay_keys<float>(a, first, length, kv_head, keys_laid);
-    else if (a.dtype == Dtype::F16) lay_keys<f16>(a, first, length, kv_head, keys_laid);
-    else lay_keys<bf16>(a, first, length, kv_head, keys_laid);
-    const bool finite = lay_values(a, first, length, kv_head, values_laid);
+    if (a.dtype == Dtype::F32) lay_keys<float>(a, k_first, T_k, kv_head, keys_laid);
+    else if (a.dtype == Dtype::F16) lay_keys<f16>(a, k_first, T_k, kv_head, keys_laid);
+    else lay_keys<bf16>(a, k_first, T_k, kv_head, keys_laid);
+    const bool finite = lay_values(a, k_first, T_k, kv_head, values_laid);
     const bool windowed = a.left >= 0 || a.right >= 0;
     // A masked key has e = +0 and fma(+0, v, s) = s for finite v. If some v is not finite, rows go one by one over exactly
     // the keys that they see, so that nothing masked is ever multiplied.
     const int64_t step = windowed && !finite ? 1 : TILE_ROWS;
 
-    for (int64_t head = kv_head * (a.H / a.H_kv); head < (kv_head + 1) * (a.H / a.H_kv); ++head)
-        for (int64_t i0 = 0; i0 < length; i0 += step) {
-            const int rows = int(length - i0 < step ? length - i0 : step);
-            prefetch_tokens(a, a.q, a.q_token, first * a.q_token + head * a.q_head, i0 + rows, step, length);
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
+        for (int64_t i0 = blind; i0 < T_q; i0 += step) {
+            const int rows = int(T_q - i0 < step ? T_q - i0 : step);
+            prefetch_tokens(a, a.q, a.q_token, q_first * a.q_token + head * a.q_head, i0 + rows, step, T_q);
             for (int r = 0; r < rows; ++r)
-                widen(a.dtype, a.q, (first + i0 + r) * a.q_token + head * a.q_head, a.D, q_rows + r * a.D);
-            const auto begin = [&](int64_t i) { return a.left >= 0 && i > a.left ? i - a.left : 0; };
-            const auto end = [&](int64_t i) { return a.right >= 0 && a.right < length - 1 - i ? i + a.right + 1 : length; };
-            const int64_t key_begin = begin(i0), key_end = end(i0 + rows - 1);
+                widen(a.dtype, a.q, (q_first + i0 + r) * a.q_token + head * a.q_head, a.D, q_rows + r * a.D);
+            // the keys that the query at a place sees
+            const auto begin = [&](int64_t at) { return a.left >= 0 && at > a.left ? at - a.left : 0; };
+            const auto end = [&](int64_t at) { return a.right >= 0 && a.right < T_k - 1 - at ? at + a.right + 1 : T_k; };
+            const int64_t place = i0 + shift, key_begin = begin(place), key_end = end(place + rows - 1);
 
             for (int64_t p = key_begin / PANEL; p * PANEL < key_end; ++p)
                 dot_panel<CHUNK>(rows, q_rows, a.D, keys_laid + p * a.D * PANEL, 0, a.D, scores + p * PANEL, lds, PANEL, true);
+            // Here a score is its dot alone: a term that depends on the places of query and key would be added here, to
+            // score * scale, and the scale below be 1.
             float total[TILE_ROWS];
             for (int r = 0; r < rows; ++r) {
                 float* s = scores + r * lds;
-                const int64_t b = begin(i0 + r), e = end(i0 + r);
+                const int64_t b = begin(place + r), e = end(place + r);
                 total[r] = exp_and_sum(s, s, b, e, a.scale);
                 for (int64_t j = key_begin; j < b / PANEL * PANEL; ++j) s[j] = 0.0f;
                 for (int64_t j = (e + PANEL - 1) / PANEL * PANEL; j < key_end; ++j) s[j] = 0.0f;
             }
             for (int64_t d0 = 0; d0 < a.D; d0 += PANEL) {
                 const int columns = int(a.D - d0 < PANEL ? a.D - d0 : PANEL);
-                dot_panel<KEY_TILE>(rows, scores, lds, values_laid + d0 * length, key_begin, key_end, sums, PANEL, columns,
-                                    true);
+                dot_panel<KEY_TILE>(rows, scores, lds, values_laid + d0 * T_k, key_begin, key_end, sums, PANEL, columns, true);
                 for (int r = 0; r < rows; ++r)
                     for (int c = 0; c < columns; c += W) {
-                        const int64_t at = ((first + i0 + r) * a.H + head) * a.D + d0 + c;
+                        const int64_t at = ((q_first + i0 + r) * a.H + head) * a.D + d0 + c;
                         store_some_as(a.dtype, a.out, at, load(sums + r * PANEL + c) / all(total[r]), columns - c);
                     }
             }

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include "device.cuh"
+#include "kernels.h"
 
 namespace rk {
 
@@ -14,23 +15,24 @@ namespace rk {
 constexpr int WORK = 128;
 template <class T>
 struct Work {
-    const T *q, *k, *v;  // of the sequence's first token and the group's first head
+    const T *k, *v;  // of the sequence's first key and the group's first head
+    const T* q;      // where the query at that key's place would be
     T* out;
     int64_t q_token, q_head, k_token, v_token, out_token;
     int64_t left, right;
     unsigned group;  // query heads to a key head
-    int length;      // of the sequence
-    int token;       // of row 0
+    int length;      // of the sequence's keys
+    int token;       // of row 0: its place among the keys, below 0 if there are more queries than keys
     unsigned head;   // of row 0, within the group
     int rows;        // that exist; 0: nothing to do
     float scale;
 
     __device__ __forceinline__ int token_of(int r) const { return token + int((head + r) / group); }
     __device__ __forceinline__ unsigned head_of(int r) const { return (head + r) % group; }
-    // the keys that token i sees
+    // the keys that token i sees; end is 0 where it sees none
     __device__ __forceinline__ int begin(int i) const { return left >= 0 && i > left ? i - int(left) : 0; }
     __device__ __forceinline__ int end(int i) const {
-        return right >= 0 && right < length - 1 - i ? i + int(right) + 1 : length;
+        return right >= 0 && right < length - 1 - i ? max(i + int(right) + 1, 0) : length;
     }
 };
 
@@ -39,17 +41,17 @@ struct Work {
 // Offsets are clamped: wrong ones lead to wrong rows, never outside the arrays.
 constexpr int FOR_A_LANE = 8;
 template <class T>
-__device__ __forceinline__ void find_work(const AttentionArgs& a, const int32_t* cu_seqlens, int64_t B, int64_t total,
-                                          int64_t kv_head, int rows, Work<T>& work) {
+__device__ __forceinline__ void find_work(const AttentionArgs& a, const PackedArgs& packed, int64_t kv_head, int rows,
+                                          Work<T>& work) {
     const int lane = threadIdx.x, log_rows = 31 - __clz(rows);
-    const int64_t group = a.H / a.H_kv;
-    int64_t wanted = blockIdx.x, begin = 0, length = 0, tile = 0;
+    const int64_t group = a.H / a.H_kv, B = packed.B, total = packed.total;
+    int64_t wanted = blockIdx.x, begin = 0, length = 0, tile = 0, b = 0;
     bool mine = false;
     for (int64_t b0 = 0; b0 < B; b0 += LANES * FOR_A_LANE) {
         const int64_t first = b0 + lane * FOR_A_LANE;
         int64_t at[FOR_A_LANE + 1], tiles = 0;
 #pragma unroll
-        for (int i = 0; i <= FOR_A_LANE; ++i) at[i] = first + i <= B ? int64_t(cu_seqlens[first + i]) : 0;
+        for (int i = 0; i <= FOR_A_LANE; ++i) at[i] = first + i <= B ? int64_t(packed.cu_seqlens[first + i]) : 0;
 #pragma unroll
         for (int i = 0; i < FOR_A_LANE; ++i) {
             at[i] = min(max(at[i], int64_t(0)), total);
@@ -70,6 +72,7 @@ __device__ __forceinline__ void find_work(const AttentionArgs& a, const int32_t*
                 if (tile >= 0 && tile < its) {
                     begin = at[i];
                     length = n;
+                    b = first + i;
                     wanted = its - 1 - tile;  // the last tile first: under a causal mask it has the most to do
                 }
                 tile -= its;
@@ -81,11 +84,16 @@ __device__ __forceinline__ void find_work(const AttentionArgs& a, const int32_t*
     if (lane == 0) work.rows = 0;
     __syncwarp();
     if (!mine) return;
-    const int64_t row = wanted * rows;
-    work.q = static_cast<const T*>(a.q) + begin * a.q_token + kv_head * group * a.q_head;
-    work.k = static_cast<const T*>(a.k) + begin * a.k_token + kv_head * a.k_head;
-    work.v = static_cast<const T*>(a.v) + begin * a.v_token + kv_head * a.v_head;
-    work.out = static_cast<T*>(a.out) + (begin * a.H + kv_head * group) * a.D;
+    const auto clamped = [&](int64_t t) { return min(max(t, int64_t(0)), packed.total_k); };
+    const int64_t k_begin = clamped(packed.cu_seqlens_k[b]),
+                  keys = max(clamped(packed.cu_seqlens_k[b + 1]) - k_begin, int64_t(0));
+    // The queries are the last ones of their keys. Counted from the first key's place, here and in all pointers to queries and
+    // outputs, they need no other count than keys.
+    const int64_t row = wanted * rows, shift = keys - length;
+    work.q = static_cast<const T*>(a.q) + (begin - shift) * a.q_token + kv_head * group * a.q_head;
+    work.k = static_cast<const T*>(a.k) + k_begin * a.k_token + kv_head * a.k_head;
+    work.v = static_cast<const T*>(a.v) + k_begin * a.v_token + kv_head * a.v_head;
+    work.out = static_cast<T*>(a.out) + ((begin - shift) * a.H + kv_head * group) * a.D;
     work.q_token = a.q_token;
     work.q_head = a.q_head;
     work.k_token = a.k_token;
@@ -94,8 +102,8 @@ __device__ __forceinline__ void find_work(const AttentionArgs& a, const int32_t*
     work.left = a.left;
     work.right = a.right;
     work.group = unsigned(group);
-    work.length = int(length);
-    work.token = int(row / group);
+    work.length = int(keys);
+    work.token = int(row / group + shift);
     work.head = unsigned(row % group);
     work.rows = int(min(int64_t(rows), length * group - row));
     work.scale = a.scale;

@@ -31,9 +31,15 @@ void linear(const char* op, const LinearArgs& args, int64_t batches, float* work
 // mode tensor: x and weight are half precision, both of one dtype
 void linear_tensor(const char* op, const LinearArgs& args, int64_t batches, Stream stream);
 
-// ---- attention: cu_seqlens int32 [B + 1] on the device; its values are not known here
-void attention(const AttentionArgs& args, const int32_t* cu_seqlens, int64_t B, int64_t total, Stream stream);
+// ---- attention
+// The offsets of B sequences, int32 [B + 1] on the device; their values are not known here. In self-attention both are one.
+struct PackedArgs {
+    const int32_t* cu_seqlens;    // of the queries, total in all
+    const int32_t* cu_seqlens_k;  // of the keys, total_k in all
+    int64_t B, total, total_k;
+};
+void attention(const AttentionArgs& args, const PackedArgs& packed, Stream stream);
 // mode "tensor": float16 or bfloat16, D <= 256
-void attention_tensor(const AttentionArgs& args, const int32_t* cu_seqlens, int64_t B, int64_t total, Stream stream);
+void attention_tensor(const AttentionArgs& args, const PackedArgs& packed, Stream stream);
 
 }  // namespace rk

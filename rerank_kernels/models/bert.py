@@ -21,6 +21,7 @@ from rerank_kernels.models.packing import Table, dense, lookup, norm, pack, posi
 from rerank_kernels.models.served import Served
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.pooling import pool
+from rerank_kernels.ops.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,11 @@ def encoder_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
 
     ready(m)
     batch = pack(m, _table(m), args, kwargs)
-    x, pooled = _encode(m, batch.words, batch.types, batch.positions, batch.cu, batch.states), None
+    x, pooled = _encode(m, batch.words, batch.types, batch.positions, batch.sequences, batch.states), None
     if m.pooler is not None:
-        pooled = dense(m.pooler.dense, pool(x, "cls", cu_seqlens=batch.cu), "tanh")
-    return batch.output(BaseModelOutputWithPoolingAndCrossAttentions, last_hidden_state=batch.scatter(x), pooler_output=pooled)
+        pooled = dense(m.pooler.dense, pool(x, "cls", cu_seqlens=batch.sequences), "tanh")
+    states = batch.sequences.unpack(x)
+    return batch.output(BaseModelOutputWithPoolingAndCrossAttentions, last_hidden_state=states, pooler_output=pooled)
 
 
 def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
@@ -68,20 +70,18 @@ def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     ready(m)
     encoder = _enter_encoder(m)
     batch = pack(m, _table(encoder), args, kwargs)
-    x = _encode(encoder, batch.words, batch.types, batch.positions, batch.cu, batch.states)
-    return batch.output(SequenceClassifierOutput, logits=_head(m)(x, batch.cu).logit)
+    x = _encode(encoder, batch.words, batch.types, batch.positions, batch.sequences, batch.states)
+    return batch.output(SequenceClassifierOutput, logits=_head(m)(x, batch.sequences).logit)
 
 
-def packed_forward(m: Any, ids: Tensor, cu: Tensor, types: Tensor | None) -> Tensor:
+def packed_forward(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None) -> Tensor:
     """[total, D] of encoder or classifier m: ids and types [total], no padding."""
     encoder = _enter_encoder(m) if _is_classifier(m) else m
     op = class_of(encoder)
-    check.shape(op, "ids", ids, "total")
-    cu = check.cu_seqlens(op, cu, ids.shape[0], ids.device)
     if types is not None:
         check.shape(op, "token_types", types, ids.shape[0])
     table = _table(encoder)
-    return _encode(encoder, lookup(op, "ids", ids, table.words), types, positions_of(table, cu, ids.shape[0]), cu, None)
+    return _encode(encoder, lookup(op, "ids", ids, table.words), types, positions_of(table, sequences), sequences, None)
 
 
 def max_tokens(m: Any) -> int:
@@ -125,7 +125,12 @@ def _enter_encoder(m: Any) -> Any:
 
 
 def _encode(
-    encoder: Any, words: Tensor, types: Tensor | None, positions: Tensor, cu: Tensor, states: list[Tensor] | None
+    encoder: Any,
+    words: Tensor,
+    types: Tensor | None,
+    positions: Tensor,
+    sequences: Sequences,
+    states: list[Tensor] | None,
 ) -> Tensor:
     """[total, D] through the embedding and all layers; appends the embedding's and each layer's output to `states`."""
     op, e = class_of(encoder), encoder.embeddings
@@ -137,7 +142,7 @@ def _encode(
     if states is not None:
         states.append(x)
     for layer in encoder.encoder.layer:
-        x = _layer(layer, x, cu)
+        x = _layer(layer, x, sequences)
         if states is not None:
             states.append(x)
     return x
@@ -148,12 +153,12 @@ def _encode(
 TOKENS_AT_ONCE = 1024
 
 
-def _layer(layer: Any, x: Tensor, cu: Tensor) -> Tensor:
+def _layer(layer: Any, x: Tensor, sequences: Sequences) -> Tensor:
     """Post-norm: the residual is added inside layer_norm, where the sum stays float32."""
     own, after, up, down = layer.attention.self, layer.attention.output, layer.intermediate, layer.output
     heads = (x.shape[0], own.num_attention_heads, own.attention_head_size)
     q, k, v = (dense(p, x).view(heads) for p in (own.query, own.key, own.value))
-    a = attention(q, k, v, cu_seqlens=cu).flatten(1)
+    a = attention(q, k, v, cu_seqlens=sequences).flatten(1)
     x = norm(after.LayerNorm, dense(after.dense, a), x)
     parts = x.split(TOKENS_AT_ONCE) if x.device.type == "cpu" and x.shape[0] > TOKENS_AT_ONCE else (x,)
     act = activation_of(up.intermediate_act_fn)

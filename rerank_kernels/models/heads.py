@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rerank_kernels.models.packing import as_patched
 from rerank_kernels.ops.norm import normalize
 from rerank_kernels.ops.pooling import HeadOutput, pool, score_head
+from rerank_kernels.ops.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,12 @@ class ClassificationHead:
     activation: str = "tanh"
     pooling: str = "cls"
 
-    def __call__(self, x: Tensor, cu_seqlens: Tensor) -> HeadOutput:
+    def __call__(self, x: Tensor, sequences: Sequences) -> HeadOutput:
         """[total, D] -> float32 [B, L] each: logit, score, complement."""
         as_patched(self.dense, nn.Linear)
         as_patched(self.out, nn.Linear)
         return score_head(
-            pool(x, self.pooling, cu_seqlens=cu_seqlens),
+            pool(x, self.pooling, cu_seqlens=sequences),
             self.out.weight,
             self.out.bias,
             dense_weight=self.dense.weight,
@@ -35,7 +36,7 @@ class ClassificationHead:
         )
 
 
-def embedding(x: Tensor, cu_seqlens: Tensor, pooling: str, normalise: bool) -> Tensor:
+def embedding(x: Tensor, sequences: Sequences, pooling: str, normalise: bool) -> Tensor:
     """[total, D] -> float32 [B, D]: the mean over tokens, or the first, then x / max(|x|, 1e-12) if `normalise`."""
-    y = pool(x, pooling, cu_seqlens=cu_seqlens, out_dtype=torch.float32)
+    y = pool(x, pooling, cu_seqlens=sequences, out_dtype=torch.float32)
     return normalize(y) if normalise else y

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import warnings
 from typing import Any, NamedTuple, NoReturn
 
@@ -21,6 +20,7 @@ from rerank_kernels.errors import PatchError
 from rerank_kernels.models.bound import class_of, hooked
 from rerank_kernels.ops.linear import linear
 from rerank_kernels.ops.norm import layer_norm
+from rerank_kernels.ops.sequences import Sequences
 
 _NO_CROSS, _WHOLE = "there is no cross-attention in a reranker's encoder", "an encoder sees the whole sequence at once"
 REFUSED = {
@@ -34,24 +34,17 @@ REFUSED = {
 
 
 class Batch(NamedTuple):
-    """The valid tokens of a batch, packed: [total] each, place being the one in [B * T]; and what the caller asked for."""
+    """The valid tokens of a batch, packed: [total] each; and what the caller asked for."""
 
     words: Tensor  # [total, D], word embeddings
     types: Tensor | None
     positions: Tensor
-    cu: Tensor  # [B + 1]
-    place: Tensor
-    shape: tuple[int, int]
+    sequences: Sequences  # made once, for all layers and the head
     states: list[Tensor] | None  # packed hidden states, collected if output_hidden_states
     as_dict: bool
 
-    def scatter(self, x: Tensor) -> Tensor:
-        """[total, D] -> [B, T, D], 0 at padding."""
-        b, t = self.shape
-        return x.new_zeros(b * t, x.shape[1]).index_copy_(0, self.place, x).view(b, t, -1)
-
     def output(self, cls: Any, **fields: Any) -> Any:
-        states = None if self.states is None else tuple(self.scatter(x) for x in self.states)
+        states = None if self.states is None else tuple(self.sequences.unpack(x) for x in self.states)
         out = cls(hidden_states=states, **fields)
         return out if self.as_dict else out.to_tuple()
 
@@ -136,22 +129,22 @@ def pack(m: Any, table: Table, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     # 0 for tokens and -10000 for padding: `!= 0` would turn it around
     if mask.dtype != torch.bool and mask.numel() and mask.min() < 0:
         check.fail(op, "attention_mask", "nonzero where a token is", "negative values", "additive masks are not served")
-    place, cu = check.mask_to_cu_seqlens(op, mask != 0, b, t)
+    sequences = Sequences.from_mask(mask != 0, (b, t), op=op)
 
     def packed(name: str, x: Tensor | None) -> Tensor | None:
         if x is not None:
             check.shape(op, name, x, 1 if x.shape[0] == 1 else b, t)
-            x = x.expand(b, t).reshape(-1).index_select(0, place)
+            x = sequences.pack(x.expand(b, t))
         return x
 
     if ids is None:
-        words = embeds.reshape(b * t, -1).index_select(0, place)
+        words = sequences.pack(embeds)
     else:
-        words = lookup(op, "input_ids", ids.reshape(-1).index_select(0, place), table.words)
+        words = lookup(op, "input_ids", sequences.pack(ids), table.words)
     own = packed("position_ids", positions)
     if own is None:
-        own = positions_of(table, cu, place.numel())
-    return Batch(words, packed("token_type_ids", types), own, cu, place, (b, t), states, as_dict)
+        own = positions_of(table, sequences)
+    return Batch(words, packed("token_type_ids", types), own, sequences, states, as_dict)
 
 
 @functools.cache
@@ -169,7 +162,7 @@ def _warn_of_pads(op: str, ids: Tensor | None, pad: int | None) -> None:
         )
 
 
-def positions_of(table: Table, cu: Tensor, total: int) -> Tensor:
+def positions_of(table: Table, sequences: Sequences) -> Tensor:
     """[total]: counted over a sequence's valid tokens, from the table's first position.
 
     Stock RoBERTa counts tokens that differ from the pad id instead. The two agree except for a pad id that the mask keeps:
@@ -177,14 +170,11 @@ def positions_of(table: Table, cu: Tensor, total: int) -> Tensor:
     """
     op, first, limit = class_of(table.encoder), table.first, table.limit
     # One look, on a GPU too: there wrong offsets would end in an assertion that takes the process's context with it.
-    offsets = cu.tolist()
-    if offsets[0] != 0 or offsets[-1] != total or offsets != sorted(offsets):
-        check.fail(op, "cu_seqlens", f"ascending from 0 to {total}, the number of tokens", offsets[:8])
-    longest = max((end - begin for begin, end in itertools.pairwise(offsets)), default=0)
+    longest, cu, total = sequences.longest, sequences.cu_seqlens, sequences.total
     if longest > limit:
         wanted = f"at most {limit} tokens a sequence, for config.max_position_embeddings = {limit + first}"
         check.fail(op, "input_ids", wanted, longest, f"tokenise with truncation=True, max_length={limit}")
-    if len(offsets) == 2:
+    if sequences.count == 1:
         return torch.arange(first, first + total, device=cu.device)
     start = torch.repeat_interleave(cu[:-1].long(), (cu[1:] - cu[:-1]).long(), output_size=total)
     return torch.arange(first, first + total, device=cu.device) - start

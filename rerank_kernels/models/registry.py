@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rerank_kernels import check
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import bert, leaves, sentence
 from rerank_kernels.models.bound import Forward, class_of, hooked, name_of
@@ -19,6 +20,7 @@ from rerank_kernels.models.heads import embedding
 from rerank_kernels.models.packing import ready, refuse_hooks
 from rerank_kernels.models.served import Served
 from rerank_kernels.ops.pooling import HeadOutput
+from rerank_kernels.ops.sequences import Sequences
 
 # Whole models: an encoder, or a classifier around one.
 ENCODERS: dict[str, Served] = bert.served()
@@ -64,7 +66,8 @@ def packed_logits(model: nn.Module, ids: Tensor, cu_seqlens: Tensor, token_types
     served = _served(model, True)
     with _entered(model):
         assert served.head is not None
-        return served.head(model)(served.packed(model, ids, cu_seqlens, token_types), cu_seqlens)
+        sequences = _sequences(model, ids, cu_seqlens)
+        return served.head(model)(served.packed(model, ids, sequences, token_types), sequences)
 
 
 def packed_embeddings(
@@ -79,12 +82,20 @@ def packed_embeddings(
     """Embeddings, float32 [B, D], of a patched encoder; heads.embedding says what they are."""
     served = _served(model, False)
     with _entered(model):
-        return embedding(served.packed(model, ids, cu_seqlens, token_types), cu_seqlens, pooling, normalise)
+        sequences = _sequences(model, ids, cu_seqlens)
+        return embedding(served.packed(model, ids, sequences, token_types), sequences, pooling, normalise)
 
 
 def max_tokens(model: nn.Module) -> int:
     """The longest sequence that a served model takes."""
     return ENCODERS[name_of(model)].max_tokens(model)
+
+
+def _sequences(model: Any, ids: Tensor, cu_seqlens: Tensor) -> Sequences:
+    """Checked here, and by nobody further down."""
+    op = class_of(model.base_model)
+    check.shape(op, "ids", ids, "total")
+    return Sequences.from_cu_seqlens(cu_seqlens, ids.shape[0], ids.device, op=op)
 
 
 def _served(model: nn.Module, classifies: bool) -> Served:

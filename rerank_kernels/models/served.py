@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from rerank_kernels.models.heads import ClassificationHead
+from rerank_kernels.ops.sequences import Sequences
 
 
 @dataclass(frozen=True)
 class Served:
     forward: Callable[..., Any]  # the module and the arguments of its stock forward -> its stock output
     problem: Callable[[Any], str | None]  # the module -> why it cannot be served, None if it can
-    packed: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]  # (module, ids, cu_seqlens, token types) -> [total, D]
+    packed: Callable[[Any, Tensor, Sequences, Tensor | None], Tensor]  # (module, ids, sequences, token types) -> [total, D]
     max_tokens: Callable[[Any], int]  # the module -> the longest sequence it takes
     head: Callable[[Any], ClassificationHead] | None = None  # the module -> its head; None: an encoder alone

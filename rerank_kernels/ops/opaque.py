@@ -17,6 +17,8 @@ from typing import Any, ParamSpec, TypeVar, get_type_hints
 
 import torch
 
+from rerank_kernels.ops.sequences import as_tensor
+
 NAMESPACE = "rerank_kernels_compiled"
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -89,7 +91,8 @@ def opaque(
             if torch.compiler.is_compiling():
                 register(name)
                 op = getattr(getattr(torch.ops, NAMESPACE), name)
-                out = op(*args, **kwargs) if arguments is None else op(*arguments(*args, **kwargs))
+                given = {n: as_tensor(value) for n, value in kwargs.items()}
+                out = op(*args, **given) if arguments is None else op(*arguments(*args, **given))
                 return out if result is None else result(*out)
             return function(*args, **kwargs)
 

@@ -16,6 +16,7 @@ from rerank_kernels import check
 from rerank_kernels.backend import registry
 from rerank_kernels.ops.linear import ACTIVATIONS, linear_truth
 from rerank_kernels.ops.opaque import opaque
+from rerank_kernels.ops.sequences import Sequences, taken
 
 POOL_MODES = ("cls", "mean")
 
@@ -50,13 +51,14 @@ def pool(
     x: Tensor,
     mode: str,
     *,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Sequences | None = None,
     mask: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """One vector a sequence: its first token ("cls") or the mean over its tokens ("mean").
 
-    x: [total, D] with cu_seqlens [B + 1], or [B, T, D] with an optional mask [B, T]. Returns [B, D] in out_dtype (x.dtype).
+    x: [total, D] with cu_seqlens [B + 1] or Sequences, or [B, T, D] with an optional mask [B, T]. Returns [B, D] in out_dtype
+    (x.dtype).
     The mean is one ascending chain per feature over valid tokens, divided by their number. A sequence of no tokens gives 0.
     """
     check.floating("pool", x=x)
@@ -67,18 +69,17 @@ def pool(
         raise ValueError("pool: cu_seqlens and mask exclude each other; cu_seqlens is for packed, mask for padded input")
     if cu_seqlens is not None:
         check.shape("pool", "x", x, "total", "D")
-        cu = check.cu_seqlens("pool", cu_seqlens, x.shape[0], x.device)
+        cu = taken("pool", "cu_seqlens", cu_seqlens, x.shape[0], x.device)
         rows = x
     else:
         check.shape("pool", "x", x, "B", "T", "D")
         b, t = x.shape[:2]
-        rows = x.reshape(b * t, x.shape[2])
         if mask is None:
-            cu = torch.arange(b + 1, dtype=torch.int32, device=x.device) * t
+            sequences = Sequences.of_equal_length(b, t, x.device)
         else:
             check.on_device("pool", "mask", mask, "x", x.device)
-            index, cu = check.mask_to_cu_seqlens("pool", mask, b, t)
-            rows = rows.index_select(0, index)
+            sequences = Sequences.from_mask(mask, (b, t), op="pool")
+        rows, cu = sequences.pack(x), sequences.cu_seqlens
     return registry.select("pool", x.device)(rows.contiguous(), cu, mode, out_dtype)
 
 

@@ -1,7 +1,7 @@
-// attention.cu: packed self-attention, bidirectional or windowed (causal is a window), grouped heads, any head size and length.
+// attention.cu: packed attention, bidirectional or windowed (causal is a window), grouped heads, any head size and length.
 //
 // For each query row: s_j = dot(q, k_j) * scale; max exact; e_j = exp(s_j - max); l = row_sum(e), lane j mod 32;
-// out = sum(e_j v_j) / l, one chain per tile of 64 keys, tiles ascending. j counts from the sequence's own first token
+// out = sum(e_j v_j) / l, one chain per tile of 64 keys, tiles ascending. j counts from the sequence's own first key
 // (NUMERICS.md, "attention"). Nothing here splits a chain: warps and threads split rows, keys' scores and output columns.
 //
 // A row here is a (token, query head) pair: the query heads of one key head lie side by side, token by token, so that they
@@ -135,8 +135,7 @@ __device__ __forceinline__ void add_values(const float* weights, const T* values
 }
 
 template <class T>
-__global__ void __launch_bounds__(MOST_WARPS * 32, 2)
-    attention_rows(AttentionArgs a, AttentionPlan plan, const int32_t* cu_seqlens, int64_t B, int64_t total) {
+__global__ void __launch_bounds__(MOST_WARPS * 32, 2) attention_rows(AttentionArgs a, AttentionPlan plan, PackedArgs packed) {
     extern __shared__ __align__(128) char shared[];
     static_assert(sizeof(Work<T>) <= WORK, "the bytes that Work has in shared memory");
     constexpr int SLICE = LINE / int(sizeof(T));                // features
@@ -147,7 +146,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2)
     const bool resident = plan.resident;
 
     Work<T>& work = *reinterpret_cast<Work<T>*>(shared);
-    if (threadIdx.x < 32) find_work(a, cu_seqlens, B, total, blockIdx.y, warps * WARP_ROWS, work);
+    if (threadIdx.x < 32) find_work(a, packed, blockIdx.y, warps * WARP_ROWS, work);
     __syncthreads();
     if (work.rows == 0) return;
     const int length = work.length;
@@ -278,6 +277,8 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2)
                             }
                     }
                 }
+                // A score: a term that depends on the places of query tokens[...rg + 4 i] and key `key + kg + 8 j` is added
+                // here.
                 if (sees)
 #pragma unroll
                     for (int i = 0; i < THREAD_ROWS; ++i)
@@ -367,6 +368,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2)
             float l = (lanes[i][0] + lanes[i][2]) + (lanes[i][1] + lanes[i][3]);  // the folds by 16 and 8
 #pragma unroll
             for (int step = 4; step > 0; step /= 2) l = l + __shfl_xor_sync(WARP, l, step);
+            if (l == 0.0f) l = 1.0f;  // the row sees no key, and its sums are +0; else l is 1 or more, or a NaN
             const int r = warp * WARP_ROWS + rg + 4 * i;
             if (r >= work.rows) continue;
             T* const out = work.out + tokens[r] * work.out_token + int64_t(work.head_of(r)) * D + (round - 1) * COLUMNS;
@@ -391,7 +393,8 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2)
 // Ways 0, 1, 2: blocks of 4, 2, 1 warps. + 3: no scores are kept beyond a tile, however few the keys.
 static Choice attention_way("attention", 6);
 
-void attention(const AttentionArgs& args, const int32_t* cu_seqlens, int64_t B, int64_t total, Stream stream) {
+void attention(const AttentionArgs& args, const PackedArgs& packed, Stream stream) {
+    const int64_t B = packed.B, total = packed.total, total_k = packed.total_k;
     if (B == 0 || total == 0 || args.H == 0 || args.D == 0) return;
     const int64_t size = bytes_of(args.dtype), group = args.H / args.H_kv, rows = total * group;
     // Only the mean length is known here. Large blocks share what they read; but not if their sequences leave warps idle, nor
@@ -418,16 +421,14 @@ void attention(const AttentionArgs& args, const int32_t* cu_seqlens, int64_t B, 
     // Tiles of scores: as many as a sequence of one and a half times the mean length needs; but if the mean itself is too long,
     // one, since then more blocks fit on a processor.
     const int64_t room = (MAX_SHARED - fixed) / (warps * SCORE_TILE), in_q = plan.slices == 2 && plan.resident ? 1 : 0;
-    const int64_t mean = ceil_div(total, B), usual = ceil_div(mean, KEY_TILE);
-    const int64_t wanted = ceil_div(std::min(total, mean + mean / 2), KEY_TILE) - in_q;
+    const int64_t mean = ceil_div(total_k, B), usual = ceil_div(mean, KEY_TILE);
+    const int64_t wanted = ceil_div(std::min(total_k, mean + mean / 2), KEY_TILE) - in_q;
     plan.score_tiles = usual > room + in_q ? 1 : int(std::max(int64_t(1), std::min(room, wanted)));
     plan.most_kept = way < 3 ? int(plan.score_tiles + in_q) : 0;
 
     const dim3 grid(unsigned(ceil_div(rows, warps * WARP_ROWS) + B), unsigned(args.H_kv));
     const size_t shared = size_t(fixed + warps * plan.score_tiles * SCORE_TILE);
-    const auto start = [&](auto kernel) {
-        launch("attention", kernel, grid, warps * 32, shared, stream, args, plan, cu_seqlens, B, total);
-    };
+    const auto start = [&](auto kernel) { launch("attention", kernel, grid, warps * 32, shared, stream, args, plan, packed); };
     if (args.dtype == Dtype::F32) start(attention_rows<float>);
     else if (args.dtype == Dtype::F16) start(attention_rows<f16>);
     else start(attention_rows<bf16>);

@@ -1,11 +1,12 @@
-// attention.cu: packed self-attention of mode "tensor": float16 and bfloat16, heads of up to 256, any length, window, grouping.
+// attention.cu: packed attention of mode "tensor": float16 and bfloat16, heads of up to 256, any length, window, grouping.
 //
-// Per query row, over tiles of 64 keys, counted from the sequence's own first token, ascending (NUMERICS.md, "Mode tensor"):
+// Per query row, over tiles of 64 keys, counted from the sequence's own first key, ascending (NUMERICS.md, "Mode tensor"):
 //   s_j = dot_tensor(q, k_j) * scale                 one mma for every 16 features
 //   m' = max(m, max_j s_j);  f = exp(m - m');  p_j = exp(s_j - m'), 0 for a hidden key
 //   l = l * f + sum_j p_j                            product and sum rounded each; sum_j: see below
 //   o = o * f, then o += p_j v_j                     one mma for every 16 keys, p rounded to half
-// and out = o / l. Until a row has seen a score that is not -inf, 0 stands for m' beside the minus signs.
+// and out = o / l, +0 for a row that sees no key. Until a row has seen a score that is not -inf, 0 stands for m' beside the
+// minus signs.
 //
 // sum_j p_j: of each 16 keys thread t of four has 2t, 2t + 1, 2t + 8, 2t + 9; it adds its 16 of the 64, ascending, from +0;
 // then (t0 + t1) + (t2 + t3). Keys that are left out count as the +0 they would have added.
@@ -66,7 +67,7 @@ __device__ __forceinline__ unsigned step_to(unsigned at, unsigned piece) {
 // What the threads of a row need of it, found once; garbage rows repeat the last.
 struct Row {
     int64_t q, out;  // elements from the first head's
-    int begin, end;  // the keys it sees
+    int begin, end;  // the keys it sees; none: end is 0
 };
 static_assert(sizeof(Row) == sm80::ROW_BYTES);
 
@@ -125,7 +126,7 @@ __device__ __forceinline__ float exp_normal(float x) {
 
 template <int WIDTH, class T>
 __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
-    attention_tensor_rows(AttentionArgs a, bool wide, const int32_t* cu_seqlens, int64_t B, int64_t total) {
+    attention_tensor_rows(AttentionArgs a, bool wide, PackedArgs packed) {
     using H = Head<WIDTH>;
     extern __shared__ __align__(128) char shared[];
     static_assert(sizeof(Work<T>) + sizeof(Tiles) <= WORK, "the bytes that both have in shared memory");
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
     const int D = int(a.D);
 
     Work<T>& work = *reinterpret_cast<Work<T>*>(shared);
-    if (threadIdx.x < 32) find_work(a, cu_seqlens, B, total, blockIdx.y, warps * WARP_ROWS, work);
+    if (threadIdx.x < 32) find_work(a, packed, blockIdx.y, warps * WARP_ROWS, work);
     __syncthreads();
     if (work.rows == 0) return;
 
@@ -253,7 +254,10 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
 
             const auto left_out = [&](int g) { return g < from || g >= to; };
 
-            float s[2 * GROUPS][4];       // scores, then weights; s[2 g], s[2 g + 1]: of keys 16 g + 0..7 and + 8..15
+            float s[2 * GROUPS][4];  // scores, then weights; s[2 g], s[2 g + 1]: of keys 16 g + 0..7 and + 8..15
+            // s[n][e] is of row e / 2 of this thread, and of key `key + 8 n + 2 t + e % 2`: a term that depends on the two
+            // places would be added here.
+            const auto score = [&](float dot) { return dot * a.scale; };
             unsigned weights[GROUPS][4];  // rounded
             const unsigned keys = advance(Keys(), head, tile) + my_keys;
             if (sees) {
@@ -272,7 +276,7 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
 #pragma unroll
                     for (int n = 0; n < 2 * GROUPS; ++n)
 #pragma unroll
-                        for (int e = 0; e < 4; ++e) s[n][e] = s[n][e] * a.scale;
+                        for (int e = 0; e < 4; ++e) s[n][e] = score(s[n][e]);
                 } else {
                     const int at = key + 2 * t;
                     const int after[2] = {at - mine[0].begin, at - mine[8].begin};
@@ -290,7 +294,7 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
                         for (int n = 2 * g; n < 2 * g + 2; ++n)
 #pragma unroll
                             for (int e = 0; e < 4; ++e)
-                                s[n][e] = unsigned(after[e / 2] + n * 8 + e % 2) < seen[e / 2] ? s[n][e] * a.scale : NONE_YET;
+                                s[n][e] = unsigned(after[e / 2] + n * 8 + e % 2) < seen[e / 2] ? score(s[n][e]) : NONE_YET;
                     }
                 }
             }
@@ -381,11 +385,12 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             if (warp * WARP_ROWS + lane / 4 + 8 * i >= work.rows) continue;
+            const bool blind = mine[8 * i].end == 0;  // whatever came in as 0 * inf
             T* const to = work.out + (head - int(blockIdx.y)) * (int64_t(work.group) * D) + mine[8 * i].out + 2 * t;
 #pragma unroll
             for (int n = 0; n < H::PIECES; ++n) {
                 const int column = n * 8 + 2 * t;
-                const unsigned y = round_two<T>((out[n][2 * i] + 0.0f) / l[i], (out[n][2 * i + 1] + 0.0f) / l[i]);
+                const unsigned y = blind ? 0u : round_two<T>((out[n][2 * i] + 0.0f) / l[i], (out[n][2 * i + 1] + 0.0f) / l[i]);
                 if (D % 2 == 0) {
                     if (column < D) *reinterpret_cast<unsigned*>(to + n * 8) = y;
                 } else {
@@ -411,9 +416,9 @@ static int own_way(int64_t rows, int64_t mean, int64_t H_kv, int width) {
 }
 
 template <int WIDTH>
-static void start_attention(const AttentionArgs& args, const int32_t* cu_seqlens, int64_t B, int64_t total, Stream stream) {
+static void start_attention(const AttentionArgs& args, const PackedArgs& packed, Stream stream) {
     using Shape = Head<WIDTH>;
-    const int64_t rows = total * (args.H / args.H_kv);
+    const int64_t rows = packed.total * (args.H / args.H_kv), B = packed.B;
     const int way = attention_tensor_way.take(own_way(rows, ceil_div(rows, B), args.H_kv, WIDTH));
     const int warps = Shape::SHAPE.warps(way % WARP_WAYS);
     const auto starts = [&](const void* p, int64_t token, int64_t head) {
@@ -424,22 +429,20 @@ static void start_attention(const AttentionArgs& args, const int32_t* cu_seqlens
     const dim3 grid(checked_blocks("attention", ceil_div(rows, warps * WARP_ROWS) + B),
                     unsigned(std::min<int64_t>(way < WARP_WAYS ? args.H_kv : ceil_div(args.H_kv, HEADS_AT_ONCE), 65535)));
     const size_t shared = Shape::SHAPE.shared(warps);
-    const auto start = [&](auto kernel) {
-        launch("attention", kernel, grid, warps * 32, shared, stream, args, wide, cu_seqlens, B, total);
-    };
+    const auto start = [&](auto kernel) { launch("attention", kernel, grid, warps * 32, shared, stream, args, wide, packed); };
     if (args.dtype == Dtype::F16) start(attention_tensor_rows<WIDTH, f16>);
     else start(attention_tensor_rows<WIDTH, bf16>);
 }
 
-void attention_tensor(const AttentionArgs& args, const int32_t* cu_seqlens, int64_t B, int64_t total, Stream stream) {
-    if (B == 0 || total == 0 || args.H == 0 || args.D == 0) return;
+void attention_tensor(const AttentionArgs& args, const PackedArgs& packed, Stream stream) {
+    if (packed.B == 0 || packed.total == 0 || args.H == 0 || args.D == 0) return;
     const auto start = args.D <= 32    ? start_attention<32>
                        : args.D <= 64  ? start_attention<64>
                        : args.D <= 96  ? start_attention<96>
                        : args.D <= 128 ? start_attention<128>
                        : args.D <= 192 ? start_attention<192>
                                        : start_attention<256>;
-    start(args, cu_seqlens, B, total, stream);
+    start(args, packed, stream);
 }
 
 }  // namespace rk

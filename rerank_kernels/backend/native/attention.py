@@ -6,9 +6,13 @@ import torch
 from torch import Tensor
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, right: int, scale: float) -> Tensor:
-    return torch.ops.rerank_kernels.attention(q, k, v, cu_seqlens, left, right, scale)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float
+) -> Tensor:
+    return torch.ops.rerank_kernels.attention(q, k, v, cu_seqlens, cu_seqlens_k, left, right, scale)
 
 
-def attention_tensor(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, right: int, scale: float) -> Tensor:
-    return torch.ops.rerank_kernels.attention_tensor(q, k, v, cu_seqlens, left, right, scale)
+def attention_tensor(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float
+) -> Tensor:
+    return torch.ops.rerank_kernels.attention_tensor(q, k, v, cu_seqlens, cu_seqlens_k, left, right, scale)

@@ -1,8 +1,9 @@
-"""attention: softmax(q · kᵀ * scale) · v over the sequences of cu_seqlens; q [total, H, D], k and v [total, H_kv, D].
+"""attention: softmax(q · kᵀ * scale) · v over the sequences of cu_seqlens, whose keys may have offsets of their own;
+q [total, H, D], k and v [total_k, H_kv, D].
 
 Each sequence is cut out, copied to fresh aligned memory and computed alone: both matrix products have the shape of its own
 length, so what stands beside it, and where, is in no expression. Exact maximum, exp, `row_sum` over its keys from its own first
-token, division of the weighted values at the end.
+key, division of the weighted values at the end.
 """
 
 from __future__ import annotations
@@ -18,14 +19,19 @@ from rerank_kernels.backend.pytorch.softmax import row_sum
 
 # Autocast would turn the matrix products into half precision behind our back.
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, right: int, scale: float) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float
+) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     group = q.shape[1] // k.shape[1]
-    offsets = cu_seqlens.tolist()
-    for start, stop in pairwise(offsets):
-        if start < stop:
-            heads = (_heads(q, start, stop, 1), _heads(k, start, stop, group), _heads(v, start, stop, group))
+    rows = list(pairwise(cu_seqlens.tolist()))
+    keys = rows if cu_seqlens_k is None else list(pairwise(cu_seqlens_k.tolist()))
+    for (start, stop), (first, last) in zip(rows, keys, strict=True):
+        if start < stop and first < last:
+            heads = (_heads(q, start, stop, 1), _heads(k, first, last, group), _heads(v, first, last, group))
             out[start:stop] = _one_sequence(*heads, left, right, scale).transpose(0, 1)
+        else:
+            out[start:stop] = 0.0
     return out
 
 
@@ -36,17 +42,19 @@ def _heads(t: Tensor, start: int, stop: int, group: int) -> Tensor:
 
 
 def _one_sequence(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, scale: float) -> Tensor:
-    length = q.shape[1]
-    i = torch.arange(length, device=q.device)[:, None]
+    length, before = k.shape[1], k.shape[1] - q.shape[1]
+    i = torch.arange(before, length, device=q.device)[:, None]  # the queries are the last ones of the keys
     j = torch.arange(length, device=q.device)[None, :]
-    hidden = torch.zeros(length, length, dtype=torch.bool, device=q.device)
+    hidden = torch.zeros(q.shape[1], length, dtype=torch.bool, device=q.device)
     if left >= 0:
         hidden |= j < i - left
     if right >= 0:
         hidden |= j > i + right
-    s = (torch.bmm(q, k.transpose(1, 2)) * scale).masked_fill(hidden, -math.inf)
+    s = torch.bmm(q, k.transpose(1, 2)) * scale  # a score: a term of the places i and j would be added here
+    s = s.masked_fill(hidden, -math.inf)
     e = torch.exp(s - s.amax(-1, keepdim=True))
-    return _weighted_values(e, v, hidden) / row_sum(e)[..., None]
+    y = _weighted_values(e, v, hidden) / row_sum(e)[..., None]
+    return y.masked_fill(hidden.all(1)[:, None], 0.0) if before < 0 else y  # the first queries may see no key
 
 
 def _weighted_values(e: Tensor, v: Tensor, hidden: Tensor) -> Tensor:

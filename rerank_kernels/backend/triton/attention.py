@@ -1,12 +1,13 @@
 """attention over packed sequences, bidirectional or windowed (causal is a window), grouped heads, any D.
 
 For each query row: s_j = dot(q, k_j) * scale; max exact; e_j = exp(s_j - max); l = row_sum(e), lane j mod 32;
-out = dot(e, v) / l over keys, in chunks of 64. j counts from the sequence's own first token (NUMERICS.md, "attention").
+out = dot(e, v) / l over keys, in chunks of 64. j counts from the sequence's own first key (NUMERICS.md, "attention"). Query i
+stands at place T_k - T_q + i of its keys, and `place` is that here; a row that sees no key gives 0.
 
 A block has ROWS queries of one head and goes over the keys twice, 32 at a step, which are the 32 lanes of l: first for the
-maximum, then for l and out; scores are made twice and stored nowhere. cu_seqlens is read on the device only.
+maximum, then for l and out; scores are made twice and stored nowhere. Offsets are read on the device only.
 
-Mode tensor ("Mode tensor" there) goes over the keys once, in tiles of 64 from the sequence's first token, ascending, with a
+Mode tensor ("Mode tensor" there) goes over the keys once, in tiles of 64 from the sequence's first key, ascending, with a
 running maximum m. For a tile: s_j = dot_tensor(q, k_j) * scale, -inf where hidden; m' = max(m, max s_j); p_j = exp(s_j - m');
 l = l * exp(m - m') + sum p_j; acc = acc * exp(m - m'), then the matrix instructions' chain over the 64 keys, of p rounded to
 half precision times v. out = (acc + 0) / l. The sum of the 64 p folds by 32, 16, 8, 4, 2, 1: place i takes place i + half.
@@ -54,10 +55,10 @@ class TensorTile(NamedTuple):
     edge: int = 1  # the same, where some keys are hidden from some row
 
 
-@triton.jit(do_not_specialize=["B", "total", "left", "right"])
+@triton.jit(do_not_specialize=["B", "total", "total_k", "left", "right"])
 def attention_kernel(
-    q, k, v, cu_seqlens, y, q_token, q_head, k_token, k_head, v_token, v_head,
-    B, total, H, GROUP, D: tl.int32, left, right, scale,
+    q, k, v, cu_seqlens, cu_seqlens_k, y, q_token, q_head, k_token, k_head, v_token, v_head,
+    B, total, total_k, H, GROUP, D: tl.int32, left, right, scale,
     WINDOWED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     # Sequence b has the tiles from cu[b] // ROWS + b on: enough for its rows, and found without reading any length on the host.
@@ -71,33 +72,34 @@ def attention_kernel(
             b = middle
         else:
             beyond = middle
-    # clamped, so that wrong offsets lead to wrong rows but never outside the arrays
-    first = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), total)
-    length = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), first), total) - first
+    first, rows = _span(cu_seqlens, b, total)
     row = (tile - first // ROWS - b) * ROWS
-    if (row < 0) | (row >= length):
+    if (row < 0) | (row >= rows):
         return
+    k_begin, length = _span(cu_seqlens_k, b, total_k)
     head = tl.program_id(1).to(tl.int64)
     d = (tl.program_id(2) * FEATURES + tl.arange(0, FEATURES))[None, :]
     i = (row + tl.arange(0, ROWS))[:, None]
+    place = i + (length - rows)
     q_row = q + head * q_head + (first + i).to(tl.int64) * q_token
-    k_first = k + (head // GROUP) * k_head + first.to(tl.int64) * k_token
-    v_first = v + (head // GROUP) * v_head + first.to(tl.int64) * v_token
+    k_first = k + (head // GROUP) * k_head + k_begin.to(tl.int64) * k_token
+    v_first = v + (head // GROUP) * v_head + k_begin.to(tl.int64) * v_token
 
     # the keys that some row of the block sees, by whole chunks of `out`
     key_begin = 0
     key_end = length
     if WINDOWED:
-        if (left >= 0) & (row > left):
-            key_begin = (row - left) // KEY_TILE * KEY_TILE
+        begin = row + (length - rows)
+        if (left >= 0) & (begin > left):
+            key_begin = (begin - left) // KEY_TILE * KEY_TILE
         if right >= 0:
-            key_end = tl.minimum(length, row + ROWS + tl.minimum(right, length))
+            key_end = tl.minimum(length, begin + ROWS + tl.minimum(right, tl.maximum(length, rows)))
 
     largest = tl.full((ROWS, LANES), MINUS_INFINITY, tl.float32)
     for key in range(key_begin, key_end, LANES):
         j = (key + tl.arange(0, LANES))[None, :]
-        s = _scores(q_row, k_first, k_token, i, j, length, D, scale, ROWS, STEP)
-        largest = tl.maximum(largest, tl.where(_seen(i, j, length, left, right, WINDOWED), s, MINUS_INFINITY))
+        s = _scores(q_row, k_first, k_token, i < rows, j, length, D, scale, ROWS, STEP)
+        largest = tl.maximum(largest, tl.where(_seen(place, j, length, left, right, WINDOWED), s, MINUS_INFINITY))
     top = tl.max(largest, axis=1, keep_dims=True)  # a NaN loses to a number here: l brings it back
 
     lanes = tl.zeros((ROWS, LANES), tl.float32)
@@ -106,8 +108,8 @@ def attention_kernel(
         out = tl.zeros((ROWS, FEATURES), tl.float32)
         for key in range(chunk, tl.minimum(chunk + KEY_TILE, key_end), LANES):
             j = (key + tl.arange(0, LANES))[None, :]
-            seen = _seen(i, j, length, left, right, WINDOWED)
-            s = _scores(q_row, k_first, k_token, i, j, length, D, scale, ROWS, STEP)
+            seen = _seen(place, j, length, left, right, WINDOWED)
+            s = _scores(q_row, k_first, k_token, i < rows, j, length, D, scale, ROWS, STEP)
             e = tl.where(seen, exp_of_negative(s - top), 0.0)
             lanes = lanes + e
             from_key = (key + tl.arange(0, LANES))[:, None]
@@ -129,52 +131,71 @@ def attention_kernel(
                 out = tl.dot(e, values, out, input_precision="ieee")
         total_sum = total_sum + out
 
-    result = tl.div_rn(total_sum, tl.broadcast_to(fold_lanes(lanes, ROWS), (ROWS, FEATURES)))
+    below = fold_lanes(lanes, ROWS)
+    below = tl.where(below == 0.0, 1.0, below)  # the row sees no key, and its sums are +0; else it is 1 or more, or a NaN
+    result = tl.div_rn(total_sum, tl.broadcast_to(below, (ROWS, FEATURES)))
     at = ((first + i).to(tl.int64) * H + head) * D + d
-    tl.store(y + at, result.to(y.dtype.element_ty), mask=(i < length) & (d < D))
+    tl.store(y + at, result.to(y.dtype.element_ty), mask=(i < rows) & (d < D))
 
 
 @triton.jit
-def _seen(i, j, length, left, right, WINDOWED: tl.constexpr):
-    seen = (i < length) & (j < length)
+def _span(cu_seqlens, b, total):
+    """First token and length of sequence b. Clamped: wrong offsets lead to wrong rows, but never outside the arrays."""
+    first = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), total)
+    return first, tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), first), total) - first
+
+
+@triton.jit
+def _seen(place, j, length, left, right, WINDOWED: tl.constexpr):
+    """What rows beyond the last one see is nobody's."""
+    seen = (place < length) & (j < length)
     if WINDOWED:
-        seen = seen & ((left < 0) | (i - j <= left)) & ((right < 0) | (j - i <= right))
+        seen = seen & ((left < 0) | (place - j <= left)) & ((right < 0) | (j - place <= right))
     return seen
 
 
 @triton.jit
-def _scores(q_row, k_first, k_token, i, j, length, D, scale, ROWS: tl.constexpr, STEP: tl.constexpr):
-    """dot(q_i, k_j) * scale: chunks of 512 features, one fma chain in each. Zeros beyond D and beyond the sequence."""
+def _scores(q_row, k_first, k_token, there, j, length, D, scale, ROWS: tl.constexpr, STEP: tl.constexpr):
+    """dot(q_i, k_j) * scale: chunks of 512 features, one fma chain in each. Zeros beyond D, beyond the sequence's keys, and for
+    rows that are not `there`. A term that depends on the places of query and key would be added at the end.
+    """
     total = tl.zeros((ROWS, LANES), tl.float32)
     for chunk in range(0, D, CHUNK):
         s = tl.zeros((ROWS, LANES), tl.float32)
         for begin in range(chunk, tl.minimum(chunk + CHUNK, D), STEP):
             d = begin + tl.arange(0, STEP)
-            a = tl.load(q_row + d[None, :], mask=(i < length) & (d[None, :] < D), other=0.0)
+            a = tl.load(q_row + d[None, :], mask=there & (d[None, :] < D), other=0.0)
             b = tl.load(k_first + j.to(tl.int64) * k_token + d[:, None], mask=(j < length) & (d[:, None] < D), other=0.0)
             s = tl.dot(a.to(tl.float32), b.to(tl.float32), s, input_precision="ieee")
         total = total + s
     return total * scale
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, right: int, scale: float) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float
+) -> Tensor:
     (total, heads, d), sequences = q.shape, cu_seqlens.shape[0] - 1
     y = q.new_empty(total, heads, d)
     features = min(WIDEST, max(16, triton.next_power_of_2(d)))
     tiles = total // ROWS + sequences if total else 0
     start(
-        attention_kernel, (tiles, heads, blocks(d, features)), q, k, v, cu_seqlens, y,
+        attention_kernel, (tiles, heads, blocks(d, features)), q, k, v, cu_seqlens, _keys_of(cu_seqlens, cu_seqlens_k), y,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        sequences, total, heads, heads // k.shape[1], d, left, right, scale,
+        sequences, total, k.shape[0], heads, heads // k.shape[1], d, left, right, scale,
         WINDOWED=left >= 0 or right >= 0, ROWS=ROWS, STEP=STEP, FEATURES=features,
         num_warps=8 if features > 64 else 4, maxnreg=launch.REGISTERS,
     )  # fmt: skip
     return y
 
 
-@triton.jit(do_not_specialize=["B", "total", "left", "right"])
+def _keys_of(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None) -> Tensor:
+    return cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+
+
+@triton.jit(do_not_specialize=["B", "total", "total_k", "left", "right"])
 def attention_tensor_kernel(
-    q, k, v, cu_seqlens, y, q_token, q_head, k_token, k_head, v_token, v_head, B, total, H, GROUP, left, right, scale,
+    q, k, v, cu_seqlens, cu_seqlens_k, y, q_token, q_head, k_token, k_head, v_token, v_head,
+    B, total, total_k, H, GROUP, left, right, scale,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     ROWS: tl.constexpr, SEQUENCES: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -185,35 +206,37 @@ def attention_tensor_kernel(
         one = begin + tl.arange(0, SEQUENCES)
         starts = tl.load(cu_seqlens + one, mask=one < B, other=0) // ROWS + one <= tile
         b = tl.maximum(b, tl.max(tl.where(starts & (one < B), one, 0)))
-    first = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), total)
-    length = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), first), total) - first
+    first, rows = _span(cu_seqlens, b, total)
     row = (tile - first // ROWS - b) * ROWS
-    if (row < 0) | (row >= length):
+    if (row < 0) | (row >= rows):
         return
+    k_begin, length = _span(cu_seqlens_k, b, total_k)
     head = tl.program_id(1).to(tl.int64)
     i = row + tl.arange(0, ROWS)
+    place = i + (length - rows)
     q_first = q + head * q_head + first.to(tl.int64) * q_token
-    k_first = k + (head // GROUP) * k_head + first.to(tl.int64) * k_token
-    v_first = v + (head // GROUP) * v_head + first.to(tl.int64) * v_token
+    k_first = k + (head // GROUP) * k_head + k_begin.to(tl.int64) * k_token
+    v_first = v + (head // GROUP) * v_head + k_begin.to(tl.int64) * v_token
 
     # tiles of keys: some row sees a key of [begin, end), every row sees all keys of [whole, whole_end)
     begin, end, whole = 0, length, 0
+    at = row + (length - rows)
     if LEFT:
-        begin = tl.maximum(row - left, 0) // KEY_TILE * KEY_TILE
-        whole = tl.cdiv(tl.maximum(row + ROWS - 1 - left, 0), KEY_TILE) * KEY_TILE
+        begin = tl.maximum(at - left, 0) // KEY_TILE * KEY_TILE
+        whole = tl.cdiv(tl.maximum(at + ROWS - 1 - left, 0), KEY_TILE) * KEY_TILE
     if RIGHT:
-        right = tl.minimum(right, length)
-        end = tl.minimum(length, row + ROWS + right)
-        whole_end = tl.minimum(length, row + right + 1) // KEY_TILE * KEY_TILE
+        right = tl.minimum(right, tl.maximum(length, rows))
+        end = tl.minimum(length, at + ROWS + right)
+        whole_end = tl.maximum(tl.minimum(length, at + right + 1), 0) // KEY_TILE * KEY_TILE
     else:
         whole_end = length // KEY_TILE * KEY_TILE
 
     # rows beyond the last are the last once more: nothing of them is stored
-    query = tl.minimum(i, length - 1)
-    q_low = _features(q_first, query, q_token, length, D, 0, LOW, LOW <= D, False)
+    query = tl.minimum(i, rows - 1)
+    q_low = _features(q_first, query, q_token, rows, D, 0, LOW, LOW <= D, False)
     q_high = q_low
     if HIGH > 0:
-        q_high = _features(q_first, query, q_token, length, D, LOW, HIGH, LOW + HIGH <= D, False)
+        q_high = _features(q_first, query, q_token, rows, D, LOW, HIGH, LOW + HIGH <= D, False)
     top = tl.full((ROWS,), MINUS_INFINITY, tl.float32)
     bottom = tl.zeros((ROWS,), tl.float32)
     low = tl.zeros((ROWS, LOW), tl.float32)
@@ -221,29 +244,32 @@ def attention_tensor_kernel(
     if LEFT:
         for key in tl.range(begin, tl.minimum(whole, end), KEY_TILE, num_stages=EDGE):
             top, bottom, low, high = _visit(
-                key, q_low, q_high, k_first, v_first, k_token, v_token, i, length, left, right, scale, top, bottom, low, high,
-                LEFT, RIGHT, D, LOW, HIGH, True,
+                key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale,
+                top, bottom, low, high, LEFT, RIGHT, D, LOW, HIGH, True,
             )  # fmt: skip
     for key in tl.range(whole, whole_end, KEY_TILE):
         top, bottom, low, high = _visit(
-            key, q_low, q_high, k_first, v_first, k_token, v_token, i, length, left, right, scale, top, bottom, low, high,
+            key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, top, bottom, low, high,
             LEFT, RIGHT, D, LOW, HIGH, False,
         )  # fmt: skip
     for key in tl.range(tl.maximum(whole, whole_end), end, KEY_TILE, num_stages=EDGE):
         top, bottom, low, high = _visit(
-            key, q_low, q_high, k_first, v_first, k_token, v_token, i, length, left, right, scale, top, bottom, low, high,
+            key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, top, bottom, low, high,
             LEFT, RIGHT, D, LOW, HIGH, True,
         )  # fmt: skip
 
     y_row = y + ((first + i).to(tl.int64) * H + head)[:, None] * D
-    _store(y_row, low, bottom, i, length, D, 0, LOW)
+    sees = (length > 0) & (i >= 0)
+    if RIGHT:
+        sees = sees & (place + right >= 0)
+    _store(y_row, low, bottom, i, sees, rows, D, 0, LOW)
     if HIGH > 0:
-        _store(y_row, high, bottom, i, length, D, LOW, HIGH)
+        _store(y_row, high, bottom, i, sees, rows, D, LOW, HIGH)
 
 
 @triton.jit
 def _visit(
-    key, q_low, q_high, k_first, v_first, k_token, v_token, i, length, left, right, scale, top, bottom, low, high,
+    key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, top, bottom, low, high,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -252,13 +278,13 @@ def _visit(
     s = tl.dot(q_low, tl.trans(_features(k_first, j, k_token, length, D, 0, LOW, LOW <= D, MASKED)))
     if HIGH > 0:
         s = tl.dot(q_high, tl.trans(_features(k_first, j, k_token, length, D, LOW, HIGH, LOW + HIGH <= D, MASKED)), s)
-    s = s * scale
+    s = s * scale  # scores: a term that depends on `place` and j would be added here
     if MASKED:
         seen = (j < length)[None, :]
         if LEFT:
-            seen = seen & (i[:, None] - j[None, :] <= left)
+            seen = seen & (place[:, None] - j[None, :] <= left)
         if RIGHT:
-            seen = seen & (j[None, :] - i[:, None] <= right)
+            seen = seen & (j[None, :] - place[:, None] <= right)
         s = tl.where(seen, s, MINUS_INFINITY)
     new_top = tl.maximum(top, tl.max(s, axis=1))  # a NaN loses to a number here: the sum brings it back
     base = tl.where(new_top == MINUS_INFINITY, 0.0, new_top)
@@ -294,10 +320,12 @@ def _features(
 
 
 @triton.jit
-def _store(y_row, total, bottom, i, length, features, BEGIN: tl.constexpr, WIDTH: tl.constexpr):
+def _store(y_row, total, bottom, i, sees, rows, features, BEGIN: tl.constexpr, WIDTH: tl.constexpr):
+    """0 for a row that sees no key, whatever came in as 0 * inf."""
     d = (BEGIN + tl.arange(0, WIDTH))[None, :]
     result = tl.div_rn(total + 0.0, tl.broadcast_to(bottom[:, None], total.shape))
-    tl.store(y_row + d, result.to(y_row.dtype.element_ty), mask=(i < length)[:, None] & (d < features))
+    result = tl.where(sees[:, None], result, 0.0)
+    tl.store(y_row + d, result.to(y_row.dtype.element_ty), mask=(i < rows)[:, None] & (d < features))
 
 
 def tensor_tiles(d: int, arch: int) -> tuple[TensorTile, ...]:
@@ -328,7 +356,9 @@ def parts(d: int, arch: int) -> tuple[int, int]:
     return low, triton.next_power_of_2(max(least, d - low)) if d > low else 0
 
 
-def attention_tensor(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: int, right: int, scale: float) -> Tensor:
+def attention_tensor(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float
+) -> Tensor:
     (total, heads, d), sequences = q.shape, cu_seqlens.shape[0] - 1
     y = q.new_empty(total, heads, d)
     arch = launch.architecture(q)
@@ -336,9 +366,9 @@ def attention_tensor(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, left: 
     low, high = parts(d, arch)
     tiles = total // tile.rows + sequences if total else 0
     start(
-        attention_tensor_kernel, (tiles, heads), q, k, v, cu_seqlens, y,
+        attention_tensor_kernel, (tiles, heads), q, k, v, cu_seqlens, _keys_of(cu_seqlens, cu_seqlens_k), y,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        sequences, total, heads, heads // k.shape[1], left, right, scale,
+        sequences, total, k.shape[0], heads, heads // k.shape[1], left, right, scale,
         LEFT=left >= 0, RIGHT=right >= 0, D=d, LOW=low, HIGH=high,
         ROWS=tile.rows, SEQUENCES=SEQUENCES, EDGE=tile.edge, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
