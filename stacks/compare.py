@@ -22,7 +22,7 @@ sys.path.append(str(ROOT / "bench"))
 from place import markdown  # noqa: E402  the tables of pages are made in one way
 
 KEPT = ROOT / ".stacks"
-PAGES = ("README.md", "docs/WORKS_WITH.md")
+PAGES = ("docs/SYSTEMS.md",)
 MARKED = re.compile(r"(<!-- stacks:([\w-]+) -->\n)(.*?)(<!-- /stacks -->)", re.DOTALL)
 Found = Mapping[str, Any]
 
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
     stack: str
     system: str  # as in the results
-    section: str  # of docs/WORKS_WITH.md
+    section: str  # of docs/SYSTEMS.md
     pins: tuple[str, ...]  # what a reader needs to know; stacks/pins has them all
 
 
@@ -138,7 +138,7 @@ def server(results: Mapping[str, Found]) -> str:
 
 
 def overview(results: Mapping[str, Found]) -> str:
-    """The README's: a row a system and stack, each linked to its section and its test."""
+    """A row per system and stack, each linked to its section and its test."""
     rows = []
     for row in ROWS:
         if row.system == "infinity-server":
@@ -147,11 +147,11 @@ def overview(results: Mapping[str, Found]) -> str:
             stock = max(
                 n for r, case, ways in stock_rows(results) if r == row and case.endswith("float32") for n in ways.values()
             )
-        link = f"[{row.system}](docs/WORKS_WITH.md#{row.section})"
+        link = f"[{row.system}](#{row.section})"
         rows.append(
-            (link, pins_of(row, results), f"[`make stacks STACKS={row.stack}`](stacks/{TESTS[row.stack]})", f"{stock}", "0")
+            (link, pins_of(row, results), f"[`make stacks STACKS={row.stack}`](../stacks/{TESTS[row.stack]})", f"{stock}", "0")
         )
-    return markdown(("", "pins", "its test", "stock: pairs of 200 whose bits hang on the batch", "patched"), rows)
+    return markdown(("", "pins", "its test", "stock: pairs of 200 whose bits depend on the batch", "patched"), rows)
 
 
 def tables(results: Mapping[str, Found]) -> dict[str, str]:

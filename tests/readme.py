@@ -1,10 +1,10 @@
 """The README followed to the letter: `make readme`, or python3 tests/readme.py [--write] [--torch REQUIREMENT]
 
-Runs the bash and python blocks of README.md as printed and in their order, in an empty folder: bash blocks in one shell's
-environment, each python block as a program of its own. What a block prints is held against the page, digit for digit, where
-`<!-- readme:NAME -->` and `<!-- /readme -->` enclose it (NAMES below); --write puts it there, and draws PICTURE, of the page
-that `verify` wrote. A block that is not run has `<!-- readme: not run, REASON -->` above it, and is named at the end.
-Any other block is an error.
+Runs the bash and python blocks of PAGES, README.md first, as printed and in their order, in an empty folder: bash blocks in
+one shell's environment, each python block as a program of its own. What a block prints is held against its page, digit for
+digit, where `<!-- readme:NAME -->` and `<!-- /readme -->` enclose it (NAMES below); --write puts it there, and draws PICTURE,
+of the page that `verify` wrote. A block that is not run has `<!-- readme: not run, REASON -->` above it, and is named at the
+end. Any other block is an error.
 
 Two things are not as printed. ADDRESS, which the reader replaces too, is a repository of the files that lie here, committed
 or not. With --torch, the line that installs PyTorch is `pip install REQUIREMENT`, where the printed index cannot be had.
@@ -35,6 +35,7 @@ from place import markdown  # noqa: E402  the tables of pages are made in one wa
 
 import browser  # noqa: E402
 
+PAGES = ("README.md", "docs/USE.md")  # the second goes on where the first ends
 PICTURE = ROOT / "docs" / "verify.png"
 ADDRESS = "ADDRESS"
 CLONE = f"git clone {ADDRESS}"
@@ -62,6 +63,7 @@ class Wrong(Exception):
 
 
 class Block(NamedTuple):
+    page: str
     line: int
     language: str
     text: str
@@ -69,6 +71,7 @@ class Block(NamedTuple):
 
 
 class Shown(NamedTuple):
+    page: str
     line: int
     name: str
     text: str  # between the markers
@@ -92,25 +95,25 @@ PARTS = re.compile(
 )
 
 
-def parts(page: str) -> Iterator[Block | Shown]:
+def parts(name: str, page: str) -> Iterator[Block | Shown]:
     """The blocks of the page and what it shows of their output, in order."""
     for found in PARTS.finditer(page):
         line = page.count("\n", 0, found.start()) + 1
         if found["name"] is not None:
             if found["name"] not in NAMES:
-                raise Wrong(f"README.md:{line}: there is no readme:{found['name']}; there are {', '.join(NAMES)}")
-            yield Shown(line, found["name"], found["shown"], found.span("shown"))
+                raise Wrong(f"{name}:{line}: there is no readme:{found['name']}; there are {', '.join(NAMES)}")
+            yield Shown(name, line, found["name"], found["shown"], found.span("shown"))
             continue
-        block = Block(line, found["language"], found["text"], found["reason"] or "")
+        block = Block(name, line, found["language"], found["text"], found["reason"] or "")
         if block.language not in RUN and not block.reason:
             raise Wrong(
-                f"README.md:{line}: this block is neither run ({', '.join(RUN)}) nor what one printed (<!-- readme:output -->) "
+                f"{name}:{line}: this block is neither run ({', '.join(RUN)}) nor what one printed (<!-- readme:output -->) "
                 "nor left out for a reason (<!-- readme: not run, REASON -->)"
             )
         yield block
     rest = PARTS.sub("", page)
     if left := re.search(r"^```.*$|<!-- /?readme.*", rest, re.MULTILINE):
-        raise Wrong(f"README.md: {left[0]!r} has no beginning or no end")
+        raise Wrong(f"{name}: {left[0]!r} has no beginning or no end")
 
 
 def fenced(text: str) -> str:
@@ -188,7 +191,7 @@ def difference(shown: Shown, made: str) -> str:
     """What of `shown` is not as it was made; "" if all that is held is."""
     held = NAMES[shown.name][1]
     page, run = held(shown.text), held(made)
-    return "\n".join(difflib.unified_diff(page, run, f"README.md:{shown.line}", "the run", lineterm="", n=0))
+    return "\n".join(difflib.unified_diff(page, run, f"{shown.page}:{shown.line}", "the run", lineterm="", n=0))
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------------
@@ -206,12 +209,14 @@ class Shell:
         if block.language == "bash":
             command = ["bash", "-e", "-o", "pipefail", "-c", f"{block.text}\nenv -0 > {shlex.quote(str(state))}"]
         else:
-            program = folder / f"line_{block.line}.py"  # beside what the block before left, as a reader would have it
+            program = (
+                folder / f"{Path(block.page).stem}_{block.line}.py"
+            )  # beside what the block before left, as a reader would have it
             program.write_text(block.text)
             command = ["python", program.name]
         ran = subprocess.run(command, cwd=folder, env=self.environment, stdout=subprocess.PIPE, text=True, check=False)
         if ran.returncode:
-            raise Wrong(f"README.md:{block.line}: exit code {ran.returncode}\n{block.text}{ran.stdout}")
+            raise Wrong(f"{block.page}:{block.line}: exit code {ran.returncode}\n{block.text}{ran.stdout}")
         if block.language == "bash":
             self.environment = dict(e.split("=", 1) for e in state.read_text().split("\0") if "=" in e)
         return Ran(ran.stdout, Path(self.environment["PWD"]))
@@ -232,31 +237,38 @@ def as_run(text: str, address: str, torch: str | None) -> str:
     return text if torch is None else text.replace(TORCH, f"pip install {shlex.join(shlex.split(torch))}")
 
 
-def follow(page: str, shell: Shell, address: str, torch: str | None, say: Callable[[str], None]) -> tuple[str, list[str]]:
-    """Runs the page's blocks; the page as the run would have it, and what is wrong with the one given."""
-    found = list(parts(page))  # an error in the page is known before an hour's work
+def follow(
+    pages: Mapping[str, str], shell: Shell, address: str, torch: str | None, say: Callable[[str], None]
+) -> tuple[dict[str, str], list[str]]:
+    """Runs the pages' blocks; the pages as the run would have them, and what is wrong with those given."""
+    found = [
+        part for name, page in pages.items() for part in parts(name, page)
+    ]  # an error in a page is known before an hour's work
     commands = "".join(b.text for b in found if isinstance(b, Block) and b.language == "bash" and not b.reason)
     for wanted in (CLONE, TORCH):
         if wanted not in commands:
-            raise Wrong(f"README.md: no block says `{wanted}`")
-    ran, wrong, written = None, [], page
+            raise Wrong(f"{', '.join(pages)}: no block says `{wanted}`")
+    ran, wrong, written = None, [], dict(pages)
     for part in found:
         if isinstance(part, Shown):
             if ran is None:
-                raise Wrong(f"README.md:{part.line}: no block ran before readme:{part.name}")
+                raise Wrong(f"{part.page}:{part.line}: no block ran before readme:{part.name}")
             made = NAMES[part.name][0](ran)
             if differs := difference(part, made):
                 wrong.append(differs)
-            begin, end = (place + len(written) - len(page) for place in part.place)  # what stood before has another length now
-            written = written[:begin] + made + written[end:]
+            text = written[part.page]
+            begin, end = (
+                at + len(text) - len(pages[part.page]) for at in part.place
+            )  # what stood before has another length now
+            written[part.page] = text[:begin] + made + text[end:]
         elif not part.reason:
             block = part
             if block.language == "bash":
                 block = block._replace(text=as_run(block.text, address, torch))
             elif FOLDER in block.text and not (Path(shell.environment["PWD"]) / FOLDER).exists():
-                shell.run(Block(part.line, "python", MAKE_FOLDER, ""))
+                shell.run(block._replace(text=MAKE_FOLDER))
             since = time.monotonic()
-            say(f"README.md:{part.line}: {part.language}\n" + "".join(f"  {line}\n" for line in block.text.splitlines()))
+            say(f"{part.page}:{part.line}: {part.language}\n" + "".join(f"  {line}\n" for line in block.text.splitlines()))
             ran = shell.run(block)
             say(f"  {time.monotonic() - since:.0f} s\n")
     return written, wrong
@@ -281,8 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def say(text: str) -> None:
         print(text, end="", flush=True)
 
-    path = ROOT / "README.md"
-    page = path.read_text()
+    pages = {name: (ROOT / name).read_text() for name in PAGES}
     with tempfile.TemporaryDirectory(prefix="readme") as name:
         scratch = Path(name)
         (folder := scratch / "empty").mkdir()
@@ -292,21 +303,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             repository(address)
             say(f"not as printed: {ADDRESS} is {address}" + (f", torch is {args.torch}\n" if args.torch else "\n"))
             shell = Shell(folder, environment, scratch)
-            written, wrong = follow(page, shell, str(address), args.torch, say)
+            written, wrong = follow(pages, shell, str(address), args.torch, say)
             if args.write:
                 say(f"{picture(Path(shell.environment['PWD']) / 'verify.html')}\n")
         except Wrong as error:
             say(f"{error}\n")
             return 1
-    left_out = [b for b in parts(page) if isinstance(b, Block) and b.reason]
+    left_out = [b for name in pages for b in parts(name, pages[name]) if isinstance(b, Block) and b.reason]
     for block in left_out:
-        say(f"README.md:{block.line}: not run, {block.reason}\n")
+        say(f"{block.page}:{block.line}: not run, {block.reason}\n")
     if args.write:
-        path.write_text(written)
+        for name, text in written.items():
+            (ROOT / name).write_text(text)
         return 0
     for differs in wrong:
         say(f"{differs}\n")
-    say(f"README.md: {f'{len(wrong)} outputs are not as shown; --write puts them in' if wrong else 'all as printed'}\n")
+    say(
+        f"{', '.join(PAGES)}: {f'{len(wrong)} outputs are not as shown; --write puts them in' if wrong else 'all as printed'}\n"
+    )
     return 1 if wrong else 0
 
 
