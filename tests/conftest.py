@@ -44,7 +44,7 @@ _ran: Counter[str] = Counter()
 _isas: Counter[str] = Counter()
 on_gpu: list[str] = []  # the GPU's name, once a test that ran on it (test_gpu.py)
 facts: list[str] = []  # about that GPU, which no test holds it to (test_gpu_tensor.py)
-_threads: list[int] = []  # PyTorch's, one entry a process of a run in several
+_threads: list[int] = []  # PyTorch's, one entry per process of a run in several
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,4 +1,4 @@
-"""score --resume: whatever ends the process, the same command goes on, and the file has the bytes of a run that was not ended.
+"""score --resume: whatever ends the process, the same command goes on, and the file has the bytes of an uninterrupted run.
 
 The processes here have a stub for a model, so that many of them can be killed at many moments.
 """

@@ -222,7 +222,7 @@ def fma32(a: float, b: float, c: float) -> float:
 
 
 def test_dot_is_the_stated_chain() -> None:
-    """linear against the chain of NUMERICS.md, in exact arithmetic: chunks of 512, ascending, one rounding a step."""
+    """linear against the chain of NUMERICS.md, in exact arithmetic: chunks of 512, ascending, one rounding per step."""
     mpmath.mp.prec = 200
     rng = np.random.default_rng(7)
     for k in (1, 511, 512, 513, 1300):

@@ -59,7 +59,7 @@ class Lines:
 
 
 class Array(Lines):
-    """One JSON array, an object a line."""
+    """One JSON array, one object per line."""
 
     def begin(self) -> bytes:
         return b"["

@@ -19,7 +19,7 @@ from .instructions import BRANCH, BRANCH_TABLE
 from .library import library
 from .parse import ModuleText, ParseError, SimulatorError, Variable
 
-__all__ = ["Kernel", "Module", "ParseError", "LaunchReport", "SimulatorError", "run"]
+__all__ = ["Kernel", "LaunchReport", "Module", "ParseError", "SimulatorError", "run"]
 
 Region = tuple[int, int, bool, str]  # address, bytes, writable, name
 

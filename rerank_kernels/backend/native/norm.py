@@ -1,4 +1,4 @@
-"""layer_norm and normalize, compiled."""
+"""layer_norm and normalize by the library."""
 
 from __future__ import annotations
 

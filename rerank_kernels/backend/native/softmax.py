@@ -1,4 +1,4 @@
-"""softmax, sum and mean, compiled."""
+"""softmax, sum and mean by the library."""
 
 from __future__ import annotations
 

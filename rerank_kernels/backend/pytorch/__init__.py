@@ -1,7 +1,7 @@
 """The pure-PyTorch backend: no compiler, no GPU, the same six family names as every other backend.
 
 Promises, on one machine at one thread count: repeatable, batch-invariant, padding-invariant. It does not promise to be
-thread-invariant or portable, because the matrix products inside are the BLAS of the installed torch.
+thread-invariant or machine-invariant, because the matrix products inside are the BLAS of the installed torch.
 
 Three rules keep the promises:
 - a matrix product never sees M: rows go through the BLAS in tiles of exactly 32, padded with zeros, into outputs padded to a

@@ -2,7 +2,7 @@
 normalize: y = x / max(sqrt(row_sum(x * x)), eps).
 
 Means by `row_sum` and IEEE division; every other step is one element-wise IEEE operation on the row's own numbers. (layer_norm
-has not the bits of the compiled backend, which squares into its lanes and applies weight and bias by fma: PyTorch has no
+has not the bits of backend cpu, which squares into its lanes and applies weight and bias by fma: PyTorch has no
 element-wise fma. normalize has them.)
 """
 
