@@ -168,7 +168,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("backends")
     threads = f"{len(_threads)} processes of {_threads[0]}" if _threads else str(torch.get_num_threads())
     if on_gpu:
-        terminalreporter.line(f"cuda: native on {on_gpu[0]}, torch {torch.__version__}, {len(on_gpu)} tests")
+        terminalreporter.line(f"cuda: on hardware, {on_gpu[0]}, torch {torch.__version__}, {len(on_gpu)} tests")
     for fact in facts:
         terminalreporter.line(fact)
     for b in registry.BACKENDS.values():
@@ -176,11 +176,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if reason is not None:
             terminalreporter.line(f"{b.name}: did not run: {reason}")
             continue
-        how = "native"
+        how = "on hardware"
         if b.name in served.SIMULATED:
             how = f"simulated: {served.SIMULATED[b.name][1]} on the CPU, no GPU"
         if b.name == "cpu":
-            how = f"native {force_isa('auto')}"
+            how = f"on hardware, {force_isa('auto')}"
             if _isas:
                 how += "; bit for bit against scalar: " + ", ".join(i for i in ISAS if i != "scalar" and _isas[i])
         terminalreporter.line(f"{b.name}: {how}, torch {torch.__version__}, {threads} threads, {_ran[b.name]} tests")

@@ -5,9 +5,9 @@
                name. Then a line for each window that is whole in the output: records, bytes, crc32 of these bytes. Each line
                ends in a crc32 of itself
 
-Bytes are on the disk before the line that counts them. What lies behind the last whole line, torn off by a kill or a loss of
-power, is cut away; the window that it belonged to is computed again, and no other. At the end `output` is renamed into its
-place and the folder removed.
+Bytes are on the disk before the line that counts them. What lies behind the last whole line, after a kill or a loss of power,
+is cut away. The window that it belonged to is computed again, and no other. At the end `output` is renamed into its place and
+the folder removed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Resumed(writing.Out):
 
 @contextlib.contextmanager
 def resumed(path: str, identity: Mapping[str, str]) -> Iterator[Resumed | None]:
-    """The output of an earlier run that was cut off, or a new one; None if all that it lacks is to be put in its place."""
+    """The output of an interrupted run, or a new one; None if it is whole and must only be put in its place."""
     place = writing.real(path)
     if place.exists() and not place.is_file():
         raise InputError(f"--resume: {path} is not a file and cannot be resumed")

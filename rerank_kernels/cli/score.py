@@ -1,6 +1,6 @@
 """`score`: the records of a file, each with its numbers, in memory that does not grow with the file.
 
-A file is read twice: first all of it is checked, so that a fault in its last line is known before hours of scoring, then its
+A file is read twice. First all of it is checked, so that a fault in its last line is known before hours of scoring. Then its
 records are scored in windows and written in their order. Stdin is read once.
 """
 

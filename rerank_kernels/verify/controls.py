@@ -1,7 +1,7 @@
 """The negative controls: wrong scorers that the checks must notice, or a pass means nothing.
 
-Sighted scorers answer the reference's bits, but one ulp off where they see, in the tensors they are given, the one condition a
-check is about; exactly that check must notice. Mutants run the model itself with one thing wrong under that condition.
+A sighted scorer answers the bits of the reference, but one ulp off where it sees one condition in the tensors that it is given.
+Exactly the check for that condition must notice. Mutants run the model itself with one thing wrong under that condition.
 """
 
 from __future__ import annotations

@@ -8,6 +8,6 @@ Three rules keep the promises:
   multiple of 32 columns (linear.py); attention multiplies matrices whose shape is the sequence's own length (attention.py);
 - sums run in an order that is written down, out of element-wise IEEE adds (softmax.py, `row_sum`);
 - of torch's element-wise functions only those are used whose result does not depend on where in the tensor an element stands.
-  exp, tanh, erfc (vectors only, tail included) hold; sigmoid, silu and gelu do not: their last n % 16 elements take a scalar
-  path with other bits (measured with torch 2.13 on AVX-512, 0.01 to 2 % of the elements), so they are built from exp and erfc.
+  exp, tanh, erfc (vectors only, tail included) are such. sigmoid, silu and gelu are not: their last n % 16 elements take a
+  scalar path with other bits (0.01 to 2 % of the elements, with torch 2.13 on AVX-512). So they are built from exp and erfc.
 """

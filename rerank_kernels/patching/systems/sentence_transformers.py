@@ -1,7 +1,7 @@
 """sentence-transformers 3 to 6: CrossEncoder and SentenceTransformer, and what other systems subclass of them.
 
-CrossEncoder: the model; predict() applies its activation with our ops, whether it is the stored one or passed with the call;
-rank() sorts by logit, for near 1.0 scores tie where logits do not, and gives the score of each.
+CrossEncoder: the model; predict(), which applies its activation with our ops, the stored one or one passed with the call; and
+rank(), which sorts by logit and gives each score. Near 1.0 scores tie where logits do not.
 SentenceTransformer: the transformer, Pooling, Normalize and Dense (rerank_kernels/models/sentence.py), and encode()'s own
 normalisation.
 """
