@@ -21,7 +21,7 @@ sys.path.append(str(ROOT))
 from tools import pages  # noqa: E402
 
 KEPT = ROOT / ".stacks"
-PAGES = ("README.md", "docs/WORKS_WITH.md")
+PAGES = ("docs/SYSTEMS.md",)
 Found = Mapping[str, Any]
 
 
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
     stack: str
     system: str  # as in the results
-    section: str  # of docs/WORKS_WITH.md
+    section: str  # of docs/SYSTEMS.md
     pins: tuple[str, ...]  # what a reader needs to know; stacks/pins has them all
 
 
@@ -136,7 +136,7 @@ def server(results: Mapping[str, Found]) -> str:
 
 
 def overview(results: Mapping[str, Found]) -> str:
-    """The README's: a row a system and stack, each linked to its section and its test."""
+    """A row per system and stack, each linked to its section and its test."""
     rows = []
     for row in ROWS:
         if row.system == "infinity-server":
@@ -145,11 +145,11 @@ def overview(results: Mapping[str, Found]) -> str:
             stock = max(
                 n for r, case, ways in stock_rows(results) if r == row and case.endswith("float32") for n in ways.values()
             )
-        link = f"[{row.system}](docs/WORKS_WITH.md#{row.section})"
+        link = f"[{row.system}](#{row.section})"
         rows.append(
-            (link, pins_of(row, results), f"[`make stacks STACKS={row.stack}`](stacks/{TESTS[row.stack]})", f"{stock}", "0")
+            (link, pins_of(row, results), f"[`make stacks STACKS={row.stack}`](../stacks/{TESTS[row.stack]})", f"{stock}", "0")
         )
-    return pages.markdown(("", "pins", "its test", "stock: pairs of 200 whose bits hang on the batch", "patched"), rows)
+    return pages.markdown(("", "pins", "its test", "stock: pairs of 200 whose bits depend on the batch", "patched"), rows)
 
 
 def tables(results: Mapping[str, Found]) -> dict[str, str]:

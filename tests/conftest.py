@@ -47,7 +47,7 @@ _ran: Counter[str] = Counter()
 _isas: Counter[str] = Counter()
 on_gpu: list[str] = []  # the GPU's name, once a test that ran on it (test_gpu.py)
 facts: list[str] = []  # about that GPU, which no test holds it to (test_gpu_tensor.py)
-_threads: list[int] = []  # PyTorch's, one entry a process of a run in several
+_threads: list[int] = []  # PyTorch's, one entry per process of a run in several
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -171,7 +171,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("backends")
     threads = f"{len(_threads)} processes of {_threads[0]}" if _threads else str(torch.get_num_threads())
     if on_gpu:
-        terminalreporter.line(f"cuda: native on {on_gpu[0]}, torch {torch.__version__}, {len(on_gpu)} tests")
+        terminalreporter.line(f"cuda: on hardware, {on_gpu[0]}, torch {torch.__version__}, {len(on_gpu)} tests")
     for fact in facts:
         terminalreporter.line(fact)
     for b in registry.BACKENDS.values():
@@ -179,11 +179,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if reason is not None:
             terminalreporter.line(f"{b.name}: did not run: {reason}")
             continue
-        how = "native"
+        how = "on hardware"
         if b.name in served.SIMULATED:
             how = f"simulated: {served.SIMULATED[b.name][1]} on the CPU, no GPU"
         if b.name == "cpu":
-            how = f"native {force_isa('auto')}"
+            how = f"on hardware, {force_isa('auto')}"
             if _isas:
                 how += "; bit for bit against scalar: " + ", ".join(i for i in ISAS if i != "scalar" and _isas[i])
         terminalreporter.line(f"{b.name}: {how}, torch {torch.__version__}, {threads} threads, {_ran[b.name]} tests")

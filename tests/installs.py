@@ -2,7 +2,7 @@
 
 Each row gets a venv of its own, with the torch, the transformers and the compiler that it names, and a copy of these sources
 installed with the C++ library required. What was installed then runs, away from the sources: the golden hashes of every op on
-the cpu backend, the patch of every family of models, and `verify shape:tiny`. A row that names no torch sees that of the Python
+the cpu backend, the patch of every model type, and `verify shape:tiny`. A row that names no torch sees that of the Python
 that runs this program, through a .pth file. Nothing is skipped: what cannot be installed or does not pass is a failure.
 
 What came out is kept in build/installs; --place writes the table into docs/INSTALL.md, between `<!-- installs:matrix -->` and

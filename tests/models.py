@@ -55,7 +55,7 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, *, head: bool = True, 
 
 
 def rows(lengths: Sequence[int], seed: int = 0) -> list[Tensor]:
-    """Random token ids without special ones, one tensor a sequence."""
+    """Random token ids without special ones, one tensor per sequence."""
     draw = torch.Generator().manual_seed(seed)
     return [torch.randint(5, VOCABULARY, (n,), generator=draw) for n in lengths]
 

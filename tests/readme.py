@@ -1,10 +1,10 @@
 """The README followed to the letter: `make readme`, or python3 tests/readme.py [--write] [--torch REQUIREMENT]
 
-Runs the bash and python blocks of README.md as printed and in their order, in an empty folder: bash blocks in one shell's
-environment, each python block as a program of its own. What a block prints is held against the page, digit for digit, where
-`<!-- readme:NAME -->` and `<!-- /readme -->` enclose it (NAMES below); --write puts it there, and draws PICTURE, of the page
-that `verify` wrote. A block that is not run has `<!-- readme: not run, REASON -->` above it, and is named at the end.
-Any other block is an error.
+Runs the bash and python blocks of PAGES, README.md first, as printed and in their order, in an empty folder: bash blocks in
+one shell's environment, each python block as a program of its own. What a block prints is held against its page, digit for
+digit, where `<!-- readme:NAME -->` and `<!-- /readme -->` enclose it (NAMES below); --write puts it there, and draws PICTURE,
+of the page that `verify` wrote. A block that is not run has `<!-- readme: not run, REASON -->` above it, and is named at the
+end. Any other block is an error.
 
 Two things are not as printed. ADDRESS, which the reader replaces too, is a repository of the files that lie here, committed
 or not. With --torch, the line that installs PyTorch is `pip install REQUIREMENT`, where the printed index cannot be had.
@@ -35,6 +35,7 @@ import browser  # noqa: E402
 from tools import pages  # noqa: E402
 from tools.pages import Wrong  # noqa: E402  also of a page that says to do what fails
 
+PAGES = ("README.md", "docs/USE.md")  # the second goes on where the first ends
 PICTURE = ROOT / "docs" / "verify.png"
 ADDRESS = "ADDRESS"
 CLONE = f"git clone {ADDRESS}"
@@ -58,6 +59,7 @@ RUN = ("bash", "python")
 
 
 class Block(NamedTuple):
+    page: str
     line: int
     language: str
     text: str
@@ -65,6 +67,7 @@ class Block(NamedTuple):
 
 
 class Shown(NamedTuple):
+    page: str
     line: int
     name: str
     text: str  # between the markers
@@ -85,31 +88,31 @@ FENCED = re.compile(
 )
 
 
-def parts(page: str) -> Iterator[Block | Shown]:
+def parts(name: str, page: str) -> Iterator[Block | Shown]:
     """The blocks of the page and what it shows of their output, in order."""
     begin, line = 0, 1
     for shown in pages.blocks(page, "readme"):
         if shown.name not in NAMES:
-            raise Wrong(f"README.md:{shown.line}: there is no readme:{shown.name}; there are {', '.join(NAMES)}")
-        yield from _blocks(page[begin : shown.begin], line)
-        yield Shown(shown.line, shown.name, shown.text)
+            raise Wrong(f"{name}:{shown.line}: there is no readme:{shown.name}; there are {', '.join(NAMES)}")
+        yield from _blocks(name, page[begin : shown.begin], line)
+        yield Shown(name, shown.line, shown.name, shown.text)
         begin, line = shown.end, shown.line + 1 + shown.text.count("\n")
-    yield from _blocks(page[begin:], line)
+    yield from _blocks(name, page[begin:], line)
 
 
-def _blocks(between: str, first: int) -> Iterator[Block]:
+def _blocks(name: str, between: str, first: int) -> Iterator[Block]:
     """Of a part of the page that begins on line `first`."""
     for found in FENCED.finditer(between):
         line = between.count("\n", 0, found.start()) + first
-        block = Block(line, found["language"], found["text"], found["reason"] or "")
+        block = Block(name, line, found["language"], found["text"], found["reason"] or "")
         if block.language not in RUN and not block.reason:
             raise Wrong(
-                f"README.md:{line}: this block is neither run ({', '.join(RUN)}) nor what one printed (<!-- readme:output -->) "
+                f"{name}:{line}: this block is neither run ({', '.join(RUN)}) nor what one printed (<!-- readme:output -->) "
                 "nor left out for a reason (<!-- readme: not run, REASON -->)"
             )
         yield block
     if left := re.search(r"^```.*$|<!-- readme: .*", FENCED.sub("", between), re.MULTILINE):
-        raise Wrong(f"README.md, below line {first}: {left[0]!r} has no beginning or no end")
+        raise Wrong(f"{name}, below line {first}: {left[0]!r} has no beginning or no end")
 
 
 def fenced(text: str) -> str:
@@ -187,7 +190,7 @@ def difference(shown: Shown, made: str) -> str:
     """What of `shown` is not as it was made; "" if all that is held is."""
     held = NAMES[shown.name][1]
     page, run = held(shown.text), held(made)
-    return "\n".join(difflib.unified_diff(page, run, f"README.md:{shown.line}", "the run", lineterm="", n=0))
+    return "\n".join(difflib.unified_diff(page, run, f"{shown.page}:{shown.line}", "the run", lineterm="", n=0))
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------------
@@ -205,12 +208,14 @@ class Shell:
         if block.language == "bash":
             command = ["bash", "-e", "-o", "pipefail", "-c", f"{block.text}\nenv -0 > {shlex.quote(str(state))}"]
         else:
-            program = folder / f"line_{block.line}.py"  # beside what the block before left, as a reader would have it
+            program = (
+                folder / f"{Path(block.page).stem}_{block.line}.py"
+            )  # beside what the block before left, as a reader would have it
             program.write_text(block.text)
             command = ["python", program.name]
         ran = subprocess.run(command, cwd=folder, env=self.environment, stdout=subprocess.PIPE, text=True, check=False)
         if ran.returncode:
-            raise Wrong(f"README.md:{block.line}: exit code {ran.returncode}\n{block.text}{ran.stdout}")
+            raise Wrong(f"{block.page}:{block.line}: exit code {ran.returncode}\n{block.text}{ran.stdout}")
         if block.language == "bash":
             self.environment = dict(e.split("=", 1) for e in state.read_text().split("\0") if "=" in e)
         return Ran(ran.stdout, Path(self.environment["PWD"]))
@@ -232,31 +237,32 @@ def as_run(text: str, address: str, torch: str | None) -> str:
 
 
 def follow(
-    page: str, shell: Shell, address: str, torch: str | None, say: Callable[[str], None]
-) -> tuple[dict[str, str], list[str]]:
-    """Runs the page's blocks; what the page should show, and what is wrong with what it does show."""
-    found = list(parts(page))  # an error in the page is known before an hour's work
+    given: Mapping[str, str], shell: Shell, address: str, torch: str | None, say: Callable[[str], None]
+) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Runs the pages' blocks; page -> block -> what it should show, and what is wrong with what it does show."""
+    found = [part for name, page in given.items() for part in parts(name, page)]  # an error is known before an hour's work
     commands = "".join(b.text for b in found if isinstance(b, Block) and b.language == "bash" and not b.reason)
     for wanted in (CLONE, TORCH):
         if wanted not in commands:
-            raise Wrong(f"README.md: no block says `{wanted}`")
-    ran, wrong, contents = None, [], dict[str, str]()
+            raise Wrong(f"{', '.join(given)}: no block says `{wanted}`")
+    ran, wrong = None, []
+    contents: dict[str, dict[str, str]] = {name: {} for name in given}
     for part in found:
         if isinstance(part, Shown):
             if ran is None:
-                raise Wrong(f"README.md:{part.line}: no block ran before readme:{part.name}")
+                raise Wrong(f"{part.page}:{part.line}: no block ran before readme:{part.name}")
             made = NAMES[part.name][0](ran)
             if differs := difference(part, made):
                 wrong.append(differs)
-            contents[part.name] = made
+            contents[part.page][part.name] = made
         elif not part.reason:
             block = part
             if block.language == "bash":
                 block = block._replace(text=as_run(block.text, address, torch))
             elif FOLDER in block.text and not (Path(shell.environment["PWD"]) / FOLDER).exists():
-                shell.run(Block(part.line, "python", MAKE_FOLDER, ""))
+                shell.run(block._replace(text=MAKE_FOLDER))
             since = time.monotonic()
-            say(f"README.md:{part.line}: {part.language}\n" + "".join(f"  {line}\n" for line in block.text.splitlines()))
+            say(f"{part.page}:{part.line}: {part.language}\n" + "".join(f"  {line}\n" for line in block.text.splitlines()))
             ran = shell.run(block)
             say(f"  {time.monotonic() - since:.0f} s\n")
     return contents, wrong
@@ -281,8 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def say(text: str) -> None:
         print(text, end="", flush=True)
 
-    path = ROOT / "README.md"
-    page = path.read_text()
+    given = {name: (ROOT / name).read_text() for name in PAGES}
     with tempfile.TemporaryDirectory(prefix="readme") as name:
         scratch = Path(name)
         (folder := scratch / "empty").mkdir()
@@ -292,21 +297,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             repository(address)
             say(f"not as printed: {ADDRESS} is {address}" + (f", torch is {args.torch}\n" if args.torch else "\n"))
             shell = Shell(folder, environment, scratch)
-            contents, wrong = follow(page, shell, str(address), args.torch, say)
+            contents, wrong = follow(given, shell, str(address), args.torch, say)
             if args.write:
                 say(f"{picture(Path(shell.environment['PWD']) / 'verify.html')}\n")
         except Wrong as error:
             say(f"{error}\n")
             return 1
-    left_out = [b for b in parts(page) if isinstance(b, Block) and b.reason]
+    left_out = [b for name in given for b in parts(name, given[name]) if isinstance(b, Block) and b.reason]
     for block in left_out:
-        say(f"README.md:{block.line}: not run, {block.reason}\n")
+        say(f"{block.page}:{block.line}: not run, {block.reason}\n")
     if args.write:
-        pages.write(path, "readme", contents)
+        for name, made in contents.items():
+            pages.write(ROOT / name, "readme", made)
         return 0
     for differs in wrong:
         say(f"{differs}\n")
-    say(f"README.md: {f'{len(wrong)} outputs are not as shown; --write puts them in' if wrong else 'all as printed'}\n")
+    say(
+        f"{', '.join(PAGES)}: {f'{len(wrong)} outputs are not as shown; --write puts them in' if wrong else 'all as printed'}\n"
+    )
     return 1 if wrong else 0
 
 

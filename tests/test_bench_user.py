@@ -22,7 +22,7 @@ def tiny() -> Any:
     return load("shape:tiny")
 
 
-def run(tiny: Any, **how: Any) -> user.Report:
+def run(tiny: Any, **how: Any) -> user.BenchReport:
     return user.bench(tiny.model, tiny.tokenizer, PAIRS, batch_size=4, seconds=0.1, **how)
 
 
@@ -57,7 +57,7 @@ def test_ratio_is_the_median_of_the_rounds() -> None:
     times = {
         way: {"stock": user.Timed([2.0, 9.0, 4.0], [1.0]), "patched": user.Timed([1.0, 3.0, 4.0], [1.0])} for way in user.WAYS
     }
-    assert user.Report(1, 1, {}, times).ratio(user.WAYS[0]) == 2.0
+    assert user.BenchReport(1, 1, {}, times).ratio(user.WAYS[0]) == 2.0
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

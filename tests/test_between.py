@@ -1,9 +1,9 @@
 """What PyTorch and NumPy compute between our ops: copies, gathers, integers, and single operations that are correctly rounded.
 
-The first half lists it: every way of finals.py, and every op's own Python side, runs under a dispatch mode that sees each aten
-call (ours are torch.ops.rerank_kernels) and with arrays that tell what NumPy does to them. What is no copy, has a float in it
-and is not among rounding.SWEPT is red, by name and place. The second half sweeps those few, in a process for each setting of
-MKL and of PyTorch's kernels, and sees that the sweep can fail: torch.sqrt is wrong under MKL's compatible path.
+The first half lists it: every way of finals.py, and every op's own Python side, runs under a TorchDispatchMode that sees each
+aten call (ours are torch.ops.rerank_kernels) and with arrays that tell what NumPy does to them. What is no copy, has a float
+in it and is not among rounding.SWEPT is red, by name and place. The second half sweeps those few, in a process for each setting
+of MKL and of PyTorch's kernels, and sees that the sweep can fail: torch.sqrt is wrong under MKL's compatible path.
 """
 
 from __future__ import annotations

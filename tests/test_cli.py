@@ -184,7 +184,7 @@ def test_a_run_that_fails_half_way_leaves_the_old_file(capsys, folder, pairs, tm
         assert run(capsys, "score", folder, pairs, "-o", out) == (130, "", "rerank-kernels: interrupted\n")
     else:
         code, printed, said = run(capsys, "score", folder, pairs, "-o", out)
-        assert (code, printed) == (2, "")  # 1 is a fallen promise; where the fault is ours the traceback is needed
+        assert (code, printed) == (2, "")  # 1 is a broken promise; where the fault is ours the traceback is needed
         assert said.startswith("Traceback") and said.endswith("\nrerank-kernels: unexpected RuntimeError: out of memory\n")
     assert out.read_bytes() == b"old\n" and len(list(tmp_path.iterdir())) == 2
 
@@ -298,7 +298,7 @@ def test_a_text_that_is_too_long_is_named(capsys, folder, tmp_path) -> None:
     assert run(capsys, "score", folder, pairs)[::2] == (0, said.replace("docs.txt:3", "pairs.jsonl:2"))
 
 
-# ---- errors are 2, and only a fallen promise is 1 ----------------------------------------------------------------------------
+# ---- errors are 2, and only a broken promise is 1 ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("argv", [("score",), ("rank", "--query", "q"), ("verify", "--pairs")])
@@ -436,7 +436,7 @@ def test_verify_passes_and_writes_json(capsys, folder, few_pairs, tmp_path) -> N
 def test_verify_of_stock_fails(capsys, folder, few_pairs, tmp_path) -> None:
     argv = ("verify", folder, "--stock", "--pairs", few_pairs, "--no-process", "--json", tmp_path / "found.json")
     code, out, _ = run(capsys, *argv)
-    assert code == 1 and "fallen: " in out and "padding-invariant" in out
+    assert code == 1 and "broken: " in out and "padding-invariant" in out
     assert not json.loads((tmp_path / "found.json").read_text("utf-8"))["ok"]
 
 
@@ -444,12 +444,12 @@ def test_verify_of_too_few_pairs(capsys, folder, pairs) -> None:
     assert "at least 8 different texts" in bad(capsys, "verify", folder, "--pairs", pairs)
 
 
-def test_a_report_of_a_fallen_promise_is_exit_code_1(capsys, folder, monkeypatch) -> None:
+def test_a_report_of_a_broken_promise_is_exit_code_1(capsys, folder, monkeypatch) -> None:
     row = verify.Result("batch-invariant", "batch", "size 2", 1, 2, 1e-7, 0, 1)
     report = verify.VerifyReport([row], [], {}, scorer="x", kind="cross-encoder", rows=8, lengths=(1, 2))
     monkeypatch.setattr(verify, "verify", lambda *a, **k: report)
     code, out, _ = run(capsys, "verify", folder)
-    assert code == 1 and "1/2" in out and "fallen: batch-invariant" in out
+    assert code == 1 and "1/2" in out and "broken: batch-invariant" in out
 
 
 def test_shapes_are_the_same_every_time() -> None:

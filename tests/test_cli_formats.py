@@ -194,7 +194,7 @@ BAD = [
     (
         "p.jsonl",
         b'[{"query": "a", "document": "b"}]\n',
-        ":1: got a JSON array of objects, wanted an object a line; give the format",
+        ":1: got a JSON array of objects, wanted one object per line; give the format",
     ),
     (
         "p.jsonl",

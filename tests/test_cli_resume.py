@@ -1,4 +1,4 @@
-"""score --resume: whatever ends the process, the same command goes on, and the file has the bytes of a run that was not ended.
+"""score --resume: whatever ends the process, the same command goes on, and the file has the bytes of an uninterrupted run.
 
 The processes here have a stub for a model, so that many of them can be killed at many moments.
 """
@@ -136,7 +136,7 @@ def test_another_run_is_refused_by_name(pairs, tmp_path) -> None:
         ran = resume(*argv)
         said = ran.stderr.decode()
         assert ran.returncode == 2 and said.count("\n") == 1 and "is of another run: " in said and named in said
-        assert "remove it to begin anew" in said
+        assert "remove the folder to begin anew" in said
         assert {p.name: p.read_bytes() for p in folder.iterdir()} == held
     output = folder / "output"
     output.write_bytes(output.read_bytes().replace(b"text", b"test", 1))
@@ -147,12 +147,12 @@ def test_another_run_is_refused_by_name(pairs, tmp_path) -> None:
     assert resume(pairs, out).returncode == 0
 
 
-def test_what_cannot_be_gone_on_with_is_refused(pairs, tmp_path) -> None:
+def test_what_cannot_be_resumed_is_refused(pairs, tmp_path) -> None:
     for source, output, said in (
         ("-", tmp_path / "out.jsonl", b"not stdin or stdout"),
         (pairs, "-", b"not stdin or stdout"),
         (pairs, pairs, b"is PAIRS itself"),
-        (pairs, os.devnull, b"is no file"),
+        (pairs, os.devnull, b"is not a file"),
     ):
         ran = resume(source, output, stdin=subprocess.DEVNULL)
         assert ran.returncode == 2 and said in ran.stderr and ran.stderr.count(b"\n") == 1
@@ -174,7 +174,7 @@ def test_a_run_without_it_says_that_the_work_is_there(pairs, tmp_path) -> None:
     out = tmp_path / "out.jsonl.gz"
     folder = cut_off(pairs, out, tmp_path / "log")
     ran = stubbed("score", "model", pairs, "-o", out, window=WINDOW)
-    assert ran.returncode == 0 and b"is there from a run that was cut off" in ran.stderr and folder.exists()
+    assert ran.returncode == 0 and b"is there from an interrupted run" in ran.stderr and folder.exists()
     assert len(gzip.decompress(out.read_bytes()).splitlines()) == COUNT
 
 

@@ -109,7 +109,7 @@ def test_bench(monkeypatch, columns) -> None:
 
     times = {way: {"stock": timed(1.2345), "patched": timed(0.54321)} for way in bench.WAYS}
     facts = {"model": "BertModel", "device": "cpu, 2 threads", "batches": "of 32"}
-    monkeypatch.setattr(bench, "bench", lambda *a, **k: bench.Report(64, 12345, facts, times))
+    monkeypatch.setattr(bench, "bench", lambda *a, **k: bench.BenchReport(64, 12345, facts, times))
     said = "\n".join(printed(monkeypatch, columns, "bench", "shape:tiny"))
     for number in ("51.84", "117.8", "2.27", "176", "77.6"):
         assert said.count(number) >= 3, "a number is cut"

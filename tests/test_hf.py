@@ -620,7 +620,7 @@ def test_forward_refuses_what_it_would_have_to_ignore():
     with pytest.warns(UserWarning, match="begin or end with the pad token 0 and attention_mask is missing"):
         model(batch["input_ids"])
     model.train()
-    with pytest.raises(RuntimeError, match=r"training mode .* call model\.eval\(\), or rk\.unpatch\(model\)"):
+    with pytest.raises(RuntimeError, match=r"set to train.* call model\.eval\(\), or rk\.unpatch\(model\)"):
         model(**batch)
 
 

@@ -32,7 +32,9 @@ PAGES = (
     "CONTRIBUTING.md",
     "docs/GPU.md",
     "docs/SPEED.md",
-    "docs/WORKS_WITH.md",
+    "docs/SYSTEMS.md",
+    "docs/USE.md",
+    "docs/INSTALL.md",
     "docs/COMMAND_LINE.md",
 )
 

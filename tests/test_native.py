@@ -1,4 +1,4 @@
-"""What is particular to the compiled backend: what it keeps of a weight, and the process that it finds itself in."""
+"""What is particular to the C++ library: what it keeps of a weight, and the process that it finds itself in."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def test_the_collapse_that_the_readme_quotes() -> None:
     half = torch.sigmoid(logits.half())
     assert half.unique().numel() == 6
     assert round(float((half == 1.0).float().mean()), 2) == 0.71
-    assert "6 values are distinct and 71 % are exactly 1.0" in (ROOT / "README.md").read_text()
+    assert "6 values are distinct and 71 % are exactly 1.0" in (ROOT / "docs" / "USE.md").read_text()
     assert rk.sigmoid(-logits).unique().numel() == 8001, "every complement is distinct"
 
 
@@ -222,7 +222,7 @@ def fma32(a: float, b: float, c: float) -> float:
 
 
 def test_dot_is_the_stated_chain() -> None:
-    """linear against the chain of NUMERICS.md, in exact arithmetic: chunks of 512, ascending, one rounding a step."""
+    """linear against the chain of NUMERICS.md, in exact arithmetic: chunks of 512, ascending, one rounding per step."""
     mpmath.mp.prec = 200
     rng = np.random.default_rng(7)
     for k in (1, 511, 512, 513, 1300):

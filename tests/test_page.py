@@ -85,7 +85,7 @@ def timed(other_bits: bool = False, **named: str) -> str:
         "command": "rerank-kernels bench models/bge-reranker-base --html b.html",
         **named,
     }
-    return page.bench_page(bench.Report(64, 4321, facts, times), environment=ENVIRONMENT, when=WHEN, **names)
+    return page.bench_page(bench.BenchReport(64, 4321, facts, times), environment=ENVIRONMENT, when=WHEN, **names)
 
 
 class Seen(HTMLParser):
@@ -145,7 +145,7 @@ def test_what_fell_is_said_first() -> None:
     ours.results[2].equal -= 1
     text = verified(ours, report(page.STOCK))
     said = Seen(text).words
-    assert "Fallen: batch-invariant" in said and "Every promise holds" not in said
+    assert "Broken: batch-invariant" in said and "Every promise holds" not in said
     assert (
         text.count('<tr class="bad">') == text.count('<span class="bad">1 of 485</span>') == 1 and 'class="verdict bad"' in text
     )
@@ -166,7 +166,7 @@ def test_a_check_without_power_is_no_pass() -> None:
 def test_stock_alone() -> None:
     stock = report(page.STOCK)
     text = verified(stock)
-    assert "Fallen: batch-invariant, padding-invariant, thread-invariant" in Seen(text).words
+    assert "Broken: batch-invariant, padding-invariant, thread-invariant" in Seen(text).words
     assert 'class="ours"' not in text
 
 
@@ -174,9 +174,9 @@ def test_the_page_of_bench() -> None:
     said = Seen(timed()).words
     assert "The same bits in every way, at 1.50 times stock's speed" in said
     assert "in stock PyTorch up to 9 texts" in said.replace("In", "in") and "9 of 64" in said and "of 4,321 tokens" in said
-    assert "32 a second" in said and "48 a second" in said
+    assert "32 per second" in said and "48 per second" in said
     fell = timed(other_bits=True)
-    assert "Bits differ: a promise of the patched model fell" in Seen(fell).words and 'class="verdict bad"' in fell
+    assert "Bits differ: a promise of the patched model is broken" in Seen(fell).words and 'class="verdict bad"' in fell
 
 
 # ---- what it is made of ----------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def pages() -> dict[str, str]:
     long = {"model": HOSTILE[-1], "command": f"rerank-kernels verify {HOSTILE[-1]} --html 'a b'"}
     return {
         "verify": verified(stock=report(page.STOCK)),
-        "fallen": verified(fell, report(page.STOCK)),
+        "broken": verified(fell, report(page.STOCK)),
         "alone": verified(report(page.STOCK)),
         "long": verified(stock=report(page.STOCK), **long),
         "bench": timed(),

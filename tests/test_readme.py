@@ -7,12 +7,13 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 import readme
 
-PAGE = (readme.ROOT / "README.md").read_text()
+PAGES = {name: (readme.ROOT / name).read_text() for name in readme.PAGES}
 INSTALL = f"```bash\n: git clone {readme.ADDRESS} rerank_kernels  # ADDRESS is yours\n: {readme.TORCH}\n```\n"
 
 
@@ -23,13 +24,15 @@ def follow(page: str, folder: Path) -> tuple[str, list[str]]:
     scratch.mkdir()
     (empty := folder / "empty").mkdir()
     shell = readme.Shell(empty, environment, scratch)
-    contents, wrong = readme.follow(page, shell, "/some where", "torch>=2", lambda text: None)
-    return readme.pages.replaced(page, "readme", contents)[0], wrong
+    contents, wrong = readme.follow({"X.md": page}, shell, "/some where", "torch>=2", lambda text: None)
+    return readme.pages.replaced(page, "readme", contents["X.md"])[0], wrong
 
 
 def first_python() -> str:
     """The README's first python block and what it shows, behind lines that install nothing."""
-    found = re.search(r"^```python\n.*?<!-- readme:output -->.*?<!-- /readme -->\n", PAGE, re.DOTALL | re.MULTILINE)
+    found = re.search(
+        r"^```python\n.*?<!-- readme:output -->.*?<!-- /readme -->\n", PAGES["README.md"], re.DOTALL | re.MULTILINE
+    )
     assert found is not None
     return INSTALL + found[0]
 
@@ -105,38 +108,53 @@ def test_the_address_and_torch_are_all_that_is_replaced() -> None:
 # ---- the README ------------------------------------------------------------------------------------------------------------
 
 
+def found(kind: type[readme.Block] | type[readme.Shown]) -> list[Any]:
+    return [part for name, page in PAGES.items() for part in readme.parts(name, page) if isinstance(part, kind)]
+
+
 def shown(name: str) -> readme.Shown:
-    (found,) = (p for p in readme.parts(PAGE) if isinstance(p, readme.Shown) and p.name == name)
-    return found
+    (one,) = (part for part in found(readme.Shown) if part.name == name)
+    return cast(readme.Shown, one)
 
 
-def test_every_block_of_the_readme_is_run_or_says_why_not() -> None:
-    blocks = [p for p in readme.parts(PAGE) if isinstance(p, readme.Block)]
+def test_every_block_of_the_pages_is_run_or_says_why_not() -> None:
+    blocks = found(readme.Block)
     assert len([b for b in blocks if not b.reason]) >= 5
     assert [b.reason for b in blocks if b.reason] == ["it needs an NVIDIA GPU"]
-    assert {p.name for p in readme.parts(PAGE) if isinstance(p, readme.Shown)} == set(readme.NAMES)
+    assert {part.name for part in found(readme.Shown)} == set(readme.NAMES)
+
+
+def test_the_second_page_goes_on_where_the_first_ends(tmp_path: Path) -> None:
+    pages = {
+        "A.md": f"{INSTALL}```bash\nexport LATELY=1\n```\n",
+        "B.md": "```bash\necho $LATELY\n```\n<!-- readme:output -->\n```\n2\n```\n<!-- /readme -->\n",
+    }
+    shell = readme.Shell(tmp_path, os.environ, tmp_path)
+    written, wrong = readme.follow(pages, shell, "a", None, lambda text: None)
+    assert written == {"A.md": pages["A.md"], "B.md": pages["B.md"].replace("2", "1")}
+    assert len(wrong) == 1 and wrong[0].startswith("--- B.md:4")
 
 
 @pytest.mark.parametrize("name", ["output", "demo", "changes"])
 def test_what_is_held_of_the_readme(name: str) -> None:
     """Each of our digits is missed if it is another one; of stock's numbers, which are of one machine, none is."""
-    found = shown(name)
-    assert readme.difference(found, found.text) == ""
+    one = shown(name)
+    assert readme.difference(one, one.text) == ""
     ours = {"output": r"\d", "demo": r"(?<=│ )[0-9a-f]{12}(?= +│ +[0-9a-f]{12} )", "changes": r"\d+(?= of \d+ \|$)"}[name]
-    places = [m.start() for m in re.finditer(ours, found.text, re.MULTILINE)]
+    places = [m.start() for m in re.finditer(ours, one.text, re.MULTILINE)]
     assert len(places) >= 5
     for at in places:
-        other = found.text[:at] + ("1" if found.text[at] != "1" else "2") + found.text[at + 1 :]
-        assert readme.difference(found, other) != "", other
+        other = one.text[:at] + ("1" if one.text[at] != "1" else "2") + one.text[at + 1 :]
+        assert readme.difference(one, other) != "", other
     stock = {"output": None, "demo": r"[0-9a-f](?=[0-9a-f]{11}  │$)", "changes": r"\d(?=[\d,]* of [\d,]+ \| [\d.e-]+ \|)"}[name]
-    for at in [m.start() for m in re.finditer(stock, found.text, re.MULTILINE)] if stock else []:
-        other = found.text[:at] + ("1" if found.text[at] != "1" else "2") + found.text[at + 1 :]
-        assert readme.difference(found, other) == "", other
+    for at in [m.start() for m in re.finditer(stock, one.text, re.MULTILINE)] if stock else []:
+        other = one.text[:at] + ("1" if one.text[at] != "1" else "2") + one.text[at + 1 :]
+        assert readme.difference(one, other) == "", other
 
 
 def test_stock_with_one_hash_is_missed() -> None:
-    found = shown("demo")
-    counts = re.search(r"different hashes.*│ (\d+) +│ (\d+) ", found.text)
+    one = shown("demo")
+    counts = re.search(r"different hashes.*│ (\d+) +│ (\d+) ", one.text)
     assert counts is not None and counts[1] == "1"
-    other = found.text[: counts.start(2)] + "1" + found.text[counts.end(2) :]
-    assert "stock's are several" in readme.difference(found, other)
+    other = one.text[: counts.start(2)] + "1" + one.text[counts.end(2) :]
+    assert "stock's are several" in readme.difference(one, other)

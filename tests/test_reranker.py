@@ -1,4 +1,4 @@
-"""Reranker: one score a pair whatever the list, ranked by logit; with a tiny cross-encoder, and MiniLM for embeddings."""
+"""Reranker: one score per pair whatever the list, ranked by logit; with a tiny cross-encoder, and MiniLM for embeddings."""
 
 from __future__ import annotations
 
@@ -377,7 +377,7 @@ def test_arguments_that_do_not_fit(folder, cross):
         rk.Reranker(3)
     with pytest.raises(TypeError, match="tokenizer must be given with a loaded model"):
         rk.Reranker(cross.model)
-    with pytest.raises(ValueError, match=r"config\.num_labels must be 1, one score a pair, got 3"):
+    with pytest.raises(ValueError, match=r"config\.num_labels must be 1, one score per pair, got 3"):
         rk.Reranker(tiny("bert", num_labels=3), cross.tokenizer)
     with pytest.raises(ValueError, match="kind must be one of None, 'cross-encoder', 'embedding', got 'reranker'"):
         rk.Reranker(folder, kind="reranker")

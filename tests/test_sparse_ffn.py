@@ -38,7 +38,7 @@ def sparse_inputs(dtype: torch.dtype, active: int) -> tuple[torch.Tensor, torch.
 def test_any_sparsity(backend: Backend, active: int, dtype: torch.dtype) -> None:
     x, up, bias, down = sparse_inputs(dtype, active)
     y = sparse_ffn(x, up, down, up_bias=bias)
-    # the neurons that are off, taken out of the weights: on a portable backend they are no-ops inside their chunk of 512
+    # the neurons that are off, taken out of the weights: where bits are machine-invariant they are no-ops in their chunk of 512
     on = bias > 0
     dense = torch.relu(x.double() @ up.double().t() + bias.double())
     assert bool(((dense != 0) == on).all())
@@ -92,7 +92,7 @@ def on_the_edge() -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.promise("machine-invariant")
 def test_screening_costs_no_bit(backend: Backend) -> None:
-    """One row is screened with copies in 8 bits a weight, which take most of these neurons for the wrong side of 0."""
+    """One row is screened with copies in 8 bits per weight, which take most of these neurons for the wrong side of 0."""
     screening_costs_no_bit()
 
 

@@ -497,7 +497,7 @@ WINDOW = "attention-D32-H4of1-T70-window=(7,3)"
 HOPPER: dict[str, Any] = {"arch": 90, "starts": False}
 TENSOR_MUTANTS: dict[str, tuple[Edit, str, dict[str, Any], Callable[[Case, torch.dtype], None]]] = {
     "few rows leave wgmma for mma.sync": (
-        Edit("linear.py", "TensorTile(64, 32, 4, 6)", "TensorTile(16, 32, 4, 6)"),
+        Edit("linear.py", "LinearTensorTile(64, 32, 4, 6)", "LinearTensorTile(16, 32, 4, 6)"),
         "linear-512x16",
         HOPPER,
         one_kind,

@@ -20,8 +20,8 @@ from rerank_kernels.backend.modes import PORTABLE
 from rerank_kernels.models.bound import Forward
 from rerank_kernels.ops.sequences import Sequences
 from rerank_kernels.verify import VerifyReport, controls, default_pairs, fresh, verify
+from rerank_kernels.verify.checks import FINAL, HOME, MIXED, SETTINGS, Call, Check, Texts, all_checks, build, home
 from rerank_kernels.verify.measure import Session, measure
-from rerank_kernels.verify.plan import FINAL, HOME, MIXED, SETTINGS, Call, Check, Texts, build, home, plan
 
 QUESTIONS = (CORPUS[0], CORPUS[8])
 PAIRS = [(q, d) for q in QUESTIONS for d in (*CORPUS[:6], " ".join(CORPUS[2:5]), "?")]
@@ -44,7 +44,7 @@ def run(model, own, **options) -> VerifyReport:
     return verify(model, own, PAIRS, **{"limit": HOME, **options})
 
 
-def fallen(report: VerifyReport) -> set[str]:
+def broken(report: VerifyReport) -> set[str]:
     return {r.check for r in report.results if not r.holds}
 
 
@@ -95,11 +95,11 @@ def test_stock_falls_where_it_must() -> None:
     report = run(model, own, stock=True)
     assert not report.ok and not report.powerless
     # the head reads a pad token, and positions count pad tokens that are not the pad id: no rounding hides this
-    assert {"padding side", "padding value"} <= fallen(report)
+    assert {"padding side", "padding value"} <= broken(report)
     side = next(r for r in report.results if r.check == "padding side")
     assert side.equal == 0 and side.max_difference > 1e-3
     assert "packed" not in {r.check for r in report.results}
-    assert "fallen: " in printed(report)
+    assert "broken: " in printed(report)
 
 
 def test_the_pytorch_backend_is_not_blamed_for_what_it_does_not_promise() -> None:
@@ -130,7 +130,7 @@ def test_a_setting_that_moves_a_last_bit_falls(head: bool, stock: bool, monkeypa
     if not stock:
         rk.patch(model)
     some = package._texts(model, own, PAIRS, cut=100, room=120, limit=HOME)
-    check = next(c for c in plan(some, routes=(FINAL,)) if c.name == "math library")
+    check = next(c for c in all_checks(some, routes=(FINAL,)) if c.name == "math library")
 
     def answers(request, setting, variable):
         given = {n: torch.tensor(v) for n, v in request["inputs"][0].items()}
@@ -144,7 +144,7 @@ def test_a_setting_that_moves_a_last_bit_falls(head: bool, stock: bool, monkeypa
     for wrong in ("", *SETTINGS):
         setting = package.Setting.of(model, "portable", None)
         finals = fresh.Finals(fresh.request_for("here", model, "mean", stock, setting), setting, model, some, HOME)
-        found = measure(check, Session(some, fresh.forward_of(model, "mean", stock), {FINAL: finals.answer}))
+        found = measure(check, Session(some, fresh.runner_of(model, "mean", stock), {FINAL: finals.answer}))
         assert (found.equal, found.total) == (HOME * (len(SETTINGS) - bool(wrong)), HOME * len(SETTINGS)), wrong
         assert found.holds == (not wrong) and found.promise == "machine-invariant" and found.flips == 0 < found.ordered
         assert stock or finals.control().caught
@@ -189,11 +189,11 @@ def test_a_kernel_that_leaks_between_rows_is_caught(monkeypatch) -> None:
     monkeypatch.setattr(registry, "select", leaking(registry.select))
     report = run(model, own)
     assert not report.ok
-    assert {"batch", "position", "neighbours", "packed"} <= fallen(report)
-    assert "repeat" not in fallen(report)
+    assert {"batch", "position", "neighbours", "packed"} <= broken(report)
+    assert "repeat" not in broken(report)
 
 
-def test_a_forward_that_reads_padding_is_caught(monkeypatch) -> None:
+def test_a_runner_that_reads_padding_is_caught(monkeypatch) -> None:
     """The mask is only ever right up to the next multiple of 4."""
     true = Sequences.from_mask
 
@@ -208,14 +208,14 @@ def test_a_forward_that_reads_padding_is_caught(monkeypatch) -> None:
     model, own = cross_encoder()
     monkeypatch.setattr(Sequences, "from_mask", blurred)
     report = run(model, own)
-    assert {"padding length", "padding value"} <= fallen(report)
-    assert "repeat" not in fallen(report) and "position" not in fallen(report)
+    assert {"padding length", "padding value"} <= broken(report)
+    assert "repeat" not in broken(report) and "position" not in broken(report)
 
 
 @pytest.mark.parametrize("name", controls.SIGHTED)
 def test_a_check_without_its_condition_is_reported_as_powerless(name: str, monkeypatch) -> None:
     def blind(*args, **kwargs):
-        checks = plan(*args, **kwargs)
+        checks = all_checks(*args, **kwargs)
         return [dataclasses.replace(c, scorings=((Call((0,)), Call((1,))),)) if c.name == name else c for c in checks]
 
     own = texts()
@@ -227,7 +227,7 @@ def test_a_check_without_its_condition_is_reported_as_powerless(name: str, monke
 
 def test_a_powerless_check_fails_the_run(monkeypatch) -> None:
     def blind(*args, **kwargs):
-        checks = plan(*args, **kwargs)
+        checks = all_checks(*args, **kwargs)
         return [
             dataclasses.replace(c, scorings=tuple(tuple(dataclasses.replace(k, side="right") for k in s) for s in c.scorings))
             if c.name == "padding side"
@@ -235,10 +235,10 @@ def test_a_powerless_check_fails_the_run(monkeypatch) -> None:
             for c in checks
         ]
 
-    monkeypatch.setattr(package, "plan", blind)
+    monkeypatch.setattr(package, "all_checks", blind)
     model, own = cross_encoder()
     report = run(model, own)
-    assert not report.fallen and not report.ok
+    assert not report.broken and not report.ok
     assert {c.expected for c in report.powerless} == {"padding side"}
     assert "not seen by padding side: that check has no power here" in printed(report)
 
@@ -247,7 +247,7 @@ def test_a_powerless_check_fails_the_run(monkeypatch) -> None:
 def test_each_sighted_control_is_seen_by_its_own_check_only(n: int) -> None:
     own = many(n)
     reference = np.linspace(-3, 3, n, dtype=np.float32)[:, None]
-    found = controls.sighted_controls(own, plan(own, routes=("packed", "process", "isa:scalar", FINAL)), reference)
+    found = controls.sighted_controls(own, all_checks(own, routes=("packed", "process", "isa:scalar", FINAL)), reference)
     assert {c.expected: c.seen_by for c in found} == {c.expected: (c.expected,) for c in found}
     assert len(found) == len(controls.SIGHTED) + 4
 
@@ -268,19 +268,19 @@ def many(n: int) -> Texts:
     )
 
 
-# ---- plan and measure --------------------------------------------------------------------------------------------------------
+# ---- checks and measure ------------------------------------------------------------------------------------------------------
 
 
 def test_every_batch_has_its_size_and_covers_every_row() -> None:
     own = many(40)
-    batch = next(c for c in plan(own) if c.name == "batch")
+    batch = next(c for c in all_checks(own) if c.name == "batch")
     for scoring in batch.scorings:
         assert len({len(call.rows) for call in scoring}) == 1
         assert {r for call in scoring for r in call.rows} == set(range(40))
 
 
 def test_every_row_comes_to_stand_in_every_place() -> None:
-    position = next(c for c in plan(many(8)) if c.name == "position")
+    position = next(c for c in all_checks(many(8)) if c.name == "position")
     places = {(row, place) for s in position.scorings for call in s for place, row in enumerate(call.rows)}
     assert {(row, place) for row in range(HOME) for place in range(HOME) if place != row} <= places
 
@@ -312,10 +312,10 @@ def test_differences_flips_and_nan_are_counted() -> None:
     wrong[5] = np.nan
     check = Check("batch-invariant", "batch", "", "alone", ((Call(home(0)),),))
 
-    def forward(inputs):
+    def runner(inputs):
         return torch.from_numpy(right[:1] if len(inputs["input_ids"]) == 1 else wrong)
 
-    session = Session(own, forward, answers={Call((r,)): right[r : r + 1] for r in range(8)})
+    session = Session(own, runner, answers={Call((r,)): right[r : r + 1] for r in range(8)})
     result = measure(check, session)
     assert (result.equal, result.total) == (5, 8)
     assert result.max_difference == float("inf") and not result.holds
@@ -334,11 +334,11 @@ def test_shared_calls_run_once() -> None:
     calls = []
     own = many(16)
 
-    def forward(inputs):
+    def runner(inputs):
         calls.append(1)
         return torch.zeros(len(inputs["input_ids"]), 1)
 
-    session, checks = Session(own, forward), plan(own)
+    session, checks = Session(own, runner), all_checks(own)
     for check in checks:
         measure(check, session)
     assert len(calls) == len(set().union(*(c.calls() for c in checks)))

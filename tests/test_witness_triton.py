@@ -40,9 +40,19 @@ def test_kernels_as_they_should_be_have_no_defects(arch: int, mode: str) -> None
 @pytest.mark.parametrize(
     ("arch", "mode", "edit", "found"),
     [
-        (90, "tensor", Edit("linear.py", "TensorTile(128, 128, 8, 4)", "TensorTile(32, 64, 4, 4)"), "wants HGMMA, has"),
+        (
+            90,
+            "tensor",
+            Edit("linear.py", "LinearTensorTile(128, 128, 8, 4)", "LinearTensorTile(32, 64, 4, 4)"),
+            "wants HGMMA, has",
+        ),
         (80, "tensor", Edit("launch.py", '"sched4reg"] = True', '"sched4reg"] = False'), "of spills"),
-        (80, "tensor", Edit("linear.py", "TensorTile(128, 128, 8, 3)", "TensorTile(128, 128, 8, 6)"), "of shared memory"),
+        (
+            80,
+            "tensor",
+            Edit("linear.py", "LinearTensorTile(128, 128, 8, 3)", "LinearTensorTile(128, 128, 8, 6)"),
+            "of shared memory",
+        ),
         (80, "portable", Edit("linear.py", 'input_precision="ieee"', 'input_precision="tf32"'), "machine code: .*HMMA"),
         (
             80,

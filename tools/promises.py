@@ -2,8 +2,8 @@
 
     python tools/promises.py --write      # in the venv; test_house.py fails while the page says something else
 
-Rings: `native` (the kernel itself ran), `simulated` (the compiler's PTX ran on a CPU, started by the real launchers). The
-cells of a GPU say both: CI runs the simulated test, and the native one was run by hand, with `make gpu`.
+Rings: `hardware` (the kernel ran on the processor that it is for), `simulated` (the compiler's PTX ran on a CPU, started by
+the real launchers). The cells of a GPU say both: CI runs the simulated test, and the other was run by hand, with `make gpu`.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ def tests_of(op: str, mode: str, backend: str, promise: str) -> list[tuple[str, 
     if mode == "tensor":
         simulated = ("simulated", f"test_tensor.py::TestTensor::{name}")
         if promise != "thread-invariant":
-            return [simulated, ("native", f"test_gpu_tensor.py::TestTensorOnAGpu::{name}")]
-        busy = [("native", "test_gpu_tensor.py::test_200_repeats_beside_other_work")]
+            return [simulated, ("hardware", f"test_gpu_tensor.py::TestTensorOnAGpu::{name}")]
+        busy = [("hardware", "test_gpu_tensor.py::test_200_repeats_beside_other_work")]
         return [simulated, *(busy if op in ("linear", "attention") else [])]
     family = OPS[op]
     of_the_family = f"test_{family}.py::{CLASSES[family]}::{name}"
     if backend not in EQUAL:
-        return [("native", of_the_family)]
-    equal = "test_same_bits_as_the_cpu"  # on a GPU the other promises follow from it, for the cpu's are held natively
+        return [("hardware", of_the_family)]
+    equal = "test_same_bits_as_the_cpu"  # on a GPU the other promises follow from it, for the cpu's are held on hardware
     simulated = f"{EQUAL[backend]}::{equal}" if promise == "machine-invariant" else of_the_family
-    return [("simulated", simulated), ("native", f"test_gpu.py::{equal}")]
+    return [("simulated", simulated), ("hardware", f"test_gpu.py::{equal}")]
 
 
 def rows() -> list[tuple[str, str, str]]:

@@ -48,8 +48,8 @@ def missing_cuda() -> str | None:
 def holding_threads() -> Iterator[None]:
     """Inside the block PyTorch's own operations run on this thread alone, and ours on as many as before; re-entrant.
 
-    What PyTorch does between our ops is short, but its OpenMP threads spin for milliseconds after each, on the cores that ours
-    want next, and in a forked child they are waited for for ever. Other threads of the program notice nothing.
+    What PyTorch does between our ops is short. But its OpenMP threads spin for milliseconds after each, on the cores that ours
+    need next, and in a forked child it waits for them for ever. Other threads of the program notice nothing.
     """
     before = torch.ops.rerank_kernels.hold_threads(0)
     try:

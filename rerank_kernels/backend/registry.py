@@ -1,9 +1,10 @@
 """The one registry: which backends there are, why the others are not, and who serves an op on a device.
 
-The choice depends on the op, the device, the mode and the user's word, never on a shape: default by device (cpu: "cpu", else
-"pytorch"; cuda: "cuda", else "triton"), changed by RERANK_KERNELS_BACKEND, by `with use("pytorch")`, and for one model by
-patch(model, backend="triton"); the narrower word wins. Asked for and missing is an error; nothing falls back quietly: where
-pytorch serves because the C++ library is missing, a FallbackWarning says so, once a process.
+The choice depends on the op, the device, the mode and what the user says, never on a shape. Default by device: cpu takes "cpu",
+else "pytorch"; cuda takes "cuda", else "triton". RERANK_KERNELS_BACKEND changes it, `with use("pytorch")` for a block, and
+patch(model, backend="triton") for one model: the narrower of them wins. A backend that was asked for and is missing is an
+error. Nothing falls back silently: where pytorch serves because the C++ library is missing, a FallbackWarning says so, once
+per process.
 A new backend is one folder with the six family names and one entry in BACKENDS.
 """
 
@@ -116,7 +117,7 @@ def select(op: str, device: torch.device, mode: Mode = PORTABLE) -> Callable[...
 
 @contextlib.contextmanager
 def settled() -> Iterator[None]:
-    """Inside the block the environment is asked once an op and device: a model's forward asks for the same few all the time."""
+    """Inside the block the environment is read once per op and device: a model's forward asks for the same few all the time."""
     token = _before.set({})
     try:
         yield
@@ -220,7 +221,7 @@ class BackendTable(dict[str, dict[str, str]]):
                     yield f"{op}, mode {mode}", rows[op]
 
     def promises(self) -> Iterator[str]:
-        """A line for each backend: what it serves and promises in which mode, or why it is not there."""
+        """One line per backend: what it serves and promises in which mode, or why it is not there."""
         for b in BACKENDS.values():
             said = f"promises {', '.join(b.promises['portable'])}"
             if "tensor" in b.promises:

@@ -1,13 +1,13 @@
 """Other layouts of weights, made once per weight and kept as long as the weight lives.
 
-Kernels read a weight as nn.Linear holds it, so there are few: of sparse_ffn the down-projection with a neuron's values side by
-side, and on the CPU two copies of the first matrix in 8 bits that show which neurons are off; and a contiguous copy of a weight
-that is not.
+Kernels read a weight as nn.Linear holds it, so there are few other layouts. sparse_ffn has the down-projection with a neuron's
+values side by side. On the CPU it has two copies of the first matrix in 8 bits, which show which neurons are off. A weight that
+is not contiguous has a contiguous copy.
 
 A weight is recognised by its identity, memory, version, and a sample of its bits: an optimiser step, load_state_dict, .half()
 or .to() lead to a new layout at the next call. PyTorch's version counter does not see writes through `weight.data` and fused
-optimisers; the sample of up to 1024 values, looked at on the CPU only, sees them unless they leave all of these as they were:
-call rk.forget(model) then.
+optimisers. The sample of up to 1024 values, on the CPU only, sees them unless they leave all of its values as they were: then
+call rk.forget(model).
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def check_finite(weight: Tensor) -> None:
 
 
 def screen(weight: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """[N, K] in 8 bits a weight, twice: coarse and rest, int8 [N, K]; bounds, float32 [N, 4]. Of float32 weights on the CPU.
+    """[N, K] in 8 bits per weight, twice: coarse and rest, int8 [N, K]; bounds, float32 [N, 4]. Of float32 weights on the CPU.
 
     Row n is about bounds[n, 0] * coarse[n], off by |dot(x, w) - dot(x, that)| <= bounds[n, 1] |x|, both as computed; and about
     bounds[n, 0] * coarse[n] + bounds[n, 2] * rest[n], off by at most bounds[n, 3] |x|.
 
-    By Cauchy and Schwarz: |w - copy| for what a copy leaves out; and for the arithmetic n u / (1 - n u) |x| |v| for a sum of
-    products with v in which a term passes through n roundings: for w's own `dot` a chunk and the number of chunks, for the
-    copies', whose order is free, K. Norms are taken in float64, where 1.0001 covers their own errors, and a process that has
-    subnormals set to zero may hide so much of each weight as is added.
+    By Cauchy and Schwarz: |w - copy| for what a copy leaves out. For the arithmetic: n u / (1 - n u) |x| |v| for a sum of
+    products with v in which a term passes through n roundings. For w's own `dot` n is a chunk and the number of chunks; for
+    the copies', whose order is free, it is K. Norms are taken in float64, where 1.0001 covers their own errors. What is added
+    covers what a process that sets subnormals to zero may hide of each weight.
     """
     if weight.dtype != torch.float32 or weight.device.type not in SCREENS_ON or weight.is_inference():
         return None  # half precision is no larger than the copies; what cannot be kept is not worth making

@@ -39,7 +39,7 @@ class Timed:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     """times[way][who], who "stock" or "patched"; `differ` counts rows whose bits are not those of the row alone."""
 
     rows: int
@@ -86,7 +86,7 @@ class Report:
         return {"texts": self.rows, "tokens": self.tokens, "ok": self.ok, **self.facts, "ways": ways}
 
     def print(self, console: Console) -> None:
-        """A line for every way; p50: of a call, that is of a batch, or of one text alone."""
+        """One line per way; p50: of a call, that is of a batch, or of one text alone."""
         about = ", ".join(f"{name} {value}" for name, value in self.facts.items())
         names = ("stock /s", "patched /s", "stock / patched", "p50 ms", "p50 ms, patched", "other bits", "patched")
         table = Table(
@@ -102,7 +102,7 @@ class Report:
         console.print(table)
         best, ours = (self.fastest_way(who) for who in ("stock", "patched"))
         console.print(f"stock's fastest ({best}) / patched's fastest ({ours}): {self.fastest():.2f}", highlight=False)
-        said = "the same bits in every way" if self.ok else "BITS DIFFER: a promise of the patched model fell"
+        said = "the same bits in every way" if self.ok else "BITS DIFFER: a promise of the patched model is broken"
         console.print(f"patched: {said}", highlight=False)
 
 
@@ -117,7 +117,7 @@ def bench(
     mode: str = "portable",
     seconds: float = 20.0,
     progress: Callable[[float], None] = lambda share: None,
-) -> Report:
+) -> BenchReport:
     """Time `model`, which is not patched and stays as it is, beside a patched twin that shares its weights.
 
     pairs: (query, document) each; of an embedding model, which takes one text, the documents. seconds: about how long the
@@ -166,7 +166,7 @@ def bench(
         "mode": mode,
         "batches": f"of {batch_size}",
     }
-    return Report(len(rows), sum(rows), facts, times)
+    return BenchReport(len(rows), sum(rows), facts, times)
 
 
 def _patched_twin(model: nn.Module, mode: str) -> nn.Module:
@@ -196,7 +196,7 @@ def _round(model: nn.Module, batches: Batches, pooling: str, timed: Timed, ours:
 
 
 def _result(model: nn.Module, inputs: Inputs, pooling: str, ours: bool) -> Tensor:
-    """The logits, or the vectors pooled as a user of that stack pools them."""
+    """The logits, or the vectors pooled as a user of that system pools them."""
     out = model(**inputs)
     if hasattr(out, "logits"):
         return out.logits

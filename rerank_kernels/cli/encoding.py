@@ -59,7 +59,7 @@ class Lines:
 
 
 class Array(Lines):
-    """One JSON array, an object a line."""
+    """One JSON array, one object per line."""
 
     def begin(self) -> bytes:
         return b"["
@@ -112,7 +112,7 @@ class Table(Lines):
 
 
 class Parquet(Lines):
-    """Row groups. A Parquet source keeps its columns and their types; of other sources a column is text, integer, number or
+    """Row groups. A Parquet source keeps its columns and their types. Of other sources a column is text, integer, number or
     truth if all its values are, else the JSON text of its values. The numbers are float32."""
 
     def __init__(self, names: Sequence[str], source: Source, name: str) -> None:

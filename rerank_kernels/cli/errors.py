@@ -20,7 +20,7 @@ def fail_with(error: Exception) -> NoReturn:
 
 
 def message(error: Exception) -> str:
-    """One line if the user can act on it. All else is our fault: its traceback goes first, and 1 stays a fallen promise."""
+    """One line if the user can act on it. All else is our fault: its traceback goes first, and 1 stays a broken promise."""
     if isinstance(error, MemoryError):
         return "out of memory"
     if isinstance(error, OSError) and error.strerror:

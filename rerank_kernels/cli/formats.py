@@ -27,7 +27,7 @@ FOREIGN = (
 
 @dataclass(frozen=True)
 class Format:
-    """kind: jsonl (an object a line), json (one array), csv, tsv, parquet, text (a document a line). gz: compressed."""
+    """kind: jsonl (one object per line), json (one array), csv, tsv, parquet, text (one document per line). gz: compressed."""
 
     kind: str
     gz: bool = False

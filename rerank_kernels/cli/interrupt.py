@@ -1,8 +1,8 @@
 """Signals that end the command: Ctrl-C, SIGTERM, SIGHUP. Each cleans up, says one line, and the exit code is 130.
 
 A signal raises KeyboardInterrupt where that can be caught and cleaned up. Where it cannot - inside the imports of torch and
-transformers, which turn it into other errors or print it - the process cleans up and ends on the spot. Where something must not
-be torn apart it waits (held), and so it does for the pairs in work of a run that can be resumed (patient).
+transformers, which turn it into other errors or print it - the process cleans up and ends at once. Where something must be done
+whole, it waits (held). It also waits for the pairs in work of a run that can be resumed (patient).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LINE = "rerank-kernels: interrupted"
 PATIENT = b"rerank-kernels: stopping when the pairs in work are done; once more to stop at once\n"
 AGAIN = 2.0  # seconds in which a second signal does not disturb the cleaning up after the first
 
-files: set[str] = set()  # to be removed by a process that ends on the spot
+files: set[str] = set()  # to be removed by a process that ends at once
 came = False  # a signal was seen
 _held = _patient = 0
 _loading = _over = False
@@ -52,7 +52,7 @@ def leave() -> None:
 
 
 def check() -> None:
-    """Raise what came while it was held, or was swallowed by somebody else's code."""
+    """Raise what came while it was held, or what other code caught and dropped."""
     if came and not _over:
         raise KeyboardInterrupt
 
@@ -70,7 +70,7 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def patient() -> Iterator[None]:
-    """The first signal only says that the end is near: whoever works here looks at check() often."""
+    """The first signal only asks for the end: whoever works here calls check() often."""
     global _patient
     _patient += 1
     try:

@@ -77,7 +77,7 @@ def device(name: str | None) -> Any:
 
 
 def quiet() -> None:
-    """transformers' own bars and load reports would stand between the lines of our output."""
+    """transformers' own bars and load reports would appear between the lines of our output."""
     from transformers.utils import logging as transformers_logging
 
     logging: Any = transformers_logging

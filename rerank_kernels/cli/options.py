@@ -7,7 +7,9 @@ import argparse
 
 def model_options(sub: argparse.ArgumentParser, what: str = "a local model folder, as save_pretrained writes it") -> None:
     sub.add_argument("model", metavar="MODEL", help=what)
-    sub.add_argument("--max-length", type=positive, metavar="N", help="tokens a text is cut to (default: what the model takes)")
+    sub.add_argument(
+        "--max-length", type=positive, metavar="N", help="cut each text to N tokens (default: what the model takes)"
+    )
     sub.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="type of the weights (default: as stored)")
     sub.add_argument("--device", metavar="D", help="where the model goes, cuda for instance (default: cpu)")
     sub.add_argument(

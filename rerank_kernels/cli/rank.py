@@ -19,7 +19,7 @@ def options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "documents",
         metavar="DOCS",
-        help='one document a line; {"document": ...} and other fields, which are kept, if its name says so: .jsonl, .ndjson, '
+        help='one document per line; {"document": ...} and other fields, which are kept, if its name says so: .jsonl, .ndjson, '
         ".json, .csv, .tsv, .parquet, and .gz of these; - for stdin. The index of a document is its line (or item, or row) "
         "in DOCS, from 0; blank lines count, and are not ranked",
     )

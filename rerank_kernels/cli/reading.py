@@ -124,11 +124,11 @@ class Source:
                 except ValueError as error:
                     raise InputError(f"{where}: not JSON: {error}") from None
                 if isinstance(value, list) and not isinstance(value, Object) and value and isinstance(value[0], Object):
-                    raise InputError(f"{where}: got a JSON array of objects, wanted an object a line; give the format json")
+                    raise InputError(f"{where}: got a JSON array of objects, wanted one object per line; give the format json")
                 yield self._object(where, number - 1, line, value)
 
     def _json(self, file: Any) -> Iterator[Record]:
-        """One array of objects; or, for many a .json holds that, objects a line."""
+        """One array of objects; or one object per line, since many a file called .json holds that."""
         start = b""
         while (piece := file.read(1)).isspace() or (piece in (b"\xef", b"\xbb", b"\xbf") and piece):
             start += piece

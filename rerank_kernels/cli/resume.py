@@ -5,9 +5,9 @@
                name. Then a line for each window that is whole in the output: records, bytes, crc32 of these bytes. Each line
                ends in a crc32 of itself
 
-Bytes are on the disk before the line that counts them. What lies behind the last whole line, torn off by a kill or a loss of
-power, is cut away; the window that it belonged to is computed again, and no other. At the end `output` is renamed into its
-place and the folder removed.
+Bytes are on the disk before the line that counts them. What lies behind the last whole line, after a kill or a loss of power,
+is cut away. The window that it belonged to is computed again, and no other. At the end `output` is renamed into its place and
+the folder removed.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class Resumed(writing.Out):
 
 @contextlib.contextmanager
 def resumed(path: str, identity: Mapping[str, str]) -> Iterator[Resumed | None]:
-    """The output of an earlier run that was cut off, or a new one; None if all that it lacks is to be put in its place."""
+    """The output of an interrupted run, or a new one; None if it is whole and must only be put in its place."""
     place = writing.real(path)
     if place.exists() and not place.is_file():
-        raise InputError(f"--resume: {path} is no file, and cannot be gone on with")
+        raise InputError(f"--resume: {path} is not a file and cannot be resumed")
     folder = place.with_name(place.name + ".resume")
     with contextlib.ExitStack() as stack:
         with writing.naming(path):
@@ -94,7 +94,7 @@ def left_over(path: str) -> None:
     """Say that an earlier run's work is there, where it is not asked for."""
     folder = Path(os.path.realpath(path) + ".resume")
     if (folder / "journal").exists():
-        say(f"warning: {folder} is there from a run that was cut off; --resume goes on with it, this run does not use it")
+        say(f"warning: {folder} is there from an interrupted run; --resume continues it, this run does not use it")
 
 
 def digest(path: str) -> str:
@@ -168,7 +168,7 @@ def _same(identity: Mapping[str, str], before: Mapping[str, str], folder: Path) 
     if other:
         now = "; ".join(f"{name}: {_short(before.get(name))} then, {_short(identity.get(name))} now" for name in other)
         raise InputError(
-            f"--resume: {folder} is of another run: {now}; give what it was begun with, or remove it to begin anew"
+            f"--resume: {folder} is of another run: {now}; start it with the same again, or remove the folder to begin anew"
         )
 
 

@@ -1,6 +1,6 @@
 """`score`: the records of a file, each with its numbers, in memory that does not grow with the file.
 
-A file is read twice: first all of it is checked, so that a fault in its last line is known before hours of scoring, then its
+A file is read twice. First all of it is checked, so that a fault in its last line is known before hours of scoring. Then its
 records are scored in windows and written in their order. Stdin is read once.
 """
 
@@ -47,8 +47,8 @@ def options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--resume",
         action="store_true",
-        help="keep the work so far in FILE.resume/, and go on with what is there: after Ctrl-C, a kill or a loss of power the "
-        "same command finishes the file, with the bytes of a run that was not interrupted",
+        help="keep the work so far in FILE.resume/ and continue from there: after Ctrl-C, a kill or a loss of power the same "
+        "command finishes the file, with the bytes of a run that was not interrupted",
     )
     sub.add_argument(
         "--prefix",
@@ -153,13 +153,15 @@ def _may_resume(args: argparse.Namespace, source: Source, to: Format) -> None:
     if args.output == "-" or not source.twice or source.spool is not None:
         raise InputError("--resume needs files that can be read and written again: give PAIRS and -o FILE, not stdin or stdout")
     if to.kind == "parquet":
-        raise InputError(f"--resume: {args.output}: Parquet cannot be gone on with, it is written whole; write another format")
+        raise InputError(
+            f"--resume: {args.output}: a Parquet file is written whole and cannot be resumed; write another format"
+        )
     if writing.real(args.output) == writing.real(args.pairs):
         raise InputError(f"--resume: {args.output} is PAIRS itself, which must stay as it is; write another file")
 
 
 def _identity(args: argparse.Namespace, reranker: Any, source: Format, to: Format) -> dict[str, str]:
-    """Whatever the bytes of the output depend on. Where bits are portable, device and threads are not among it."""
+    """Whatever the bytes of the output depend on. Where bits are machine-invariant, device and threads are not part of it."""
     import tokenizers
     import torch
     import transformers

@@ -21,7 +21,7 @@ def console() -> Any:
 
     class Ours(Console):
         def on_broken_pipe(self) -> None:
-            raise  # rich would end with exit code 1, which is a fallen promise's
+            raise  # rich would end with exit code 1, which is a broken promise's
 
     # a letter that stdout's encoding does not have is no reason to stop
     set_stdout(errors="replace")
@@ -42,7 +42,7 @@ def _columns() -> int:
 def progress(what: str, total: float | None, seconds: float | None = None) -> Iterator[Any]:
     """Yields a function that takes how far it is, of `total`, None if unknown.
 
-    On stderr: a bar if that is a terminal, else a line every `seconds`.
+    On stderr: a bar if that is a terminal, else one line every `seconds`.
     """
     if not sys.stderr.isatty():
         with _lines(what, total, SECONDS if seconds is None else seconds) as advance:

@@ -20,7 +20,7 @@ NUMBERS = ("logit", "score", "complement")
 
 @contextlib.contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Says what could not be written. Nobody reading our stdout is no failure, and stays BrokenPipeError."""
+    """Says what could not be written. If nobody reads our stdout, that is no failure, and stays BrokenPipeError."""
     try:
         yield
     except OSError as error:
@@ -40,7 +40,7 @@ class Out:
             self.file.write(data.encode() if isinstance(data, str) else data)
 
     def commit(self, records: int) -> None:
-        """So many records are whole: whoever reads stdout has them now."""
+        """So many records are whole: who reads stdout has them now."""
         with naming(self.name):
             self.file.flush()
 

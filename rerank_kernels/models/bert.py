@@ -1,6 +1,6 @@
 """Encoders built like BERT, packed: BERT, RoBERTa, XLM-RoBERTa, with or without ForSequenceClassification.
 
-An architecture whose modules carry BERT's names is one row in ARCHITECTURES. What differs from stock transformers: embeddings
+A model type whose modules carry BERT's names is one row in MODEL_TYPES. What differs from stock transformers: embeddings
 and residuals are summed in float32, positions count valid tokens, hidden states at padding are 0, logits are float32.
 """
 
@@ -25,7 +25,7 @@ from rerank_kernels.ops.sequences import Sequences
 
 
 @dataclass(frozen=True)
-class Architecture:
+class ModelType:
     """Classes of transformers whose modules carry BERT's names, only behind another prefix."""
 
     prefix: str
@@ -33,21 +33,21 @@ class Architecture:
     head: Callable[[Any], tuple[Any, Any]]  # the classifier -> its (dense, out), with tanh in between, on the first token
 
 
-def _roberta(prefix: str) -> Architecture:
-    return Architecture(
+def _roberta(prefix: str) -> ModelType:
+    return ModelType(
         prefix, lambda encoder: int(encoder.embeddings.padding_idx) + 1, lambda m: (m.classifier.dense, m.classifier.out_proj)
     )
 
 
-ARCHITECTURES = {
-    "transformers.models.bert.modeling_bert": Architecture("Bert", lambda _: 0, lambda m: (m.bert.pooler.dense, m.classifier)),
+MODEL_TYPES = {
+    "transformers.models.bert.modeling_bert": ModelType("Bert", lambda _: 0, lambda m: (m.bert.pooler.dense, m.classifier)),
     "transformers.models.roberta.modeling_roberta": _roberta("Roberta"),
     "transformers.models.xlm_roberta.modeling_xlm_roberta": _roberta("XLMRoberta"),
 }
 
 
-def _architecture(m: object) -> Architecture:
-    return ARCHITECTURES[type(m).__module__]
+def _model_type(m: object) -> ModelType:
+    return MODEL_TYPES[type(m).__module__]
 
 
 def encoder_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
@@ -108,11 +108,11 @@ def _is_classifier(m: Any) -> bool:
 
 
 def _head(m: Any) -> ClassificationHead:
-    return ClassificationHead(*_architecture(m).head(m))
+    return ClassificationHead(*_model_type(m).head(m))
 
 
 def _table(encoder: Any) -> Table:
-    e, first = encoder.embeddings, _architecture(encoder).first_position(encoder)
+    e, first = encoder.embeddings, _model_type(encoder).first_position(encoder)
     return Table(encoder, e.word_embeddings, first, int(e.position_embeddings.num_embeddings) - first)
 
 
@@ -174,7 +174,7 @@ _PARTS += " SdpaSelfAttention"  # transformers 4 has a class for each way of sto
 def served() -> dict[str, Served]:
     """Exact class -> how it is served."""
     found: dict[str, Served] = {}
-    for module, a in ARCHITECTURES.items():
+    for module, a in MODEL_TYPES.items():
         encoder = Served(encoder_forward, problem, packed_forward, max_tokens)
         classifier = Served(classifier_forward, problem, packed_forward, max_tokens, _head)
         found |= {f"{module}.{a.prefix}Model": encoder, f"{module}.{a.prefix}ForSequenceClassification": classifier}
@@ -184,7 +184,7 @@ def served() -> dict[str, Served]:
 def parts() -> dict[str, Callable[[Any], str | None] | None]:
     """Exact class of a module inside -> what could stand in its way."""
     found: dict[str, Callable[[Any], str | None] | None] = {}
-    for module, a in ARCHITECTURES.items():
+    for module, a in MODEL_TYPES.items():
         found |= dict.fromkeys(f"{module}.{a.prefix}{part}" for part in _PARTS.split())
         found[f"{module}.{a.prefix}Intermediate"] = _intermediate_problem
     return found

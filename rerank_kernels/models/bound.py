@@ -24,8 +24,8 @@ class Forward:
 
     It computes in `mode`, served by `backend` where one was chosen, whatever the program around it has set.
 
-    Not a types.MethodType: that pickles as getattr(module, name), and comes back as the class's own forward, unpatched, without
-    a word. This one copies and pickles with its module, and a copy's forward reads the copy's weights.
+    Not a types.MethodType: that pickles as getattr(module, name), and silently comes back as the class's own forward,
+    unpatched. This one copies and pickles with its module, and a copy's forward reads the copy's weights.
     """
 
     def __new__(cls, *args: Any) -> Forward:
@@ -141,7 +141,7 @@ def class_of(m: object) -> str:
 
 
 def hooked(m: nn.Module) -> bool:
-    """Whether m has forward hooks that a forward above m, which never calls m, would pass over."""
+    """Whether m has forward hooks that a forward above m, which never calls m, would ignore."""
     if not m._forward_hooks and not m._forward_pre_hooks:
         return False
     hooks = [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]

@@ -50,13 +50,13 @@ class Batch(NamedTuple):
 
 
 def ready(m: Any) -> None:
-    """Refuse what the forward of encoder or classifier m would silently pass over: dropout, and hooks of the modules in m.
+    """Refuse what the forward of encoder or classifier m would silently ignore: dropout, and hooks of the modules in m.
 
-    patch() saw neither, for both can come later; so this walks m at each call, a fraction of a millisecond.
+    Both can come after patch(), which saw neither. So this walks m at each call, in a fraction of a millisecond.
     """
     if m.training or m.base_model.training:
         raise RuntimeError(
-            f"{class_of(m)}.forward: the model is in training mode and rerank_kernels is forward only, without dropout; "
+            f"{class_of(m)}.forward: the model is set to train, and rerank_kernels is forward only, without dropout; "
             "call model.eval(), or rk.unpatch(model) to train"
         )
     below, seen = list(m._modules.values()), {m, None}
@@ -88,7 +88,7 @@ def norm(m: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
 
 
 def as_patched(m: object, cls: type[nn.Module]) -> None:
-    """An adapter put in after patch() would be passed over without a word: its base weights look the same from here."""
+    """An adapter put in after patch() would be ignored silently: its base weights look the same from here."""
     if type(m) is not cls:
         raise PatchError(
             f"a {class_of(m)} stands where patch() saw nn.{cls.__name__}; call rk.unpatch(model), then patch it again"

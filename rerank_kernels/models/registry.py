@@ -1,6 +1,6 @@
 """The registry of models: from the exact class of a module, as a string, to the forward that serves it.
 
-A new architecture is a file beside this one with its forward, and its rows in ENCODERS and PARTS below. Classes are strings: an
+A new model type is a file beside this one with its forward, and its rows in ENCODERS and PARTS below. Classes are strings: an
 absent class needs no import, and a subclass, which may compute something else, does not match.
 """
 
@@ -43,7 +43,7 @@ EXACT = {
     *sentence.TRANSFORMERS,
     COMPILED,
 }
-PREFIXES = tuple(a.prefix for a in bert.ARCHITECTURES.values())
+PREFIXES = tuple(a.prefix for a in bert.MODEL_TYPES.values())
 
 
 def problem(m: Any) -> str | None:

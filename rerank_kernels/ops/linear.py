@@ -42,7 +42,7 @@ def linear(
     activation: None, "gelu" (erf), "gelu_tanh", "tanh", "relu", "silu" or "sigmoid".
     out_dtype: dtype of the result, x.dtype if not given. Returns [..., N].
 
-    mode: "portable" (default): the sum over K is cut in chunks of 512, k ascending, one fma a step (NUMERICS.md, "dot");
+    mode: "portable" (default): the sum over K is cut in chunks of 512, k ascending, one fma per step (NUMERICS.md, "dot");
     "tensor", for float16 or bfloat16 x and weight on a GPU: tensor cores, float32 accumulation, k ascending 16 at a time.
 
     M = 1 and N = 1 take the same expression as every other size. Raises ValueError for shapes, TypeError for dtypes,

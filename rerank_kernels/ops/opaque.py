@@ -1,9 +1,9 @@
 """The public ops as torch.compile sees them: each one opaque call, with the shape of its result and nothing inside.
 
-What stands in an op (checks, the weights' layouts, the mode of the model around) is no graph, and arithmetic that a compiler
-fused would have other bits. So while torch.compile traces, a call of rk.linear becomes one of
-torch.ops.rerank_kernels_compiled.linear, whose kernel is the public function itself, run as it is when the graph runs. Outside
-of a compiler nothing of this is taken.
+What stands in an op (checks, the weights' layouts, the mode of the model around) cannot be a graph. And arithmetic that a
+compiler fused would have other bits. So while torch.compile traces, a call of rk.linear becomes one of
+torch.ops.rerank_kernels_compiled.linear. Its kernel is the public function itself, which runs as it is when the graph runs.
+Outside of a compiler none of this is used.
 
 A result has no gradient, as in eager; an input that asks for one is the same error.
 """

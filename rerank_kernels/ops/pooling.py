@@ -1,4 +1,4 @@
-"""pool, sigmoid and score_head: from hidden states to one vector a sequence, and from a vector to logit and score.
+"""pool, sigmoid and score_head: from hidden states to one vector per sequence, and from a vector to logit and score.
 
 The head computes and returns float32 whatever the body's dtype: two adjacent float16 logits already give the two scores
 0.9990601 and 0.9990638 that users report for one pair. Rank by logit, never by score: near 1.0 scores tie, logits do not.
@@ -55,7 +55,7 @@ def pool(
     mask: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """One vector a sequence: its first token ("cls") or the mean over its tokens ("mean").
+    """One vector per sequence: its first token ("cls") or the mean over its tokens ("mean").
 
     x: [total, D] with cu_seqlens [B + 1] or Sequences, or [B, T, D] with an optional mask [B, T]. Returns [B, D] in out_dtype
     (x.dtype).

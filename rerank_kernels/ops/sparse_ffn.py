@@ -1,8 +1,8 @@
 """sparse_ffn: down(relu(up(x))) or down(relu(gate(x)) * up(x)), computing only what active neurons touch.
 
 x [..., K], up and gate [F, K], down [D, F] -> [..., D]. A neuron is active for a token if its relu is not zero. The sum over
-neurons is the `dot` of NUMERICS.md with the zero terms left out; fma(0, w, s) = s for finite w, so sparse equals dense bit for
-bit, and each token has its own list: the batch changes nothing.
+neurons is the `dot` of NUMERICS.md with the zero terms left out. For finite w fma(0, w, s) = s, so sparse equals dense, bit for
+bit. Each token has its own list of neurons: the batch changes nothing.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def sparse_ffn(
     """Feed-forward layer with ReLU (no gate_weight) or ReGLU (with), sparse where the relu is zero.
 
     x: [..., K]; up_weight, gate_weight: [F, K]; down_weight: [D, F] as in nn.Linear; biases [F], [F], [D]. Returns [..., D]
-    in x.dtype. The hidden activations stay float32. down_weight must be finite: a zero activation times an infinite weight
-    would be NaN in the dense formula and is skipped here. A NaN activation counts as active and gives NaN.
+    in x.dtype. The hidden activations stay float32. down_weight must be finite: a zero activation is skipped here, and times
+    an infinite weight it would be NaN in the dense formula. A NaN activation counts as active and gives NaN.
     """
     tensors = {"x": x, "up_weight": up_weight, "down_weight": down_weight, "gate_weight": gate_weight}
     check.floating("sparse_ffn", **tensors, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias)

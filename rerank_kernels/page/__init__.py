@@ -1,7 +1,7 @@
 """What verify and bench found, as one page for those who were not there: a manager reads the verdict, an auditor the rest.
 
-The page is one file that asks nothing of anyone: styles and plots stand in it, it runs no script, and its own policy forbids
-the browser to fetch anything. What comes from outside, a model's name or a path, is text in it and never markup.
+The page is one file that needs nothing else: styles and plots stand in it, it runs no script, and its own policy forbids the
+browser to fetch anything. What comes from outside, a model's name or a path, is text in it and never markup.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from rerank_kernels.bench import WAYS
-from rerank_kernels.bench import Report as BenchReport
+from rerank_kernels.bench import WAYS, BenchReport
 from rerank_kernels.verify.measure import Result
 from rerank_kernels.verify.report import VerifyReport
 
@@ -32,7 +31,7 @@ HOW_TO_READ = (
     "A row is one text, or one pair of query and document. Each check changes one thing about how the model is called, and "
     "compares the result of every row with the one it has without that change: equal means that all bits are. An order that "
     "changed is a pair of documents of one query that changed places, or came to or from a tie. A control is a scorer that is "
-    "wrong on purpose; the check that it is for must notice, and no other, or a pass would mean nothing."
+    "wrong on purpose. The check that it is for must notice it, and no other check may: else a pass would mean nothing."
 )
 
 
@@ -85,9 +84,9 @@ def verify_page(report: VerifyReport, stock: VerifyReport | None, *, model: str,
         tiles.append((bits, f"bits equal, {STOCK}"))
         tiles.append((_gap(max(r.max_difference for r in stock.results)), f"largest difference, {STOCK}"))
     tiles.append((f"{caught} of {controls}", "wrong scorers noticed"))
-    fallen = list(dict.fromkeys(r.promise for r in report.fallen))
-    if fallen:
-        head = f"Fallen: {', '.join(fallen)}"
+    broken = list(dict.fromkeys(r.promise for r in report.broken))
+    if broken:
+        head = f"Broken: {', '.join(broken)}"
     elif report.ok:
         head = "Every promise holds"
     else:
@@ -128,7 +127,7 @@ def _promises(report: VerifyReport, stock: VerifyReport | None) -> Table:
         heads += [f"{name}, stock" for name in heads[2:]]
     groups: dict[str, list[Row]] = {}
     for r in report.results:
-        cells = [r.check, "holds" if r.holds else "fallen" if r.promised else "differs, not promised", *_numbers(r)]
+        cells = [r.check, "holds" if r.holds else "broken" if r.promised else "differs, not promised", *_numbers(r)]
         if stock is not None:
             cells += _numbers(theirs[r.check]) if r.check in theirs else ["–", "–", "–"]
         groups.setdefault(r.promise, []).append(Row(cells, r.varied, not r.holds and r.promised, not r.promised))
@@ -158,7 +157,7 @@ def bench_page(report: BenchReport, *, environment: Mapping[str, Any], model: st
     if report.ok:
         head = f"The same bits in every way, at {speed:.2f} times stock's speed"
     else:
-        head = "Bits differ: a promise of the patched model fell"
+        head = "Bits differ: a promise of the patched model is broken"
     others = {who: max(w[who]["rows_with_other_bits"] for w in ways.values()) for who in ("stock", "patched")}
     said = (
         f"{report.rows} texts of {report.tokens:,} tokens in all, run in three ways. In {STOCK} up to {others['stock']} texts "
@@ -175,11 +174,11 @@ def bench_page(report: BenchReport, *, environment: Mapping[str, Any], model: st
         named = ((OURS, ours), (STOCK, stock))
         differ = [(who, w["rows_with_other_bits"]) for who, w in named]
         bits.append((way, [Bar(who, n / report.rows, f"{n:,} of {report.rows:,}", who == OURS and n > 0) for who, n in differ]))
-        speeds.append((way, [Bar(who, w["per_second"] / most, f"{w['per_second']:.4g} a second") for who, w in named]))
+        speeds.append((way, [Bar(who, w["per_second"] / most, f"{w['per_second']:.4g} per second") for who, w in named]))
     heads = (
         "how",
         "stock's time / ours",
-        *(f"{n}{of}" for of in ("", ", stock") for n in ("texts a second", "a call", "other bits")),
+        *(f"{n}{of}" for of in ("", ", stock") for n in ("texts per second", "time per call", "other bits")),
     )
     return _page(
         command_name="bench",
@@ -196,7 +195,7 @@ def bench_page(report: BenchReport, *, environment: Mapping[str, Any], model: st
         table=Table(heads, [("", "", rows)]),
         plots=[
             Plot("Texts whose bits differ", "of all, from those of the text alone", bits),
-            Plot("Texts a second", "longer is faster", speeds),
+            Plot("Texts per second", "longer is faster", speeds),
         ],
         controls=[],
         facts=_facts(

@@ -19,27 +19,34 @@ from rerank_kernels.patching.systems.table import resolve
 
 
 def patch(obj: Any, mode: str = "portable", strict: bool = True, *, backend: str | None = None) -> Report:
-    """Make what `obj` holds compute with rerank_kernels, in place. Twice does nothing more; in another way it is an error.
+    """Make what `obj` holds compute with rerank_kernels, in place.
 
-    obj: a model of transformers 4.57 or 5 (BERT, RoBERTa, XLM-RoBERTa, with or without ForSequenceClassification), also behind
-    torch.compile; a container of plain leaves (nn.Linear, nn.LayerNorm, activations); sentence-transformers' CrossEncoder and
-    SentenceTransformer; FlagEmbedding's FlagReranker; Haystack's TransformersSimilarityRanker and
-    SentenceTransformersSimilarityRanker, before warm_up() or after it; Infinity's AsyncEngineArray, SyncEngineArray and
-    AsyncEmbeddingEngine.
-    What is changed is in `print(report)`: modules, methods of the object, and what stays the system's own.
+    A second call in the same way does nothing; in another way it is an error. `print(report)` shows what was changed: modules,
+    methods of the object, and what stays the system's own.
 
-    What differs from stock: logits are float32 whatever the body's dtype, hidden states at padding are 0, positions are counted
-    over the tokens that attention_mask keeps (a left-padded pair gets the bits it gets alone), forwards of modules inside the
-    encoder do not run, hooks on them are an error, and a row without tokens gives the head's value for a zero vector. Rankings
-    go by logit, for scores tie near 1.0.
+    obj: one of
+    - a model of transformers 4.57 or 5, also behind torch.compile: BERT, RoBERTa or XLM-RoBERTa, with or without
+      ForSequenceClassification;
+    - a container of plain leaves: nn.Linear, nn.LayerNorm, activations;
+    - sentence-transformers' CrossEncoder and SentenceTransformer;
+    - FlagEmbedding's FlagReranker;
+    - Haystack's TransformersSimilarityRanker and SentenceTransformersSimilarityRanker, before warm_up() or after it;
+    - Infinity's AsyncEngineArray, SyncEngineArray and AsyncEmbeddingEngine.
+
+    What differs from stock:
+    - Logits are float32 whatever the body's dtype. Rankings go by logit, for scores tie near 1.0.
+    - Hidden states at padding are 0. A row without tokens gives the head's value for a zero vector.
+    - Positions count the tokens that attention_mask keeps, so a left-padded pair gets the bits that it gets alone.
+    - Forwards of modules inside the encoder do not run, and hooks on them are an error.
 
     mode: "portable", the same bits on every CPU and GPU; or "tensor", for float16 and bfloat16 models: products on a GPU's
     tensor cores, the same bits on one GPU architecture. It needs a GPU here, but the model may be moved there later.
-    strict: raise PatchError if anything is unknown or would break the promise, and change nothing; otherwise leave it as it is,
-    with the encoder that holds it, and list it in the report.
-    backend: the one that serves this model, "triton" for instance, whatever rk.use() and the environment say around it; the
-    device's default, or what they say, if not given.
-    Raises TypeError if obj is nothing of these, ValueError for another mode, BackendError for a backend that is not here,
+    strict: raise PatchError if anything is unknown or would break the promise, and change nothing. If False, leave that as it
+    is, with the encoder that holds it, and list it in the report.
+    backend: the one that serves this model, "triton" for instance, whatever rk.use() and the environment say around it. If not
+    given: what they say, else the device's default.
+
+    Raises TypeError if obj is none of these, ValueError for another mode, BackendError for a backend that is not here, and
     PatchError for all else that stands in the way.
     """
     numeric = named("patch", mode)
@@ -116,7 +123,7 @@ _TF32 = (
 
 
 def _tf32(backend: str | None) -> bool:
-    """Whether the setting, which is everyone's in the process (infinity_emb sets it), can reach a bit of ours."""
+    """Whether the setting, which is everyone's in the process (infinity_emb sets it), can change a bit of ours."""
     if not torch.cuda.is_available() or torch.backends.cuda.matmul.fp32_precision != "tf32":
         return False
     return (backend or registry.active("cuda").name) == "pytorch"

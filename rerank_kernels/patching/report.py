@@ -10,14 +10,14 @@ from rerank_kernels.models.bound import Forward
 
 @dataclass
 class Report:
-    """What patch did: the numeric mode, the backend if one was chosen, and module path -> class name, in three kinds.
+    """What patch did: the numeric mode, the backend if one was chosen, and the modules by path, in three kinds.
 
-    replaced: computed by rerank_kernels, with a forward of its own or inside the forward of a module above it.
-    exact: nothing to compute (Dropout in eval, containers) or a plain copy (Embedding): the same bits anyway.
-    unknown: left as it was, with the reason; empty if strict.
+    replaced: path -> class. rerank_kernels computes it, by a forward of its own or inside the forward of a module above it.
+    exact: path -> class. It computes nothing (Dropout in eval, containers) or copies (Embedding): the same bits anyway.
+    unknown: path -> reason. It was left as it was; empty if strict.
 
-    Of an object that holds a model also: its system; overrides: which of its methods are ours and why; notes: what stays its
-    own, or the user's to set.
+    Of an object that holds a model also: its system; overrides, which of its methods are ours and why; notes, what stays its
+    own, or what the user has to set.
     """
 
     mode: str
@@ -31,7 +31,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def calls(self) -> dict[str, int]:
-        """Module path -> calls of its bound forward so far. Zeros after a run: something went around the patch."""
+        """Module path -> calls of its bound forward so far. Zeros after a run mean that the run did not use the patch."""
         return {path: forward.calls for path, forward in self.forwards.items()}
 
     def __str__(self) -> str:

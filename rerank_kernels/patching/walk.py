@@ -1,11 +1,11 @@
 """patch(model): makes a transformers encoder compute with rerank_kernels, in place; unpatch(model): exactly as it was.
 
 One walk over named_modules, one table of forwards. A module whose exact class stands in FORWARDS gets a stateless forward of
-its own; no class, no global, no parameter is touched. What stands in no table is unknown, and unknown is an error: a module
-that silently keeps PyTorch's arithmetic would break the promise without a word.
+its own; no class, no global, no parameter is changed. What stands in no table is unknown, and unknown is an error: a module
+that keeps PyTorch's arithmetic would break the promise silently.
 
 An encoder runs packed: the valid tokens are gathered at the embedding, [total, D] with cu_seqlens goes through all layers, and
-pooling reads each sequence's own first token. Padding is never computed, so its side, length, id and content cannot reach a
+pooling reads each sequence's own first token. Padding is never computed, so its side, length, id and content cannot change a
 bit. This takes the whole encoder, so transformers' AttentionInterface is not needed; some models ignore it silently anyway.
 
 Which classes are served, and how, is models/registry.py's to say.
@@ -59,7 +59,7 @@ def prepare(model: nn.Module, mode: str | Mode = PORTABLE, strict: bool = True, 
         registry.get(backend, f"patch(model, backend={backend!r})")
     if mode != PORTABLE:
         _can_ever_serve(model, mode, backend)
-    report, causes = _plan(model, mode, backend)
+    report, causes = _replacements(model, mode, backend)
     if strict and report.unknown:
         architectures = ", ".join(PREFIXES)
         leaves = ", ".join(name.rsplit(".", 1)[1] for name in LEAVES)
@@ -74,7 +74,7 @@ def prepare(model: nn.Module, mode: str | Mode = PORTABLE, strict: bool = True, 
 
 def unknown(model: nn.Module) -> dict[str, str]:
     """The modules of `model` that cannot be served, path -> why."""
-    return _plan(model, PORTABLE, None)[0].unknown
+    return _replacements(model, PORTABLE, None)[0].unknown
 
 
 def unpatch(model: nn.Module) -> None:
@@ -87,7 +87,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 def _as_before(model: nn.Module, mode: Mode, backend: str | None) -> None:
-    """Two forwards of one model in two modes would give bits that belong to neither."""
+    """Two forwards of one model in two modes would give bits of neither mode."""
     for path, module in model.named_modules():
         forward = module.__dict__.get("forward")
         if isinstance(forward, Forward) and (forward.mode, forward.backend) != (mode, backend):
@@ -119,7 +119,7 @@ def _can_ever_serve(model: nn.Module, mode: Mode, backend: str | None) -> None:
 
 
 def _why(unknown: dict[str, str], causes: dict[str, str]) -> str:
-    """A line a class: first what stands in the way for a reason of its own, then classes in no table; if neither, the rest."""
+    """One line per class: first those with a reason of their own, then classes in no table; if there are none, the rest."""
     alike: dict[str, list[str]] = {}
     for path in sorted(causes, key=lambda path: not causes[path]) or unknown:
         alike.setdefault(unknown[path], []).append(path or "(the model itself)")
@@ -127,12 +127,12 @@ def _why(unknown: dict[str, str], causes: dict[str, str]) -> str:
     return "".join(f"\n  {what}{many[what]}{paths[0]}" for what, paths in alike.items())
 
 
-def _plan(model: nn.Module, mode: Mode, backend: str | None) -> tuple[Report, dict[str, str]]:
+def _replacements(model: nn.Module, mode: Mode, backend: str | None) -> tuple[Report, dict[str, str]]:
     """The report, and of its unknown modules those that are the cause, as path -> reason."""
     modules = dict(model.named_modules())
     problems = {path: why for path, m in modules.items() if (why := _problem(m)) is not None}
     roots = [path for path, m in modules.items() if name_of(m) in ENCODERS]
-    for root in roots:  # the encoder's forward does not call the modules inside it, so their hooks would be passed over
+    for root in roots:  # the encoder's forward does not call the modules inside it, so their hooks would be ignored
         problems |= {p: "has forward hooks" for p, m in modules.items() if p != root and _inside(p, root) and hooked(m)}
     served = [root for root in roots if not any(_inside(path, root) for path in problems)]
     covered = {path for path in modules for root in served if _inside(path, root)}

@@ -5,16 +5,16 @@ pair, the tokenizer and max_length: a score stays a function of its pair. A shor
 
 Exact, the ids are those of the whole texts:
 - A cut before a space, tab or new line that follows a word, if enough words stand before it. BERT's, byte-level and
-  sentencepiece's tokenizers split there before they look at their vocabulary (no normaliser changes a letter because of one
-  beyond a space), so the ids of what is before are a prefix of all ids; a word with an ASCII letter or digit is one or more.
-  Enough: max_length, and more than the other text of the pair can have ids, for longest_first asks which of the two is longer.
-  BERT sets each CJK ideograph apart, so that a cut after one is as good, and each counts as a word.
-- WordPiece gives one [UNK] to a word of more than max_input_chars_per_word characters: ASCII letters and digits are a character
-  each and are never split, so of a run of them that is longer than twice that, twice that is enough.
+  sentencepiece's tokenizers split there before they look at their vocabulary, and no normaliser changes a letter because of
+  one beyond a space. So the ids of what is before are a prefix of all ids. A word with an ASCII letter or digit is one id or
+  more. Enough: max_length, and more words than the other text of the pair can have ids, since longest_first asks which of the
+  two is longer. BERT sets each CJK ideograph apart, so that a cut after one is as good, and each counts as a word.
+- WordPiece gives one [UNK] to a word of more than max_input_chars_per_word characters. ASCII letters and digits are one
+  character each and are never split. So of a run of them that is longer than twice that limit, twice that limit is enough.
 
 Bounded, for what is left: of a word of more than WORD characters its first WORD, of a text of more than TEXT its first TEXT.
 The ids may be others only if they would come from beyond that, or where a merge of BPE or a path of Unigram looks that far
-ahead; no text that was written for a reader has such a word. That is said in a BoundedWarning.
+ahead. No text that was written for a reader has such a word. A BoundedWarning says so.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def load_model(folder: Path, kind: str) -> Any:
 
 @contextmanager
 def _no_bar() -> Iterator[None]:
-    """Without transformers' bar over a second's reading of a local file; the user's setting comes back afterwards."""
+    """Without transformers' progress bar, which a local file needs for a second; the user's setting comes back afterwards."""
     from transformers.utils import logging as transformers_logging
 
     logging: Any = transformers_logging

@@ -1,8 +1,8 @@
 """Reranker: a model folder and pairs of text in, scores and rankings out, the same bits whatever else is in the list.
 
 Pairs are tokenised without padding, sorted by length, packed into batches of about batch_tokens tokens, scored, and returned
-in the caller's order. None of that can be seen in the result: a pair has one score. Ranking goes by logit, for near 1.0
-float32 scores tie where logits do not.
+in the caller's order. None of that shows in the result: a pair has one score. Ranking goes by logit: near 1.0 float32 scores
+tie, and logits do not.
 """
 
 from __future__ import annotations
@@ -67,17 +67,18 @@ class Ranked:
 class Reranker:
     """Scores and ranks with a cross-encoder, or with an embedding model by cosine similarity.
 
-    model_or_path: a local folder as save_pretrained writes it, or a loaded model; then `tokenizer` is needed, and the model
-    is patched (rk.patch), cast to `dtype` and set to eval() in place.
-    max_length: tokens of a pair or text, longest part truncated first; what model and tokenizer allow if not given.
-    dtype: torch.float32, float16 or bfloat16 for the weights; as stored if not given. Scores are float32 always.
-    device: where the model goes, "cuda" for instance; it stays where it is if not given.
-    mode: "portable" or, for a half-precision model on a GPU, "tensor" (rk.patch says what they promise); if not given, that of
-    a model that is patched already, else "portable". backend: the one that serves this model, as in rk.patch.
-    kind: "cross-encoder" or "embedding"; read from the model's architecture if not given. An embedding model pools as its
+    model_or_path: a local folder as save_pretrained writes it, or a loaded model. A loaded model needs `tokenizer`; it is
+    patched (rk.patch), cast to `dtype` and set to eval() in place.
+    max_length: tokens of a pair or text; the longest part is truncated first. Default: what model and tokenizer allow.
+    dtype: torch.float32, float16 or bfloat16 for the weights. Default: as stored. Scores are float32 always.
+    device: where the model goes, "cuda" for instance. Default: where it is.
+    mode: "portable" or, for a half-precision model on a GPU, "tensor" (rk.patch says what they promise). Default: that of a
+    model that is patched already, else "portable".
+    backend: the one that serves this model, as in rk.patch.
+    kind: "cross-encoder" or "embedding". Default: what the model's architecture says. An embedding model pools as its
     sentence-transformers files say (mean or cls), by the mean if there are none.
 
-    Raises ValueError or TypeError for arguments and folders that do not fit, PatchError for a model family not served.
+    Raises ValueError or TypeError for arguments and folders that do not fit, PatchError for a model type that is not served.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Reranker:
             raise TypeError(f"Reranker: model_or_path must be a folder or a torch.nn.Module, got {came}")
         labels = getattr(getattr(self.model, "config", None), "num_labels", 1)
         if self.kind == "cross-encoder" and labels != 1:
-            check.fail("Reranker", "config.num_labels", "1, one score a pair", labels, "use rk.patch(model) for other heads")
+            check.fail("Reranker", "config.num_labels", "1, one score per pair", labels, "use rk.patch(model) for other heads")
         if dtype is not None or device is not None:
             self.model.to(device=device, dtype=dtype)
         before = self.model.__dict__.get("forward")
@@ -191,7 +192,7 @@ class Reranker:
         batch_tokens: int,
         run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     ) -> Array:
-        """Rows of run(ids, cu_seqlens, token_types), one a text or pair, in the order given."""
+        """Rows of run(ids, cu_seqlens, token_types), one per text or pair, in the order given."""
         if not isinstance(batch_tokens, int) or batch_tokens < 1:
             check.fail("score", "batch_tokens", "an integer >= 1", repr(batch_tokens))
         n = len(first)
@@ -245,7 +246,7 @@ class Reranker:
         return next(self.model.parameters()).device
 
     def _length(self, asked: int | None, stored: int | None) -> int:
-        """Tokens a pair: what was asked for, else the least of what the position table, tokenizer and folder allow."""
+        """Tokens per pair: what was asked for, else the least of what the position table, tokenizer and folder allow."""
         table = models.max_tokens(self.model)
         special = self.tokenizer.num_special_tokens_to_add(pair=self.kind == "cross-encoder")
         if asked is None:

@@ -1,7 +1,7 @@
 """verify: are the promises true for this model, here?
 
-A check is a list of calls model(**inputs), padded as a user's stack would pad them (plan.py), and compares the bits of every
-row with those it has without the one thing the check varies: in the end with each text alone, unpadded, on one thread. A run
+A check is a list of calls model(**inputs), padded as a system would pad them (checks.py). It compares the bits of every row
+with those it has without the one thing that the check varies: in the end with each text alone, unpadded, on one thread. A run
 also proves that it can fail: a control (controls.py) that is not caught makes the run fail, for that check has no power.
 """
 
@@ -15,15 +15,15 @@ import numpy as np
 from torch import nn
 
 from rerank_kernels.backend.modes import PROMISES
-from rerank_kernels.models.bound import Forward as BoundForward
+from rerank_kernels.models.bound import Forward
 from rerank_kernels.models.registry import max_tokens
 from rerank_kernels.patching import walk
 from rerank_kernels.scoring.reranker import Reranker
+from rerank_kernels.verify.checks import FINAL, HOME, Call, Floats, Runner, Texts, Tokens, all_checks, build
 from rerank_kernels.verify.controls import Control, mutant_controls, sighted_controls
-from rerank_kernels.verify.fresh import Finals, FreshProcess, forward_of, request_for, scores
+from rerank_kernels.verify.fresh import Finals, FreshProcess, request_for, runner_of, scores
 from rerank_kernels.verify.measure import Result, Session, measure
 from rerank_kernels.verify.models import default_pairs, load
-from rerank_kernels.verify.plan import FINAL, HOME, Call, Floats, Forward, Texts, Tokens, build, plan
 from rerank_kernels.verify.report import Setting, VerifyReport, environment, isa
 
 __all__ = ["Control", "Result", "Setting", "VerifyReport", "default_pairs", "environment", "load", "verify"]
@@ -31,7 +31,7 @@ __all__ = ["Control", "Result", "Setting", "VerifyReport", "default_pairs", "env
 LIMIT = 64  # texts used unless asked otherwise: as many as the largest batch
 LARGE = 50_000_000  # parameters outside the embeddings from which the built-in texts are cut shorter
 ISAS = ("scalar", "avx2", "avx512")
-BUDGETS = (16384, 700)  # tokens a batch of the packed route
+BUDGETS = (16384, 700)  # tokens per batch of the packed route
 
 
 def verify(
@@ -49,15 +49,19 @@ def verify(
 ) -> VerifyReport:
     """Check every promise for `model` on `pairs` of (query, document), or on texts of Python's own library.
 
-    The model is patched for the run and left as it was found, on the device where it is. stock: measure it unpatched.
-    mode: the numeric mode whose promises are checked; if not given, that of a model that is patched already, else "portable".
-    max_length: tokens a text is cut to. limit: the first so many different texts are used. pooling: how an embedding model's
-    vector is made, "mean" or "cls". source: what models.load gets to have the same model in a fresh process; None leaves the
-    checks in one out. progress: called with the share of the work that is done. Raises PatchError for a model that
-    rerank_kernels does not serve, ValueError for fewer than 8 different texts.
+    The model is patched for the run and left as it was found, on the device where it is.
+
+    stock: measure it unpatched.
+    mode: the numeric mode whose promises are checked. Default: that of a model that is patched already, else "portable".
+    max_length: each text is cut to so many tokens. limit: the first so many different texts are used.
+    pooling: how an embedding model's vector is made, "mean" or "cls".
+    source: what models.load gets to have the same model in a fresh process; None leaves out the checks in one.
+    progress: called with the share of the work that is done.
+
+    Raises PatchError for a model that rerank_kernels does not serve, ValueError for fewer than 8 different texts.
     """
     found = model.__dict__.get("forward")
-    was = found if isinstance(found, BoundForward) else None
+    was = found if isinstance(found, Forward) else None
     mode, served_by = mode or (was.mode.name if was else "portable"), was.backend if was else None
     training = model.training
     model.eval()
@@ -93,7 +97,7 @@ def _verify(
     few: int,
     progress: Callable[[float], None] | None,
 ) -> VerifyReport:
-    forward = forward_of(model, pooling, stock)
+    runner = runner_of(model, pooling, stock)
     routes: dict[str, Callable[[Call], Floats]] = {}
     finals: Finals | None = None
     if source is not None:
@@ -103,13 +107,13 @@ def _verify(
     if not stock:
         if model.config.num_labels == 1 or not scores(model):  # type: ignore[union-attr]
             routes["packed"] = functools.partial(_packed, model, tokenizer, pooling, texts)
-        before = isa() if setting.backend.name == "cpu" else None  # only the compiled backend has a choice
+        before = isa() if setting.backend.name == "cpu" else None  # only backend cpu has a choice
         for name in ISAS:
             if before is not None and isa(name) is not None:
-                routes["isa:" + name] = functools.partial(_with_isa, name, forward, texts)
+                routes["isa:" + name] = functools.partial(_with_isa, name, runner, texts)
         isa(before or "")
 
-    checks = plan(texts, routes=tuple(routes), few=few)
+    checks = all_checks(texts, routes=tuple(routes), few=few)
     whole, spent = sum(map(texts.cost, set().union(*(c.calls() for c in checks)))), 0
 
     def done(call: Call) -> None:
@@ -118,7 +122,7 @@ def _verify(
         if progress is not None:
             progress(spent / whole)
 
-    session = Session(texts, forward, routes, done, device=setting.device)
+    session = Session(texts, runner, routes, done, device=setting.device)
     results = [measure(check, session) for check in checks]
     alone = np.concatenate([session.answer(Call((row,))) for row in range(len(texts.tokens))])
     about = environment(setting)
@@ -128,7 +132,7 @@ def _verify(
     controls = sighted_controls(texts, checks, alone)
     if not stock:
         # what the backend does not promise is reported; a mutant of it would prove nothing
-        controls += mutant_controls(texts, [c for c in checks if c.promise in promised], forward, setting.device)
+        controls += mutant_controls(texts, [c for c in checks if c.promise in promised], runner, setting.device)
         if finals is not None and "machine-invariant" in promised:
             controls.append(finals.control())
     lengths = [texts.length(r) for r in range(len(texts.tokens))]
@@ -195,10 +199,10 @@ def _packed(model: nn.Module, tokenizer: Any, pooling: str, texts: Texts, call: 
     return reranker.encode([texts.pairs[r][0] for r in call.rows], progress=False, batch_tokens=budget)
 
 
-def _with_isa(name: str, forward: Forward, texts: Texts, call: Call) -> Floats:
+def _with_isa(name: str, runner: Runner, texts: Texts, call: Call) -> Floats:
     before = isa() or ""
     isa(name)
     try:
-        return forward(build(texts, call)).numpy()  # on the CPU, whose instruction sets these are
+        return runner(build(texts, call)).numpy()  # on the CPU, whose instruction sets these are
     finally:
         isa(before)

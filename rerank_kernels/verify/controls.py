@@ -1,7 +1,7 @@
 """The negative controls: wrong scorers that the checks must notice, or a pass means nothing.
 
-Sighted scorers answer the reference's bits, but one ulp off where they see, in the tensors they are given, the one condition a
-check is about; exactly that check must notice. Mutants run the model itself with one thing wrong under that condition.
+A sighted scorer answers the bits of the reference, but one ulp off where it sees one condition in the tensors that it is given.
+Exactly the check for that condition must notice. Mutants run the model itself with one thing wrong under that condition.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from rerank_kernels.backend import registry
 from rerank_kernels.backend.modes import PORTABLE, Mode
+from rerank_kernels.verify.checks import FINAL, HOME, Call, Check, Floats, Inputs, Runner, Texts, home
 from rerank_kernels.verify.measure import Session, measure
-from rerank_kernels.verify.plan import FINAL, HOME, Call, Check, Floats, Forward, Inputs, Texts, home
 
 
 @dataclass
@@ -121,10 +121,8 @@ def sighted_controls(texts: Texts, checks: Sequence[Check], reference: Floats) -
     return controls
 
 
-def mutant_controls(
-    texts: Texts, checks: Sequence[Check], forward: Forward, device: torch.device | None = None
-) -> list[Control]:
-    """The model itself with one thing wrong in the way it goes wrong in real stacks; the named check must see it."""
+def mutant_controls(texts: Texts, checks: Sequence[Check], runner: Runner, device: torch.device | None = None) -> list[Control]:
+    """The model itself with one thing wrong in the way it goes wrong in real systems; the named check must see it."""
 
     def let_in(inputs: Inputs) -> Inputs:
         mask = inputs["attention_mask"].clone()
@@ -140,17 +138,17 @@ def mutant_controls(
     def left(inputs: Inputs) -> bool:
         return "attention_mask" in inputs and bool((inputs["attention_mask"][:, 0] == 0).any())
 
-    def mutant(op: str, when: Callable[[Inputs], bool]) -> Forward:
+    def mutant(op: str, when: Callable[[Inputs], bool]) -> Runner:
         def run(inputs: Inputs) -> Tensor:
             with one_ulp_off(op) if when(inputs) else contextlib.nullcontext():
-                return forward(inputs)
+                return runner(inputs)
 
         return run
 
-    mutants: list[tuple[str, str, Forward]] = [
+    mutants: list[tuple[str, str, Runner]] = [
         ("linear layers 1 ulp off in a batch", "batch", mutant("linear", several)),
         ("attention 1 ulp off if padded left", "padding side", mutant("attention", left)),
-        ("the mask lets one padded place in", "padding length", lambda inputs: forward(let_in(inputs))),
+        ("the mask lets one padded place in", "padding length", lambda inputs: runner(let_in(inputs))),
         ("linear layers 1 ulp off at 2 threads", "threads", mutant("linear", lambda inputs: torch.get_num_threads() > 1)),
     ]
     controls = []

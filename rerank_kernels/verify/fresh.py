@@ -24,9 +24,9 @@ from rerank_kernels.backend import registry
 from rerank_kernels.ops.pooling import pool
 from rerank_kernels.patching import walk
 from rerank_kernels.scoring.reranker import Reranker
+from rerank_kernels.verify.checks import HOME, SETTINGS, Call, Floats, Inputs, Runner, Texts, Tokens, all_checks, build
 from rerank_kernels.verify.controls import Control, one_ulp_off
 from rerank_kernels.verify.models import load
-from rerank_kernels.verify.plan import HOME, SETTINGS, Call, Floats, Forward, Inputs, Texts, Tokens, build, plan
 from rerank_kernels.verify.report import Setting
 
 
@@ -34,10 +34,10 @@ def scores(model: nn.Module) -> bool:
     return type(model).__name__.endswith("ForSequenceClassification")
 
 
-def forward_of(model: nn.Module, pooling: str, stock: bool) -> Forward:
-    """inputs -> float32 [B, L]: the logits, or the vectors pooled as a user of that stack would pool them."""
+def runner_of(model: nn.Module, pooling: str, stock: bool) -> Runner:
+    """inputs -> float32 [B, L]: the logits, or the vectors pooled as a user of that system would pool them."""
 
-    def forward(inputs: Inputs) -> Tensor:
+    def runner(inputs: Inputs) -> Tensor:
         with torch.inference_mode():
             out = model(**inputs)
             if scores(model):
@@ -52,7 +52,7 @@ def forward_of(model: nn.Module, pooling: str, stock: bool) -> Forward:
             weight = mask.unsqueeze(-1).to(hidden.dtype)  # sentence-transformers' mean
             return ((hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9)).float()
 
-    return forward
+    return runner
 
 
 def request_for(source: str, model: nn.Module, pooling: str, stock: bool, setting: Setting) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class FreshProcess:
 
     def answer(self, call: Call) -> Floats:
         if not self.answers:
-            check = next(c for c in plan(self.texts, routes=("process",), few=self.few) if c.name == "process")
+            check = next(c for c in all_checks(self.texts, routes=("process",), few=self.few) if c.name == "process")
             batches = [c.rows for s in check.scorings for c in s]
             inputs = [_listed(build(self.texts, Call(b))) for b in batches]
             self.answers = dict(zip(batches, _ask({**self.request, "inputs": inputs}, self.setting), strict=True))
@@ -154,14 +154,14 @@ def _final(model: nn.Module, pooling: str, stock: bool, inputs: Inputs, tokens: 
     text's, and 1 - cosine. Ours by the Reranker, stock's of one padded batch."""
     if stock:
         with torch.inference_mode():
-            made = forward_of(model, pooling, stock)(inputs)
+            made = runner_of(model, pooling, stock)(inputs)
             if scores(model):
                 return torch.cat([made, made.sigmoid(), (-made).sigmoid()], 1).cpu().numpy()
             made = F.normalize(made, dim=-1)
             cosine = (made * made[:1]).sum(-1, keepdim=True)
             return torch.cat([made, cosine, 1.0 - cosine], 1).cpu().numpy()
     if scores(model) and model.config.num_labels != 1:  # type: ignore[union-attr]
-        return forward_of(model, pooling, stock)(inputs).cpu().numpy()
+        return runner_of(model, pooling, stock)(inputs).cpu().numpy()
     reranker, texts = Reranker(model, _Given(tokens)), [str(row) for row in range(len(tokens))]
     if reranker.kind == "cross-encoder":
         return np.stack(reranker.score([(text, "") for text in texts], progress=False), axis=1)
@@ -186,8 +186,8 @@ def serve_parent() -> None:
         torch.set_num_threads(1)
     given = [{n: torch.tensor(v, device=request["device"]) for n, v in one.items()} for one in request["inputs"]]
     if "tokens" not in request:
-        forward = forward_of(model, pooling, stock)
-        answers = [forward(one).cpu().numpy() for one in given]
+        runner = runner_of(model, pooling, stock)
+        answers = [runner(one).cpu().numpy() for one in given]
     else:
         final = functools.partial(_final, model, pooling, stock, given[0], request["tokens"])
         answers = [final()]

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rerank_kernels.verify.plan import COSINES, FINAL, Call, Check, Floats, Forward, Texts, build
+from rerank_kernels.verify.checks import COSINES, FINAL, Call, Check, Floats, Runner, Texts, build
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Session:
     """Answers calls, each once: what two checks share is computed for the first of them only."""
 
     texts: Texts
-    forward: Forward
+    runner: Runner
     routes: dict[str, Callable[[Call], Floats]] = field(default_factory=dict)
     done: Callable[[Call], None] = lambda call: None
     answers: dict[Call, Floats] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Session:
         if call not in self.answers:
             with threads(call.threads):
                 if call.route == "model":
-                    self.answers[call] = self.forward(build(self.texts, call, self.device)).cpu().numpy()
+                    self.answers[call] = self.runner(build(self.texts, call, self.device)).cpu().numpy()
                 else:
                     self.answers[call] = self.routes[call.route](call)
             self.done(call)

@@ -66,7 +66,7 @@ def _shape(name: str, dtype: torch.dtype | None) -> Loaded:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model: Any = XLMRobertaForSequenceClassification(config)
-    # By NumPy: PyTorch's normal numbers hang on the instruction set that it takes (ATEN_CPU_CAPABILITY).
+    # By NumPy: PyTorch's normal numbers depend on the instruction set that it takes (ATEN_CPU_CAPABILITY).
     draw = np.random.default_rng(SEED)
     with torch.no_grad():
         for p in model.parameters():

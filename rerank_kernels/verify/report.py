@@ -32,7 +32,7 @@ class VerifyReport:
     lengths: tuple[int, int]  # shortest and longest row, in tokens
 
     @property
-    def fallen(self) -> list[Result]:
+    def broken(self) -> list[Result]:
         return [r for r in self.results if r.promised and not r.holds]
 
     @property
@@ -41,7 +41,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        return not self.fallen and not self.powerless
+        return not self.broken and not self.powerless
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -95,9 +95,9 @@ class VerifyReport:
                 )
             else:
                 console.print(f"  {c.name}: not seen by {c.expected}: that check has no power here")
-        fallen = list(dict.fromkeys(r.promise for r in self.fallen))
-        if fallen:
-            console.print("fallen: " + ", ".join(fallen), style="red")
+        broken = list(dict.fromkeys(r.promise for r in self.broken))
+        if broken:
+            console.print("broken: " + ", ".join(broken), style="red")
         elif self.ok:
             held = dict.fromkeys(r.promise for r in self.results if r.promised)
             console.print("held: " + ", ".join(held), style="green")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from . import allocate
 from .allocate import NONE, Record
 from .instructions import ADDRESS64, BRANCH, Instructions
-from .opcodes import plan
+from .opcodes import form
 from .operands import Scope
 from .parse import Function, ModuleText, ParseError, align, parameters, split_operands, statements, variables
 
@@ -108,9 +108,9 @@ class Decoder(Instructions):
         opcode = m[3]
         self.opcode = opcode
         operands = split_operands(m[4])
-        p = plan(opcode, len(operands))
+        p = form(opcode, len(operands))
         if p:
-            self.run_plan(p, operands)
+            self.run_form(p, operands)
             return
         parts = opcode.split(".")
         method = getattr(self, "op_" + parts[0], None)

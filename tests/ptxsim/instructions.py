@@ -281,7 +281,7 @@ class Instructions(Operands):
             self.declare(self.scopes[0], name, "pred")
         return self.scopes[0].registers[name][1]
 
-    def op_add(self, mods: list[str], o: list[str]) -> None:  # .cc: the others have a plan
+    def op_add(self, mods: list[str], o: list[str]) -> None:  # .cc: the others have a form
         self.carry("add", mods, o, False)
 
     def op_sub(self, mods: list[str], o: list[str]) -> None:

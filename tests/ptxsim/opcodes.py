@@ -1,6 +1,6 @@
 """Opcodes of the regular kind: one destination, sources of fixed types. decode.py has the others.
 
-A plan is the handler's name in machine/, one letter an operand (a capital is written) and the modifier bits:
+A form is the handler's name in machine/, one letter an operand (a capital is written) and the modifier bits:
 W 32-bit cell (also 8 and 16 bits), D 64-bit cell, P predicate; f, g, h like w, d, w for immediates of f32, f64, 16 bits.
 """
 
@@ -19,7 +19,7 @@ HALVES = ("f16", "bf16", "f16x2", "bf16x2")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Form:
     name: str
     kinds: str
     mod: int = 0
@@ -56,8 +56,8 @@ def _only(mods: list[str], allowed: str) -> None:
             raise ParseError(f"modifier .{m}")
 
 
-def _same(name: str, dtype: str, sources: int, mod: int = 0, imm: int = 0) -> Plan:
-    return Plan(name, plain(dtype) + cell(dtype) * sources, mod, imm)
+def _same(name: str, dtype: str, sources: int, mod: int = 0, imm: int = 0) -> Form:
+    return Form(name, plain(dtype) + cell(dtype) * sources, mod, imm)
 
 
 _ONE = ("neg", "abs", "rcp", "sqrt", "rsqrt", "sin", "cos", "lg2", "ex2", "tanh")
@@ -65,12 +65,12 @@ _TWO = ("add", "sub", "mul", "div", "rem", "min", "max", "copysign")
 _COUNT = {**dict.fromkeys(_ONE, 1), **dict.fromkeys(_TWO, 2), "fma": 3, "mad": 3, "sad": 3}  # sources
 
 
-def _integer(base: str, mods: list[str], dtype: str) -> Plan:
+def _integer(base: str, mods: list[str], dtype: str) -> Form:
     if base in ("mul", "mad"):
         if mods[:1] == ["wide"]:
             wide = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}[dtype]
             _only(mods[1:], "")
-            return Plan(f"{base}.wide.{dtype}", plain(wide) + cell(dtype) * 2 + (cell(wide) if base == "mad" else ""))
+            return Form(f"{base}.wide.{dtype}", plain(wide) + cell(dtype) * 2 + (cell(wide) if base == "mad" else ""))
         if mods[:1] in (["lo"], ["hi"]):
             _only(mods[1:], "")
             return _same(f"{base}.{mods[0]}.{dtype}", dtype, _COUNT[base])
@@ -81,7 +81,7 @@ def _integer(base: str, mods: list[str], dtype: str) -> Plan:
     return _same(f"{base}.{dtype}", dtype, _COUNT[base])
 
 
-def _float(base: str, mods: list[str], dtype: str, operands: int) -> Plan:
+def _float(base: str, mods: list[str], dtype: str, operands: int) -> Form:
     mod = flags(mods)
     wide = dtype == "f64"
     base = "fma" if base == "mad" else base
@@ -102,7 +102,7 @@ def _float(base: str, mods: list[str], dtype: str, operands: int) -> Plan:
     return _same(f"{base}.{dtype}.mod" if mod and not (wide and base in ("neg", "abs")) else f"{base}.{dtype}", dtype, n, mod)
 
 
-def _half(base: str, mods: list[str], dtype: str) -> Plan:
+def _half(base: str, mods: list[str], dtype: str) -> Form:
     approx = ".approx" if base in ("ex2", "tanh") else ""
     _only(mods, "rn ftz sat relu NaN" + (" approx" if approx else ""))
     if "ftz" in mods and base not in ("ex2", "neg", "abs"):
@@ -111,8 +111,8 @@ def _half(base: str, mods: list[str], dtype: str) -> Plan:
 
 
 @cache
-def plan(opcode: str, operands: int) -> Plan | None:
-    """The plan of a regular opcode; None if decode.py must look at it."""
+def form(opcode: str, operands: int) -> Form | None:
+    """The form of a regular opcode; None if decode.py must look at it."""
     parts = opcode.split(".")
     base, mods = parts[0], parts[1:]
     dtype = mods[-1] if mods else ""
@@ -124,39 +124,39 @@ def plan(opcode: str, operands: int) -> Plan | None:
             return _float(base, mods, dtype, operands)
         if dtype == "f32x2":
             _only(mods, "rn ftz")
-            return Plan(f"{base}.f32x2", "D" + "d" * _COUNT[base], flags(mods))
+            return Form(f"{base}.f32x2", "D" + "d" * _COUNT[base], flags(mods))
         if dtype in HALVES:
             return _half("fma" if base == "mad" else base, mods, dtype)
         raise ParseError(f"type .{dtype}")
     if base in ("and", "or", "xor", "not", "cnot"):
         n = 1 if base in ("not", "cnot") else 2
-        return Plan(f"{base}.{dtype}", plain(dtype) + cell(dtype) * n)
+        return Form(f"{base}.{dtype}", plain(dtype) + cell(dtype) * n)
     if base in ("shl", "shr"):
-        return Plan(f"{base}.{dtype}", plain(dtype) + cell(dtype) + "w")
+        return Form(f"{base}.{dtype}", plain(dtype) + cell(dtype) + "w")
     if base == "shf":
-        return Plan(opcode, "Wwww")
+        return Form(opcode, "Wwww")
     if base == "bfe":
-        return Plan(opcode, plain(dtype) + cell(dtype) + "ww")
+        return Form(opcode, plain(dtype) + cell(dtype) + "ww")
     if base == "bfi":
-        return Plan(opcode, plain(dtype) + cell(dtype) * 2 + "ww")
+        return Form(opcode, plain(dtype) + cell(dtype) * 2 + "ww")
     if base in ("popc", "clz"):
-        return Plan(opcode, "W" + cell(dtype))
+        return Form(opcode, "W" + cell(dtype))
     if base == "bfind":
-        return Plan(f"bfind.{dtype}", "W" + cell(dtype), imm=int("shiftamt" in mods))
+        return Form(f"bfind.{dtype}", "W" + cell(dtype), imm=int("shiftamt" in mods))
     if base == "brev":
         return _same(opcode, dtype, 1)
     if base in ("mul24", "mad24"):
         return _same(opcode, dtype, _COUNT[base[:3]])
     if base == "bmsk" and "clamp" in mods:
-        return Plan(opcode, "Www")
+        return Form(opcode, "Www")
     if base == "szext" and "clamp" in mods:
-        return Plan("szext.clamp", "Www", imm=int(dtype == "s32"))
+        return Form("szext.clamp", "Www", imm=int(dtype == "s32"))
     if base in ("dp4a", "dp2a"):
         hi = 4 if "hi" in mods else 0
         a, b = mods[-2], mods[-1]
-        return Plan(base, "Wwww", (a == "s32") | (b == "s32") << 1 | hi)
+        return Form(base, "Wwww", (a == "s32") | (b == "s32") << 1 | hi)
     if base == "testp":
-        return Plan(opcode, "P" + cell(dtype))
+        return Form(opcode, "P" + cell(dtype))
     if base == "slct":
-        return Plan(f"slct.{BITS[mods[-2]]}.{dtype}", plain(mods[-2]) + cell(mods[-2]) * 2 + cell(dtype))
+        return Form(f"slct.{BITS[mods[-2]]}.{dtype}", plain(mods[-2]) + cell(mods[-2]) * 2 + cell(dtype))
     return None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .allocate import NONE, Record
-from .opcodes import Plan
+from .opcodes import Form
 from .parse import BITS, ModuleText, ParseError, Variable, float_bits, integer
 
 ONES = 0xFFFFFFFF
@@ -212,7 +212,7 @@ class Operands:
         self.emit(name, x, writes)
         self.guard = guard
 
-    def run_plan(self, p: Plan, operands: list[str]) -> None:
+    def run_form(self, p: Form, operands: list[str]) -> None:
         if len(operands) != len(p.kinds):
             raise ParseError(f"{len(p.kinds)} operands wanted")
         x = [self.destination(operands[0], p.kinds[0])]

@@ -19,13 +19,13 @@ from .instructions import BRANCH, BRANCH_TABLE
 from .library import library
 from .parse import ModuleText, ParseError, SimulatorError, Variable
 
-__all__ = ["Kernel", "Module", "ParseError", "Report", "SimulatorError", "run"]
+__all__ = ["Kernel", "LaunchReport", "Module", "ParseError", "SimulatorError", "run"]
 
 Region = tuple[int, int, bool, str]  # address, bytes, writable, name
 
 
 @dataclass
-class Report:
+class LaunchReport:
     """What a launch did: per opcode, how many times a warp ran it, and how many lanes did."""
 
     seconds: float
@@ -154,7 +154,7 @@ class Kernel:
         lazy_async: bool = False,
         mma: int = 0,
         max_steps: int = 4_000_000_000,
-    ) -> Report:
+    ) -> LaunchReport:
         """Runs the kernel. params: the parameter block as PTX lays it out (self.params). memory: what it may touch."""
         grid, block = [*grid, 1, 1][:3], [*block, 1, 1][:3]
         threads = block[0] * block[1] * block[2]
@@ -182,7 +182,7 @@ class Kernel:
         )  # fmt: skip
         if problems:
             raise SimulatorError(f"{what}: {problems} problem(s)\n" + self._with_lines(message.value.decode()))
-        report = Report(seconds.value)
+        report = LaunchReport(seconds.value)
         for opcode, warps, lanes in zip(self.opcodes, counts[:n].tolist(), counts[n:].tolist(), strict=True):
             if warps:
                 report.executed[opcode] += warps
@@ -234,7 +234,7 @@ def run(
     args: Sequence[object],
     shared: int = 0,
     **options: Any,
-) -> Report:
+) -> LaunchReport:
     """One launch on numpy arrays (changed in place), None, numbers and bytes. options: as Kernel.launch has them."""
     k = _module(ptx).kernel(kernel)
     params, memory = k.pack(args)

@@ -35,12 +35,12 @@ def kernel(body: str, params: int = 4, before: str = "") -> str:
     """A kernel `k` with `params` 64-bit parameters, in %d1, %d2 ...; %r0 is the thread."""
     names = ", ".join(f".param .u64 a{i}" for i in range(params))
     loads = "".join(f"ld.param.u64 %d{i + 1}, [a{i}];\n" for i in range(params))
-    body = body.replace("; ", ";\n")  # one statement a line: a report names the line
+    body = body.replace("; ", ";\n")  # one statement per line: a report names the line
     return f"{HEAD}{before}\n.visible .entry k({names})\n{{\n{REGISTERS}{START}{loads}{body}\nret;\n}}\n"
 
 
 def elementwise(op: str, out: str, ins: list[str], *arrays: np.ndarray, extra: str = "") -> np.ndarray:
-    """d[i] = op(a[i], b[i], c[i]), one thread an element; `op` without operands, or with {d} {a} {b} {c} named."""
+    """d[i] = op(a[i], b[i], c[i]), one thread per element; `op` without operands, or with {d} {a} {b} {c} named."""
     n = len(arrays[0])
     types = [STORE.get(t, t) for t in [out, *ins]]
     body, registers = "", []

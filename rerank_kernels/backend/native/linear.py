@@ -1,4 +1,4 @@
-"""linear, bmm and activation, compiled; weights are read as nn.Linear holds them."""
+"""linear, bmm and activation by the library; weights are read as nn.Linear holds them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pool, sigmoid and score_head, compiled."""
+"""pool, sigmoid and score_head by the library."""
 
 from __future__ import annotations
 

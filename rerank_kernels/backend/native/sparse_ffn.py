@@ -1,4 +1,4 @@
-"""sparse_ffn, compiled: few rows skip what is inactive; many rows take the dense way, whose bits are the same.
+"""sparse_ffn by the library: few rows skip what is inactive; many rows take the dense way, whose bits are the same.
 
 Mode "tensor" is another product for what decides which neurons are active, whatever the way; all after it is the same.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from rerank_kernels.backend.native.linear import linear, linear_tensor
 from rerank_kernels.backend.weights import check_finite, contiguous, screen, transposed
 
-# From here on a row's share of reading all weights costs less than its own walk over the active ones. Only time depends on it.
+# From here on a row's share of reading all weights costs less than its own pass over the active ones. Only time depends on it.
 DENSE_ROWS = 8
 
 

@@ -2,7 +2,7 @@
 rms_norm: y = (s * (1 / sqrt(mean(s²) + eps))) * weight; normalize: y = x / max(sqrt(row_sum(x * x)), eps).
 
 Means by `row_sum` and IEEE division; every other step is one element-wise IEEE operation on the row's own numbers. (layer_norm
-and rms_norm have not the bits of the compiled backend, which squares into its lanes by fma: PyTorch has no element-wise fma.
+and rms_norm have not the bits of backend cpu, which squares into its lanes by fma: PyTorch has no element-wise fma.
 normalize has them.)
 """
 

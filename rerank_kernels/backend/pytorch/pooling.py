@@ -1,4 +1,4 @@
-"""pool, sigmoid, score_head: from hidden states to one vector a sequence, and from a vector to logit, score, complement.
+"""pool, sigmoid, score_head: from hidden states to one vector per sequence, and from a vector to logit, score, complement.
 
 pool: "cls" copies the first token; "mean" is one ascending chain of IEEE adds per feature, from +0, over the sequence's own
 tokens, then one division. No tokens: 0. The head is `linear` twice and never leaves float32.

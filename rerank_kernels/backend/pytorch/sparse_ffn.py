@@ -1,6 +1,6 @@
 """sparse_ffn: down(relu(up(x))) or down(relu(gate(x)) * up(x)) for rows [M, K], hidden activations in float32.
 
-Computed dense: a neuron whose relu is 0 adds 0 * w, which changes no bit of the sum for finite w, so this *is* the result that
+Computed dense: a neuron whose relu is 0 adds 0 * w, which changes no bit of the sum for finite w. So this *is* the result that
 a sparse kernel in the same order gives. The BLAS cannot skip neurons token by token without an order that depends on the batch.
 """
 

@@ -46,7 +46,7 @@ def architecture(tensor: torch.Tensor) -> int:
 
 def matrix_instruction(arch: int) -> str:
     """What Triton makes of tl.dot. Where it is wgmma, tiles of less than 64 rows would get mma.sync, whose sums are others.
-    GPUs that add in a third way (tcgen05) are left out: nobody has looked at which tile gets what there."""
+    GPUs that add in a third way (tcgen05) are left out: which tile gets which instruction there was not looked at."""
     known = {8: "mma.sync", 9: "wgmma", 12: "mma.sync"}
     if arch // 10 not in known:
         raise BackendError(

@@ -9,7 +9,7 @@ expression.
 K has a type, so that K = 1 is not compiled as a constant: then no loop is left, and Triton makes dot(a, b, 0) + total one dot
 that starts from total, which is another expression.
 
-Mode tensor ("Mode tensor" there) is one chain of matrix instructions over all of K, 16 k's each, ascending, in one float32
+Mode tensor ("Mode tensor" there) is one chain of matrix instructions over all of K, 16 k each, ascending, in one float32
 accumulator. A step of the loop is STEP k's in every tile, so a last step that K does not fill ends in up to three instructions
 of nothing but zeros: they leave the accumulator as it is (at most a -0 becomes +0), and every tile has the same ones. On
 Hopper the instruction is wgmma and wants 64 rows for four warps; a smaller tile would get mma.sync, whose sums are others, so
@@ -30,13 +30,13 @@ from rerank_kernels.backend.triton.launch import blocks, matrix_instruction, sta
 from rerank_kernels.backend.triton.numerics import CHUNK, activate
 from rerank_kernels.backend.weights import contiguous
 
-Tile = tuple[int, int, int, int]  # rows, columns, steps of K, warps
-TILES: tuple[Tile, ...] = ((1, 32, 32, 1), (16, 32, 32, 2), (32, 64, 16, 4), (64, 64, 16, 8))
+LinearTile = tuple[int, int, int, int]  # rows, columns, steps of K, warps
+TILES: tuple[LinearTile, ...] = ((1, 32, 32, 1), (16, 32, 32, 2), (32, 64, 16, 4), (64, 64, 16, 8))
 ELEMENTS = 1024  # of one block of an elementwise kernel
 force: int | None = None  # for tests: the tile to take, of TILES or of tensor_tiles
 
 
-class TensorTile(NamedTuple):
+class LinearTensorTile(NamedTuple):
     rows: int
     columns: int
     warps: int
@@ -48,8 +48,18 @@ GROUP = 8  # tiles of rows whose blocks run side by side, so that they find each
 ENOUGH = 80  # blocks that keep most of a GPU busy
 # From few rows to many; shared memory <= 99 KB but on Hopper, whose instruction wgmma is.
 TENSOR_TILES = {
-    "mma.sync": (TensorTile(16, 64, 4, 4), TensorTile(32, 64, 4, 4), TensorTile(64, 64, 4, 4), TensorTile(128, 128, 8, 3)),
-    "wgmma": (TensorTile(64, 32, 4, 6), TensorTile(64, 64, 4, 5), TensorTile(64, 128, 4, 4), TensorTile(128, 128, 8, 4)),
+    "mma.sync": (
+        LinearTensorTile(16, 64, 4, 4),
+        LinearTensorTile(32, 64, 4, 4),
+        LinearTensorTile(64, 64, 4, 4),
+        LinearTensorTile(128, 128, 8, 3),
+    ),
+    "wgmma": (
+        LinearTensorTile(64, 32, 4, 6),
+        LinearTensorTile(64, 64, 4, 5),
+        LinearTensorTile(64, 128, 4, 4),
+        LinearTensorTile(128, 128, 8, 4),
+    ),
 }
 
 
@@ -150,12 +160,12 @@ def choose(m: int, n: int) -> int:
     return 1
 
 
-def tensor_tiles(arch: int) -> tuple[TensorTile, ...]:
+def tensor_tiles(arch: int) -> tuple[LinearTensorTile, ...]:
     """The tiles of mode tensor on this compute capability (90 for 9.0), all with the same matrix instruction."""
     return TENSOR_TILES[matrix_instruction(arch)]
 
 
-def choose_tensor(batch: int, m: int, n: int, arch: int) -> TensorTile:
+def choose_tensor(batch: int, m: int, n: int, arch: int) -> LinearTensorTile:
     """The largest tile that leaves blocks for the whole GPU and no more than half of it empty; else the smallest."""
     tiles = tensor_tiles(arch)
     if force is not None:

@@ -1,4 +1,4 @@
-"""pool, sigmoid and score_head: from hidden states to one vector a sequence, and from a vector to logit, score, complement.
+"""pool, sigmoid and score_head: from hidden states to one vector per sequence, and from a vector to logit, score, complement.
 
 pool: a block takes some features of one sequence; mean is one ascending chain over its tokens, then one division (NUMERICS.md,
 "pool"). The head is `linear` twice and never leaves float32.

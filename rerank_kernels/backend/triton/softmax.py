@@ -1,6 +1,6 @@
 """softmax and row sums over rows [R, D]. softmax: exact maximum; e = exp(x - max); sum by row_sum; e / sum.
 
-Order as NUMERICS.md, "softmax" and "sum, mean". A warp takes a row, a thread a lane of the sum.
+Order as NUMERICS.md, "softmax" and "sum, mean". A warp takes a row, and each of its threads a lane of the sum.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from rerank_kernels.backend.triton.launch import blocks, start
 from rerank_kernels.backend.triton.numerics import LANES, MINUS_INFINITY, exp_of_negative, fold_lanes
 
-ROWS = 4  # of one block, a warp each
+ROWS = 4  # of one block, one warp each
 AHEAD = 8  # loads of a lane under way
 
 

@@ -3,7 +3,7 @@
 1. The pre-activations of `first` (gate, or up without a gate), for all neurons: linear with relu.
 2. Which neurons are active? Their numbers and values side by side, ascending, for each row and each chunk of 512 neurons.
 3. ReGLU: dot products over the rows of up, for active neurons only.
-4. down: per row and chunk of 512 neurons one fma chain a column over the active neurons, ascending.
+4. down: per row and chunk of 512 neurons one fma chain per column over the active neurons, ascending.
 5. The chunks' sums, added in ascending order from +0; the bias; one rounding.
 
 Leaving out a zero term leaves every bit (NUMERICS.md, "sparse_ffn"). Nothing waits for the device: every launch has the grid of

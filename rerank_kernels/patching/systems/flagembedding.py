@@ -1,7 +1,7 @@
 """FlagEmbedding's FlagReranker: the model that it holds. All else may stay.
 
-It calls .half() and .to() for each list (a patched model goes with them), sorts by length, and takes smaller batches when
-memory runs out: none of it can reach a bit of a patched model's logit. With normalize=True it applies a sigmoid to each, which
+It calls .half() and .to() for each list (a patched model stays patched), sorts by length, and takes smaller batches when
+memory runs out: none of it can change a bit of a patched model's logit. With normalize=True it applies a sigmoid to each, which
 is NumPy's, in float64: the same wherever a pair stands, but not on every machine. With several devices it pickles itself to
 workers that it spawns, and its model arrives patched.
 """

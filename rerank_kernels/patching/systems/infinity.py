@@ -2,7 +2,7 @@
 
 Its sigmoid is numpy's and it ranks by that score, which ties near 1.0 where logits do not: rerank() is asked for
 logits instead, and sigmoid, order and top_n are ours. Batches are made by the clock and by what other clients ask: none of it
-can reach a bit of a patched model's score.
+can change a bit of a patched model's score.
 """
 
 from __future__ import annotations

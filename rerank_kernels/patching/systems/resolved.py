@@ -26,7 +26,7 @@ class Override(NamedTuple):
 class Resolved:
     """Paths are attributes as one would write them behind the object that was given.
 
-    problems: what stands in the way of the promise, each with what would work; an error in strict mode.
+    problems: what stands in the way of the promise, each with what would work; an error if strict.
     notes: what stays the system's own, or the user's to set.
     """
 

@@ -1,7 +1,7 @@
 """sentence-transformers 3 to 6: CrossEncoder and SentenceTransformer, and what other systems subclass of them.
 
-CrossEncoder: the model; predict() applies its activation with our ops, whether it is the stored one or handed in with the call;
-rank() sorts by logit, for near 1.0 scores tie where logits do not, and gives the score of each.
+CrossEncoder: the model; predict(), which applies its activation with our ops, the stored one or one passed with the call; and
+rank(), which sorts by logit and gives each score. Near 1.0 scores tie where logits do not.
 SentenceTransformer: the transformer, Pooling, Normalize and Dense (rerank_kernels/models/sentence.py), and encode()'s own
 normalisation.
 """
@@ -44,7 +44,7 @@ def cross_encoder(obj: Any, cls: type) -> Resolved:
         )
     found.override(cls, "predict", predict, "its activation, in float32")
     found.override(cls, "rank", rank, "documents by logit, ties in the order given, NaN last")
-    found.notes += [POOLS, "an activation of your own, handed to predict() or rank(), computes as it is"]
+    found.notes += [POOLS, "an activation of your own, passed to predict() or rank(), computes as it is"]
     return found
 
 
@@ -117,7 +117,7 @@ class _Softmax:
         return made
 
 
-class _Call:
+class _Arguments:
     """Arguments of one call, in which some are looked up and replaced, by place or by name."""
 
     def __init__(self, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ class _Call:
 
 def predict(method: Method, *args: Any, **kwargs: Any) -> Any:
     see_patched(method, method.holder.model)
-    call = _Call(method, args, kwargs)
+    call = _Arguments(method, args, kwargs)
     activation = call.get(*ACTIVATION)
     activation = _served(_stored(method.holder) if activation is None else activation, method)
     if call.get("apply_softmax"):
@@ -164,7 +164,7 @@ def _labels(obj: Any) -> int:
 
 
 def rank(method: Method, *args: Any, **kwargs: Any) -> Any:
-    call = _Call(method, args, kwargs)
+    call = _Arguments(method, args, kwargs)
     activation = call.get(*ACTIVATION)
     if not _is_sigmoid(_stored(method.holder) if activation is None else activation):
         return method.original(*args, **kwargs)  # which calls predict above
@@ -199,7 +199,7 @@ def of_length_one(obj: Any) -> bool:
 
 def encode(method: Method, *args: Any, **kwargs: Any) -> Any:
     see_patched(method, method.holder)
-    call = _Call(method, args, kwargs)
+    call = _Arguments(method, args, kwargs)
     other = call.get("output_value") not in (None, "sentence_embedding") or call.gives("output_value", None)
     if not call.get("normalize_embeddings") or other:  # its own normalises nothing else
         return method.original(*args, **kwargs)

@@ -1,9 +1,9 @@
 """The table of systems: from a class to the resolver that knows its insides.
 
 It is looked up by package and name, along the class's own ancestors: no system is imported here, and subclasses are served
-where they leave alone what the resolver knows. A resolver changes nothing. It says which modules are to be patched (walk.py
-does that), which methods of the object are to be put in place of its own, what stands in the way, and what stays the system's
-own. Nothing outside the object is ever changed.
+where they leave alone what the resolver knows. A resolver changes nothing. It says which modules walk.py
+has to patch and which methods of ours go in place of the object's own. It says what stands in the way, and what stays the
+system's own. Nothing outside the object is ever changed.
 
 A new system is a file beside this one with its resolver and its methods, and its rows below.
 """

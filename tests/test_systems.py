@@ -1,4 +1,4 @@
-"""integrations: what the user of a system holds is patched as a whole, gives one score a pair, and is undone without a trace.
+"""systems: what the user of a system holds is patched as a whole, gives one score per pair, and is undone without a trace.
 
 The systems here are those of systems.py; stacks/ has the real ones. What is asserted of a system is a function that a mutant of
 each override must fail.

@@ -15,7 +15,7 @@ from torch import Tensor
 Floats = npt.NDArray[np.float32]
 Tokens = dict[str, list[int]]  # what the tokenizer gave for one text or pair: input_ids, perhaps token_type_ids
 Inputs = dict[str, Tensor]
-Forward = Callable[[Inputs], Tensor]  # float32 [B, L]
+Runner = Callable[[Inputs], Tensor]  # float32 [B, L]
 
 HOME = 8  # the batch size of every check that is not about batch sizes
 BATCHES = (2, 3, 7, 8, 16, 31, 64)  # 1 is the reference
@@ -109,7 +109,7 @@ class Texts:
         return len(call.rows) * (call.length or self.longest(call.rows))
 
 
-def plan(texts: Texts, *, routes: Sequence[str] = (), few: int = 24) -> list[Check]:
+def all_checks(texts: Texts, *, routes: Sequence[str] = (), few: int = 24) -> list[Check]:
     """Every check. `few` rows, a multiple of HOME, serve the checks that need no batch of 64."""
     every = tuple(range(len(texts.tokens)))
     few = max(HOME, min(few, len(every)) // HOME * HOME)
