@@ -71,14 +71,16 @@ assert not heavy, heavy
 def test_public_names_are_said_alike_to_python_and_to_type_checkers() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     said = {
-        alias.name: (node.module or "").removeprefix("rerank_kernels.")
+        name: home
         for block in tree.body
         if isinstance(block, ast.If)
         for node in block.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
+        for home in [(node.module or "").removeprefix("rerank_kernels.")]
+        for name in ([op for op in rk.OPS if f"ops.{rk.OPS[op]}" == home] if alias.name == "*" else [alias.name])
     }
-    assert said == rk._HOME
+    assert said == rk._HOME and all(callable(getattr(rk, op)) for op in rk.OPS)
     assert sorted(rk.__all__) == sorted([*said, "NUMERICS_VERSION"]) and set(rk.__all__) <= set(dir(rk))
 
 

@@ -360,7 +360,9 @@ def test_no_instruction_leaves_a_bit_open(arch: int, dtype: torch.dtype) -> None
             assert open_bits(program.ptx, program.kernel.name) == {}, f"{program.kernel.name} for sm_{arch}"
             assert ".ftz" not in program.ptx
     kernels = {
-        m for p in (ROOT / "rerank_kernels" / "triton").glob("*.py") for m in re.findall(r"def (\w+_kernel)\(", p.read_text())
+        m
+        for p in (ROOT / "rerank_kernels" / "backend" / "triton").glob("*.py")
+        for m in re.findall(r"def (\w+_kernel)\(", p.read_text())
     }
     assert seen == {name for name in kernels if not name.endswith("_tensor_kernel")}
 
@@ -462,7 +464,7 @@ MUTANTS: dict[str, tuple[Edit, str, Callable[[Case, torch.dtype], None]]] = {
         invariants.hidden_keys,
     ),
     "a mask off by one": (
-        Edit("attention.py", "(j - i <= right)", "(j - i < right + 2)"),
+        Edit("attention.py", "(j - place <= right)", "(j - place < right + 2)"),
         CAUSAL,
         bits,
     ),

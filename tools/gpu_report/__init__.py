@@ -15,7 +15,8 @@ DIR/report.json is flat:
              status is ok, part (out of time, some cases are left), over time, failed, broken (a line is no JSON), no time,
              left out (a step that it needs did not end well)
     records  one object per finding, in order: step, case, and whatever the step says of it. `wrong` says that bits or a promise
-             do not hold; `error` that something could not run. Times: who, ours, ms (in the device), call_ms (from Python)
+             do not hold; `error` that something could not run. Times: who, ours, backend, mode, way (null: its own choice),
+             ms (inside the device; of a model from Python), call_ms (from Python), tflops, gbs
 DIR/report.html is the same for people, in one file. DIR/STEP.jsonl is what each step printed, DIR/STEP.log its errors.
 
 `work/` is what the processes of the steps run. A probe is a file in tools/probes: `runner` finds it there, its docstring begins
