@@ -24,6 +24,7 @@ from rerank_kernels.backend.pytorch import norm as honest_norm
 from rerank_kernels.backend.pytorch import pooling as honest_pooling
 from rerank_kernels.backend.pytorch import softmax as honest_softmax
 from rerank_kernels.backend.registry import BACKENDS, OPS
+from rerank_kernels.backend.weights import FfnWeights
 from rerank_kernels.ops.sequences import Sequences
 
 HONEST: dict[str, Callable[..., Any]] = {
@@ -298,8 +299,8 @@ def pool_by_prefix_sums(x: Tensor, cu_seqlens: Tensor, mode: str, out_dtype: tor
 # --- runs ---------------------------------------------------------------------------------------------------------------
 
 
-def _sparse_in_order(order: Tensor, rows: Tensor, arguments: tuple[Any, ...]) -> Tensor:
-    up, up_bias, gate, gate_bias, down, down_bias = arguments
+def _sparse_in_order(order: Tensor, rows: Tensor, weights: FfnWeights) -> Tensor:
+    up, up_bias, gate, gate_bias, down, down_bias = weights
     assert gate is None and gate_bias is None
     h = honest_linear.linear(rows, up, up_bias, "relu", None, torch.float32)
     y = torch.zeros(rows.shape[0], down.shape[0])
@@ -311,19 +312,19 @@ def _sparse_in_order(order: Tensor, rows: Tensor, arguments: tuple[Any, ...]) ->
 _TURNS = torch.Generator().manual_seed(0)
 
 
-def sparse_ffn_atomics(rows: Tensor, *arguments: Any) -> Tensor:
+def sparse_ffn_atomics(rows: Tensor, weights: FfnWeights) -> Tensor:
     """Each neuron adds its column when its turn comes, and turns differ from run to run."""
-    return _sparse_in_order(torch.randperm(arguments[0].shape[0], generator=_TURNS), rows, arguments)
+    return _sparse_in_order(torch.randperm(len(weights.up), generator=_TURNS), rows, weights)
 
 
-def sparse_ffn_other_order(rows: Tensor, *arguments: Any) -> Tensor:
+def sparse_ffn_other_order(rows: Tensor, weights: FfnWeights) -> Tensor:
     """Repeatable, but not the order of the dense layer."""
-    return _sparse_in_order(torch.arange(arguments[0].shape[0] - 1, -1, -1), rows, arguments)
+    return _sparse_in_order(torch.arange(len(weights.up) - 1, -1, -1), rows, weights)
 
 
-def sparse_ffn_batch_union(rows: Tensor, *arguments: Any) -> Tensor:
+def sparse_ffn_batch_union(rows: Tensor, weights: FfnWeights) -> Tensor:
     """The neurons that are active anywhere in the batch, in one smaller dense product."""
-    up, up_bias, gate, gate_bias, down, down_bias = arguments
+    up, up_bias, gate, gate_bias, down, down_bias = weights
     assert gate is None and gate_bias is None
     h = honest_linear.linear(rows, up, up_bias, "relu", None, torch.float32)
     some = (h != 0).any(0)

@@ -14,13 +14,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 SCREENS_ON: tuple[str, ...] = ("cpu",)  # the devices whose sparse_ffn screens, and turns weights by an op of the library
+
+
+class FfnWeights(NamedTuple):
+    """What sparse_ffn is given besides its rows: up and gate [F, K], down [D, F], biases [F], [F], [D]; no gate: ReLU."""
+
+    up: Tensor
+    up_bias: Tensor | None
+    gate: Tensor | None
+    gate_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+    @property
+    def first(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of what decides which neurons are active."""
+        return (self.up, self.up_bias) if self.gate is None else (self.gate, self.gate_bias)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rerank_kernels import check
 from rerank_kernels.backend import modes, registry
+from rerank_kernels.backend.weights import FfnWeights
 from rerank_kernels.ops.linear import linear_truth
 from rerank_kernels.ops.opaque import opaque
 
@@ -61,8 +62,9 @@ def sparse_ffn(
     rows = x.reshape(-1, k).contiguous()
     first = {"gate_weight": gate_weight} if gate_weight is not None else {"up_weight": up_weight}
     numeric = modes.resolve("sparse_ffn", mode, x=x, **first)
-    serve = registry.select("sparse_ffn", x.device, numeric)
-    y = serve(rows, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
+    biases = [None if b is None else b.contiguous() for b in (up_bias, gate_bias, down_bias)]
+    weights = FfnWeights(up_weight, biases[0], gate_weight, biases[1], down_weight, biases[2])
+    y = registry.select("sparse_ffn", x.device, numeric)(rows, weights)
     return y.view(*x.shape[:-1], down_weight.shape[0])
 
 

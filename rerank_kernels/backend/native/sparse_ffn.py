@@ -11,78 +11,41 @@ import torch
 from torch import Tensor
 
 from rerank_kernels.backend.native.linear import linear, linear_tensor
-from rerank_kernels.backend.weights import check_finite, contiguous, screen, transposed
+from rerank_kernels.backend.weights import FfnWeights, check_finite, contiguous, screen, transposed
 
 # From here on a row's share of reading all weights costs less than its own pass over the active ones. Only time depends on it.
 DENSE_ROWS = 8
 
 
-def sparse_ffn(
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-) -> Tensor:
+def sparse_ffn(x: Tensor, w: FfnWeights) -> Tensor:
     if x.shape[0] >= DENSE_ROWS:
-        return _dense(linear, x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
-    first, first_bias = (up_weight, up_bias) if gate_weight is None else (gate_weight, gate_bias)
+        return _dense(linear, x, w)
     # the CPU first reads float32 weights in 8 bits each, which show most inactive neurons (csrc/cpu/sparse_ffn.cpp)
-    coarse, rest, bounds = screen(first) or (None, None, None)
-    return torch.ops.rerank_kernels.sparse_ffn(
-        x,
-        contiguous(first),
-        None if first_bias is None else first_bias.contiguous(),
-        coarse,
-        rest,
-        bounds,
-        None if gate_weight is None else contiguous(up_weight),
-        None if gate_weight is None or up_bias is None else up_bias.contiguous(),
-        transposed(down_weight),
-        None if down_bias is None else down_bias.contiguous(),
-    )
+    copies = screen(w.first[0]) or (None, None, None)
+    return torch.ops.rerank_kernels.sparse_ffn(x, *_first(w), *copies, *_up_and_down(w))
 
 
-def sparse_ffn_tensor(
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-) -> Tensor:
+def sparse_ffn_tensor(x: Tensor, w: FfnWeights) -> Tensor:
     if x.shape[0] >= DENSE_ROWS:
-        return _dense(linear_tensor, x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
-    first, first_bias = (up_weight, up_bias) if gate_weight is None else (gate_weight, gate_bias)
-    return torch.ops.rerank_kernels.sparse_ffn_tensor(
-        x,
-        contiguous(first),
-        None if first_bias is None else first_bias.contiguous(),
-        None if gate_weight is None else contiguous(up_weight),
-        None if gate_weight is None or up_bias is None else up_bias.contiguous(),
-        transposed(down_weight),
-        None if down_bias is None else down_bias.contiguous(),
-    )
+        return _dense(linear_tensor, x, w)
+    return torch.ops.rerank_kernels.sparse_ffn_tensor(x, *_first(w), *_up_and_down(w))
 
 
-def _dense(
-    first: Callable[..., Tensor],  # the mode's linear
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-) -> Tensor:
-    check_finite(down_weight)
+def _first(w: FfnWeights) -> tuple[Tensor, Tensor | None]:
+    weight, bias = w.first
+    return contiguous(weight), bias
+
+
+def _up_and_down(w: FfnWeights) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    up = (None, None) if w.gate is None else (contiguous(w.up), w.up_bias)
+    return *up, transposed(w.down), w.down_bias
+
+
+def _dense(first: Callable[..., Tensor], x: Tensor, w: FfnWeights) -> Tensor:
+    """first: the mode's linear."""
+    check_finite(w.down)
     f32 = torch.float32
-    if gate_weight is None:
-        hidden = first(x, up_weight, up_bias, "relu", None, f32)
-    else:
-        gate = first(x, gate_weight, gate_bias, "relu", None, f32)
-        hidden = torch.where(gate == 0, gate, gate * linear(x, up_weight, up_bias, None, None, f32))
-    return linear(hidden, down_weight, down_bias, None, None, x.dtype)
+    hidden = first(x, *w.first, "relu", None, f32)
+    if w.gate is not None:
+        hidden = torch.where(hidden == 0, hidden, hidden * linear(x, w.up, w.up_bias, None, None, f32))
+    return linear(hidden, w.down, w.down_bias, None, None, x.dtype)

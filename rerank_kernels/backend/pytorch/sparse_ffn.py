@@ -10,22 +10,13 @@ import torch
 from torch import Tensor
 
 from rerank_kernels.backend.pytorch.linear import linear
+from rerank_kernels.backend.weights import FfnWeights
 
 
-def sparse_ffn(
-    rows: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-) -> Tensor:
-    up = linear(rows, up_weight, up_bias, None, None, torch.float32)
-    if gate_weight is None:
-        hidden = torch.relu(up)
-    else:
-        gate = torch.relu(linear(rows, gate_weight, gate_bias, None, None, torch.float32))
+def sparse_ffn(rows: Tensor, w: FfnWeights) -> Tensor:
+    hidden = torch.relu(linear(rows, *w.first, None, None, torch.float32))
+    if w.gate is not None:
+        up = linear(rows, w.up, w.up_bias, None, None, torch.float32)
         # a neuron whose gate is shut is skipped even where up overflowed: 0 * inf would be NaN
-        hidden = torch.where(gate == 0, torch.zeros_like(gate), gate * up)
-    return linear(hidden, down_weight, down_bias, None, None, rows.dtype)
+        hidden = torch.where(hidden == 0, torch.zeros_like(hidden), hidden * up)
+    return linear(hidden, w.down, w.down_bias, None, None, rows.dtype)

@@ -20,7 +20,7 @@ from torch import Tensor
 from rerank_kernels.backend.triton.launch import blocks, start
 from rerank_kernels.backend.triton.linear import linear, linear_tensor
 from rerank_kernels.backend.triton.numerics import CHUNK, fmadd
-from rerank_kernels.backend.weights import check_finite, contiguous, transposed
+from rerank_kernels.backend.weights import FfnWeights, check_finite, contiguous, transposed
 
 DENSE_ROWS = 8  # from here on a row's share of reading all weights costs less than its own walk. Only time depends on it.
 NEURONS = 32  # of one block of 3
@@ -102,54 +102,25 @@ def sums_kernel(sums, bias, y, chunks, D, COLUMNS: tl.constexpr):
     tl.store(y + m * D + d, total.to(y.dtype.element_ty), mask=d < D)
 
 
-def sparse_ffn(
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-) -> Tensor:
-    first = (up_weight, up_bias) if gate_weight is None else (gate_weight, gate_bias)
-    return _sparse_ffn(
-        x, linear(x, *first, "relu", None, torch.float32), up_weight, up_bias, gate_weight, down_weight, down_bias
-    )
+def sparse_ffn(x: Tensor, w: FfnWeights) -> Tensor:
+    return _sparse_ffn(x, linear(x, *w.first, "relu", None, torch.float32), w)
 
 
-def sparse_ffn_tensor(
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-) -> Tensor:
+def sparse_ffn_tensor(x: Tensor, w: FfnWeights) -> Tensor:
     """Only what decides which neurons are active is computed on tensor cores, for any number of rows; the rest is as above,
     where sparse equals dense, so that the number of rows is in no expression here either."""
-    first = (up_weight, up_bias) if gate_weight is None else (gate_weight, gate_bias)
-    active = linear_tensor(x, *first, "relu", None, torch.float32)
-    return _sparse_ffn(x, active, up_weight, up_bias, gate_weight, down_weight, down_bias)
+    return _sparse_ffn(x, linear_tensor(x, *w.first, "relu", None, torch.float32), w)
 
 
-def _sparse_ffn(
-    x: Tensor,
-    first: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-) -> Tensor:
+def _sparse_ffn(x: Tensor, first: Tensor, w: FfnWeights) -> Tensor:
     """From relu(gate), or relu(up) without a gate, in float32."""
     rows, f32 = x.shape[0], torch.float32
     if rows >= DENSE_ROWS:
-        check_finite(down_weight)
-        hidden = first if gate_weight is None else linear(x, up_weight, up_bias, None, None, f32, gate=first)
-        return linear(hidden, down_weight, down_bias, None, None, x.dtype)
+        check_finite(w.down)
+        hidden = first if w.gate is None else linear(x, w.up, w.up_bias, None, None, f32, gate=first)
+        return linear(hidden, w.down, w.down_bias, None, None, x.dtype)
 
-    down = transposed(down_weight)
+    down = transposed(w.down)
     neurons, d = down.shape
     width = int(CHUNK)
     chunks = blocks(neurons, width)
@@ -157,18 +128,17 @@ def _sparse_ffn(
     neuron = x.new_empty(rows * chunks * width, dtype=torch.int32)
     value = torch.empty_like(neuron, dtype=f32)
     start(active_kernel, (rows * chunks,), first, count, neuron, value, neurons, chunks)
-    if gate_weight is not None:
-        bias = None if up_bias is None else up_bias.contiguous()
+    if w.gate is not None:
         grid = (rows * chunks * (width // NEURONS),)
-        weight, gated = contiguous(up_weight), torch.empty_like(value)
+        weight, gated = contiguous(w.up), torch.empty_like(value)
         start(
-            up_kernel, grid, x, weight, bias, count, neuron, value, gated, x.shape[1], chunks,
+            up_kernel, grid, x, weight, w.up_bias, count, neuron, value, gated, x.shape[1], chunks,
             NEURONS=NEURONS, STEP=STEP, num_warps=1,
         )  # fmt: skip
         value = gated
     sums = x.new_empty(rows * chunks, d, dtype=f32)
     grid = (rows * chunks * blocks(d, COLUMNS),)
     start(down_kernel, grid, count, neuron, value, down, sums, d, COLUMNS=COLUMNS, AHEAD=AHEAD)
-    bias, y = None if down_bias is None else down_bias.contiguous(), x.new_empty(rows, d)
-    start(sums_kernel, (rows * blocks(d, COLUMNS),), sums, bias, y, chunks, d, COLUMNS=COLUMNS)
+    y = x.new_empty(rows, d)
+    start(sums_kernel, (rows * blocks(d, COLUMNS),), sums, w.down_bias, y, chunks, d, COLUMNS=COLUMNS)
     return y
