@@ -1,4 +1,5 @@
-// sparse_ffn.cpp: sparse_ffn on CUDA tensors, for few rows; many take the dense way (rerank_kernels/backend/native/sparse_ffn.py).
+// sparse_ffn.cpp: sparse_ffn on CUDA tensors, for few rows; many take the dense way
+// (rerank_kernels/backend/native/sparse_ffn.py).
 
 #include "launch.h"
 
