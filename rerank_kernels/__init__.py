@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # for type checkers and editors; _NAMES says the same to Pyth
     from rerank_kernels.ops.norm import *  # noqa: F403
     from rerank_kernels.ops.pooling import *  # noqa: F403
     from rerank_kernels.ops.pooling import HeadOutput
+    from rerank_kernels.ops.sequences import Sequences
     from rerank_kernels.ops.softmax import *  # noqa: F403
     from rerank_kernels.ops.sparse_ffn import *  # noqa: F403
     from rerank_kernels.patching.patch import patch, unpatch
@@ -37,6 +38,7 @@ __all__ = [
     "Report",
     "Reranker",
     "Scores",
+    "Sequences",
     "backends",
     "forget",
     "patch",
@@ -50,6 +52,7 @@ _NAMES = {
     "backend.weights": ("forget",),
     "errors": ("BackendError", "FallbackWarning", "PatchError"),
     "ops.pooling": ("HeadOutput",),
+    "ops.sequences": ("Sequences",),
     "patching.patch": ("patch", "unpatch"),
     "patching.report": ("Report",),
     "scoring.reranker": ("Ranked", "Reranker", "Scores"),

@@ -468,6 +468,11 @@ MUTANTS: dict[str, tuple[Edit, str, Callable[[Case, torch.dtype], None]]] = {
         CAUSAL,
         bits,
     ),
+    "queries are the first ones of their keys, not the last": (
+        Edit("attention.py", "place = i + (length - rows)", "place = i"),
+        "attention-D16-H4of2-T1of70-causal=True",
+        bits,
+    ),
     "a column beyond the last": (
         Edit("linear.py", "there = (m < M) & (n < N)", "there = (m < M) & (n <= N)"),
         "linear-513x17-gelu",

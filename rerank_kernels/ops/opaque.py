@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar, get_type_hints
+from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
 
 import torch
 
-from rerank_kernels.ops.sequences import as_tensor
+from rerank_kernels.ops.sequences import Sequences, as_tensor
 
 NAMESPACE = "rerank_kernels_compiled"
 P = ParamSpec("P")
@@ -52,7 +53,7 @@ def register(name: str) -> bool:
 
 def inferred(function: Callable[..., Any]) -> str:
     """The schema that a function's annotations say: "(Tensor x, float eps=1e-12) -> Tensor"."""
-    hints = get_type_hints(function)
+    hints = {name: _without_sequences(hint) for name, hint in get_type_hints(function).items()}
     signature = inspect.signature(function)
     fields = getattr(hints["return"], "__annotations__", None) if issubclass(hints["return"], tuple) else None
     hints["return"] = tuple[(torch.Tensor,) * len(fields)] if fields else hints["return"]  # type: ignore[misc]  # named: all tensors
@@ -65,6 +66,12 @@ def inferred(function: Callable[..., Any]) -> str:
     )
     # an int of ours is a dimension, never a size
     return torch.library.infer_schema(annotated, mutates_args=()).replace("SymInt", "int")
+
+
+def _without_sequences(hint: Any) -> Any:
+    """What `as_tensor` leaves of an annotation: Tensor | Sequences | None -> Tensor | None."""
+    kinds = get_args(hint)
+    return functools.reduce(operator.or_, (kind for kind in kinds if kind is not Sequences)) if Sequences in kinds else hint
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler: a trace calls it and does not look inside.
