@@ -214,7 +214,7 @@ def schedule_invariant(case: Case, dtype: torch.dtype, simulated: Callable[..., 
     shared = case.make_shared(dtype)
     rows = case.make_rows(dtype) if case.lengths else case.make_rows(dtype, 70)
     want = case.call(rows, shared)
-    for how in (dict(sched=1), dict(sched=2, seed=3, race=True, lazy_async=True)):
+    for how in (dict(sched=1, race=True), dict(sched=2, seed=3, race=True, lazy_async=True)):
         with simulated(**how):
             all_same(case.call(rows, shared), want, f"{case} with {how} against blocks and warps in order")
 

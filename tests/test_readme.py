@@ -131,7 +131,7 @@ def test_the_second_page_goes_on_where_the_first_ends(tmp_path: Path) -> None:
     }
     shell = readme.Shell(tmp_path, os.environ, tmp_path)
     written, wrong = readme.follow(pages, shell, "a", None, lambda text: None)
-    assert written == {"A.md": pages["A.md"], "B.md": pages["B.md"].replace("2", "1")}
+    assert written == {"A.md": {}, "B.md": {"output": "```\n1\n```\n"}}
     assert len(wrong) == 1 and wrong[0].startswith("--- B.md:4")
 
 

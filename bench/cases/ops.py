@@ -107,15 +107,16 @@ class Op(cases.Case):
     def make_shared(self, dtype: torch.dtype) -> cases.Tensors:
         return self.held["shared"]
 
-    def call(self, rows: cases.Tensors, shared: cases.Tensors, lengths: tuple[int, ...] | None = None) -> tuple[Tensor, ...]:
-        more = {"cu_seqlens": _offsets(self.lengths if lengths is None else lengths, self.place.device)} if self.lengths else {}
-        out = cases.FUNCTIONS[self.op](**rows, **shared, **self.options, **more)
-        return (out,) if isinstance(out, Tensor) else tuple(out)
+    def sequences(self, lengths: tuple[int, ...] | None = None, keys: tuple[int, ...] | None = None) -> cases.Tensors:
+        """On the device, and made once: a caller has them."""
+        own = self.lengths if lengths is None else lengths
+        return {"cu_seqlens": _offsets(own, self.place.device)} if self.lengths else {}
 
     def near(self, rows: cases.Tensors, shared: cases.Tensors, out: tuple[Tensor, ...]) -> tuple[cases.Near, ...]:
         """On the CPU, whatever the device."""
         on_cpu = ({n: t.cpu() for n, t in given.items()} for given in (rows, shared))
-        return tuple(cases.Near(*(t.to(self.place.device) for t in near)) for near in super().near(*on_cpu, out))
+        to = self.place.device
+        return tuple(n._replace(value=n.value.to(to), slack=n.slack.to(to)) for n in super().near(*on_cpu, out))
 
     def gate(self) -> None:
         dtype = DTYPES[self.dtype]

@@ -25,7 +25,7 @@ from bench.pages.results import line_of, ratios
 from bench.pages.tables import show_gpu
 from rerank_kernels.backend import registry
 
-STEP = 150.0  # seconds without a step after which the worker counts as stuck
+START, STEP = 150.0, 150.0  # seconds without an answer, or without a step, after which the worker counts as stuck
 MOST_WORKERS = 12
 CASE = f"{__name__}:case"
 BUILDING, CLOCK = "building the case", "the clock"
@@ -121,7 +121,8 @@ class Crew:
             if self.started == MOST_WORKERS:
                 raise Died(f"{MOST_WORKERS} workers died")
             self.started += 1
-            self.worker = Worker(**self.how)
+            self.worker = Worker(patience=START, **self.how)
+            self.worker.ask("builtins:dict")
         self.worker.at = ""
         self.worker.patience = max(1.0, min(STEP, self.until + 60.0 - time.time()))
         return self.worker.ask(function, **arguments)
