@@ -161,7 +161,7 @@ def bits(content: Content) -> Any:
         axes.set_ylabel(f"of {lines[0]['pairs']} pairs, bits differ")
         axes.set_title(dtype, fontsize=9)
     row[0][0].legend(fontsize=7)
-    figure.suptitle(f"Logits that hang on the batch: {content['scaling']['model']}\n{machine(content)}", fontsize=9)
+    figure.suptitle(f"Logits that depend on the batch: {content['scaling']['model']}\n{machine(content)}", fontsize=9)
     return figure
 
 

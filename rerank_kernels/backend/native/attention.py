@@ -1,4 +1,4 @@
-"""attention, compiled."""
+"""attention by the library."""
 
 from __future__ import annotations
 
