@@ -3,7 +3,7 @@
 First the gate: every op of the run is compared with its float64 truth and for batch invariance, on the very tensors that are
 timed; if one fails, no time is printed. Then the contestants take turns (harness/turns.py). A bar is the least ratio this
 project asks of itself (fp32, cpu backend, 2 threads); a ratio below its bar is reported as such and changes the exit code only
-with --strict. Besides the contests there are four studies: peak memory, the bits that MKL's strict mode leaves unfixed, what
+with --strict. Besides the contests there are four studies: peak memory, the bits that MKL's strict setting leaves unfixed, what
 each kernel reaches of what the machine can do, and a machine that is shared.
 
 Exit code: 0, or 1 if the gate fails (or, with --strict, a ratio falls short), 2 for bad arguments.
@@ -55,7 +55,7 @@ def studies(quick: bool) -> dict[str, tuple[str, Callable[[], Results]]]:
     of_serving = functools.partial(serving.measure, 0.5 if quick else 2.0)
     return {
         f"memory of bge-reranker-base{cut}": ("memory", of_memory),
-        "bits of ms-marco-MiniLM-L6-v2 in MKL's strict mode": ("bits", functools.partial(mkl.bits, models.MINILM)),
+        "bits of ms-marco-MiniLM-L6-v2 in MKL's strict setting": ("bits", functools.partial(mkl.bits, models.MINILM)),
         "limits of the machine, and what each kernel reaches": ("limits", of_limits),
         "serving: processes and callers that share the machine": ("serving", of_serving),
     }

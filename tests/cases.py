@@ -52,7 +52,7 @@ def numbers(seed: str, shape: tuple[int, ...], dtype: torch.dtype, scale: float 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of one op. `rows`: the arguments that have one entry a row (a token, a pair); `shared`: those that have not."""
+    """One call of one op. `rows`: the arguments with one entry per row (a token, a pair); `shared`: the others."""
 
     op: str
     label: str
@@ -99,7 +99,7 @@ class Case:
         lengths: tuple[int, ...] | None = None,
         keys: tuple[int, ...] | None = None,
     ) -> tuple[Tensor, ...]:
-        """The public function on these rows; always a tuple, whose tensors have one entry a row or a sequence."""
+        """The public function on these rows; always a tuple, whose tensors have one entry per row or sequence."""
         out = FUNCTIONS[self.op](**rows, **shared, **self.options, **self.sequences(lengths, keys))
         return (out,) if isinstance(out, Tensor) else tuple(out)
 

@@ -106,7 +106,7 @@ MUTANTS = [
         "chunk sums added by atomics: the order of the blocks is in the bits",
         Edit(
             "portable/linear.cu",
-            "            if (plan.four) store_four(to, y[0]);\n            else\n",
+            "            if (setup.four) store_four(to, y[0]);\n            else\n",
             "            if (c + 3 < columns) for (int e = 0; e < 4; ++e) atomicAdd(to - chunk * g.M * g.N + e, y[0].v[e]);\n"
             "            else\n",
         ),
@@ -117,14 +117,14 @@ MUTANTS = [
     ),
     Mutant(
         "two blocks write one place",
-        Edit("portable/linear.cu", "(chunk * plan.batches * g.M + first + r) * g.N + n0 + c;", "(first + r) * g.N + n0 + c;"),
+        Edit("portable/linear.cu", "(chunk * setup.batches * g.M + first + r) * g.N + n0 + c;", "(first + r) * g.N + n0 + c;"),
         "linear-1536x24-float32",
         "RACE|race",
         force=("linear", 7),
     ),
     Mutant(
         "a tile's last rows are read though they do not exist",
-        Edit("portable/linear.cu", "return x + (r < rows ? r : rows - 1) * plan.x.bytes;", "return x + r * plan.x.bytes;"),
+        Edit("portable/linear.cu", "return x + (r < rows ? r : rows - 1) * setup.x.bytes;", "return x + r * setup.x.bytes;"),
         "linear-768x96-gelu-residual",
         "out of bounds|out-of-bounds|outside",
     ),

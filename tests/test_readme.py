@@ -130,8 +130,8 @@ def test_the_second_page_goes_on_where_the_first_ends(tmp_path: Path) -> None:
         "B.md": "```bash\necho $LATELY\n```\n<!-- readme:output -->\n```\n2\n```\n<!-- /readme -->\n",
     }
     shell = readme.Shell(tmp_path, os.environ, tmp_path)
-    written, wrong = readme.follow(pages, shell, "a", None, lambda text: None)
-    assert written == {"A.md": {}, "B.md": {"output": "```\n1\n```\n"}}
+    contents, wrong = readme.follow(pages, shell, "a", None, lambda text: None)
+    assert contents == {"A.md": {}, "B.md": {"output": readme.fenced("1")}}
     assert len(wrong) == 1 and wrong[0].startswith("--- B.md:4")
 
 

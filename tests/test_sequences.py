@@ -35,7 +35,7 @@ def test_from_a_mask() -> None:
     packed = s.pack(x)
     same(packed, torch.cat([x[0, 1:3], x[2]]), "pack")
     same(s.unpack(packed), torch.where((mask != 0)[..., None], x, 0.0), "unpack")
-    same(s.pack(x[..., 0]), packed[:, 0], "pack of one number a token")
+    same(s.pack(x[..., 0]), packed[:, 0], "pack of one number per token")
 
 
 def test_of_equal_length() -> None:

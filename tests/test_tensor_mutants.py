@@ -149,9 +149,9 @@ MUTANTS = [
         "the sum is rounded to half precision before the bias",
         Edit(
             "sm80/linear.cu",
-            "            finish(g, plan.eight, first + r, n0 + c, y);",
+            "            finish(g, setup.eight, first + r, n0 + c, y);",
             "            for (int e = 0; e < 8; ++e) y[e / 4].v[e % 4] = widen(narrow<Half>(y[e / 4].v[e % 4]));\n"
-            "            finish(g, plan.eight, first + r, n0 + c, y);",
+            "            finish(g, setup.eight, first + r, n0 + c, y);",
         ),
         "linear-1536x24-float32",
         invariants.right,

@@ -46,7 +46,6 @@ def text_of(path: Path) -> str:
     return LIST.sub(lambda m: "\n" * m[0].count("\n"), text) if path == PAGE else text
 
 
-@pytest.mark.xfail(reason="renames of issue 14 are under way")
 def test_no_wrong_word_in_the_tree() -> None:
     listed = entries()
     assert [w for path in files() for w in wrong_words(str(path.relative_to(ROOT)), text_of(path), listed)] == []

@@ -1,6 +1,6 @@
 """What each CPU kernel reaches of what the machine can do: FLOPs, bytes, the limit that follows, and the time taken.
 
-The machine's own figures come from limits.cpp, compiled here: fused multiply-adds a second, and bytes a second out of the
+The machine's own figures come from limits.cpp, compiled here: fused multiply-adds per second, and bytes per second out of the
 last-level cache and out of memory, with the threads of the run. A kernel's work is counted, not measured (cases/ops.py):
 
 - fmas: operations for the multiplier (a fused multiply-add, a multiplication), a register of which counts as one. Products need

@@ -1,4 +1,4 @@
-"""Whole rerankers with random weights, ours beside stock's ways, engines, and MKL's strict mode; on a CPU or a GPU.
+"""Whole rerankers with random weights, ours beside stock's ways, engines, and MKL's strict setting; on a CPU or a GPU.
 
 The gate: a pair's logit alone = in the batch = in the reversed, left-padded batch, bit for bit, and close to float64's. Who
 runs in a process of its own is held to the same float64 logits (rivals/engines.py).

@@ -36,7 +36,7 @@ BURN = "import os\nos.nice(19)\nwhile True: pass"
 
 
 def measure(seconds: float = 2.0, name: str = MINILM) -> list[dict[str, Any]]:
-    """One record a way: pairs a second of each who, and ours / stock, as medians over the rounds."""
+    """One record per way: pairs per second of each who, and ours / stock, as medians over the rounds."""
     records = []
     for way, (processes, callers, burners) in WAYS.items():
         beside = cores() if burners else 0
@@ -67,7 +67,7 @@ def _together(crowd: Sequence[Worker], function: str, **arguments: Any) -> list[
 
 
 def _round(crowd: Sequence[Worker], seconds: float, callers: int) -> float:
-    """Pairs a second of all of them."""
+    """Pairs per second of all of them."""
     return sum(said["rate"] for said in _together(crowd, "rate", seconds=seconds, callers=callers))
 
 
@@ -98,7 +98,7 @@ def load(ours: bool, name: str) -> dict[str, Any]:
 
 
 def rate(seconds: float, callers: int) -> dict[str, float]:
-    """Pairs a second of so many callers."""
+    """Pairs per second of so many callers."""
     done: list[float] = []
     until = time.perf_counter() + seconds
 

@@ -1,10 +1,10 @@
 """The one clock: contestants take turns, and a record of each says how long its calls took.
 
 Ours, theirs, theirs, ours, so that a busy machine hits all alike; a ratio is the median over the rounds of theirs / ours. On a
-CPU a turn is a host clock around calls. On a GPU an op's turn is a CUDA graph of several calls between two events, which is the
-kernels' time without the launching thread's, and beside it the time of the same calls made from Python (`call_ms`). The calls
-go round several copies of the tensors, enough that none finds its own in the L2 cache. A whole model, which looks at its
-inputs, runs from Python between two synchronisations.
+CPU a turn is a host clock around calls. On a GPU the turn of an op is a CUDA graph of several calls between two events: the
+time of the kernels without that of the launching thread. Beside it stands the time of the same calls made from Python
+(`call_ms`). The calls go round several copies of the tensors, enough that none finds its own in the L2 cache. A whole model,
+which looks at its inputs, runs from Python between two synchronisations.
 
 Who is in a process of its own takes turns with ours apart from the others: there both sleep while the other has its turn.
 What one contestant does wrong stays in its own cell: a gate that falls, an error of the library, a kernel that does not start.

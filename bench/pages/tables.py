@@ -47,7 +47,7 @@ class Table(NamedTuple):
 
 
 def cpu(content: Content, models: bool | None = None, only: Sequence[str] | None = None) -> Table:
-    """A line for every rival, with its bar; who has no time says why."""
+    """One line per rival, with its bar; who has no time says why."""
     rows = []
     for r in content["results"]:
         if models in (None, r["group"] == "model"):
@@ -64,7 +64,7 @@ def cpu(content: Content, models: bool | None = None, only: Sequence[str] | None
 
 
 def cpu_models_short(content: Content) -> Table:
-    """A line for every way of stock's; beside it the better ONNX Runtime, OpenVINO and MKL's strict mode, as ratios."""
+    """One line per way of stock's; beside it the better ONNX Runtime, OpenVINO and MKL's strict setting, as ratios."""
     by_case = {r["case"]: {line["against"]: line for line in lines(r)} for r in content["results"] if r["group"] == "model"}
     rows = []
     for case, of in by_case.items():
@@ -128,7 +128,7 @@ def cpu_limits(content: Content) -> Table:
 def cpu_serving(content: Content) -> Table:
     records = content["serving"]
     rows = [(r["way"], *(f"{rate:.1f}" for rate in r["rates"].values()), f"{r['ratio']:.2f}") for r in records]
-    return Table(("pairs a second", *records[0]["rates"], "ours / stock"), rows, facts(content).rstrip())
+    return Table(("pairs per second", *records[0]["rates"], "ours / stock"), rows, facts(content).rstrip())
 
 
 def gpu(content: Content, models: bool) -> Table:

@@ -1,8 +1,8 @@
-"""MKL's own reproducible mode beside ours: stock PyTorch in a process of its own that was started with MKL_CBWR=...,STRICT.
+"""MKL's own strict setting beside ours: stock PyTorch in a process of its own that was started with MKL_CBWR=...,STRICT.
 
-The setting is read at MKL's first call, so it takes a process; strict mode promises the same bits whatever the threads and the
+The setting is read at MKL's first call, so it takes a process. It promises the same bits whatever the threads and the
 alignment. `away` puts such a process into a contest, as one more rival that makes the same calls as the first. `bits` counts
-what it leaves unfixed: the pairs whose logit has other bits than alone, of a small reranker, for stock, stock in strict mode
+what it leaves unfixed: the pairs whose logit has other bits than alone, of a small reranker, for stock, stock under it
 and ours.
 """
 
@@ -56,7 +56,7 @@ def says() -> str | None:
 
 
 def away(build: Build, case: str, quick: bool, bar: float | None = BAR) -> Work:
-    """The contest, and its first rival in strict mode. A bar is for whole runs."""
+    """The contest, and its first rival under that setting. A bar is for whole runs."""
     work = build()
     first = next(c.name for c in work.contestants if not c.ours)
     there = functools.partial(ready, {"case": case, "quick": quick, "rival": first})
@@ -91,7 +91,7 @@ def close() -> None:
 
 
 def bits(name: str, layers: int | None = None, pairs: int = PAIRS) -> list[dict[str, Any]]:
-    """One record a way and dtype: what changed -> the pairs, of so many, whose bits are not those of the pair alone."""
+    """One record per way and dtype: what changed -> the pairs, of so many, whose bits are not those of the pair alone."""
     shape = replace(shapes.RERANKERS[name], layers=layers or shapes.RERANKERS[name].layers)
     found = []
     for way in WAYS:

@@ -1,7 +1,7 @@
 // gemm.h: the `dot` primitive over tiles of outputs, for linear, score_head, sparse_ffn and attention. Included once per
 // instruction set, after isa.h; no guard.
 //
-// Order: every output is its own chain: k ascending, one fma a step, from +0 inside a chunk (512; 64 over attention's keys);
+// Order: every output is its own chain: k ascending, one fma per step, from +0 inside a chunk (512; 64 over attention's keys);
 // chunk sums are added in ascending order, from +0. Registers, tiles and threads only ever split outputs, so a tile's shape
 // cannot reach the bits.
 

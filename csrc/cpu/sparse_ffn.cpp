@@ -1,6 +1,6 @@
 // sparse_ffn.cpp: a ReLU or ReGLU feed-forward layer on the CPU that reads little more than what active neurons need.
 //
-// 1. Which neurons are active? Float32 weights are screened first, with two copies in 8 bits a weight: the first matrix
+// 1. Which neurons are active? Float32 weights are screened first, with two copies in 8 bits per weight: the first matrix
 //    rounded to 127ths of each row's largest, and what that left out, rounded in its turn. From the first comes an approximate
 //    activation and a bound on its error; where even the upper bound is negative, relu gives +0, and nothing more is read.
 //    The others get the second's share, and a bound some hundred times as tight; what is left then gets its exact value: dot
@@ -54,7 +54,7 @@ static void some_rows(const RowsArgs& args, const int32_t* neurons, int64_t coun
     });
 }
 
-// A first matrix in 8 bits a weight, twice, and what the copies leave out; see rerank_kernels/backend/weights.py, screen.
+// A first matrix in 8 bits per weight, twice, and what the copies leave out; see rerank_kernels/backend/weights.py, screen.
 struct Screen {
     const int8_t *coarse, *rest;  // [F, K]
     const float* bounds;          // [F, 4]: scale of coarse, error bound of it alone; scale of rest, error bound of both

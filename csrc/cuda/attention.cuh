@@ -20,7 +20,7 @@ struct Work {
     T* out;
     int64_t q_token, q_head, k_token, v_token, out_token;
     int64_t left, right;
-    unsigned group;  // query heads to a key head
+    unsigned group;  // query heads per key head
     int length;      // of the sequence's keys
     int token;       // of row 0: its place among the keys, below 0 if there are more queries than keys
     unsigned head;   // of row 0, within the group
@@ -36,8 +36,8 @@ struct Work {
     }
 };
 
-// One warp finds out which sequence, and which of its tiles of rows, this block has: 256 sequences a step, eight a lane, whose
-// offsets are read at once. With thousands of sequences a block waits for B / 256 reads first. `rows` is a power of two.
+// One warp finds out which sequence, and which of its tiles of rows, this block has: 256 sequences per step, eight per lane,
+// whose offsets are read at once. With thousands of sequences a block waits for B / 256 reads first. `rows` is a power of two.
 // Offsets are clamped: wrong ones lead to wrong rows, never outside the arrays.
 constexpr int FOR_A_LANE = 8;
 template <class T>

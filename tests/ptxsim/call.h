@@ -1,5 +1,5 @@
-// call.h: csrc/cuda/torch/launch.h's Call, for CPU tensors whose kernels run in the simulator. It tells the stand-in for the CUDA
-// runtime which memory the op may touch, and fills new tensors with NaN, so that a place nobody writes shows.
+// call.h: csrc/cuda/torch/launch.h's OpCall, for CPU tensors whose kernels run in the simulator. It tells the stand-in for the
+// CUDA runtime which memory the op may touch, and fills new tensors with NaN, so that a place nobody writes shows.
 #pragma once
 
 #include <cstring>
@@ -10,11 +10,11 @@
 
 namespace rk {
 
-class Call {
+class OpCall {
    public:
-    explicit Call(const Tensor& like) : like_(like) { ptxsim_begin(); }
-    ~Call() { ptxsim_end(); }
-    Call(const Call&) = delete;
+    explicit OpCall(const Tensor& like) : like_(like) { ptxsim_begin(); }
+    ~OpCall() { ptxsim_end(); }
+    OpCall(const OpCall&) = delete;
     Stream stream() const { return nullptr; }
     Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) const {
         Tensor t = torch::stable::new_empty(like_, shape, dtype);

@@ -13,7 +13,7 @@ class Limits:
     warps: int
     blocks: int
     shared: int  # KB for all its blocks; every block takes 1 KB more than it asks for
-    lanes: int  # float32 fma a clock
+    lanes: int  # float32 fma per clock
 
 
 LIMITS = {

@@ -125,7 +125,7 @@ def page(found: list[Kernel]) -> str:
                 ("warps", "warps"),
                 ("blocks", "blocks"),
                 ("shared KB", "shared"),
-                ("float32 fma a clock", "lanes"),
+                ("float32 fma per clock", "lanes"),
             )
         ),
     ]
@@ -141,7 +141,7 @@ def page(found: list[Kernel]) -> str:
             "",
             "Microseconds: the larger of FLOP / (the data sheet's float32 rate outside tensor cores; for mode tensor its "
             "float16 rate in them) and bytes / bandwidth, every operand moved once. `issue`: with the instructions beside fma "
-            "in the hot loop, at 128 issued a clock. "
+            "in the hot loop, at 128 issued per clock. "
             "Left out: latency, the last wave, caches, clocks under load. Launches, blocks x threads, are the launchers' own.",
             "",
             "<details><summary>Registers, shared memory and occupancy of every kernel</summary>",

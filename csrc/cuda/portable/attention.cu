@@ -32,7 +32,7 @@ constexpr int SCORE_TILE = WARP_ROWS * KEY_TILE * 4;  // bytes of a warp's score
 constexpr float HIDDEN = -0.0f;  // the weight of a hidden key: adds nothing to any sum, and no exp is -0, so it marks the key
 
 // What the launcher decides; nothing in it reaches a bit.
-struct AttentionPlan {
+struct AttentionSetup {
     int slices;       // of LINE bytes in a head
     int score_tiles;  // per warp
     int most_kept;    // tiles of keys for which scores are kept; more: they are computed again
@@ -135,15 +135,15 @@ __device__ __forceinline__ void add_values(const float* weights, const T* values
 }
 
 template <class T>
-__global__ void __launch_bounds__(MOST_WARPS * 32, 2) attention_rows(AttentionArgs a, AttentionPlan plan, PackedArgs packed) {
+__global__ void __launch_bounds__(MOST_WARPS * 32, 2) attention_rows(AttentionArgs a, AttentionSetup setup, PackedArgs packed) {
     extern __shared__ __align__(128) char shared[];
     static_assert(sizeof(Work<T>) <= WORK, "the bytes that Work has in shared memory");
     constexpr int SLICE = LINE / int(sizeof(T));                // features
     constexpr int V_ROWS = STAGE / (COLUMNS * int(sizeof(T)));  // keys of a stage of V
     constexpr int V_CHUNKS = COLUMNS * int(sizeof(T)) / 16;
     const int warps = blockDim.x / 32;
-    const int D = int(a.D), slices = plan.slices, score_tiles = plan.score_tiles, rounds = 1 + (D + COLUMNS - 1) / COLUMNS;
-    const bool resident = plan.resident;
+    const int D = int(a.D), slices = setup.slices, score_tiles = setup.score_tiles, rounds = 1 + (D + COLUMNS - 1) / COLUMNS;
+    const bool resident = setup.resident;
 
     Work<T>& work = *reinterpret_cast<Work<T>*>(shared);
     if (threadIdx.x < 32) find_work(a, packed, blockIdx.y, warps * WARP_ROWS, work);
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2) attention_rows(AttentionAr
     // the tiles of keys that the block sees
     const int tile_begin = work.begin(work.token) / KEY_TILE;
     const int tile_end = (work.end(work.token_of(work.rows - 1)) + KEY_TILE - 1) / KEY_TILE;
-    const bool kept = tile_end - tile_begin <= plan.most_kept;
+    const bool kept = tile_end - tile_begin <= setup.most_kept;
 
     // ---- the stages: a step is a slice of K or some rows of V; `next` is the step that is fetched next
     struct {
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2) attention_rows(AttentionAr
     const auto value_parts = [&](int tile) { return min(KEY_TILE, length - tile * KEY_TILE) > V_ROWS ? 2 : 1; };
     const auto fetch_q = [&](char* to, int w, int slice) {  // of warp w's rows: all threads copy
         const T* q = work.q + slice * SLICE;
-        stage_rows<8, 7, T>(to, WARP_ROWS, work.rows - w * WARP_ROWS, D - slice * SLICE, plan.wide, [&](int r) {
+        stage_rows<8, 7, T>(to, WARP_ROWS, work.rows - w * WARP_ROWS, D - slice * SLICE, setup.wide, [&](int r) {
             const int row = w * WARP_ROWS + r;
             return q + work.token_of(row) * work.q_token + work.head_of(row) * work.q_head;
         });
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2) attention_rows(AttentionAr
             const int64_t key = next.tile * KEY_TILE;
             if (next.part < slices) {
                 const T* k = work.k + key * work.k_token + next.part * SLICE;
-                stage_rows<8, 7, T>(to, KEY_TILE, length - int(key), D - next.part * SLICE, plan.wide,
+                stage_rows<8, 7, T>(to, KEY_TILE, length - int(key), D - next.part * SLICE, setup.wide,
                                     [&](int r) { return k + r * work.k_token; });
                 if (!resident)
                     for (int w = 0; w < warps; ++w) fetch_q(to + STAGE + w * Q_SLICE, w, next.part);
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2) attention_rows(AttentionAr
                 const int64_t from = key + (next.part - slices) * V_ROWS;
                 const int column = (next.round - 1) * COLUMNS;
                 const T* v = work.v + from * work.v_token + column;
-                stage_rows<V_CHUNKS, 0, T>(to, V_ROWS, length - int(from), D - column, plan.wide,
+                stage_rows<V_CHUNKS, 0, T>(to, V_ROWS, length - int(from), D - column, setup.wide,
                                            [&](int r) { return v + r * work.v_token; });
             }
             if (++next.part == slices + (next.round ? value_parts(next.tile) : 0)) {
@@ -378,7 +378,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2) attention_rows(AttentionAr
                 Four y;
 #pragma unroll
                 for (int c = 0; c < 4; ++c) y.v[c] = sum[i][4 * half + c] / l;
-                if (plan.wide_out && c0 < columns) {
+                if (setup.wide_out && c0 < columns) {
                     store_four(out + c0, y);
                 } else {
 #pragma unroll
@@ -406,29 +406,29 @@ void attention(const AttentionArgs& args, const PackedArgs& packed, Stream strea
     const int way = attention_way.take(fits(4) ? 0 : fits(2) ? 1 : 2);
     const int warps = MOST_WARPS >> way % 3;
 
-    AttentionPlan plan;
-    plan.slices = int(ceil_div(args.D * size, LINE));
-    plan.resident = plan.slices <= 2;
+    AttentionSetup setup;
+    setup.slices = int(ceil_div(args.D * size, LINE));
+    setup.resident = setup.slices <= 2;
     const auto starts = [&](const void* p, int64_t token, int64_t head) {
         return aligned(p, 16) && token * size % 16 == 0 && head * size % 16 == 0;
     };
-    plan.wide = starts(args.q, args.q_token, args.q_head) && starts(args.k, args.k_token, args.k_head) &&
-                starts(args.v, args.v_token, args.v_head);
-    plan.wide_out = aligned(args.out, unsigned(4 * size)) && args.D % 4 == 0;
+    setup.wide = starts(args.q, args.q_token, args.q_head) && starts(args.k, args.k_token, args.k_head) &&
+                 starts(args.v, args.v_token, args.v_head);
+    setup.wide_out = aligned(args.out, unsigned(4 * size)) && args.D % 4 == 0;
 
-    const int64_t q_bytes = warps * Q_SLICE * (plan.resident ? plan.slices : 2);
+    const int64_t q_bytes = warps * Q_SLICE * (setup.resident ? setup.slices : 2);
     const int64_t fixed = WORK + 2 * STAGE + q_bytes + warps * WARP_ROWS * int64_t(sizeof(int));
     // Tiles of scores: as many as a sequence of one and a half times the mean length needs; but if the mean itself is too long,
     // one, since then more blocks fit on a processor.
-    const int64_t room = (MAX_SHARED - fixed) / (warps * SCORE_TILE), in_q = plan.slices == 2 && plan.resident ? 1 : 0;
+    const int64_t room = (MAX_SHARED - fixed) / (warps * SCORE_TILE), in_q = setup.slices == 2 && setup.resident ? 1 : 0;
     const int64_t mean = ceil_div(total_k, B), usual = ceil_div(mean, KEY_TILE);
     const int64_t wanted = ceil_div(std::min(total_k, mean + mean / 2), KEY_TILE) - in_q;
-    plan.score_tiles = usual > room + in_q ? 1 : int(std::max(int64_t(1), std::min(room, wanted)));
-    plan.most_kept = way < 3 ? int(plan.score_tiles + in_q) : 0;
+    setup.score_tiles = usual > room + in_q ? 1 : int(std::max(int64_t(1), std::min(room, wanted)));
+    setup.most_kept = way < 3 ? int(setup.score_tiles + in_q) : 0;
 
     const dim3 grid(unsigned(ceil_div(rows, warps * WARP_ROWS) + B), unsigned(args.H_kv));
-    const size_t shared = size_t(fixed + warps * plan.score_tiles * SCORE_TILE);
-    const auto start = [&](auto kernel) { launch("attention", kernel, grid, warps * 32, shared, stream, args, plan, packed); };
+    const size_t shared = size_t(fixed + warps * setup.score_tiles * SCORE_TILE);
+    const auto start = [&](auto kernel) { launch("attention", kernel, grid, warps * 32, shared, stream, args, setup, packed); };
     if (args.dtype == Dtype::F32) start(attention_rows<float>);
     else if (args.dtype == Dtype::F16) start(attention_rows<f16>);
     else start(attention_rows<bf16>);

@@ -1,7 +1,7 @@
 // gemm.cuh: the `dot` primitive over tiles of outputs, for linear and sparse_ffn: sums[m, n] = dot(x[m], w[n]), rows of K
 // side by side in both, float32 or half in either.
 //
-// Order: every output is its own chain in one thread: k ascending, one fma a step, from +0 inside a chunk of 512; chunk sums
+// Order: every output is its own chain in one thread: k ascending, one fma per step, from +0 inside a chunk of 512; chunk sums
 // are added in ascending order, from +0. Tiles, warps and lanes only split outputs; blocks may also split whole chunks.
 //
 // How: a block computes BM x BN outputs, a thread TM x TN of them. BK elements of each of the BM + BN rows are a stage;

@@ -3,7 +3,7 @@
 //
 // Order: gemm.cuh's for dot, epilogue.cuh's for the rest.
 //
-// Ways: tiles from 128 x 128 outputs a block, for many rows, to 8 x 16, for a query's single row or a head's single column,
+// Ways: tiles from 128 x 128 outputs per block, for many rows, to 8 x 16, for a query's single row or a head's single column,
 // where weights stream through and latency counts. Each whole, or split: a block per chunk of 512 along K, whose sums go to
 // the workspace [chunks, batches M, N]; a second kernel adds them in the same ascending order. So no way can reach the bits,
 // and the cheapest may be chosen by shape.
@@ -17,7 +17,7 @@
 namespace rk {
 
 // What a kernel must know besides the arguments. Computed on the host.
-struct LinearPlan {
+struct LinearSetup {
     Rows x, w;
     int64_t row_tiles, column_tiles;
     bool four;    // outputs can be handled four at a time: N and every address in the epilogue allow it
@@ -34,25 +34,25 @@ template <class T, bool X_HALF, bool W_HALF>
 constexpr int linear_shared = std::max(Dot<T, X_HALF, W_HALF>::BYTES, T::BM* sums_pitch<T> * 4);
 
 template <class T, bool X_HALF, bool W_HALF>
-__global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tile(const LinearArgs g, const LinearPlan plan) {
+__global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tile(const LinearArgs g, const LinearSetup setup) {
     extern __shared__ __align__(16) char shared[];
     // Blocks that run together share rows and weights: bands of 8 row tiles, down each band column by column.
-    const int64_t tiles = plan.row_tiles * plan.column_tiles, tile = blockIdx.x % tiles;
-    const int64_t batch = blockIdx.x / tiles % plan.batches, chunk = blockIdx.x / tiles / plan.batches;
-    const int64_t band = tile / (8 * plan.column_tiles) * 8;
-    const int64_t height = plan.row_tiles - band < 8 ? plan.row_tiles - band : 8, inside = tile - band * plan.column_tiles;
+    const int64_t tiles = setup.row_tiles * setup.column_tiles, tile = blockIdx.x % tiles;
+    const int64_t batch = blockIdx.x / tiles % setup.batches, chunk = blockIdx.x / tiles / setup.batches;
+    const int64_t band = tile / (8 * setup.column_tiles) * 8;
+    const int64_t height = setup.row_tiles - band < 8 ? setup.row_tiles - band : 8, inside = tile - band * setup.column_tiles;
     const int64_t m0 = (band + inside % height) * T::BM, n0 = inside / height * T::BN;
     const int rows = g.M - m0 < T::BM ? int(g.M - m0) : T::BM, columns = g.N - n0 < T::BN ? int(g.N - n0) : T::BN;
-    const int64_t k_begin = chunk * CHUNK, k_end = plan.sums && g.K - k_begin > CHUNK ? k_begin + CHUNK : g.K;
+    const int64_t k_begin = chunk * CHUNK, k_end = setup.sums && g.K - k_begin > CHUNK ? k_begin + CHUNK : g.K;
 
     const int64_t first = batch * g.M + m0;  // of the output's rows
-    const char* x = static_cast<const char*>(g.x.data) + first * plan.x.bytes;
-    const char* w = static_cast<const char*>(g.weight.data) + (batch * g.N + n0) * plan.w.bytes;
-    const auto x_row = [&](int r) { return x + (r < rows ? r : rows - 1) * plan.x.bytes; };
-    const auto w_row = [&](int r) { return w + (r < columns ? r : columns - 1) * plan.w.bytes; };
+    const char* x = static_cast<const char*>(g.x.data) + first * setup.x.bytes;
+    const char* w = static_cast<const char*>(g.weight.data) + (batch * g.N + n0) * setup.w.bytes;
+    const auto x_row = [&](int r) { return x + (r < rows ? r : rows - 1) * setup.x.bytes; };
+    const auto w_row = [&](int r) { return w + (r < columns ? r : columns - 1) * setup.w.bytes; };
     using D = Dot<T, X_HALF, W_HALF>;
     float total[T::TM][T::TN];
-    D::run(shared, plan.x, x_row, plan.w, w_row, rows, columns, k_begin, k_end, total);
+    D::run(shared, setup.x, x_row, setup.w, w_row, rows, columns, k_begin, k_end, total);
 
     __syncthreads();
     constexpr int pitch = sums_pitch<T>;
@@ -68,11 +68,11 @@ __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tile(const L
         const int r = i / T::BN, c = i % T::BN;
         if (r >= rows || c >= columns) continue;
         Four y[1] = {load_four(sums + r * pitch + c)};
-        if (!plan.sums) {
-            finish(g, plan.four, first + r, n0 + c, y);
+        if (!setup.sums) {
+            finish(g, setup.four, first + r, n0 + c, y);
         } else {
-            float* to = plan.sums + (chunk * plan.batches * g.M + first + r) * g.N + n0 + c;
-            if (plan.four) store_four(to, y[0]);
+            float* to = setup.sums + (chunk * setup.batches * g.M + first + r) * g.N + n0 + c;
+            if (setup.four) store_four(to, y[0]);
             else
                 for (int e = 0; e < 4; ++e)
                     if (c + e < columns) to[e] = y[0].v[e];
@@ -81,21 +81,21 @@ __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tile(const L
 }
 
 // The end of a split: the chunks' sums, added ascending from +0, four neighbours a thread.
-__global__ void linear_add_chunks(const LinearArgs g, const LinearPlan plan) {
-    const int64_t across = (g.N + 3) / 4, i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, rows = plan.batches * g.M;
+__global__ void linear_add_chunks(const LinearArgs g, const LinearSetup setup) {
+    const int64_t across = (g.N + 3) / 4, i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, rows = setup.batches * g.M;
     if (i >= rows * across) return;
     const int64_t m = i / across, n = i % across * 4;
     Four total[1] = {};
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-        const float* sums = plan.sums + (chunk * rows + m) * g.N + n;
+    for (int64_t chunk = 0; chunk < setup.chunks; ++chunk) {
+        const float* sums = setup.sums + (chunk * rows + m) * g.N + n;
         Four s = {};
-        if (plan.four) s = load_four(sums);
+        if (setup.four) s = load_four(sums);
         else
             for (int e = 0; e < 4; ++e)
                 if (n + e < g.N) s.v[e] = sums[e];
         for (int e = 0; e < 4; ++e) total[0].v[e] = total[0].v[e] + s.v[e];
     }
-    finish(g, plan.four, m, n, total);
+    finish(g, setup.four, m, n, total);
 }
 
 // ---- launchers
@@ -106,7 +106,7 @@ using Tile64x64 = Tile<64, 64, 16, 4, 8, 8, 3, 3>;
 using Tile32x32 = Tile<32, 32, 32, 4, 4, 4, 2, 8>;
 using Tile8x16 = Tile<8, 16, 64, 1, 1, 2, 4, 7>;
 
-// Of a tile: its size, how many blocks of it a multiprocessor holds, and nanoseconds for a step along k of a block that is
+// Of a tile: its size, how many blocks of it a multiprocessor holds, and nanoseconds per step along k of a block that is
 // alone there and of as many as it holds. Measured on an H100 in float32 (half precision: up to a third more); only for speed.
 struct Cost {
     int64_t rows, columns, resident;
@@ -151,14 +151,14 @@ int64_t linear_workspace(const LinearArgs& g, int64_t batches) {
 }
 
 template <class T>
-static void start_tile(const char* op, const LinearArgs& g, LinearPlan plan, Stream stream) {
-    plan.row_tiles = ceil_div(g.M, T::BM);
-    plan.column_tiles = ceil_div(g.N, T::BN);
-    const int64_t tiles = plan.batches * plan.row_tiles * plan.column_tiles;
-    const dim3 grid(checked_blocks(op, tiles * (plan.sums ? plan.chunks : 1)));
+static void start_tile(const char* op, const LinearArgs& g, LinearSetup setup, Stream stream) {
+    setup.row_tiles = ceil_div(g.M, T::BM);
+    setup.column_tiles = ceil_div(g.N, T::BN);
+    const int64_t tiles = setup.batches * setup.row_tiles * setup.column_tiles;
+    const dim3 grid(checked_blocks(op, tiles * (setup.sums ? setup.chunks : 1)));
     auto start = [&](auto x_half, auto w_half) {
         constexpr bool X_HALF = decltype(x_half)::value, W_HALF = decltype(w_half)::value;
-        launch(op, linear_tile<T, X_HALF, W_HALF>, grid, T::THREADS, linear_shared<T, X_HALF, W_HALF>, stream, g, plan);
+        launch(op, linear_tile<T, X_HALF, W_HALF>, grid, T::THREADS, linear_shared<T, X_HALF, W_HALF>, stream, g, setup);
     };
     using Yes = std::true_type;
     using No = std::false_type;
@@ -170,26 +170,26 @@ static void start_tile(const char* op, const LinearArgs& g, LinearPlan plan, Str
 void linear(const char* op, const LinearArgs& g, int64_t batches, float* workspace, Stream stream) {
     if (g.M == 0 || batches == 0) return;
     const int way = linear_choice.take(linear_way(g, batches));
-    LinearPlan plan{};
-    plan.batches = batches;
-    plan.x = rows_of(g.x, g.K);
-    plan.w = rows_of(g.weight, g.K);
-    plan.chunks = ceil_div(g.K, CHUNK);
-    plan.sums = way % 2 && plan.chunks > 1 ? workspace : nullptr;
-    plan.four = in_groups_of(4, g) && aligned(workspace, 16);
+    LinearSetup setup{};
+    setup.batches = batches;
+    setup.x = rows_of(g.x, g.K);
+    setup.w = rows_of(g.weight, g.K);
+    setup.chunks = ceil_div(g.K, CHUNK);
+    setup.sums = way % 2 && setup.chunks > 1 ? workspace : nullptr;
+    setup.four = in_groups_of(4, g) && aligned(workspace, 16);
     switch (way / 2) {
-        case 0: start_tile<Tile128x128>(op, g, plan, stream); break;
-        case 1: start_tile<Tile128x64>(op, g, plan, stream); break;
-        case 2: start_tile<Tile64x64>(op, g, plan, stream); break;
-        case 3: start_tile<Tile32x32>(op, g, plan, stream); break;
-        default: start_tile<Tile8x16>(op, g, plan, stream);
+        case 0: start_tile<Tile128x128>(op, g, setup, stream); break;
+        case 1: start_tile<Tile128x64>(op, g, setup, stream); break;
+        case 2: start_tile<Tile64x64>(op, g, setup, stream); break;
+        case 3: start_tile<Tile32x32>(op, g, setup, stream); break;
+        default: start_tile<Tile8x16>(op, g, setup, stream);
     }
-    if (!plan.sums) return;
+    if (!setup.sums) return;
     const dim3 grid(checked_blocks(op, ceil_div(batches * g.M * ceil_div(g.N, 4), 128)));
-    launch(op, linear_add_chunks, grid, 128, 0, stream, g, plan);
+    launch(op, linear_add_chunks, grid, 128, 0, stream, g, setup);
 }
 
-// ---- activation: 8 neighbours a thread, 16 bytes an access where the addresses allow it
+// ---- activation: 8 neighbours per thread, 16 bytes per access where the addresses allow it
 
 __global__ void activate_all(int kind, const void* x, Dtype from, void* y, Dtype to, int64_t n, bool wide) {
     const int64_t step = int64_t(gridDim.x) * blockDim.x * 8;

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(32 * TEAM_WARPS)
     norm_rows<T, WARPS, true>(a, rms, rows, stride, vectors);
 }
 
-// Any D: one block a row, whose first warp sums.
+// Any D: one block per row, whose first warp sums.
 template <bool RMS>
 __device__ __forceinline__ void norm_long(const NormArgs& a, Rms rms) {
     __shared__ float slots[2];
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(32 * TEAM_WARPS)
     else normalize_row<T, WARPS, 1>(x + r * D, y + r * D, int(D), eps, row, slots);
 }
 
-// Any D: one block a row, whose first warp sums.
+// Any D: one block per row, whose first warp sums.
 __global__ void __launch_bounds__(32 * TEAM_WARPS)
     normalize_long_kernel(const void* x, Dtype dtype, void* y, int64_t D, float eps) {
     __shared__ float slot;

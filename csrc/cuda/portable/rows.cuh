@@ -155,7 +155,7 @@ __device__ __forceinline__ float team_row_sum(int64_t D, float* slot, Term term)
     return sum;
 }
 
-// The exact maximum of the team's values. `slots`: one float a warp.
+// The exact maximum of the team's values. `slots`: one float per warp.
 template <int WARPS>
 __device__ __forceinline__ float team_max(float x, float* slots) {
     x = max_of_lanes(x);

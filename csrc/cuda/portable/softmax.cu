@@ -194,7 +194,7 @@ void softmax(const void* x, Dtype dtype, void* y, int64_t rows, int64_t D, Strea
 
 template <class T>
 static void row_sum_of(const T* x, T* y, int64_t rows, int64_t D, bool mean, Stream stream) {
-    // 0: four warps a block with 3.5 KB ahead of each; 1: a long row, one warp a block with 56 KB ahead of it
+    // 0: four warps per block with 3.5 KB ahead of each; 1: a long row, one warp per block with 56 KB ahead of it
     const int way = row_sum_choice.take(D * int64_t(sizeof(T)) >= 64 * 1024), stage = way ? 8192 : 512, warps = way ? 1 : 4;
     const bool vectors = D % VECTOR<T> == 0 && aligned(x, 16);
     launch("row_sum", row_sum_kernel<T>, checked_blocks("row_sum", ceil_div(rows, warps)), 32 * warps,

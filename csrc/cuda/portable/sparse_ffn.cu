@@ -3,7 +3,7 @@
 // 1. The pre-activations of `first`, for all neurons: linear.cu, or in mode tensor sm80/linear.cu. All else is one in both.
 // 2. Which neurons are active? Their numbers and values side by side, ascending, for each row and each chunk of 512 neurons.
 // 3. ReGLU: dot products over the rows of up, for active neurons only; the chunks of 512 of K go to different blocks.
-// 4. down: per row and chunk of 512 neurons one fma chain a column over the active neurons, ascending.
+// 4. down: per row and chunk of 512 neurons one fma chain per column over the active neurons, ascending.
 // 5. The chunks' sums, added in ascending order from +0; the bias; one rounding.
 //
 // Leaving out a zero term leaves every bit (NUMERICS.md, "sparse_ffn"). Nothing waits for the device: every launch has the
@@ -24,7 +24,7 @@ struct Active {
     float* value;  // likewise: relu(up), or relu(gate) before the product with up
 };
 
-// One block a chunk, one thread a neuron. What is not a number counts as active, as relu keeps it.
+// One block per chunk, one thread per neuron. What is not a number counts as active, as relu keeps it.
 __global__ void __launch_bounds__(CHUNK) active_kernel(const float* first, int64_t F, int64_t chunks, Active active) {
     __shared__ int counts[CHUNK / 32];
     const int64_t at = blockIdx.x, m = at / chunks, f = at % chunks * CHUNK + threadIdx.x;

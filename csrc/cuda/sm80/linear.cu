@@ -1,13 +1,13 @@
 // sm80/linear.cu: linear and bmm in mode "tensor": y[m, n] = act(dot_tensor(x[m], w[n]) + bias[n]) + residual[m, n], x [M, K]
 // and w [N, K] half precision of one dtype, every shape, M = 1 and odd addresses included.
 //
-// Order: one accumulator an output, one mma for every 16 k, ascending, from +0; what is missing in the last one is zeros on
+// Order: one accumulator per output, one mma for every 16 k, ascending, from +0; what is missing in the last one is zeros on
 // both sides, and none is issued beyond it. Then epilogue.cuh's. Blocks, warps and lanes split outputs only, K never.
 //
-// How: a block computes BM x BN outputs, a warp WM x WN of them. BK k's of each of the BM + BN rows are a stage; several stages
-// are on their way into shared memory (cp.async) while one is computed, and a warp's fragments for the next 16 k are loaded
-// while those before are multiplied. The tile of sums then passes through the same memory, some rows at a time, so that
-// neighbours in a row are stored by one thread.
+// How: a block computes BM x BN outputs, a warp WM x WN of them. BK values of k of each of the BM + BN rows are a stage;
+// several stages are on their way into shared memory (cp.async) while one is computed, and a warp's fragments for the next 16 k
+// are loaded while those before are multiplied. The tile of sums then passes through the same memory, some rows at a time, so
+// that neighbours in a row are stored by one thread.
 //
 // Ways: tiles from 128 x 256 outputs, for many rows, to 16 x 32, where the weights stream through. The tile is in no output's
 // expression, so the cheapest may be chosen by shape.
@@ -42,7 +42,7 @@ struct TensorTile {
 };
 
 // What a kernel must know besides the arguments. Computed on the host.
-struct TensorPlan {
+struct TensorSetup {
     int64_t row_tiles, column_tiles;  // of one of the products
     bool x_wide, w_wide;              // rows begin at multiples of 16 bytes
     bool eight;                       // in_groups_of(8)
@@ -119,12 +119,12 @@ struct Fragments {
 };
 
 template <class T, class Half>
-__global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tensor_tile(const LinearArgs g, const TensorPlan plan) {
+__global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tensor_tile(const LinearArgs g, const TensorSetup setup) {
     extern __shared__ __align__(128) char shared[];
     // Blocks that run together share rows and weights: bands of 8 row tiles, down each band column by column.
-    const int64_t tiles = plan.row_tiles * plan.column_tiles, batch = blockIdx.x / tiles, tile = blockIdx.x % tiles;
-    const int64_t band = tile / (8 * plan.column_tiles) * 8;
-    const int64_t height = plan.row_tiles - band < 8 ? plan.row_tiles - band : 8, inside = tile - band * plan.column_tiles;
+    const int64_t tiles = setup.row_tiles * setup.column_tiles, batch = blockIdx.x / tiles, tile = blockIdx.x % tiles;
+    const int64_t band = tile / (8 * setup.column_tiles) * 8;
+    const int64_t height = setup.row_tiles - band < 8 ? setup.row_tiles - band : 8, inside = tile - band * setup.column_tiles;
     const int64_t m0 = (band + inside % height) * T::BM, n0 = inside / height * T::BN;
     const int rows = g.M - m0 < T::BM ? int(g.M - m0) : T::BM, columns = g.N - n0 < T::BN ? int(g.N - n0) : T::BN;
     const int64_t first = batch * g.M + m0;  // of the output's rows
@@ -132,9 +132,9 @@ __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tensor_tile(
     using X = Operand<T, T::BM>;
     using W = Operand<T, T::BN>;
     const unsigned memory = shared_address(shared);
-    X x(memory, static_cast<const char*>(g.x.data) + first * g.K * 2, g.K, rows, plan.x_wide);
+    X x(memory, static_cast<const char*>(g.x.data) + first * g.K * 2, g.K, rows, setup.x_wide);
     W w(memory + T::BM * T::ROW, static_cast<const char*>(g.weight.data) + (batch * g.N + n0) * g.K * 2, g.K, columns,
-        plan.w_wide);
+        setup.w_wide);
     const int K = int(g.K), stages = (K + T::BK - 1) / T::BK, steps = (K + STEP - 1) / STEP;
     const auto copy = [&](int stage, unsigned slot) {
         if (stage < stages) {
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tensor_tile(
             if (r >= rows || c >= columns) continue;
             const float* from = sums + strip_row * T::PITCH + c;
             Four y[2] = {load_four(from), load_four(from + 4)};
-            finish(g, plan.eight, first + r, n0 + c, y);
+            finish(g, setup.eight, first + r, n0 + c, y);
         }
     }
 }
@@ -257,29 +257,29 @@ static int linear_tensor_way(const LinearArgs& g, int64_t batches) {
 }
 
 template <class T>
-static void start_tensor(const char* op, const LinearArgs& g, int64_t batches, TensorPlan plan, Stream stream) {
-    plan.row_tiles = ceil_div(g.M, T::BM);
-    plan.column_tiles = ceil_div(g.N, T::BN);
-    const dim3 grid(checked_blocks(op, batches * plan.row_tiles * plan.column_tiles));
+static void start_tensor(const char* op, const LinearArgs& g, int64_t batches, TensorSetup setup, Stream stream) {
+    setup.row_tiles = ceil_div(g.M, T::BM);
+    setup.column_tiles = ceil_div(g.N, T::BN);
+    const dim3 grid(checked_blocks(op, batches * setup.row_tiles * setup.column_tiles));
     const auto kernel = g.x.dtype == Dtype::F16 ? linear_tensor_tile<T, f16> : linear_tensor_tile<T, bf16>;
-    launch(op, kernel, grid, T::THREADS, T::SHARED, stream, g, plan);
+    launch(op, kernel, grid, T::THREADS, T::SHARED, stream, g, setup);
 }
 
 template <int... WAY>
 static void start_way(int way, std::integer_sequence<int, WAY...>, const char* op, const LinearArgs& g, int64_t batches,
-                      const TensorPlan& plan, Stream stream) {
-    ((way == WAY ? start_tensor<typename TileOf<WAY>::Tile>(op, g, batches, plan, stream) : void()), ...);
+                      const TensorSetup& setup, Stream stream) {
+    ((way == WAY ? start_tensor<typename TileOf<WAY>::Tile>(op, g, batches, setup, stream) : void()), ...);
 }
 
 void linear_tensor(const char* op, const LinearArgs& g, int64_t batches, Stream stream) {
     if (g.M == 0 || batches == 0) return;
     if (g.K > 0x7fff0000) throw std::runtime_error(std::string(op) + ": K is too large for mode 'tensor'");
-    TensorPlan plan{};
-    plan.x_wide = g.K % 8 == 0 && aligned(g.x.data, 16);
-    plan.w_wide = g.K % 8 == 0 && aligned(g.weight.data, 16);
-    plan.eight = in_groups_of(8, g);
+    TensorSetup setup{};
+    setup.x_wide = g.K % 8 == 0 && aligned(g.x.data, 16);
+    setup.w_wide = g.K % 8 == 0 && aligned(g.weight.data, 16);
+    setup.eight = in_groups_of(8, g);
     const int way = linear_tensor_choice.take(linear_tensor_way(g, batches));
-    start_way(way, std::make_integer_sequence<int, LINEAR_WAYS>(), op, g, batches, plan, stream);
+    start_way(way, std::make_integer_sequence<int, LINEAR_WAYS>(), op, g, batches, setup, stream);
 }
 
 }  // namespace rk

@@ -1,7 +1,7 @@
 // mma.cuh: what the kernels of mode "tensor" share: the one matrix instruction, its operands' way out of shared memory, and
 // rows that lie there so that no bank is met twice.
 //
-// Order: dot_tensor (NUMERICS.md, "Mode tensor"): one accumulator an output, an mma for every 16 k, ascending. Every kernel
+// Order: dot_tensor (NUMERICS.md, "Mode tensor"): one accumulator per output, one mma for every 16 k, ascending. Every kernel
 // takes this one instruction, mma.sync.m16n8k16 with float32 sums, on every architecture: another would add in another order.
 //
 // Fragments, with g = lane / 4, t = lane % 4 (PTX ISA, "Matrix Fragments for mma.m16n8k16"), halves in pairs of neighbours in

@@ -7,7 +7,7 @@ namespace rk {
 template <auto launcher>
 static Tensor attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
                              const std::optional<Tensor>& cu_seqlens_k, int64_t left, int64_t right, double scale) {
-    const Call call(q);
+    const OpCall call(q);
     const int64_t total = q.size(0), H = q.size(1), D = q.size(2);
     RK_CHECK(v.size(0) == k.size(0) && (cu_seqlens_k || k.size(0) == total), "attention",
              "k and v must have as many tokens as each other, and without cu_seqlens_k as many as q");

@@ -5,7 +5,7 @@
 #include "../../tensors.h"
 #include "../kernels.h"
 
-#ifdef RK_SIMULATED_CALL  // tests/ptxsim: a Call and a dispatch key for CPU tensors
+#ifdef RK_SIMULATED_CALL  // tests/ptxsim: an OpCall and a dispatch key for CPU tensors
 #include RK_SIMULATED_CALL
 #else
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -16,9 +16,9 @@
 namespace rk {
 
 // One call of one op: while it lives, the device of `like` is current, and kernels go to that device's current stream.
-class Call {
+class OpCall {
    public:
-    explicit Call(const Tensor& like) : like_(like), device_(like.get_device_index()), guard_(device_) {
+    explicit OpCall(const Tensor& like) : like_(like), device_(like.get_device_index()), guard_(device_) {
         TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream_));
     }
     Stream stream() const { return stream_; }
@@ -40,22 +40,22 @@ class Call {
 
 namespace rk {
 
-inline Ref ref(const Call& call, const Tensor& t, const char* op, const char* name) {
+inline Ref ref(const OpCall& call, const Tensor& t, const char* op, const char* name) {
     return {call.read(t), dtype_of(t, op, name)};
 }
-inline Ref ref(const Call& call, const std::optional<Tensor>& t, const char* op, const char* name) {
+inline Ref ref(const OpCall& call, const std::optional<Tensor>& t, const char* op, const char* name) {
     return t ? ref(call, *t, op, name) : Ref{};
 }
-inline Out out(const Call& call, const Tensor& t, const char* op, const char* name) {
+inline Out out(const OpCall& call, const Tensor& t, const char* op, const char* name) {
     return {call.write(t), dtype_of(t, op, name)};
 }
 
 // Memory that lives as long as the op; empty if nothing is needed. It is reused in the order of the stream, so an op may give
 // it back while its kernels are still under way.
-inline Tensor workspace(const Call& call, int64_t floats) { return call.empty({floats}, ScalarType::Float); }
+inline Tensor workspace(const OpCall& call, int64_t floats) { return call.empty({floats}, ScalarType::Float); }
 
 // Offsets whose values stay on the device: to look at them would wait for it. Kernels clamp what they read.
-inline const int32_t* offsets(const Call& call, const Tensor& cu_seqlens, const char* op) {
+inline const int32_t* offsets(const OpCall& call, const Tensor& cu_seqlens, const char* op) {
     RK_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 && cu_seqlens.is_contiguous() &&
                  cu_seqlens.size(0) > 0,
              op, "cu_seqlens must be a contiguous int32 tensor [B + 1]");

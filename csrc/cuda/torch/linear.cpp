@@ -7,7 +7,7 @@ namespace rk {
 void activation(int kind, const void* x, Dtype from, void* y, Dtype to, int64_t n, Stream stream);  // portable/linear.cu
 
 // x [.., M, K] and weight [.., N, K] as the kernels take them, with what the epilogue needs.
-static LinearArgs args_of(const Call& call, const char* op, const Tensor& x, const Tensor& weight,
+static LinearArgs args_of(const OpCall& call, const char* op, const Tensor& x, const Tensor& weight,
                           const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& residual,
                           const Tensor& y) {
     const int64_t last = x.dim() - 1, M = x.size(last - 1), K = x.size(last), N = y.size(last);
@@ -25,25 +25,25 @@ static LinearArgs args_of(const Call& call, const char* op, const Tensor& x, con
             .activation = int(activation)};
 }
 
-static void run(const Call& call, const char* op, const LinearArgs& args, int64_t batches) {
+static void run(const OpCall& call, const char* op, const LinearArgs& args, int64_t batches) {
     Tensor memory = workspace(call, linear_workspace(args, batches));
     linear(op, args, batches, static_cast<float*>(call.write(memory)), call.stream());
 }
 
-static void run_tensor(const Call& call, const char* op, const LinearArgs& args, int64_t batches) {
+static void run_tensor(const OpCall& call, const char* op, const LinearArgs& args, int64_t batches) {
     RK_CHECK(args.x.dtype != Dtype::F32 && args.x.dtype == args.weight.dtype, op,
              "mode 'tensor' takes operands in half precision, both of one dtype");
     linear_tensor(op, args, batches, call.stream());
 }
 
-void run_linear(const Call& call, const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+void run_linear(const OpCall& call, const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                 int64_t activation, const std::optional<Tensor>& residual, const Tensor& y) {
     run(call, op, args_of(call, op, x, weight, bias, activation, residual, y), 1);
 }
 
 static Tensor linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t activation,
                           const std::optional<Tensor>& residual, ScalarType out_dtype) {
-    const Call call(x);
+    const OpCall call(x);
     Tensor y = call.empty({x.size(0), weight.size(0)}, out_dtype);
     run_linear(call, "linear", x, weight, bias, activation, residual, y);
     return y;
@@ -51,7 +51,7 @@ static Tensor linear_cuda(const Tensor& x, const Tensor& weight, const std::opti
 
 static Tensor linear_tensor_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t activation,
                                  const std::optional<Tensor>& residual, ScalarType out_dtype) {
-    const Call call(x);
+    const OpCall call(x);
     Tensor y = call.empty({x.size(0), weight.size(0)}, out_dtype);
     run_tensor(call, "linear", args_of(call, "linear", x, weight, bias, activation, residual, y), 1);
     return y;
@@ -59,7 +59,7 @@ static Tensor linear_tensor_cuda(const Tensor& x, const Tensor& weight, const st
 
 // y[i] = a[i] b[i]^T; a [B, M, K], b [B, N, K]
 static Tensor bmm_in(decltype(&run) mode, const Tensor& a, const Tensor& b, ScalarType out_dtype) {
-    const Call call(a);
+    const OpCall call(a);
     RK_CHECK(a.dim() == 3 && a.is_contiguous() && b.dim() == 3 && b.size(0) == a.size(0), "bmm",
              "a must be [B, M, K] and contiguous, b [B, N, K]");
     Tensor y = call.empty({a.size(0), a.size(1), b.size(1)}, out_dtype);
@@ -72,7 +72,7 @@ static Tensor bmm_tensor_cuda(const Tensor& a, const Tensor& b, ScalarType out_d
 }
 
 static Tensor activation_cuda(const Tensor& x, int64_t kind, ScalarType out_dtype) {
-    const Call call(x);
+    const OpCall call(x);
     Tensor y = call.empty(x.sizes(), out_dtype);
     activation(int(kind), call.read(x), dtype_of(x, "activation", "x"), call.write(y),
                dtype_of(out_dtype, "activation", "out_dtype"), x.numel(), call.stream());

@@ -6,7 +6,7 @@
 namespace rk {
 
 // y [M, N] = act(x [M, K] weight [N, K]^T + bias) + residual
-void run_linear(const Call& call, const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+void run_linear(const OpCall& call, const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                 int64_t activation, const std::optional<Tensor>& residual, const Tensor& y);
 
 }  // namespace rk

@@ -12,7 +12,7 @@ void pool(const void* x, Dtype from, const int32_t* cu_seqlens, int64_t B, int64
 void score(const float* logit, int64_t n, float* score, float* complement, Stream stream);
 
 static Tensor pool_cuda(const Tensor& x, const Tensor& cu_seqlens, bool mean, ScalarType out_dtype) {
-    const Call call(x);
+    const OpCall call(x);
     const int64_t B = cu_seqlens.size(0) - 1, D = x.size(1);
     Tensor y = call.empty({B, D}, out_dtype);
     pool(call.read(x), dtype_of(x, "pool", "x"), offsets(call, cu_seqlens, "pool"), B, x.size(0), D, mean, call.write(y),
@@ -23,7 +23,7 @@ static Tensor pool_cuda(const Tensor& x, const Tensor& cu_seqlens, bool mean, Sc
 static std::tuple<Tensor, Tensor, Tensor> score_head_cuda(const Tensor& pooled, const std::optional<Tensor>& dense,
                                                           const std::optional<Tensor>& dense_bias, int64_t activation,
                                                           const Tensor& out, const std::optional<Tensor>& out_bias) {
-    const Call call(pooled);
+    const OpCall call(pooled);
     const int64_t B = pooled.size(0), L = out.size(0);
     Tensor hidden = pooled;
     if (dense) {

@@ -9,14 +9,14 @@ void softmax(const void* x, Dtype dtype, void* y, int64_t rows, int64_t D, Strea
 void row_sum(const void* x, Dtype dtype, void* y, int64_t rows, int64_t D, bool mean, Stream stream);
 
 static Tensor softmax_cuda(const Tensor& x) {
-    const Call call(x);
+    const OpCall call(x);
     Tensor y = call.empty({x.size(0), x.size(1)}, x.scalar_type());
     softmax(call.read(x), dtype_of(x, "softmax", "x"), call.write(y), x.size(0), x.size(1), call.stream());
     return y;
 }
 
 static Tensor row_sum_cuda(const Tensor& x, bool mean) {
-    const Call call(x);
+    const OpCall call(x);
     Tensor y = call.empty({x.size(0)}, x.scalar_type());
     row_sum(call.read(x), dtype_of(x, "sum", "x"), call.write(y), x.size(0), x.size(1), mean, call.stream());
     return y;

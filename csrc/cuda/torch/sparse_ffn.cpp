@@ -12,7 +12,7 @@ void sparse_ffn(const SparseFfnArgs& args, bool tensor, float* workspace, Stream
 static Tensor sparse_ffn_in(bool tensor, const Tensor& x, const Tensor& first, const std::optional<Tensor>& first_bias,
                             const std::optional<Tensor>& up, const std::optional<Tensor>& up_bias, const Tensor& down_rows,
                             const std::optional<Tensor>& down_bias) {
-    const Call call(x);
+    const OpCall call(x);
     const int64_t M = x.size(0), K = x.size(1), F = down_rows.size(0), D = down_rows.size(1);
     RK_CHECK(K > 0 && F > 0 && D > 0, "sparse_ffn", "K, F and D must be > 0");
     RK_CHECK(first.is_contiguous() && first.size(0) == F && first.size(1) == K, "sparse_ffn",

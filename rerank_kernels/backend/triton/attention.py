@@ -48,7 +48,7 @@ SEQUENCES = 256  # offsets looked at together
 force: int | None = None  # for tests: the tile of mode tensor to take
 
 
-class TensorTile(NamedTuple):
+class AttentionTensorTile(NamedTuple):
     rows: int
     warps: int
     stages: int  # tiles of keys under way
@@ -328,19 +328,19 @@ def _store(y_row, total, bottom, i, sees, rows, features, BEGIN: tl.constexpr, W
     tl.store(y_row + d, result.to(y_row.dtype.element_ty), mask=(i < rows)[:, None] & (d < features))
 
 
-def tensor_tiles(d: int, arch: int) -> tuple[TensorTile, ...]:
+def tensor_tiles(d: int, arch: int) -> tuple[AttentionTensorTile, ...]:
     """For heads of d features on this compute capability (90 for 9.0); the first is taken, the others are for the tests.
 
-    They are what has no spills (tools/witness). With 256 features on Hopper that takes loads at the edges that do not
+    Those without spills (tools/witness). With 256 features on Hopper that takes loads at the edges that do not
     pass through registers; elsewhere q and a part of k in registers leave room for few rows.
     """
     wgmma = matrix_instruction(arch) == "wgmma"
     if d > 128:
-        return (TensorTile(128, 8, 2, edge=2),) if wgmma else (TensorTile(32, 8, 2),)
+        return (AttentionTensorTile(128, 8, 2, edge=2),) if wgmma else (AttentionTensorTile(32, 8, 2),)
     if d > 64:
-        return (TensorTile(128, 8, 3),) if wgmma else (TensorTile(128, 8, 2), TensorTile(64, 4, 2))
-    few = TensorTile(64, 4, 3), TensorTile(128, 8, 3)
-    return (*few, TensorTile(128, 4, 3)) if wgmma else few
+        return (AttentionTensorTile(128, 8, 3),) if wgmma else (AttentionTensorTile(128, 8, 2), AttentionTensorTile(64, 4, 2))
+    few = AttentionTensorTile(64, 4, 3), AttentionTensorTile(128, 8, 3)
+    return (*few, AttentionTensorTile(128, 4, 3)) if wgmma else few
 
 
 def parts(d: int, arch: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from rerank_kernels.backend.triton.launch import blocks, start
 from rerank_kernels.backend.triton.numerics import LANES, fmadd, fold_lanes
 
-ROWS = 4  # of one block, a warp each
+ROWS = 4  # of one block, one warp each
 AHEAD = 8  # loads of a lane under way
 
 
