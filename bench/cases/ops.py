@@ -115,7 +115,8 @@ class Op(cases.Case):
     def near(self, rows: cases.Tensors, shared: cases.Tensors, out: tuple[Tensor, ...]) -> tuple[cases.Near, ...]:
         """On the CPU, whatever the device."""
         on_cpu = ({n: t.cpu() for n, t in given.items()} for given in (rows, shared))
-        return tuple(cases.Near(*(t.to(self.place.device) for t in near)) for near in super().near(*on_cpu, out))
+        there = self.place.device
+        return tuple(n._replace(value=n.value.to(there), slack=n.slack.to(there)) for n in super().near(*on_cpu, out))
 
     def gate(self) -> None:
         dtype = DTYPES[self.dtype]
