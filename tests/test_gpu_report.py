@@ -405,6 +405,18 @@ def test_without_a_gpu_it_says_what_is_missing(tmp_path: Path) -> None:
     assert program("--place", str(tmp_path / "page.md"), "--out", str(tmp_path)).returncode == 2
 
 
+@pytest.mark.parametrize("op", ["normalize", "rms_norm", "sum"])
+def test_a_case_that_bench_has_not_passes_its_gate(op: str) -> None:
+    from bench.cases import ops
+    from rerank_kernels.backend import registry
+    from tools.gpu_report.work import ways
+
+    if reason := registry.missing("cpu"):
+        pytest.skip(reason)
+    with registry.use("cpu"):
+        ways.over_rows(ops.Place(), op, 16, 64).ours.gate()  # type: ignore[misc]
+
+
 def test_every_launcher_with_several_ways_has_a_case() -> None:
     from ptxsim import simulated
 

@@ -64,6 +64,7 @@ def table() -> dict[str, Build]:
     for d in WIDTHS:
         found[f"layer_norm 4096x{d} fp16"] = functools.partial(ops.layer_norm, m=4096, d=d, dtype="fp16")
         found[f"normalize 32x{d} fp32"] = functools.partial(over_rows, op="normalize", m=32, d=d)
+    found["rms_norm 4096x1024 fp32"] = functools.partial(over_rows, op="rms_norm", m=4096, d=1024)
     found["softmax 49152x512 fp32"] = functools.partial(ops.softmax, m=49152, d=512)
     found["sum 4096x768 fp32"] = functools.partial(over_rows, op="sum", m=4096, d=768)
     linear("large", (16384, 1024, 16, 1), "fp16")
@@ -74,8 +75,15 @@ def table() -> dict[str, Build]:
 
 
 def over_rows(place: ops.Place, op: str, m: int, d: int) -> Work:
-    stock = {"sum": lambda x: torch.sum(x, -1), "normalize": lambda x: F.normalize(x, dim=-1)}[op]
-    made = ops.Op(op, f"{m}x{d}", {"x": (d,)}, options={"dim": -1} if op == "sum" else {}, count=m, place=place)
+    """Ops of rows in float32 that bench has no case of."""
+    options: dict[str, Any] = {"sum": {"dim": -1}, "rms_norm": {"eps": 1e-6, "offset": 0, "cast": "after"}}.get(op, {})
+    shared = {"weight": (d,)} if op == "rms_norm" else {}
+    stock: ops.Theirs = {
+        "sum": lambda x: torch.sum(x, -1),
+        "normalize": lambda x: F.normalize(x, dim=-1),
+        "rms_norm": lambda x, weight: F.rms_norm(x, (d,), weight, 1e-6),
+    }[op]
+    made = ops.Op(op, f"{m}x{d}", {"x": (d,)}, shared, options, count=m, place=place)
     return ops.contest(made, {"eager": stock}, m * d, 2 * m * d)
 
 
