@@ -26,6 +26,7 @@ from rich.console import Console
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # where this folder is the package `bench`
 
 from bench.cases import limits, memory, models, ops, serving
+from bench.cases.contests import on_a_cpu
 from bench.harness import files
 from bench.harness.turns import Missing, Pace, Work, play
 from bench.harness.worker import Died
@@ -37,9 +38,8 @@ Results = list[dict[str, Any]]
 
 
 def contests(quick: bool) -> dict[str, Callable[[], Work]]:
-    """Name -> how to build it; built when its turn comes, so that no two sets of weights are held at a time."""
-    place = ops.Place()
-    table = dict([*ops.on_a_cpu(place), *models.on_a_cpu(place, quick)])
+    """All of on_a_cpu, with MKL's strict setting as one more contestant where it is to be beaten."""
+    table = on_a_cpu(quick)
     for name, build in table.items():
         if mkl.chosen(name):
             bar = None if quick and name.startswith("bge") else mkl.BAR

@@ -25,6 +25,7 @@ from rich.console import Console
 
 import rerank_kernels as rk
 from bench import OUT, ROOT
+from bench.cases.contests import on_a_cpu
 from bench.harness.turns import HostTurn, Pace, interleave
 from bench.harness.worker import Ready, Worker
 from bench.pages.results import digits
@@ -98,9 +99,7 @@ def listed(tree: str, device: str, quick: bool) -> dict[str, Any]:
     if not pathlib.Path(rk.__file__).is_relative_to(tree):
         raise RuntimeError(f"{tree} was asked for, and {rk.__file__} was imported")
     if device == "cpu":
-        from bench.run import contests
-
-        return {"cases": list(contests(quick))}
+        return {"cases": list(on_a_cpu(quick))}
     from bench.harness import gpu
 
     table = [n for n, (of_quick, _) in gpu.jobs().items() if (of_quick or not quick) and "compiled" not in n]
@@ -110,9 +109,7 @@ def listed(tree: str, device: str, quick: bool) -> dict[str, Any]:
 
 def prepare(case: str, device: str, quick: bool) -> Ready:
     if device == "cpu":
-        from bench.run import contests
-
-        ours = contests(quick)[case]().ours
+        ours = on_a_cpu(quick)[case]().ours
     else:
         from bench.harness import gpu
 

@@ -25,13 +25,15 @@ from typing import Any, Protocol
 
 import torch
 
-from bench.harness.worker import Died
-
 TURN = 0.002  # seconds a turn lasts at least: the clock's own cost and the hand-over are noise beside it
 MOST_ROUNDS, MOST_CALLS = 100, 64  # MOST_CALLS: of a graph
 SLOW = 0.02  # seconds from which a call on a GPU needs no company
 ENDLESS = 30.0  # seconds of a round from which two have to do
 AWAKE = 0.05  # seconds of work after which a core and its caches are as they were before it slept
+
+
+class Died(SystemExit):
+    """Another process ended or gave no answer. Who can do without it catches this; else the run ends."""
 
 
 class Missing(Exception):

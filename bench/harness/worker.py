@@ -24,13 +24,11 @@ from typing import Any, TextIO
 
 import torch
 
+from bench.harness.turns import Died, seconds
+
 PAUSE = 0.02  # seconds after which no thread spins any more
 Ready = tuple[Callable[[int], object], dict[str, Any]]  # the i-th call of a turn, and the answer
 _out: TextIO | None = None  # in a worker's process: where it answers
-
-
-class Died(SystemExit):
-    """The other process ended or gave no answer. Who can do without it catches this; else the run ends."""
 
 
 class Worker:
@@ -116,8 +114,6 @@ def _say(answer: Mapping[str, Any]) -> None:
 
 def serve(threads: int) -> None:
     """The other side, until the pipe closes. It answers on what was stdout, so that nothing a library prints comes between."""
-    from bench.harness.turns import seconds
-
     global _out
     _out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

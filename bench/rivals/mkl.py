@@ -23,6 +23,7 @@ from torch import Tensor
 
 import rerank_kernels as rk
 from bench.cases import shapes
+from bench.cases.contests import on_a_cpu
 from bench.cases.ops import DTYPES, Build
 from bench.harness.turns import AWAKE, Contestant, Missing, Work
 from bench.harness.worker import PAUSE, Died, Ready, Worker
@@ -137,7 +138,5 @@ def count(shape: Mapping[str, Any], dtype: str, ours: bool, pairs: int) -> dict[
 
 
 def prepare(case: str, quick: bool, rival: str) -> Ready:
-    from bench.run import contests
-
-    work = contests(quick)[case]()
+    work = on_a_cpu(quick)[case]()
     return next(c for c in work.contestants if c.name == rival).call, {}
