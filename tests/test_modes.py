@@ -278,3 +278,8 @@ def test_whole_model_on_the_simulated_gpu(half: torch.dtype) -> None:
             got = logits(model)
         assert 0 < (got - near).abs().max() < (0.02 if half == torch.float16 else 0.1)
     same(linear(torch.ones(1, 1), torch.ones(1, 1)), torch.ones(1, 1), "outside")
+
+
+def test_a_copy_of_a_mode_is_the_mode() -> None:
+    for mode in modes.MODES.values():
+        assert copy.deepcopy(mode) is mode and pickle.loads(pickle.dumps(mode)) is mode and str(mode) == mode.name

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from rerank_kernels import check
 PROMISES = ("repeatable", "batch-invariant", "padding-invariant", "thread-invariant", "machine-invariant")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is one object, so that a comparison and a hash cost nothing on the way to an op
 class Mode:
     """A numeric mode.
 
@@ -39,6 +40,10 @@ class Mode:
 
     def __str__(self) -> str:
         return self.name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, and what comes out of a pickle, is the mode itself."""
+        return named, ("mode", self.name)
 
     def function(self, op: str) -> str:
         """The name of the function in a backend's folder that computes `op` in this mode."""

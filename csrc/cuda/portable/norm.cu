@@ -66,7 +66,8 @@ __device__ __forceinline__ void norm_row(const NormArgs& a, Rms rms, int64_t at,
     });
     const float rstd = rstd_of(squares, count, a.eps);
     T* y = static_cast<T*>(a.y) + at;
-#pragma unroll 2
+    constexpr int AT_ONCE = RMS ? 1 : 2;  // two groups of rms_norm, with its choices, are more than the registers hold
+#pragma unroll AT_ONCE
     for (int g = rank_in_team<WARPS>(); g < D / N; g += 32 * WARPS) {
         float v[N], w[N];
         load_group_as<N>(a.weight, g * N, w);
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(32 * TEAM_WARPS) layer_norm_kernel(const NormA
     norm_rows<T, WARPS, false>(a, {}, rows, stride, vectors);
 }
 template <class T, int WARPS>
-__global__ void __launch_bounds__(32 * TEAM_WARPS)
+__global__ void __launch_bounds__(32 * TEAM_WARPS, 4)  // left alone, ptxas wants eight blocks on sm_90, and spills for them
     rms_norm_kernel(const NormArgs a, const Rms rms, int64_t rows, int stride, bool vectors) {
     norm_rows<T, WARPS, true>(a, rms, rows, stride, vectors);
 }
