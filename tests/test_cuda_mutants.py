@@ -142,7 +142,7 @@ MUTANTS = [
     ),
     Mutant(
         "a row that sees no key divides by its sum of zero",
-        Edit("attention.cu", "if (l == 0.0f) l = 1.0f;", ""),
+        Edit("portable/attention.cu", "if (l == 0.0f) l = 1.0f;", ""),
         "attention-D32-H2of1-T9of70-window=(40,3)",
         DIFFER,
     ),

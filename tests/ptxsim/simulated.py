@@ -212,6 +212,7 @@ def ptx(source: str, arch: str, edit: Edit | None = None) -> Path:
     """The PTX of one of SOURCES, compiled if nobody did before."""
     kit = toolkit.find()
     assert kit is not None
+    assert edit is None or (CUDA / edit.file).is_file(), f"there is no {edit.file}: the edit would change nothing"
     if edit and edit.file.endswith(".cu") and edit.file != f"{source}.cu":
         edit = None  # it does not reach this one
     return kit.ptx((_edited(edit) if edit else CUDA) / f"{source}.cu", arch)
