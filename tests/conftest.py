@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # Thousands of tiny kernels: on a busy machine threads that spin at each one's end make the run ten times as long. It has to be
@@ -24,6 +26,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+
+# For tools/ and bench/. At the end, so that an installed rerank_kernels comes before the checkout's.
+sys.path.append(str(Path(__file__).parent.parent))
 
 import browser
 from cases import DTYPES
