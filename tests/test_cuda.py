@@ -216,7 +216,8 @@ def test_bmm_is_linear_entry_by_entry(batch: int, m: int, k: int, n: int) -> Non
     """In both modes, with every way forced."""
     for kernel, half in (("linear", torch.float32), ("linear", torch.float16), ("linear_tensor", torch.bfloat16)):
         a, b = numbers("a", (batch, m, k), half), numbers("b", (batch, n, k), half)
-        serve, single = (native.bmm, native.linear) if kernel == "linear" else (native.bmm_tensor, native.linear_tensor)
+        ops = torch.ops.rerank_kernels
+        serve, single = (ops.bmm, native.linear) if kernel == "linear" else (ops.bmm_tensor, native.linear_tensor)
         for way in range(-1, simulated.launchers()[kernel]):
             with tensor.simulated("cuda", 3, race=True), simulated.forced(kernel, way):
                 got = serve(a, b, torch.float32)

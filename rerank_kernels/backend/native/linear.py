@@ -1,4 +1,4 @@
-"""linear, bmm and activation by the library; weights are read as nn.Linear holds them."""
+"""linear and activation by the library; weights are read as nn.Linear holds them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,6 @@ def linear_tensor(
 ) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     return torch.ops.rerank_kernels.linear_tensor(x, contiguous(weight), bias, CODES[activation], residual, out_dtype)
-
-
-def bmm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
-    return torch.ops.rerank_kernels.bmm(a, b, out_dtype)
-
-
-def bmm_tensor(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
-    return torch.ops.rerank_kernels.bmm_tensor(a, b, out_dtype)
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
