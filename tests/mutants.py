@@ -22,6 +22,7 @@ from rerank_kernels.backend.pytorch import attention as honest_attention
 from rerank_kernels.backend.pytorch import linear as honest_linear
 from rerank_kernels.backend.pytorch import norm as honest_norm
 from rerank_kernels.backend.pytorch import pooling as honest_pooling
+from rerank_kernels.backend.pytorch import rotary as honest_rotary
 from rerank_kernels.backend.pytorch import softmax as honest_softmax
 from rerank_kernels.backend.registry import BACKENDS, OPS
 from rerank_kernels.backend.weights import FfnWeights
@@ -167,6 +168,27 @@ def rms_norm_last_row_backwards(rows: Tensor, weight: Tensor, eps: float, plus_o
     if len(rows):
         y[-1:] = honest_norm.rms_norm(last[0], weight.flip(-1), eps, plus_one, rounded, last[1]).flip(-1)
     return y
+
+
+def rotary_other_layout(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return honest_rotary.rotary(x, cos, sin, not interleaved)
+
+
+def rotary_turns_back(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return honest_rotary.rotary(x, cos, -sin, interleaved)
+
+
+def rotary_in_half(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Every step rounded to x's dtype, as in transformers."""
+    pairs, y, c, s = cos.shape[1], x.clone(), cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]
+    a, b = x[..., :pairs], x[..., pairs : 2 * pairs]
+    y[..., :pairs], y[..., pairs : 2 * pairs] = a * c - b * s, b * c + a * s
+    return y
+
+
+def rotary_by_place(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The angle is that of the place in the call, and not the token's own."""
+    return honest_rotary.rotary(x, cos[:1].expand_as(cos), sin[:1].expand_as(sin), interleaved)
 
 
 def normalize_length_in_half(rows: Tensor, eps: float) -> Tensor:
@@ -361,6 +383,10 @@ MUTANTS = [
     Mutant("rms_norm", rms_norm_casts_before, invariants.right, "rms_norm-1000-after-offset", torch.float16),
     Mutant("rms_norm", rms_norm_unbiased, invariants.right, "rms_norm-768-before"),
     Mutant("rms_norm", rms_norm_last_row_backwards, invariants.batch_invariant, "rms_norm-384-before-residual"),
+    Mutant("rotary", rotary_other_layout, invariants.right, "rotary-D64-H2-P32"),
+    Mutant("rotary", rotary_turns_back, invariants.right, "rotary-D80-H2-P16"),
+    Mutant("rotary", rotary_in_half, invariants.right, "rotary-D128-H3-P64", torch.bfloat16),
+    Mutant("rotary", rotary_by_place, invariants.batch_invariant, "rotary-D64-H2-P32"),
     Mutant("normalize", normalize_length_in_half, invariants.right, "normalize-384", torch.bfloat16),
     Mutant("normalize", normalize_over_the_batch, invariants.batch_invariant, "normalize-384"),
     Mutant("activation", activation_other_tail, invariants.batch_invariant, "activation-sigmoid"),
