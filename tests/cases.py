@@ -237,6 +237,14 @@ def _near_linear(case: Case, a: Tensors) -> tuple[Near, ...]:
     return (near_add(y, a["residual"]) if "residual" in a else y,)
 
 
+def _near_activation(case: Case, a: Tensors) -> tuple[Near, ...]:
+    y = near_activation(exact(a["x"]), case.options["kind"])
+    if "up" in a:
+        value = y.value * a["up"]
+        y = Near(value, y.slack * a["up"].abs() + U * value.abs())
+    return (y,)
+
+
 def _near_bmm(case: Case, a: Tensors) -> tuple[Near, ...]:
     k = case.rows["a"][1]
     return (Near(TRUTHS["bmm"](a["a"], a["b"]), _counted(case)(k) * U * TRUTHS["bmm"](a["a"].abs(), a["b"].abs())),)
@@ -318,7 +326,7 @@ _NEAR: dict[str, Callable[[Case, Tensors], tuple[Near, ...]]] = {
     "mean": _near_sum,
     "linear": _near_linear,
     "bmm": _near_bmm,
-    "activation": lambda case, a: (near_activation(exact(a["x"]), case.options["kind"]),),
+    "activation": _near_activation,
     "rotary": _near_rotary,
     "attention": _near_attention,
     "pool": _near_pool,
@@ -457,6 +465,7 @@ CASES: list[Case] = [
     _bmm(33, 64, 70),
     _bmm(2, 1025, 9, torch.float32),
     *(Case("activation", kind, {"x": (37,)}, options={"kind": kind}) for kind in ACTIVATIONS),
+    *(Case("activation", f"{k}-up", {"x": (41,), "up": (41,)}, options={"kind": k}) for k in ("silu", "gelu_tanh", "relu")),
     *(_rotary(*size) for size in ((64, 32), (128, 64, 3), (2, 1, 1), (80, 16), (34, 17, 5), (7, 2, 1))),
     *(_rotary(*size, interleaved=True) for size in ((64, 32), (128, 32, 3), (34, 17), (2, 1, 1), (9, 3, 5))),
     *(_attention(d) for d in (1, 8, 32, 40, 64, 80, 96, 128, 256)),

@@ -170,6 +170,12 @@ def rms_norm_last_row_backwards(rows: Tensor, weight: Tensor, eps: float, plus_o
     return y
 
 
+def activation_rounds_before_up(x: Tensor, kind: str, up: Tensor | None) -> Tensor:
+    """As transformers has it: the gate in half, then the product."""
+    y = honest_linear.activation(x, kind)
+    return y if up is None else (y.float() * up.float()).to(x.dtype)
+
+
 def rotary_other_layout(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return honest_rotary.rotary(x, cos, sin, not interleaved)
 
@@ -204,7 +210,7 @@ def normalize_over_the_batch(rows: Tensor, eps: float) -> Tensor:
     return honest_norm.normalize((rows.float() / largest).to(rows.dtype), eps)
 
 
-def activation_gelu_from_erf(x: Tensor, kind: str) -> Tensor:
+def activation_gelu_from_erf(x: Tensor, kind: str, up: Tensor | None) -> Tensor:
     """1 + erf cancels for negative x."""
     v = x.float()
     return (
@@ -226,7 +232,7 @@ def bmm_forgets_the_last_rows(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> T
 # --- other rows, other places ------------------------------------------------------------------------------------------
 
 
-def activation_other_tail(x: Tensor, kind: str) -> Tensor:
+def activation_other_tail(x: Tensor, kind: str, up: Tensor | None) -> Tensor:
     """The last n % 16 elements by a scalar formula, as torch.sigmoid has it."""
     y = honest_linear.activation(x, kind)
     n = x.numel() % 16
@@ -391,6 +397,7 @@ MUTANTS = [
     Mutant("normalize", normalize_over_the_batch, invariants.batch_invariant, "normalize-384"),
     Mutant("activation", activation_other_tail, invariants.batch_invariant, "activation-sigmoid"),
     Mutant("activation", activation_gelu_from_erf, invariants.right, "activation-gelu"),
+    Mutant("activation", activation_rounds_before_up, invariants.right, "activation-silu-up", torch.bfloat16),
     Mutant("softmax", softmax_batch_maximum, invariants.batch_invariant, "softmax-33"),
     Mutant("sum", sum_lanes_by_address, invariants.batch_invariant, "sum-100"),
     Mutant("mean", mean_adds_in_half, invariants.right, "mean-100", torch.bfloat16),
