@@ -216,7 +216,7 @@ print("done")
 def test_a_forked_child_computes() -> None:
     """A server that loads the model, answers once, and forks its workers (gunicorn --preload, multiprocessing)."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(FORK), str(TESTS)],
+        [sys.executable, "-c", textwrap.dedent(FORK), str(Path(__file__).parent)],
         capture_output=True,
         text=True,
         timeout=120,
