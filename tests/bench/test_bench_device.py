@@ -164,7 +164,7 @@ def dies(name: str, gone: dict[str, str], how: str) -> dict[str, Any]:
 def test_another_worker_goes_on_behind_what_killed_the_first(monkeypatch: pytest.MonkeyPatch, how: str, says: str) -> None:
     monkeypatch.setattr(gpu, "STEP", 2.0 if how == "hang" else 50.0)
     monkeypatch.setattr(gpu, "CASE", f"{__name__}:dies")
-    path = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])
+    path = os.pathsep.join(str(p) for p in reversed(Path(__file__).parents[:3]))
     crew = gpu.Crew(time.time() + 100, environment={"PYTHONPATH": path})
     records = gpu.run("abc", crew, Console(), how=how)
     crew.dismiss()

@@ -15,10 +15,10 @@ import torch
 import cases
 import invariants
 import rerank_kernels as rk
-import test_attention
 from cases import Case, numbers, offsets
 from conftest import ran
 from invariants import all_same, same
+from prefill import steps_against_prefill
 from tensor import HALVES, MODELS
 
 simulated = pytest.importorskip("ptxsim.simulated")
@@ -118,7 +118,7 @@ def test_what_a_row_sees_reaches_it_and_nothing_else() -> None:
 def test_decode_and_chunks_have_the_bits_of_the_prefill(d: int) -> None:
     for way, model in [*((way, 2) for way in range(ways())), (-1, 3)]:
         with simulated.simulated(mma=model), simulated.forced(LAUNCHER, way):
-            test_attention.steps_against_prefill(d, torch.float16, mode="tensor")
+            steps_against_prefill(d, torch.float16, mode="tensor")
 
 
 @pytest.mark.parametrize("d", [7, 40, 64, 256])

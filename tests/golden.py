@@ -1,10 +1,10 @@
 """golden.json: hashes of the bits that numerics version N of the cpu backend gives, on every machine: of every case of every
 op, and of the numbers at the end of every served way (finals.py): logits, scores, embeddings, cosines, what a system returns.
 
-The other tests compare a result with another result of today; this one with yesterday's. A change of any bit is a new numerics
-version: raise rerank_kernels.NUMERICS_VERSION (and the one in csrc/numerics.h), then
+Other tests compare a result with another result of today, test_golden.py with yesterday's. A change of any bit is a new
+numerics version: raise rerank_kernels.NUMERICS_VERSION (and the one in csrc/numerics.h), then
 
-    python tests/test_golden.py --write
+    python tests/golden.py --write
 
 The same command adds new cases. It refuses to replace a hash of the same numerics version; --force does that, for a version
 that has not been released yet.
@@ -20,21 +20,16 @@ import sys
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
-import cases
-import conftest
 import finals
 import rerank_kernels
-from cases import DTYPES, Case
-from invariants import force_isa
+from cases import CASES, DTYPES, Case
 from rerank_kernels.backend import registry
-from rerank_kernels.backend.registry import Backend
 
-CASES = cases.CASES
 FILE = pathlib.Path(__file__).with_name("golden.json")
+HOW = "see the head of tests/golden.py"
 Hashes = dict[str, dict[str, str]]
 
 
@@ -63,75 +58,11 @@ def read() -> dict[str, Any]:
     return json.loads(FILE.read_text())
 
 
-def test_version() -> None:
-    assert read()["numerics_version"] == rerank_kernels.NUMERICS_VERSION, "new numerics version: " + HOW
-
-
-def test_no_stale_hashes() -> None:
-    assert set(read()["cases"]) <= {str(case) for case in CASES}, HOW
-    assert set(read()["finals"]) <= set(finals.WAYS), HOW
-
-
-def test_inputs(case: Case) -> None:
-    assert read()["cases"].get(str(case), {}).get("inputs") == inputs(case), f"{case}: not the inputs that were hashed; " + HOW
-
-
-@pytest.mark.promise("machine-invariant")
-def test_golden(backend: Backend, case: Case, dtype: torch.dtype) -> None:
-    want = read()["cases"].get(str(case), {}).get(str(dtype)[6:])
-    assert want is not None, f"{case}: no hash yet; " + HOW
-    got = outputs(case, dtype)
-    assert got == want, f"{case}, {dtype}: other bits than numerics version {rerank_kernels.NUMERICS_VERSION} gave; " + HOW
-
-
 def final_inputs() -> str:
     """The tokens and weights that the served ways begin with: if this differs, a tokenizer or the generator changed."""
     tensors = [torch.tensor(finals.tokenizer(f)(text)["input_ids"]).int() for f in finals.FAMILIES for text in finals.TEXTS]
     weights = [p.detach() for f in finals.FAMILIES for head in (True, False) for p in finals.model(f, head=head).parameters()]
     return digest(*(t.view(torch.float32) for t in tensors), *weights)
-
-
-def test_final_inputs() -> None:
-    assert read()["final inputs"] == final_inputs(), "not the inputs that were hashed; " + HOW
-
-
-@pytest.mark.parametrize("way", finals.WAYS)
-def test_finals(way: str) -> None:
-    """On each instruction set."""
-    conftest.ran("cpu")
-    want = read()["finals"].get(way)
-    assert want is not None, f"{way}: no hash yet; " + HOW
-    got = {}
-    with registry.use("cpu"):
-        run = finals.WAYS[way]()
-        try:
-            for isa in conftest.ISAS:
-                try:
-                    force_isa(isa)
-                except RuntimeError:  # this CPU has it not
-                    continue
-                got[isa] = digest(*run())
-        finally:
-            force_isa("auto")
-    version = rerank_kernels.NUMERICS_VERSION
-    assert set(got.values()) == {want}, f"{way}: other bits than numerics version {version} gave, with {got}; " + HOW
-
-
-def test_a_last_bit_of_one_embedding_moves_the_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
-    conftest.ran("cpu")
-
-    def off(x: Tensor, eps: float = 1e-12) -> Tensor:
-        y = rerank_kernels.normalize(x, eps).clone()
-        y[-1, -1] = torch.nextafter(y[-1, -1], y.new_tensor(2.0))
-        return y
-
-    monkeypatch.setattr(rerank_kernels.models.heads, "normalize", off)
-    with registry.use("cpu"):
-        for way in (way for way in finals.WAYS if way.startswith("Reranker, embeddings")):
-            assert digest(*finals.WAYS[way]()()) != read()["finals"][way]
-
-
-HOW = "see the head of tests/test_golden.py"
 
 
 def main() -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -12,6 +10,7 @@ import contract
 import invariants
 from cases import Case, numbers, offsets
 from invariants import same
+from prefill import qkv, steps_against_prefill
 from rerank_kernels.backend.registry import Backend
 from rerank_kernels.ops.attention import attention
 
@@ -24,10 +23,6 @@ class TestAttention(invariants.Promises):
     def test_hidden_keys(self, backend: Backend, case: Case, dtype: torch.dtype) -> None:
         if case.options.get("causal") or "window" in case.options:
             invariants.hidden_keys(case, dtype)
-
-
-def qkv(total: int, heads: int = 2, kv_heads: int = 2, d: int = 16, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    return [numbers(n, (total, h, d), dtype) for n, h in (("q", heads), ("k", kv_heads), ("v", kv_heads))]
 
 
 @pytest.mark.promise("machine-invariant")
@@ -67,25 +62,6 @@ def test_equivalent_masks(backend: Backend, dtype: torch.dtype) -> None:
     same(attention(q, k, v, cu_seqlens=cu, window=(0, 0)), v, "a row that sees itself only is its v")
     same(causal[-1], full[-1], "the last causal row sees everything")
     same(causal[0], v[0], "the first causal row sees itself")
-
-
-PREFILL = 130
-# queries [start, stop) of a sequence over its keys up to stop: decode at and beside the chunks' bounds, and chunks of a prefill
-STEPS = ((0, 130), (0, 1), (5, 6), (62, 63), (63, 64), (64, 65), (129, 130), (3, 6), (60, 70), (64, 128))
-
-
-def steps_against_prefill(d: int = 16, dtype: torch.dtype = torch.float32, **options: Any) -> None:
-    """A query has the same bits whether it comes alone, in a chunk or with the whole sequence. The steps are the sequences of
-    one call; the whole comes first, so that no other begins where the tensor does."""
-    q, k, v = qkv(PREFILL, 4, 2, d, dtype)
-    cu, cu_k = offsets(tuple(b - a for a, b in STEPS)), offsets(tuple(b for _, b in STEPS))
-    its_q = torch.cat([q[a:b] for a, b in STEPS])
-    its_k, its_v = (torch.cat([t[:b] for _, b in STEPS]) for t in (k, v))
-    for window in ((-1, 0), (40, 0)):
-        want = attention(q, k, v, cu_seqlens=offsets((PREFILL,)), window=window, **options)
-        got = attention(its_q, its_k, its_v, cu_seqlens=cu, cu_seqlens_k=cu_k, window=window, **options)
-        for (a, b), at in zip(STEPS, cu.tolist(), strict=False):
-            same(got[at : at + b - a], want[a:b], f"queries {a}:{b} over keys 0:{b}, window {window}, against the whole")
 
 
 @pytest.mark.promise("machine-invariant")

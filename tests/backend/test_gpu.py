@@ -18,18 +18,18 @@ import torch
 
 import cases
 import conftest
+import gpu
 import models
 import rerank_kernels as rk
-from cases import DTYPES, Case
+from cases import Case
+from gpu import on
 from invariants import all_same, same
 from rerank_kernels.backend import registry
 from rerank_kernels.backend.registry import OPS
-from test_golden import digest
 
 pytestmark = pytest.mark.gpu
 FAMILIES = sorted(set(OPS.values()))
 SERVED_BY = ("cuda", "triton")
-HERE = Path(__file__).parent
 
 
 def missing() -> str | None:
@@ -43,12 +43,6 @@ def _gpu() -> None:
     if reason := missing():
         pytest.skip(reason)
     conftest.on_gpu.append(torch.cuda.get_device_name())
-
-
-def on(device: str, case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    rows = {n: t.to(device) for n, t in case.make_rows(dtype).items()}
-    shared = {n: t.to(device) for n, t in case.make_shared(dtype).items()}
-    return tuple(t.cpu() for t in case.call(rows, shared))
 
 
 def of_cpu(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -156,7 +150,7 @@ def test_in_a_graph(family: str) -> None:
 def test_in_two_processes() -> None:
     hashes = set()
     for _ in range(2):
-        done = process(sys.executable, __file__)
+        done = process(sys.executable, gpu.__file__, "hash")
         assert done.returncode == 0, done.stderr[-2000:]
         hashes.add(done.stdout)
     assert len(hashes) == 1
@@ -215,12 +209,6 @@ def test_compute_sanitizer() -> None:
     if tool is None:
         pytest.skip("compute-sanitizer is not on PATH")
     for check in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        command = (tool, "--tool", check, "--error-exitcode", "9", sys.executable, __file__, "float32")
+        command = (tool, "--tool", check, "--error-exitcode", "9", sys.executable, gpu.__file__, "hash", "float32")
         done = process(*command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         assert done.returncode == 0, f"{check}: {done.stdout[-3000:]}{done.stderr[-1000:]}"
-
-
-if __name__ == "__main__":  # for a second process: one hash of every case's bits in each dtype, or in those that are named
-    wanted = [d for d in DTYPES if str(d)[6:] in sys.argv[1:] or not sys.argv[1:]]
-    for c in cases.CASES:
-        print(c, *(digest(*on("cuda", c, d)) for d in wanted))

@@ -1,4 +1,4 @@
-"""Mode tensor on a real GPU, backends cuda and triton: `make gpu`, or `pytest -m gpu tests/test_gpu_tensor.py`.
+"""Mode tensor on a real GPU, backends cuda and triton: `make gpu`, or `pytest -m gpu tests/backend/test_gpu_tensor.py`.
 
 There is no CPU to compare with bit for bit: results are held to float64 within the bound of cases.py, and to themselves for the
 promises. What a simulator has not: real sizes, other work beside, streams, graphs, a second process. The last tests promise
@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,10 +23,12 @@ from torch import Tensor
 
 import cases
 import conftest
+import gpu
 import invariants
 import rerank_kernels as rk
 import tensor
 from cases import Case, Tensors, numbers
+from gpu import OnGpu, moved
 from invariants import all_same, same
 from rerank_kernels.backend import registry
 
@@ -60,44 +60,12 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-def moved(t: Tensor) -> Tensor:
-    """On the GPU, as far off a boundary and with the same gaps as here; what lies around is NaN."""
-    if t.numel() == 0:
-        return t.cuda()
-    span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    nothing = float("nan") if t.is_floating_point() else 0
-    base = torch.full((t.storage_offset() + span,), nothing, dtype=t.dtype, device="cuda")
-    return base.as_strided(t.shape, t.stride(), t.storage_offset()).copy_(t)
-
-
-class OnGpu(Case):
-    """A case that is computed on the GPU; what goes in and comes out is on the CPU, where invariants.py looks at it."""
-
-    def call(
-        self,
-        rows: Tensors,
-        shared: Tensors,
-        lengths: tuple[int, ...] | None = None,
-        keys: tuple[int, ...] | None = None,
-    ) -> tuple[Tensor, ...]:
-        out = super().call(*({n: moved(t) for n, t in some.items()} for some in (rows, shared)), lengths, keys)
-        return tuple(t.cpu() for t in out)
-
-    def call_padded(self, rows: Tensors, shared: Tensors, masks: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        there = ({n: moved(t) for n, t in some.items()} for some in (rows, shared))
-        return tuple(t.cpu() for t in super().call_padded(*there, {n: t.cuda() for n, t in masks.items()}))
-
-
-def on_gpu(case: Case) -> OnGpu:
-    return OnGpu(**{f.name: getattr(case, f.name) for f in dataclasses.fields(case)})
-
-
 def case_of(op: str, label: str, rows: dict[str, tuple[int, ...]], **more: Any) -> OnGpu:
     options = {**more.pop("options", {}), "mode": "tensor"}
     return OnGpu(op, label, rows, options=options, **more)
 
 
-CASES = [on_gpu(case) for case in tensor.CASES]
+CASES = gpu.TENSOR_CASES
 
 
 class TestTensorOnAGpu:
@@ -297,8 +265,9 @@ def test_in_a_graph(served: str, case: OnGpu, dtype: torch.dtype) -> None:
 
 
 def test_in_two_processes(served: str) -> None:
-    command = [sys.executable, __file__, served]
-    hashes = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    command = [sys.executable, gpu.__file__, "hash-tensor", served]
+    there = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    hashes = [subprocess.run(command, env=there, capture_output=True, text=True, check=True).stdout for _ in range(2)]
     assert hashes[0] == hashes[1] and hashes[0].count("\n") == len(CASES)
 
 
@@ -324,7 +293,7 @@ def test_do_cuda_and_triton_agree(dtype: torch.dtype) -> None:
 
 
 def test_what_an_mma_gives(served: str) -> None:
-    """Operands and sums of K = 16 (one instruction), 64 and 768, for `python tests/test_gpu_tensor.py compare FILE` where the
+    """Operands and sums of K = 16 (one instruction), 64 and 768, for `python tests/gpu.py compare FILE` where the
     simulator is: which of its models adds as this chip does."""
     kept: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "products": []}
     for dtype in tensor.HALVES:
@@ -340,38 +309,3 @@ def test_what_an_mma_gives(served: str) -> None:
             noted(f"{served} {dtype} K={k}: median error {float(ulps):.2f} half ulps, {low} of {y.numel()} too small")
     if path := os.environ.get(MMA_FILE):
         torch.save(kept, path.removesuffix(".pt") + f"-{served}.pt")
-
-
-def compare(path: str) -> None:
-    """Which of the simulator's models of an mma gives the sums that a chip gave."""
-    kept = torch.load(path, weights_only=True)
-    print(kept["gpu"])
-    for p in kept["products"]:
-        for model, how in tensor.MODELS.items():
-            with tensor.simulated("cuda", model):
-                y = rk.linear(p["x"], p["w"], out_dtype=torch.float32, mode="tensor")
-            equal = int((y.view(torch.int32) == p["y"].view(torch.int32)).sum())
-            print(f"{p['dtype']} K={p['k']}, model {model} ({how}): {equal} of {y.numel()} sums equal")
-
-
-def golden() -> None:
-    """Writes the hashes of backend cuda on this GPU, which test_tensor.py holds the simulator to: run it on an H100."""
-    from test_golden import digest
-
-    with registry.use("cuda"):
-        hashes = {str(c): {str(d)[6:]: digest(*c.call(c.make_rows(d), c.make_shared(d))) for d in tensor.HALVES} for c in CASES}
-    content = {"how": "python tests/test_gpu_tensor.py golden", "gpu": torch.cuda.get_device_name(), "hashes": hashes}
-    Path(__file__).with_name("golden_tensor.json").write_text(json.dumps(content, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "compare":
-        compare(sys.argv[2])
-    elif sys.argv[1] == "golden":
-        golden()
-    else:  # for a second process: one hash of every case's bits
-        from test_golden import digest
-
-        with registry.use(sys.argv[1]):
-            for c in CASES:
-                print(c, *(digest(*c.call(c.make_rows(d), c.make_shared(d))) for d in tensor.HALVES))

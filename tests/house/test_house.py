@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +25,10 @@ from rerank_kernels.backend.modes import PROMISES
 from rerank_kernels.backend.registry import BACKENDS, OPS
 from tools import pages, promises
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FAMILIES = sorted(set(OPS.values()))
+TESTS = sorted(str(p.relative_to(ROOT / "tests")) for p in (ROOT / "tests").rglob("test_*.py"))
+BESIDE = {"house", "install", "stacks", "tools", "ptxsim/tests"}  # folders of tests of what the package does not hold
 PAGES = (
     "README.md",
     "NUMERICS.md",
@@ -68,7 +71,7 @@ def text(name: str) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_has_its_file_in_every_room(family: str) -> None:
-    rooms = [f"rerank_kernels/ops/{family}.py", f"csrc/cpu/{family}.cpp", f"tests/test_{family}.py"]
+    rooms = [f"rerank_kernels/ops/{family}.py", f"csrc/cpu/{family}.cpp", f"tests/ops/test_{family}.py"]
     rooms += [f"csrc/cuda/portable/{family}.cu", f"csrc/cuda/torch/{family}.cpp"]
     rooms += [f"{b.package.replace('.', '/')}/{family}.py" for b in BACKENDS.values() if b.name not in ("cpu", "cuda")]
     assert [r for r in rooms if not (ROOT / r).is_file()] == []
@@ -85,6 +88,15 @@ def test_op_is_where_the_registry_says(op: str, served_by: str) -> None:
     ours = importlib.import_module(f"rerank_kernels.ops.{OPS[op]}")
     assert getattr(rk, op) is getattr(ours, op), f"{op} is not the public function of ops/{OPS[op]}.py"
     assert callable(getattr(ours, f"{op}_truth")), f"ops/{OPS[op]}.py has no float64 truth of {op}"
+
+
+def test_every_test_has_a_room() -> None:
+    """The package's rooms, and folders for what the repository has besides. A name stands once, since `-k`, pages and pytest's
+    import know a test file by its name alone."""
+    rooms = {p.parent.name for p in (ROOT / "rerank_kernels").glob("*/__init__.py")} | BESIDE
+    assert [p for p in TESTS if p.rpartition("/")[0] not in rooms] == []
+    names = [Path(p).name for p in TESTS]
+    assert sorted(set(names)) == sorted(names)
 
 
 # From the bottom up. A room imports its own files, and rooms further down; what stands in line with it, it does not.
@@ -216,13 +228,18 @@ def test_every_promise_names_its_test_and_its_ring() -> None:
 
 
 def _lost(test: str) -> bool:
-    """Whether test_file.py::name or test_file.py::Class::name is not there."""
+    """Whether room/test_file.py::name, or ::Class::name, is not there; without its room it is looked for in all of them."""
     file, *path = test.split("::")
     if (ROOT / "stacks" / file).is_file():  # imports what only its own environment has
         return not all(re.search(rf"^\s*(?:def|class) {name}\b", text(f"stacks/{file}"), re.MULTILINE) for name in path)
-    if not (ROOT / "tests" / file).is_file():
+    found = next((p for p in TESTS if f"/{p}".endswith(f"/{file}")), None)
+    if found is None:
         return True
-    thing: object = importlib.import_module(file.removesuffix(".py"))
+    sys.path.append(str((ROOT / "tests" / found).parent))  # as pytest has it, once it has collected the file
+    try:
+        thing: object = importlib.import_module(Path(found).stem)
+    finally:
+        sys.path.pop()
     for name in path:
         thing = getattr(thing, name, None)
     return thing is None
@@ -231,7 +248,7 @@ def _lost(test: str) -> bool:
 @pytest.mark.parametrize("page", PAGES)
 def test_tests_that_a_page_names_exist(page: str) -> None:
     """`test_file.py::test_name`, `test_file.py::TestClass::test_name` and plain `test_file.py`."""
-    named = set(re.findall(r"\b(test_\w+)\.py((?:::\w+)*)", text(page)))
+    named = set(re.findall(r"\b((?:(?<=tests/)(?:\w+/)+)?test_\w+)\.py((?:::\w+)*)", text(page)))
     assert named or page != "NUMERICS.md", "NUMERICS.md names no test"
     assert [f"{module}.py{path}" for module, path in sorted(named) if _lost(f"{module}.py{path}")] == []
 

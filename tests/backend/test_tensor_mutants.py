@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
+import test_cuda
 import torch
 
 import cases
 import conftest
 import invariants
 import tensor
-import test_cuda
 from cases import Case
 from conftest import ran
 from invariants import all_same

@@ -16,8 +16,8 @@ import invariants
 import tensor
 from cases import Case
 from conftest import ran
+from golden import digest
 from tensor import MODELS, simulated
-from test_golden import digest
 
 CASES = tensor.CASES
 
@@ -74,12 +74,12 @@ class TestTensor:
             invariants.schedule_invariant(case, served[1], lambda **how: simulated(served[0], tensor.H100, **how))
 
 
-GOLDEN = json.loads(Path(__file__).with_name("golden_tensor.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden_tensor.json").read_text())
 
 
 @pytest.mark.parametrize("held", [c for c in CASES if str(c) in GOLDEN["hashes"]], ids=str)
 def test_same_bits_as_an_h100(held: Case) -> None:
-    """Hashes that an H100 gave (`python tests/test_gpu_tensor.py golden` wrote them), against nvcc's PTX in the simulator with
+    """Hashes that an H100 gave (`python tests/gpu.py golden` wrote them), against nvcc's PTX in the simulator with
     that chip's way of adding: kernels, launchers and the simulator's mma are held to real hardware on a machine without it."""
     ran("cuda")
     for dtype in tensor.HALVES:

@@ -37,7 +37,7 @@ from rerank_kernels.backend import registry
 from rerank_kernels.ops import norm
 from rerank_kernels.patching.systems import sentence_transformers
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 OURS = str(Path(rk.__file__).parent)
 
 # Bits that are only moved, or chosen, or made from nothing; on any dtype.
@@ -260,7 +260,7 @@ SETTINGS: dict[str, dict[str, str]] = {
 def _swept(setting: dict[str, str]) -> dict[str, int]:
     kept = {k: v for k, v in os.environ.items() if k not in ("MKL_CBWR", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS")}
     environment = {**kept, **setting, "PYTHONPATH": os.pathsep.join(sys.path)}
-    ran = subprocess.run([sys.executable, str(HERE / "rounding.py")], env=environment, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, str(TESTS / "rounding.py")], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
     found: dict[str, int] = json.loads(ran.stdout)
     return found

@@ -20,17 +20,17 @@ import invariants
 import models
 import rerank_kernels as rk
 import tensor
-import test_attention
 from cases import Case, numbers, offsets
 from conftest import ran
 from invariants import all_same, same
+from prefill import steps_against_prefill
 from ptxsim import simulated_triton as simulated
 from ptxsim.open_bits import open_bits
 from ptxsim.simulated_triton import Edit, simulated_triton
 from rerank_kernels.backend import registry
 
 CASES = cases.CASES
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -114,10 +114,10 @@ def test_real_attention(lengths: tuple[int, ...]) -> None:
 
 def test_decode_and_chunks_have_the_bits_of_the_prefill() -> None:
     with simulated_triton():
-        test_attention.steps_against_prefill()
+        steps_against_prefill()
     for model in (2, 3):
         with tensor.simulated("triton", model):
-            test_attention.steps_against_prefill(16, torch.float16, mode="tensor")
+            steps_against_prefill(16, torch.float16, mode="tensor")
 
 
 @in_dtypes

@@ -29,7 +29,7 @@ from rerank_kernels.backend.native import linear as native
 
 simulated = pytest.importorskip("ptxsim.simulated")
 CASES = cases.CASES
-SOURCES = sorted((Path(__file__).parent.parent / "csrc" / "cuda").rglob("*.cu"))
+SOURCES = sorted((Path(__file__).parents[2] / "csrc" / "cuda").rglob("*.cu"))
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from torch.utils import cpp_extension
 import rerank_kernels as rk
 from conftest import require
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "rerank_kernels"
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
 from test_house import ROOT, files
 
 PAGE = ROOT / "CONTRIBUTING.md"

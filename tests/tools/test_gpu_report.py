@@ -26,7 +26,7 @@ from tools.gpu_report import machine, outcome, page, runner
 from tools.gpu_report.runner import Result
 from tools.gpu_report.steps import PROBES, Step, allowance, planned, probes_in, steps
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 KEY = {"gpu": "none", "revision": "1"}
 PROGRAM = ROOT / "tools" / "gpu_report"
@@ -448,7 +448,7 @@ def test_a_case_with_other_bits_than_written_down_is_wrong(off: bool, monkeypatc
             out.view(torch.int16).view(-1)[-1] ^= 1
         return (out,)
 
-    monkeypatch.setattr(golden.test_gpu, "on", on)
+    monkeypatch.setattr(golden.gpu, "on", on)
     with registry.use("cpu"):
         found = golden.portable(next(c for c in cases.CASES if c.op == "normalize"))
     assert found["equal"] == 3 - off and found.get("wrong") == ("other bits in float16" if off else None)

@@ -18,8 +18,8 @@ import cases
 import conftest
 import invariants
 import tensor
-import test_attention
 from conftest import ran
+from prefill import steps_against_prefill
 
 simulated = pytest.importorskip("ptxsim.simulated")
 Edit = simulated.Edit
@@ -125,7 +125,7 @@ MUTANTS = [
             "    const auto tile_of = [=](int key) { return (key + shift) / KEY_TILE; };",
         ),
         CAUSAL,
-        lambda case, dtype: test_attention.steps_against_prefill(64, dtype, mode="tensor"),
+        lambda case, dtype: steps_against_prefill(64, dtype, mode="tensor"),
         DIFFER,
     ),
     Mutant(

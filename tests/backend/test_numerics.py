@@ -16,7 +16,7 @@ import rerank_kernels as rk
 
 _host = pytest.importorskip("rerank_kernels._host", reason="the C++ library was not built")
 ISAS = [name for name, there in _host.cpu_features().items() if there]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def sweep(step: int = 4099) -> np.ndarray:

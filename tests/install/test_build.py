@@ -26,7 +26,7 @@ import torch.utils.cpp_extension
 
 import toolkit
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NEWEST = types.SimpleNamespace(version=(13, 0), home=Path("/cuda"), known=("75", "80", "86", "89", "90", "100", "120"))
 OLD = types.SimpleNamespace(version=(12, 4), home=Path("/cuda"), known=("75", "80", "86", "89", "90"))
 

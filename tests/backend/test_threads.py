@@ -24,8 +24,8 @@ from conftest import require
 from invariants import same, with_threads
 from rerank_kernels.backend import library
 
-HERE = Path(__file__).parent
-POOL = HERE.parent / "csrc" / "cpu" / "pool.cpp"
+TESTS = Path(__file__).parents[1]
+POOL = TESTS.parent / "csrc" / "cpu" / "pool.cpp"
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def run_pool(tmp_path: Path, way: str, source: str) -> subprocess.CompletedProce
     compiler = os.environ.get("CXX", "c++")
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
     (tmp_path / "tests").mkdir()
-    shutil.copy(HERE / "pool.cpp", tmp_path / "tests")
+    shutil.copy(TESTS / "pool.cpp", tmp_path / "tests")
     for header in POOL.parent.glob("*.h"):
         shutil.copy(header, tmp_path / "csrc" / "cpu")
     (tmp_path / "csrc" / "cpu" / "pool.cpp").write_text(source)
@@ -216,11 +216,11 @@ print("done")
 def test_a_forked_child_computes() -> None:
     """A server that loads the model, answers once, and forks its workers (gunicorn --preload, multiprocessing)."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(FORK), str(HERE)],
+        [sys.executable, "-c", textwrap.dedent(FORK), str(Path(__file__).parent)],
         capture_output=True,
         text=True,
         timeout=120,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])},
     )
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
@@ -239,7 +239,7 @@ print(sorted(len(os.sched_getaffinity(int(task))) for task in os.listdir("/proc/
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: there is nothing to bind")
 def test_a_caller_that_openmp_binds_does_not_bind_the_pool() -> None:
     """With OMP_PROC_BIND the first thread has one core, and whatever it starts would have that core too."""
-    bound = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores", "PYTHONPATH": str(HERE.parent)}
+    bound = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores", "PYTHONPATH": str(TESTS.parent)}
     done = subprocess.run([sys.executable, "-c", BOUND], capture_output=True, text=True, env=os.environ | bound, timeout=60)
     assert done.returncode == 0, done.stderr
     few, *_, many = map(int, done.stdout.strip("[]\n").split(", "))
