@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 
 from rerank_kernels.backend import library, registry
 from rerank_kernels.backend.modes import PORTABLE, Mode, of_the_model
+from rerank_kernels.errors import PatchError
+from rerank_kernels.ops.opaque import asking, nothing_around, refuse_onnx, symbolic, traced
 
 NOT_COMPILED = (
-    "a patched model runs as it is, for fused arithmetic has other bits: torch.compile works around it without fullgraph=True; "
-    "the ops alone (rk.linear, ...) compile with fullgraph=True"
+    "a patched model runs as it is, for fused arithmetic has other bits: torch.compile works around it without fullgraph=True, "
+    "torch.export.export() takes it with strict=False; the ops alone (rk.linear, ...) compile with fullgraph=True"
 )
+TRACED_BY = "torch.export.export(model, ..., strict=False) and torch.jit.trace() take it"
 
 
 class Forward:
@@ -46,6 +50,10 @@ class Forward:
         self.calls = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling():  # torch.export with strict=True
+            if self.mode.name == PORTABLE.name and self.backend is None and nothing_around():
+                with torch.no_grad():
+                    return self.function(self.module, *args, **kwargs)
         return _serve(self, args, kwargs)
 
     @contextlib.contextmanager
@@ -56,9 +64,37 @@ class Forward:
             yield
 
     @property
+    def __code__(self) -> CodeType:
+        """torch.export names the place that it traces by it."""
+        code: CodeType = self.function.__code__
+        return code
+
+    @property
     def __signature__(self) -> inspect.Signature:
         """Callers that filter arguments by inspect.signature(model.forward) see the class's own signature."""
         return inspect.signature(type(self.module).forward.__get__(self.module))
+
+
+class Refusal:
+    """What stands beside a Forward in the __dict__ of its module, where a tracer asks the module before it reads the class's own
+    forward, which is the stock one: `__prepare_scriptable__` for torch.jit.script, `_get_name` for torch.fx.symbolic_trace.
+
+    It is called with nothing, and gives the name of the class unless such a tracer calls.
+    """
+
+    ASKED = {"__prepare_scriptable__": "torch.jit.script", "_get_name": "torch.fx.symbolic_trace"}
+
+    def __init__(self, module: nn.Module, asked: str) -> None:
+        self.module = module
+        self.asked = asked
+
+    def __call__(self) -> str:
+        if self.asked != "_get_name" or symbolic():
+            raise PatchError(
+                f"{class_of(self.module)}: {self.ASKED[self.asked]} reads the source of the class, which is stock, and not the "
+                f"patched forward; {TRACED_BY}, and rk.unpatch(model) gives back the stock one"
+            )
+        return class_of(self.module).rpartition(".")[2]
 
 
 class Method:
@@ -111,21 +147,34 @@ def serving(mode: Mode, backend: str | None) -> Iterator[None]:
         stack.enter_context(registry.settled())
         stack.enter_context(of_the_model(mode))
         stack.enter_context(torch.no_grad())
-        if registry.serves_cpu("cpu"):
+        if not traced() and registry.serves_cpu("cpu"):  # a number of threads is nothing that a graph could hold
             stack.enter_context(library.holding_threads())
         yield
 
 
 def _serve_eagerly(self: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if torch.is_grad_enabled():
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.requires_grad:
-                raise RuntimeError(
-                    f"{class_of(self.module)}.forward: an input asks for gradients and rerank_kernels is forward only; "
-                    "run under torch.inference_mode(), or call rk.unpatch(model) to train"
-                )
+    if torch.is_grad_enabled() and asking(_tensors((args, kwargs))) is not None:
+        raise RuntimeError(
+            f"{class_of(self.module)}.forward: an input asks for gradients and rerank_kernels is forward only; "
+            "run under torch.inference_mode(), or call rk.unpatch(model) to train"
+        )
+    if symbolic():
+        raise PatchError(
+            f"{class_of(self.module)}.forward: a patched model looks at numbers, and torch.fx.symbolic_trace has none; {TRACED_BY}"
+        )
+    if traced():
+        refuse_onnx(f"{class_of(self.module)}.forward")
     with self.serving():
         return self.function(self.module, *args, **kwargs)
+
+
+def _tensors(value: Any) -> Iterator[tuple[None, Tensor]]:
+    """The tensors in arguments, with nothing for a name: sentence-transformers' modules take a dict of them."""
+    if isinstance(value, Tensor):
+        yield None, value
+    elif isinstance(value, dict | tuple | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(inner)
 
 
 _serve = _serve_eagerly

@@ -22,7 +22,7 @@ from rerank_kernels.backend import registry
 from rerank_kernels.backend.modes import PORTABLE, Mode, named
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import registry as models
-from rerank_kernels.models.bound import Forward, class_of, hooked, name_of
+from rerank_kernels.models.bound import Forward, Refusal, class_of, hooked, name_of
 from rerank_kernels.models.registry import COMPILED, ENCODERS, EXACT, FORWARDS, LEAVES, PREFIXES
 from rerank_kernels.patching.report import Report
 
@@ -40,7 +40,10 @@ def patch(model: nn.Module, mode: str | Mode = PORTABLE, strict: bool = True, *,
 def bind(report: Report) -> None:
     """Put the forwards of a report in place."""
     for forward in report.forwards.values():
-        forward.module.__dict__["forward"] = forward
+        held = forward.module.__dict__
+        held["forward"] = forward
+        for asked in Refusal.ASKED:
+            held[asked] = Refusal(forward.module, asked)
 
 
 def prepare(model: nn.Module, mode: str | Mode = PORTABLE, strict: bool = True, *, backend: str | None = None) -> Report:
@@ -82,8 +85,8 @@ def unpatch(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"unpatch: model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), Forward):
-            del module.__dict__["forward"]
+        for name in [name for name, value in module.__dict__.items() if isinstance(value, Forward | Refusal)]:
+            del module.__dict__[name]
 
 
 def _as_before(model: nn.Module, mode: Mode, backend: str | None) -> None:
