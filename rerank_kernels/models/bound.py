@@ -153,7 +153,7 @@ def serving(mode: Mode, backend: str | None) -> Iterator[None]:
 
 
 def _serve_eagerly(self: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if torch.is_grad_enabled() and asking(_tensors((args, kwargs))) is not None:
+    if torch.is_grad_enabled() and asking(enumerate(_tensors((args, kwargs)))) is not None:
         raise RuntimeError(
             f"{class_of(self.module)}.forward: an input asks for gradients and rerank_kernels is forward only; "
             "run under torch.inference_mode(), or call rk.unpatch(model) to train"
@@ -168,10 +168,10 @@ def _serve_eagerly(self: Forward, args: tuple[Any, ...], kwargs: dict[str, Any])
         return self.function(self.module, *args, **kwargs)
 
 
-def _tensors(value: Any) -> Iterator[tuple[None, Tensor]]:
-    """The tensors in arguments, with nothing for a name: sentence-transformers' modules take a dict of them."""
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in arguments: sentence-transformers' modules take a dict of them."""
     if isinstance(value, Tensor):
-        yield None, value
+        yield value
     elif isinstance(value, dict | tuple | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _tensors(inner)

@@ -128,8 +128,12 @@ def pack(m: Any, table: Table, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     else:
         check.shape(op, "input_ids", ids, "B", "T")
         b, t = ids.shape
-    cu, index = kept(embeds if ids is None else ids, mask, None if ids is None else m.config.pad_token_id, op)
-    sequences = Sequences(cu, index.shape[0], (b, t), index, op)
+    asked = embeds if ids is None else ids, mask, None if ids is None else m.config.pad_token_id, op
+    if traced():
+        cu, index = kept(*asked)
+        sequences = Sequences(cu, index.shape[0], (b, t), index, op)
+    else:
+        sequences = _tokens(*asked)
 
     def packed(name: str, x: Tensor | None) -> Tensor | None:
         if x is not None:
@@ -155,7 +159,14 @@ def _kept_result(like: Tensor, mask: Tensor | None, pad: int | None, op: str) ->
 
 @opaque(_kept_result, result=Kept)
 def kept(like: Tensor, mask: Tensor | None, pad: int | None, op: str) -> Kept:
-    """Which places of a padded batch, like [B, T, ...], hold a token: those where mask [B, T] is not 0; all without a mask."""
+    """_tokens, where a tracer writes it down: how many there are is known when the graph runs."""
+    sequences = _tokens(like, mask, pad, op)
+    assert sequences.index is not None
+    return Kept(sequences.cu_seqlens, sequences.index)
+
+
+def _tokens(like: Tensor, mask: Tensor | None, pad: int | None, op: str) -> Sequences:
+    """Those of a padded batch, like [B, T, ...]: where mask [B, T] is not 0; every place without a mask."""
     b, t = like.shape[:2]
     if mask is None:
         _warn_of_pads(op, like, pad)
@@ -166,9 +177,7 @@ def kept(like: Tensor, mask: Tensor | None, pad: int | None, op: str) -> Kept:
     # 0 for tokens and -10000 for padding: `!= 0` would turn it around
     if mask.dtype != torch.bool and mask.numel() and mask.min() < 0:
         check.fail(op, "attention_mask", "nonzero where a token is", "negative values", "additive masks are not served")
-    sequences = Sequences.from_mask(mask != 0, (b, t), op=op)
-    assert sequences.index is not None
-    return Kept(sequences.cu_seqlens, sequences.index)
+    return Sequences.from_mask(mask != 0, (b, t), op=op)
 
 
 @functools.cache
