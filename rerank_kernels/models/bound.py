@@ -52,8 +52,7 @@ class Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling():  # torch.export with strict=True
             if self.mode.name == PORTABLE.name and self.backend is None and nothing_around():
-                with torch.no_grad():
-                    return self.function(self.module, *args, **kwargs)
+                return self.function(self.module, *args, **kwargs)
         return _serve(self, args, kwargs)
 
     @contextlib.contextmanager
@@ -146,9 +145,10 @@ def serving(mode: Mode, backend: str | None) -> Iterator[None]:
             stack.enter_context(registry.use(backend, asked_by=f"patch(model, backend={backend!r})"))
         stack.enter_context(registry.settled())
         stack.enter_context(of_the_model(mode))
-        stack.enter_context(torch.no_grad())
-        if not traced() and registry.serves_cpu("cpu"):  # a number of threads is nothing that a graph could hold
-            stack.enter_context(library.holding_threads())
+        if not traced():  # a graph would hold neither, or leave gradients off after an error; the ops have none anyway
+            stack.enter_context(torch.no_grad())
+            if registry.serves_cpu("cpu"):
+                stack.enter_context(library.holding_threads())
         yield
 
 

@@ -61,7 +61,8 @@ def register(name: str) -> bool:
         def shaped(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
             return fake(*args, **kwargs)
 
-        said = (schema or inferred(function)).replace(") -> ", ", str? backend=None) -> ")
+        said = schema or inferred(function)
+        said = said.replace(") -> ", ("" if "*" in said else ", *") + ", str? backend=None) -> ")
         _library.define(name + said, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, served, "CompositeExplicitAutograd")
         _library.impl(name, without_gradient, "Autograd")
