@@ -79,7 +79,7 @@ def __dir__() -> list[str]:
 
 
 def _ready_for_saved_graphs() -> None:
-    """Makes the ops that a graph saved by torch.jit or torch.export calls: who loads one may have imported this package alone."""
+    """Makes the ops that a graph saved by torch.jit or torch.export calls: importing this package is enough to load one."""
     for home in {*_HOME.values(), "models.packing"}:
         if home.startswith(("ops.", "models.")):
             importlib.import_module(f"{__name__}.{home}")

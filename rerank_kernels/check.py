@@ -43,7 +43,9 @@ def shape(op: str, name: str, t: Tensor, *want: int | str) -> None:
     fits = len(sizes) == len(want)
     if fits:
         for n, w in zip(sizes, want, strict=True):  # a plain loop: every op of a small model asks this several times
-            if isinstance(n, int) and n != w and not isinstance(w, str):  # torch.jit.trace has tensors: the op looks when it runs
+            if (
+                isinstance(n, int) and n != w and not isinstance(w, str)
+            ):  # torch.jit.trace has tensors: the op looks when it runs
                 fits = False
     if not fits:
         fail(op, name, "[" + ", ".join(str(w) for w in want) + "]", shape_of(t))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import check
-from rerank_kernels.models.bound import Forward, class_of, name_of
+from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.heads import ClassificationHead
 from rerank_kernels.models.leaves import ACTIVATIONS, activation_of
 from rerank_kernels.models.packing import Table, dense, lookup, norm, pack, positions_of, ready
@@ -119,8 +119,8 @@ def _table(encoder: Any) -> Table:
 
 def _enter_encoder(m: Any) -> Any:
     """The encoder of a classifier. It does not pass its own forward, but a count of zero must mean it never ran."""
-    forward = m.base_model.__dict__.get("forward")
-    if isinstance(forward, Forward) and not traced():
+    forward = forward_of(m.base_model)
+    if forward is not None and not traced():
         forward.calls += 1
     return m.base_model
 

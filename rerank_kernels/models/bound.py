@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
@@ -26,7 +27,8 @@ TRACED_BY = "torch.export.export(model, ..., strict=False) and torch.jit.trace()
 class Forward:
     """The `forward` of one module: `function`, of models/registry.py, called with the module first; counts its calls.
 
-    It computes in `mode`, served by `backend` where one was chosen, whatever the program around it has set.
+    It computes in `mode`, served by `backend` where one was chosen, whatever the program around it has set. Once it is undone it
+    is the class's own forward, wherever it is still held: a user's wrapper, or accelerate's, calls what it found.
 
     Not a types.MethodType: that pickles as getattr(module, name), and silently comes back as the class's own forward,
     unpatched. This one copies and pickles with its module, and a copy's forward reads the copy's weights.
@@ -48,8 +50,11 @@ class Forward:
         self.mode = mode
         self.backend = backend
         self.calls = 0
+        self.undone = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.undone:
+            return type(self.module).forward(self.module, *args, **kwargs)
         if torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling():  # torch.export with strict=True
             if self.mode.name == PORTABLE.name and self.backend is None and nothing_around():
                 return self.function(self.module, *args, **kwargs)
@@ -78,22 +83,23 @@ class Refusal:
     """What stands beside a Forward in the __dict__ of its module, where a tracer asks the module before it reads the class's own
     forward, which is the stock one: `__prepare_scriptable__` for torch.jit.script, `_get_name` for torch.fx.symbolic_trace.
 
-    It is called with nothing, and gives the name of the class unless such a tracer calls.
+    It is called with nothing, and gives the name of the class unless such a tracer calls. It knows the Forward, which unpatch()
+    has to find where another one stands before it.
     """
 
     ASKED = {"__prepare_scriptable__": "torch.jit.script", "_get_name": "torch.fx.symbolic_trace"}
 
-    def __init__(self, module: nn.Module, asked: str) -> None:
-        self.module = module
+    def __init__(self, forward: Forward, asked: str) -> None:
+        self.forward = forward
         self.asked = asked
 
     def __call__(self) -> str:
         if self.asked != "_get_name" or symbolic():
             raise PatchError(
-                f"{class_of(self.module)}: {self.ASKED[self.asked]} reads the source of the class, which is stock, and not the "
+                f"{class_of(self.forward.module)}: {self.ASKED[self.asked]} reads the source of the class, which is stock, and not the "
                 f"patched forward; {TRACED_BY}, and rk.unpatch(model) gives back the stock one"
             )
-        return class_of(self.module).rpartition(".")[2]
+        return type(self.forward.module).__name__
 
 
 class Method:
@@ -101,6 +107,8 @@ class Method:
 
     It stands in the __dict__ of its holder, and copies and pickles with it, for the same reason as Forward does. `report` is
     what patch() returned; `patch` is patch() itself with the same choices, for a method after which there is another model.
+    Once it is undone it is the class's own method, wherever it is still held. `lock` is for a method that many threads may
+    call and one has to complete.
     """
 
     def __init__(
@@ -122,9 +130,17 @@ class Method:
         self.backend = backend
         self.report = report
         self.patch = patch
+        self.undone = False
+        self.lock = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self, *args, **kwargs)
+        return self.original(*args, **kwargs) if self.undone else self.function(self, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.RLock())
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -135,6 +151,44 @@ class Method:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.original)
+
+
+class Methods(dict[str, Method]):
+    """The Methods of one holder by name, in its __dict__ beside them: unpatch() has to find one that a user has wrapped."""
+
+    KEY = "_rerank_kernels_methods"
+
+    @classmethod
+    def of(cls, holder: Any) -> Methods:
+        """Those of `holder`; a shallow copy brings those of another."""
+        found = vars(holder).get(cls.KEY)
+        mine = isinstance(found, cls) and all(method.holder is holder for method in found.values())
+        return found if mine else cls()  # type: ignore[return-value]
+
+    def put(self, method: Method) -> None:
+        held = vars(method.holder)
+        self[method.name] = held[method.name] = method
+        held[self.KEY] = self
+
+    def take_out(self, name: str) -> None:
+        """Undo the method called `name`; what a user put before it stays."""
+        method = self.pop(name)
+        method.undone = True
+        held = vars(method.holder)
+        if held.get(name) is method:
+            del held[name]
+        if not self:
+            held.pop(self.KEY, None)
+
+
+# Held while models or objects are patched or undone, and while an object that was patched before it had its model gets one.
+CHANGING = threading.RLock()
+
+
+def forward_of(m: nn.Module) -> Forward | None:
+    """The Forward that serves calls of m now."""
+    found = m.__dict__.get("forward")
+    return found if isinstance(found, Forward) and not found.undone else None
 
 
 @contextlib.contextmanager

@@ -74,7 +74,9 @@ def test_what_asks_for_gradients_is_refused(own: Case) -> None:
         for value in (leaf, leaf * 1):
             given[name] = value
             for f in ways(own):
-                with pytest.raises(RuntimeError, match=rf"{own.op}: {name} asks for gradients and rerank_kernels is forward only"):
+                with pytest.raises(
+                    RuntimeError, match=rf"{own.op}: {name} asks for gradients and rerank_kernels is forward only"
+                ):
                     f(given)
                 torch._dynamo.reset()
         with torch.no_grad():

@@ -29,7 +29,7 @@ from rerank_kernels.models.bound import PatchError
 from rerank_kernels.ops import opaque
 from test_compile import CASES, arguments, outputs
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 FAMILIES = ("bert", "xlm-roberta")
 # lengths, padded left, width: two equal rows, other lengths, wider, a row without tokens
 OTHERS = (((9, 9), False, 0), ((3, 12, 1), False, 20), ((5,), True, 8), ((40, 2), True, 0), ((0, 3), False, 0))
@@ -130,7 +130,9 @@ def test_the_arguments_that_a_forward_takes() -> None:
     first, *others = (dict(batch, token_type_ids=batch["input_ids"] % 2) for batch in batches(0))
     places = [dict(batch, position_ids=(batch["attention_mask"].cumsum(1) - 1).clamp(min=0) + 1) for batch in (first, *others)]
     words = model.bert.embeddings.word_embeddings
-    embeds = [{"inputs_embeds": words(b["input_ids"]).detach(), "attention_mask": b["attention_mask"]} for b in (first, *others)]
+    embeds = [
+        {"inputs_embeds": words(b["input_ids"]).detach(), "attention_mask": b["attention_mask"]} for b in (first, *others)
+    ]
     bare = [{"input_ids": rows((n,) * b)[0].expand(b, -1)} for b, n in ((1, 9), (3, 9), (2, 4))]
     for given in ([first, *others], places, embeds, bare):
         for f in (jit(model, given[0]), exported(model, given[2]).module()):
@@ -143,7 +145,10 @@ def test_a_traced_model_looks_when_it_runs() -> None:
     model, (first, two, wide, *_) = patched(), batches(0)
     wrong: tuple[tuple[dict[str, Tensor], str], ...] = (
         ({**wide, "attention_mask": (wide["attention_mask"] - 1) * 10000}, "attention_mask must be nonzero where a token is"),
-        ({**two, "attention_mask": first["attention_mask"]}, r"attention_mask must be \[B, T\] = \[2, 9\]|Guard failed: attention_mask"),
+        (
+            {**two, "attention_mask": first["attention_mask"]},
+            r"attention_mask must be \[B, T\] = \[2, 9\]|Guard failed: attention_mask",
+        ),
         ({**two, "input_ids": two["input_ids"] + 500}, r"input_ids must be in \[0, 159\]"),
         (padded(rows((141, 3)), 0), "input_ids must be at most 140 tokens a sequence"),
     )
@@ -189,7 +194,8 @@ print("the same")
 
 
 @pytest.mark.parametrize(
-    ("kind", "imports"), [("jit", "import rerank_kernels, torch"), ("export", "import torch, rerank_kernels, transformers.modeling_outputs")]
+    ("kind", "imports"),
+    [("jit", "import rerank_kernels, torch"), ("export", "import torch, rerank_kernels, transformers.modeling_outputs")],
 )
 def test_in_a_process_that_has_imported_the_package(tmp_path: Path, kind: str, imports: str) -> None:
     model = patched()
@@ -200,7 +206,7 @@ def test_in_a_process_that_has_imported_the_package(tmp_path: Path, kind: str, i
     else:
         torch.export.save(exported(model, given[2]), tmp_path / "graph.pt2")
     program = FRESH.format(imports=imports)
-    done = subprocess.run([sys.executable, "-c", program, kind, str(tmp_path)], capture_output=True, text=True, cwd=HERE.parent)
+    done = subprocess.run([sys.executable, "-c", program, kind, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "the same\n"), done.stderr
 
 
@@ -208,7 +214,9 @@ def test_in_a_process_that_has_imported_the_package(tmp_path: Path, kind: str, i
 
 
 def test_leaves_in_a_container() -> None:
-    model = nn.Sequential(nn.Linear(12, 8), nn.LayerNorm(8), nn.GELU(), nn.LayerNorm(8, elementwise_affine=False), nn.Softmax(-1))
+    model = nn.Sequential(
+        nn.Linear(12, 8), nn.LayerNorm(8), nn.GELU(), nn.LayerNorm(8, elementwise_affine=False), nn.Softmax(-1)
+    )
     rk.patch(model.eval())
     x = [numbers(f"x{n}", (n, 5, 12), torch.float32) for n in (1, 2, 7)]
     program = torch.export.export(model, (x[1],), dynamic_shapes=({0: torch.export.Dim("B")},))
@@ -228,7 +236,9 @@ def test_sentence_modules(include_prompt: bool) -> None:
             self.inner = model
 
         def forward(self, x: Tensor, mask: Tensor, prompt: Tensor) -> Tensor:
-            made: Tensor = self.inner({"token_embeddings": x, "attention_mask": mask, "prompt_length": prompt})["sentence_embedding"]
+            made: Tensor = self.inner({"token_embeddings": x, "attention_mask": mask, "prompt_length": prompt})[
+                "sentence_embedding"
+            ]
             return made
 
     given = []
@@ -289,7 +299,9 @@ def test_what_reads_the_source_of_the_class_is_refused(made: Callable[[], Any]) 
     model = made()
     name = type(model).__name__
     for tracer in (torch.jit.script, torch.fx.symbolic_trace):
-        with pytest.raises(PatchError, match=rf"^{name}: torch\.[\w.]+ reads the source .* torch\.jit\.trace\(\) take it") as refused:
+        with pytest.raises(
+            PatchError, match=rf"^{name}: torch\.[\w.]+ reads the source .* torch\.jit\.trace\(\) take it"
+        ) as refused:
             tracer(model)
         assert "\n" not in str(refused.value)
     assert repr(model).startswith(name)
@@ -326,7 +338,9 @@ def test_fx_inside_an_encoder_is_refused() -> None:
         def forward(self, ids: Tensor) -> Any:
             return self.inner(ids)[0] * 2
 
-    with pytest.raises(PatchError, match=r"^BertForSequenceClassification.forward: .* torch\.fx\.symbolic_trace has none; .* take it"):
+    with pytest.raises(
+        PatchError, match=r"^BertForSequenceClassification.forward: .* torch\.fx\.symbolic_trace has none; .* take it"
+    ):
         torch.fx.symbolic_trace(Around(patched()))
 
 
