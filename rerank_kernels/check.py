@@ -43,9 +43,8 @@ def shape(op: str, name: str, t: Tensor, *want: int | str) -> None:
     fits = len(sizes) == len(want)
     if fits:
         for n, w in zip(sizes, want, strict=True):  # a plain loop: every op of a small model asks this several times
-            if (
-                isinstance(n, int) and n != w and not isinstance(w, str)
-            ):  # torch.jit.trace has tensors: the op looks when it runs
+            # torch.jit.trace has tensors for sizes, which the op that is traced looks at when it runs
+            if not isinstance(w, str) and not isinstance(n, Tensor) and n != w:
                 fits = False
     if not fits:
         fail(op, name, "[" + ", ".join(str(w) for w in want) + "]", shape_of(t))

@@ -7,7 +7,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from types import CodeType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ TRACED_BY = "torch.export.export(model, ..., strict=False) and torch.jit.trace()
 class Forward:
     """The `forward` of one module: `function`, of models/registry.py, called with the module first; counts its calls.
 
-    It computes in `mode`, served by `backend` where one was chosen, whatever the program around it has set. Once it is undone it
-    is the class's own forward, wherever it is still held: a user's wrapper, or accelerate's, calls what it found.
+    It computes in `mode`, served by `backend` where one was chosen, whatever the program around it has set. Once it is undone
+    it is the class's own forward, wherever it is still held: a user's wrapper, or accelerate's, calls what it found.
 
     Not a types.MethodType: that pickles as getattr(module, name), and silently comes back as the class's own forward,
     unpatched. This one copies and pickles with its module, and a copy's forward reads the copy's weights.
@@ -55,9 +55,9 @@ class Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.undone:
             return type(self.module).forward(self.module, *args, **kwargs)
-        if torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling():  # torch.export with strict=True
-            if self.mode.name == PORTABLE.name and self.backend is None and nothing_around():
-                return self.function(self.module, *args, **kwargs)
+        strict = torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling()  # torch.export with strict=True
+        if strict and self.mode.name == PORTABLE.name and self.backend is None and nothing_around():
+            return self.function(self.module, *args, **kwargs)
         return _serve(self, args, kwargs)
 
     @contextlib.contextmanager
@@ -80,26 +80,28 @@ class Forward:
 
 
 class Refusal:
-    """What stands beside a Forward in the __dict__ of its module, where a tracer asks the module before it reads the class's own
-    forward, which is the stock one: `__prepare_scriptable__` for torch.jit.script, `_get_name` for torch.fx.symbolic_trace.
+    """What stands beside a Forward in the __dict__ of its module, where a tracer asks before it reads the class's own forward.
+
+    That is the stock one. torch.jit.script asks for `__prepare_scriptable__`, torch.fx.symbolic_trace calls `_get_name`.
 
     It is called with nothing, and gives the name of the class unless such a tracer calls. It knows the Forward, which unpatch()
     has to find where another one stands before it.
     """
 
-    ASKED = {"__prepare_scriptable__": "torch.jit.script", "_get_name": "torch.fx.symbolic_trace"}
+    ASKED: ClassVar = {"__prepare_scriptable__": "torch.jit.script", "_get_name": "torch.fx.symbolic_trace"}
 
     def __init__(self, forward: Forward, asked: str) -> None:
         self.forward = forward
         self.asked = asked
 
     def __call__(self) -> str:
+        name = type(self.forward.module).__name__
         if self.asked != "_get_name" or symbolic():
             raise PatchError(
-                f"{class_of(self.forward.module)}: {self.ASKED[self.asked]} reads the source of the class, which is stock, and not the "
-                f"patched forward; {TRACED_BY}, and rk.unpatch(model) gives back the stock one"
+                f"{name}: {self.ASKED[self.asked]} reads the source of the class, and not the patched forward; {TRACED_BY}, "
+                "and rk.unpatch(model) gives back the stock one"
             )
-        return type(self.forward.module).__name__
+        return name
 
 
 class Method:
@@ -163,7 +165,7 @@ class Methods(dict[str, Method]):
         """Those of `holder`; a shallow copy brings those of another."""
         found = vars(holder).get(cls.KEY)
         mine = isinstance(found, cls) and all(method.holder is holder for method in found.values())
-        return found if mine else cls()  # type: ignore[return-value]
+        return found if mine else cls()
 
     def put(self, method: Method) -> None:
         held = vars(method.holder)
@@ -214,7 +216,7 @@ def _serve_eagerly(self: Forward, args: tuple[Any, ...], kwargs: dict[str, Any])
         )
     if symbolic():
         raise PatchError(
-            f"{class_of(self.module)}.forward: a patched model looks at numbers, and torch.fx.symbolic_trace has none; {TRACED_BY}"
+            f"{class_of(self.module)}.forward: it has to look at numbers, and torch.fx.symbolic_trace has none; {TRACED_BY}"
         )
     if traced():
         refuse_onnx(f"{class_of(self.module)}.forward")

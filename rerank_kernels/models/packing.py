@@ -38,7 +38,7 @@ class Kept(NamedTuple):
     """Offsets of the sequences, int32 [B + 1], and where their tokens stand among the places of the batch, int64 [total]."""
 
     cu_seqlens: Tensor
-    index: Tensor
+    places: Tensor
 
 
 class Batch(NamedTuple):
@@ -246,7 +246,9 @@ def _options(m: Any, op: str, given: dict[str, Any]) -> tuple[list[Tensor] | Non
     """(where to collect hidden states, return_dict)."""
     asked = {name: value for name, value in given.items() if value is not None}
     hidden = asked.pop("output_hidden_states", getattr(m.config, "output_hidden_states", False))
-    as_dict = asked.pop("return_dict", getattr(m.config, "return_dict", True))
+    # transformers 4 gives tuples to torch.jit.trace where config.torchscript says so
+    usual = getattr(m.config, "return_dict", True) and not getattr(m.config, "torchscript", False)
+    as_dict = asked.pop("return_dict", usual)
     asked.setdefault("output_attentions", getattr(m.config, "output_attentions", False))
     for name, value in asked.items():
         if value is not False:

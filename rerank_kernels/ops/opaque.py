@@ -231,8 +231,8 @@ def nothing_around() -> bool:
     return modes.around() is modes.PORTABLE and registry.asked() is None and not torch.onnx.is_in_onnx_export()
 
 
-for _constant in (_around, nothing_around):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_around._dynamo_marked_constant = True  # type: ignore[attr-defined]
+nothing_around._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _number(value: Any) -> Any:
@@ -253,7 +253,7 @@ def opaque(
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         name = function.__name__
         _declared[name] = schema, function, fake
-        fields = 0 if result is None else len(result._fields)
+        fields = len(getattr(result, "_fields", ()))
 
         @functools.wraps(function)
         def public(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -271,7 +271,7 @@ def opaque(
             with torch.no_grad():
                 return function(*args, **kwargs)
 
-        public.__prepare_scriptable__ = _Unscriptable(name)
+        public.__prepare_scriptable__ = _Unscriptable(name)  # type: ignore[attr-defined]
         return public
 
     return decorate

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_compile import CASES, arguments, compiled, outputs
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -21,7 +22,6 @@ from cases import Case, numbers
 from invariants import all_same, same
 from models import padded, rows, tiny
 from rerank_kernels.ops import opaque
-from test_compile import CASES, arguments, compiled, outputs
 
 HERE = [pytest.param(own, id=own.op) for own in CASES]
 FUNCTIONS = {own.op: cases.FUNCTIONS[own.op] for own in CASES}

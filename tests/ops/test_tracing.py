@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_compile import CASES, arguments, outputs
 from torch import Tensor, nn
 
 import cases
@@ -27,7 +28,6 @@ from models import padded, rows, tiny
 from rerank_kernels.models import bert, bound, packing
 from rerank_kernels.models.bound import PatchError
 from rerank_kernels.ops import opaque
-from test_compile import CASES, arguments, outputs
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("bert", "xlm-roberta")
@@ -374,7 +374,7 @@ def test_a_mask_that_is_looked_at_while_it_is_traced_is_seen(monkeypatch: pytest
     """The defect that this file is about: the tokens of the traced row are baked in."""
     monkeypatch.setattr(packing, "traced", lambda: False)
     warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
-    with pytest.raises(Exception):  # noqa: B017, PT011  whichever comes first: PyTorch's own error, or other bits
+    with pytest.raises(Exception):  # noqa: B017  whichever comes first: PyTorch's own error, or other bits
         test_jit_trace("bert", True)
 
 
