@@ -34,6 +34,8 @@ class Forward:
     unpatched. This one copies and pickles with its module, and a copy's forward reads the copy's weights.
     """
 
+    undone = False  # also of one that an older version has pickled
+
     def __new__(cls, *args: Any) -> Forward:
         global _serve
         if _serve is _serve_eagerly:
@@ -50,7 +52,6 @@ class Forward:
         self.mode = mode
         self.backend = backend
         self.calls = 0
-        self.undone = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.undone:
@@ -113,6 +114,8 @@ class Method:
     call and one has to complete.
     """
 
+    undone = False
+
     def __init__(
         self,
         holder: Any,
@@ -132,7 +135,6 @@ class Method:
         self.backend = backend
         self.report = report
         self.patch = patch
-        self.undone = False
         self.lock = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -253,7 +253,8 @@ def opaque(
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         name = function.__name__
         _declared[name] = schema, function, fake
-        fields = len(getattr(result, "_fields", ()))
+        several = (schema or "").rpartition("->")[2].count("Tensor")
+        fields = 0 if result is None else len(getattr(result, "_fields", ())) or several
 
         @functools.wraps(function)
         def public(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -79,8 +79,8 @@ def _patch(obj: Any, numeric: Mode, strict: bool, backend: str | None) -> Report
 def unpatch(obj: Any) -> None:
     """Undo patch: every module and method of `obj` gets its class's own back, and nothing else was ever changed.
 
-    A `forward` or method that was put before ours since then (a wrapper, accelerate's prepare()) stays, and what it calls is the
-    class's own from now on. Calls on their way in other threads end as patched or as stock.
+    A `forward` or method that was put before ours since then (a wrapper, accelerate's prepare()) stays, and what it calls is
+    the class's own from now on. Calls on their way in other threads end as patched or as stock.
     """
     with CHANGING:
         found = resolve(obj)

@@ -1,7 +1,7 @@
 """Derivatives: no op and no patched model has any, and none is silently zero or missing.
 
-One rule, eagerly and under torch.compile. A Parameter is a number: the result has no grad_fn, and requires_grad is False. Anything
-else that asks for a gradient, and any tangent of forward mode, is an error that names op and argument.
+One rule, eagerly and under torch.compile. A Parameter is a number: the result has no grad_fn, and requires_grad is False.
+Anything else that asks for a gradient, and any tangent of forward mode, is an error that names op and argument.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What is traced, exported or symbolically traced gives the patched model's bits for every batch, or is refused while it is traced.
+"""What is traced or exported gives the patched model's bits for every batch, or is refused while it is traced.
 
-A tracer runs a forward once and writes down what it did. So whatever looks at numbers (how many tokens, which are valid) has to be
-an op of its own; the mutants at the end show that the tests see one that is not.
+A tracer runs a forward once and writes down what it did. So whatever looks at numbers (how many tokens, which are valid) has
+to be an op of its own; the mutants at the end show that the tests see one that is not.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import systems
 from cases import Case, numbers
 from invariants import all_same, same
 from models import padded, rows, tiny
+from rerank_kernels.backend import modes
 from rerank_kernels.models import bert, bound, packing
 from rerank_kernels.models.bound import PatchError
 from rerank_kernels.ops import opaque
@@ -350,6 +351,47 @@ def test_onnx_is_refused(tmp_path: Path) -> None:
         given = tuple(arguments(CASES[0], torch.float32).values()) if isinstance(model, OneOp) else tuple(batch.values())
         with pytest.raises(RuntimeError, match=rf"^{words}: ONNX has no operators with these bits; .* rk\.unpatch\(model\)"):
             torch.onnx.export(model, given, str(tmp_path / "model.onnx"), dynamo=False)
+    leaf = bare(nn.Sequential(nn.Linear(3, 2)))
+    with pytest.raises(RuntimeError, match=r"^Linear\.forward: ONNX"):
+        torch.onnx.export(leaf, (torch.ones(1, 3),), str(tmp_path / "leaf.onnx"), dynamo=False)
+    rk.unpatch(leaf)
+    torch.onnx.export(leaf, (torch.ones(1, 3),), str(tmp_path / "leaf.onnx"), dynamo=False)
+    assert (tmp_path / "leaf.onnx").exists()
+
+
+class Logits(nn.Module):
+    """What one writes around a model for a server: tensors in, tensors out."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        logits: Tensor = self.inner(input_ids=ids, attention_mask=mask).logits
+        return logits
+
+
+def test_inside_a_module_of_the_users() -> None:
+    model = patched()
+    whole, (first, _, wide, *_) = Logits(model).eval(), batches(0)
+    sizes = {0: torch.export.Dim("B"), 1: torch.export.Dim("T")}
+    for strict in (False, True):
+        program = torch.export.export(whole, tuple(wide.values()), dynamic_shapes=(sizes, sizes), strict=strict)
+        gives_the_models_bits(model, program.module(), 0, by_place=True)
+    with torch.inference_mode():
+        gives_the_models_bits(model, torch.jit.trace(whole, tuple(first.values())), 0, by_place=True)
+    with pytest.raises(PatchError, match=r"^BertForSequenceClassification: torch\.jit\.script"):
+        torch.jit.script(whole)
+
+
+def test_the_mode_of_the_model_around_is_written_down() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as fakes, modes.of_the_model(modes.TENSOR):
+        x = fakes.from_tensor(torch.ones(2, 4, dtype=torch.float16))
+        made = torch.fx.experimental.proxy_tensor.make_fx(lambda x: rk.linear(x, x))(x)
+    assert "mode = 'tensor'" in made.code
+    assert "mode = 'portable'" in torch.fx.experimental.proxy_tensor.make_fx(lambda x: rk.linear(x, x))(torch.ones(2, 4)).code
 
 
 # ---- what unpatch and copies make of it -------------------------------------------------------------------------------------
