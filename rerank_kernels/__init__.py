@@ -5,6 +5,7 @@ A public name loads its module, and with it torch, when it is first asked for: `
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -101,7 +102,8 @@ class _WhenTorchIsImported:
 
         def exec_module(module: Any) -> None:
             execute(module)
-            _ready_for_saved_graphs()
+            with contextlib.suppress(Exception):  # a torch that does not fit must not fail here: our first use says why
+                _ready_for_saved_graphs()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
