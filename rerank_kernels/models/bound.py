@@ -54,6 +54,8 @@ class Forward:
         self.calls = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.module:  # accelerate's unwrap_model() makes a method of what it finds
+            args = args[1:]
         if self.undone:
             return type(self.module).forward(self.module, *args, **kwargs)
         strict = torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling()  # torch.export with strict=True
@@ -189,9 +191,16 @@ class Methods(dict[str, Method]):
 CHANGING = threading.RLock()
 
 
+def held_forward(m: nn.Module) -> Any:
+    """What stands as `forward` in the __dict__ of m, None if nothing does; a Forward also where it was made a method of m."""
+    found = m.__dict__.get("forward")
+    inner = getattr(found, "__func__", None)
+    return inner if isinstance(inner, Forward) else found
+
+
 def forward_of(m: nn.Module) -> Forward | None:
     """The Forward that serves calls of m now."""
-    found = m.__dict__.get("forward")
+    found = held_forward(m)
     return found if isinstance(found, Forward) and not found.undone else None
 
 

@@ -180,7 +180,9 @@ def traced() -> bool:
 
 def symbolic() -> bool:
     """Whether torch.fx.symbolic_trace is at work, which calls with proxies in place of tensors."""
-    return _symbolic_trace._is_fx_tracing_flag and not torch.compiler.is_compiling()  # torch.export sets the flag too
+    if not _symbolic_trace._is_fx_tracing_flag or torch.compiler.is_compiling():  # torch.export sets the flag too, and make_fx
+        return False
+    return torch._C._get_dispatch_mode(_PROXY) is None
 
 
 def refuse_onnx(op: str) -> None:

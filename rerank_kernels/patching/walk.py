@@ -22,7 +22,7 @@ from rerank_kernels.backend import registry
 from rerank_kernels.backend.modes import PORTABLE, Mode, named
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import registry as models
-from rerank_kernels.models.bound import CHANGING, Forward, Refusal, class_of, forward_of, hooked, name_of
+from rerank_kernels.models.bound import CHANGING, Forward, Refusal, class_of, forward_of, held_forward, hooked, name_of
 from rerank_kernels.models.registry import COMPILED, ENCODERS, EXACT, FORWARDS, LEAVES, PREFIXES
 from rerank_kernels.patching.report import Report
 
@@ -91,14 +91,16 @@ def unpatch(model: nn.Module) -> None:
     with CHANGING:
         for module in model.modules():
             held = module.__dict__
-            for name, value in list(held.items()):
-                if not isinstance(value, Forward | Refusal):
-                    continue
-                forward = value if isinstance(value, Forward) else value.forward
+            ours: dict[str, Forward | Refusal] = {
+                name: value for name, value in list(held.items()) if isinstance(value, Refusal)
+            }
+            if isinstance(forward := held_forward(module), Forward):
+                ours["forward"] = forward
+            for name, value in ours.items():
+                forward = value.forward if isinstance(value, Refusal) else value
                 if forward.module is module:  # a shallow copy holds another's
                     forward.undone = True
-                if name == "forward" or isinstance(value, Refusal):
-                    held.pop(name, None)
+                held.pop(name, None)
 
 
 def _as_before(model: nn.Module, mode: Mode, backend: str | None) -> None:
@@ -172,7 +174,7 @@ def _replacements(model: nn.Module, mode: Mode, backend: str | None) -> tuple[Re
 
 def _problem(m: Any) -> str | None:
     """Why module m, by itself, cannot be served; "" if its class is in no table, None if it can."""
-    if not isinstance(m.__dict__.get("forward", None), Forward | None) and name_of(m) != COMPILED:
+    if not isinstance(held_forward(m), Forward | None) and name_of(m) != COMPILED:
         return "has a forward of its own in its __dict__"
     return models.problem(m)
 

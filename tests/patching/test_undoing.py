@@ -80,6 +80,13 @@ class Converting:
         return self.inner(*args, **kwargs)
 
 
+def by_unwrapping(model: Any) -> None:
+    """As accelerate's unwrap_model, after prepare(), which gives back what it found as a method."""
+    by_prepare(model)
+    inner = vars(model).pop("_original_forward")
+    model.forward = MethodType(getattr(inner, "__func__", inner), model)
+
+
 def by_prepare(model: Any) -> None:
     """As accelerate's prepare_model under mixed precision."""
     model._original_forward = model.forward
@@ -101,7 +108,7 @@ def in_two_layers(model: Any) -> None:
     by_prepare(model)
 
 
-WRAPPERS = (by_lambda, by_wraps, by_partial, by_prepare, by_method, by_compiling, in_two_layers)
+WRAPPERS = (by_lambda, by_wraps, by_partial, by_prepare, by_method, by_compiling, by_unwrapping, in_two_layers)
 
 
 def stays_stock_after_unpatch(wrap: Callable[[Any], None]) -> None:
@@ -134,7 +141,8 @@ def test_a_wrapper_that_is_taken_off_after_unpatch_leaves_stock() -> None:
         ours = logits(model)
         wrap(model)
         rk.unpatch(model)
-        model.forward = vars(model).pop(kept)
+        found = vars(model).pop(kept)
+        model.forward = MethodType(found, model) if wrap is by_prepare else found
         assert equal(logits(model), stock) and forward_of(model) is None
         report = rk.patch(model)
         assert equal(logits(model), ours) and report.calls()[""] == 1
