@@ -109,7 +109,8 @@ def _config(folder: Folder, config: dict[str, Any], kind: str, trust: bool) -> N
         )
     for key in ("num_labels", "id2label", "label2id"):
         value = config.get(key)
-        if value is not None and not 0 < (len(value) if isinstance(value, dict) else _whole(value)) <= LABELS:
+        count = _whole(value) if key == "num_labels" else len(value) if isinstance(value, dict) else -1
+        if value is not None and not 0 < count <= LABELS:
             fail(key, f"1 to {LABELS:,} labels")
     for key in SIZES.split():
         if key in config and not 0 < _whole(config[key]) < 1 << 31:
@@ -193,9 +194,9 @@ def _given(folder: Folder) -> dict[str, Any]:
         return {}
     config = folder.json(name)
     for key, value in config.items():
-        if not isinstance(value, str) or not key.endswith(("_file", "_files", "_path", "_spm")) or key == "name_or_path":
+        if value is None or key in ALWAYS_FOUND or not key.endswith(("_file", "_files", "_spm")):
             continue
-        if key not in ALWAYS_FOUND and (Path(value).name != value or not folder.has(value)):
+        if not isinstance(value, str) or Path(value).name != value or not folder.has(value):
             check.fail("Reranker", f"{folder.path}/{name}'s {key}", "a file of the folder", f"{value!r:.80}")
     longest = config.get("model_max_length")
     if longest is not None and not (isinstance(longest, int | float) and not isinstance(longest, bool) and longest > 0):

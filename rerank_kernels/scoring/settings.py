@@ -59,7 +59,7 @@ def read(folder: Folder, kind: str | None = None) -> Settings:
     transformer = modules[0][1] if modules else folder
     config = transformer.json("config.json")
     said = root.get("model_type") if modules else None
-    if said is not None and said not in MODEL_TYPES:
+    if said is not None and said not in tuple(MODEL_TYPES):
         check.fail("Reranker", f"{ROOT}'s model_type", " or ".join(MODEL_TYPES), f"{said!r:.60}")
     stored = MODEL_TYPES[said] if said else KINDS[1] if modules[1:] else kind_of(config.get("architectures"))
     found = Settings(kind or stored, transformer)
@@ -95,8 +95,9 @@ def _modules(folder: Folder) -> list[tuple[str, Folder, dict[str, Any]]]:
             check.fail("Reranker", f"{what}'s type", "a class of sentence_transformers", f"{kind!r:.80}")
         if entry.get("kwargs"):
             check.fail("Reranker", f"{what}'s kwargs", "unset, for encode() takes none here", f"{entry['kwargs']!r:.60}")
-        if (own := entry.get("name", str(place))) in names:
-            check.fail("Reranker", f"{what}'s name", "its own, for a later module replaces one of its name", f"{own!r:.60}")
+        own = entry.get("name", str(place))
+        if not isinstance(own, str) or own in names:
+            check.fail("Reranker", f"{what}'s name", "a name of its own, for a later module replaces the first", f"{own!r:.60}")
         names.add(own)
         # Normalize has nothing to store, and its folder, which would be empty, gets lost in git
         missing = name == "Normalize" and isinstance(path := entry.get("path"), str) and not folder.has(path)

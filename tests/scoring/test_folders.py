@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import torch
 import models
 import rerank_kernels as rk
 from commands import bad, environment, run, write
+from rerank_kernels.scoring import files, folders, tokenising
 
 SECONDS = 3.0  # for a refusal, with what it loads; a second on a machine that does nothing else
 
@@ -456,3 +458,25 @@ except ValueError as error:
         pytest.skip("no /proc")
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment())
     assert ran.stdout == "refused\n", ran.stderr[-800:]
+
+
+# ---- the tests above would see it --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "wrong", "test", "value"),
+    [
+        (files.Folder, "_inside", lambda self, name: self.path / name, test_a_link_out_of_the_folder, "config.json"),
+        (files.Folder, "_inside", lambda self, name: self.path / name, test_a_link_out_of_the_folder, "tokenizer.json"),
+        (folders, "FOREIGN", (), test_values_of_config_json, ({"quantization_config": {"quant_method": "x"}}, "must be unset")),
+        (folders, "_held", lambda folder: 1 << 70, test_values_of_config_json, ({"intermediate_size": 10**5}, "must describe")),
+        (folders, "_given", lambda folder: {}, test_paths_of_tokenizer_config, "spm_file"),
+        (tokenising, "in_vocabulary", lambda *_: None, test_ids_beyond_the_vocabulary_are_one_line, None),
+    ],
+)
+def test_the_tests_would_see_it(folder, cross, capsys, tmp_path, monkeypatch, place, name, wrong, test, value) -> None:
+    monkeypatch.setattr(place, name, wrong)
+    rest = {"values": value[0], "said": value[1]} if isinstance(value, tuple) else {"name": value, "key": value}
+    given = {"folder": folder, "cross": cross, "capsys": capsys, "tmp_path": tmp_path, **rest}
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        test(**{n: given[n] for n in inspect.signature(test).parameters})

@@ -270,7 +270,7 @@ def test_what_is_not_served_is_refused_by_name(plain, tmp_path, options: dict[st
         ([{"type": OLD + "Transformer", "path": "", "kwargs": ["task"]}], r"module 0's kwargs must be unset.*got \['task'\]"),
         (
             [{"type": OLD + "Transformer", "name": "a", "path": ""}, {"type": OLD + "Pooling", "name": "a", "path": ""}],
-            "module 1's name must be its own, for a later module replaces one of its name, got 'a'",
+            "module 1's name must be a name of its own, for a later module replaces the first, got 'a'",
         ),
     ],
 )

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_bounding import PIECES, unigram, wordpiece
 
 import models
 import rerank_kernels as rk
 from commands import environment
 from rerank_kernels.scoring import tokenising
-from test_bounding import PIECES, unigram, wordpiece
 
 
 def _changed(make: Callable[[], Any], change: Callable[[Any], None]) -> Callable[[], Any]:
