@@ -20,7 +20,7 @@ from torch import nn
 
 import rerank_kernels as rk
 from conftest import require
-from models import FAMILIES, POSITIONS, config, minilm, padded, rows, tiny
+from models import FAMILIES, PAD, POSITIONS, config, minilm, padded, rows, tiny
 from rerank_kernels.models import bert
 from rerank_kernels.models.bound import Forward
 from rerank_kernels.models.packing import ready
@@ -28,8 +28,9 @@ from rerank_kernels.models.registry import packed_embeddings, packed_logits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LENGTHS = (7, 1, 70, 23, 64, 2, 65, 23)  # around one key tile of 64, and equal ones
-PAD = {"bert": 0, "roberta": 1, "xlm-roberta": 1}
-HASHES = {"bert": "6606d6874a67e6ed", "roberta": "baa9ec9efcce8a5b", "xlm-roberta": "baa9ec9efcce8a5b"}
+HASHES = {"bert": "6606d6874a67e6ed", "electra": "6ba195796a762157"} | dict.fromkeys(
+    ("roberta", "xlm-roberta", "camembert"), "baa9ec9efcce8a5b"
+)
 
 
 def bits(t):
@@ -83,11 +84,12 @@ def test_close_to_stock_in_float32(family, heads, hidden):
     rk.patch(model)
     out = model(**batch, output_hidden_states=True)
     kept = batch["attention_mask"].bool()
-    assert type(out) is type(stock) and len(out.hidden_states) == len(stock.hidden_states) == 3
+    assert type(out) is type(stock) and list(out) == list(stock) and len(out.hidden_states) == len(stock.hidden_states) == 3
     for ours, theirs in zip(out.hidden_states, stock.hidden_states, strict=True):
         torch.testing.assert_close(ours[kept], theirs[kept], rtol=0, atol=2e-5)
         assert not ours[~kept].any(), "padding must be 0"
-    torch.testing.assert_close(out.pooler_output, stock.pooler_output, rtol=0, atol=2e-5)
+    if "pooler_output" in stock:
+        torch.testing.assert_close(out.pooler_output, stock.pooler_output, rtol=0, atol=2e-5)
     assert_same_bits(out.last_hidden_state, out.hidden_states[-1])
 
 
@@ -117,6 +119,46 @@ def test_positions_and_embeddings_given(family):
     mask = batch["attention_mask"]
     assert_same_bits(model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).logits, logits)
     assert_same_bits(model(inputs_embeds=embeds, attention_mask=mask).logits, model(**batch).logits)
+
+
+def heads_follow_their_activation():
+    """ELECTRA's head holds a gelu where RoBERTa's calls tanh itself."""
+    for held in (None, nn.Tanh(), nn.ReLU()):
+        model = tiny("electra", num_labels=3)
+        if held is not None:
+            model.classifier.activation = held
+        batch = padded(rows(LENGTHS), 0)
+        with torch.no_grad():
+            truth = copy.deepcopy(model).double()(**batch).logits
+        rk.patch(model)
+        assert (model(**batch).logits - truth).abs().max() < BOUND[torch.float32], f"{held}"
+
+
+def test_a_head_computes_the_activation_that_it_holds(monkeypatch):
+    heads_follow_their_activation()
+    monkeypatch.setattr(bert, "activation_of", lambda m: "tanh")
+    with pytest.raises(AssertionError):
+        heads_follow_their_activation()
+
+
+@pytest.mark.parametrize("held", [torch.sin, nn.Softplus()], ids=["function", "module"])
+def test_a_head_with_an_unknown_activation_is_refused(held):
+    model = tiny("electra")
+    del model.classifier.activation
+    model.classifier.activation = held
+    with pytest.raises(rk.PatchError, match=r"ElectraClassificationHead \(activation (sin|Softplus) is unknown\) at classifier"):
+        rk.patch(model)
+
+
+def test_words_as_wide_as_the_layers():
+    """An ELECTRA of that shape has no projection."""
+    model = tiny("electra", embedding_size=64)
+    assert not hasattr(model.electra, "embeddings_project")
+    batch = padded(rows(LENGTHS), 0)
+    with torch.no_grad():
+        truth = copy.deepcopy(model).double()(**batch).logits
+    rk.patch(model)
+    assert (model(**batch).logits - truth).abs().max() < BOUND[torch.float32]
 
 
 # ---- the same ---------------------------------------------------------------------------------------------------------------
