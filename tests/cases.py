@@ -266,7 +266,7 @@ def _near_attention(case: Case, a: Tensors) -> tuple[Near, ...]:
 def _near_pool(case: Case, a: Tensors) -> tuple[Near, ...]:
     cu, mode = offsets(case.lengths), case.options["mode"]
     value = TRUTHS["pool"](a["x"], mode, cu_seqlens=cu)
-    if mode == "cls":
+    if mode not in ("mean", "weightedmean"):
         return (exact(value),)
     units = torch.tensor([steps(n) for n in case.lengths], dtype=torch.float64)[:, None]
     return (Near(value, units * U * TRUTHS["pool"](a["x"].abs(), mode, cu_seqlens=cu)),)
@@ -452,8 +452,10 @@ CASES: list[Case] = [
     # a chunk; more queries than keys, so that some see none; no queries; no keys; as many of both
     _attention(32, (2, 1), (3, 9, 0, 4, 2), (70, 5, 6, 0, 2), window=(40, 3)),
     _attention(8, (2, 2), (5, 9, 2), (65, 4, 0)),  # cross-attention
-    *(_pool(d, mode) for d in (1, 33, 384) for mode in POOL_MODES),
+    *(_pool(d, mode) for d in (1, 33, 384) for mode in ("cls", "mean")),
     _pool(48, "mean", out_dtype=torch.float32),
+    *(_pool(33, mode) for mode in POOL_MODES[2:]),
+    _pool(7, "weightedmean", (600, 3, 0, 513), torch.float32),  # more than a chunk of 512 tokens
     Case("sigmoid", "33", {"x": (33,)}),
     _score_head(384, 384, 1),
     _score_head(100, 33, 3, "gelu"),

@@ -22,6 +22,7 @@ import systems
 from cases import DTYPES, numbers
 from models import CORPUS, FAMILIES, padded
 from rerank_kernels.models import registry as served
+from rerank_kernels.ops.pooling import POOL_MODES
 
 Run = Callable[[], list[Tensor]]
 
@@ -204,7 +205,7 @@ WAYS: dict[str, Callable[[], Run]] = {
     },
     **{
         f"Reranker, embeddings, {pooling}, {_short(dtype)}": functools.partial(_embeddings, pooling, dtype)
-        for pooling in ("mean", "cls")
+        for pooling in POOL_MODES
         for dtype in DTYPES[:2]
     },
     "sentence-transformers 3 CrossEncoder": lambda: _sentence_transformers(systems.CrossEncoder3, "activation_fct"),

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from models import tiny, tokenizer
+from rerank_kernels.models.sentence import stock_pooling
 
 
 def of(module: str) -> Any:
@@ -185,9 +186,10 @@ class Pooling(nn.Module):
         mask = features["attention_mask"].clone()
         if not self.include_prompt and "prompt_length" in features:
             mask[:, : features["prompt_length"]] = 0
-        x = features["token_embeddings"]
-        mean = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        return {**features, "sentence_embedding": x[:, 0] if self.pooling_mode == "cls" else mean}
+        return {**features, "sentence_embedding": stock_pooling(features["token_embeddings"], mask, self._mode())}
+
+    def _mode(self) -> str:
+        return self.pooling_mode if isinstance(self.pooling_mode, str) else self.pooling_mode[0]
 
 
 @of("sentence_transformers.base.modules.normalize")

@@ -146,7 +146,9 @@ def test_a_head_with_an_unknown_activation_is_refused(held):
     model = tiny("electra")
     del model.classifier.activation
     model.classifier.activation = held
-    with pytest.raises(rk.PatchError, match=r"ElectraClassificationHead \(activation (sin|Softplus) is unknown\) at classifier"):
+    with pytest.raises(
+        rk.PatchError, match=r"ElectraClassificationHead \(activation (sin|Softplus) is unknown\) at classifier"
+    ):
         rk.patch(model)
 
 

@@ -453,7 +453,10 @@ def test_normalize_embeddings():
         model.encode(TEXTS, normalize_embeddings=True, precision="int8")
 
 
-@pytest.mark.parametrize("mode, include_prompt", [("cls", True), ("mean", False), (("mean",), True)])
+@pytest.mark.parametrize(
+    "mode, include_prompt",
+    [("cls", True), ("mean", False), (("mean",), True), ("max", False), ("lasttoken", True), ("weightedmean", True)],
+)
 def test_pooling(mode, include_prompt):
     model = embedder(mode=mode, include_prompt=include_prompt)
     stock = model.encode(TEXTS, prompt="query: ", batch_size=1)
@@ -474,15 +477,27 @@ def test_dense(dtype):
     assert report.calls()["2.linear"] > 0 and report.calls()["2.activation_function"] > 0
 
 
-@pytest.mark.parametrize("mode, shown", [("max", "max"), (("cls", "mean"), r"cls\+mean")])
+@pytest.mark.parametrize("mode, shown", [("mean_sqrt_len_tokens", "mean_sqrt_len_tokens"), (("cls", "mean"), r"cls\+mean")])
 def test_other_poolings_are_refused(mode, shown):
-    with pytest.raises(rk.PatchError, match=rf"Pooling \(pooling mode {shown} is not served; cls, mean are\)"):
+    with pytest.raises(rk.PatchError, match=rf"Pooling \(pooling mode {shown} is not served; cls, mean, .*weightedmean are\)"):
         rk.patch(embedder(mode=mode))
     model = embedder()
     rk.patch(model)
     model[1].pooling_mode = mode
     with pytest.raises(ValueError, match=rf"Pooling: pooling mode {shown} is not served"):
         model.encode(TEXTS)
+
+
+def test_weights_that_count_a_prompt_left_out_are_refused():
+    model = embedder(mode="weightedmean", include_prompt=False)
+    with pytest.raises(rk.PatchError, match="weightedmean is not served without the prompt; set include_prompt = True"):
+        rk.patch(model)
+    model[1].include_prompt = True
+    rk.patch(model)
+    assert model.encode(TEXTS, prompt="query: ").shape == (len(TEXTS), 64)
+    model[1].include_prompt = False
+    with pytest.raises(ValueError, match="weightedmean is not served without the prompt"):
+        model.encode(TEXTS, prompt="query: ")
 
 
 def test_modules_of_a_sentence_transformer_that_are_refused():

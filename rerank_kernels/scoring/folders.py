@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rerank_kernels import check
+from rerank_kernels.ops.pooling import POOL_MODES
 
 KINDS = ("cross-encoder", "embedding")
-POOLINGS = {"mean": "mean", "cls": "cls"}
 
 
 def kind_of(architectures: list[str]) -> str:
@@ -94,9 +94,11 @@ def pooling_of(folder: Path) -> tuple[str, bool, int | None]:
             if key.startswith("pooling_mode_") and on is True
         ]
         modes = [modes] if isinstance(modes, str) else list(modes)
-        if len(modes) != 1 or modes[0] not in POOLINGS:
-            check.fail("Reranker", f"{modules['Pooling'].name}'s pooling mode", "mean or cls", " + ".join(modes) or "none")
-        pooling = POOLINGS[modes[0]]
+        if len(modes) != 1 or modes[0] not in POOL_MODES:
+            check.fail(
+                "Reranker", f"{modules['Pooling'].name}'s pooling mode", " or ".join(POOL_MODES), " + ".join(modes) or "none"
+            )
+        pooling = modes[0]
     prompts = folder / "config_sentence_transformers.json"
     if prompts.exists() and (name := read_json(folder, prompts.name).get("default_prompt_name")):
         check.fail("Reranker", "default_prompt_name", "unset, for no prompt is added here", repr(name))

@@ -76,7 +76,7 @@ class Reranker:
     model that is patched already, else "portable".
     backend: the one that serves this model, as in rk.patch.
     kind: "cross-encoder" or "embedding". Default: what the model's architecture says. An embedding model pools as its
-    sentence-transformers files say (mean or cls), by the mean if there are none.
+    sentence-transformers files say (rk.pool names the modes), by the mean if there are none.
 
     Raises ValueError or TypeError for arguments and folders that do not fit, PatchError for a model type that is not served.
     """
