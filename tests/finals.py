@@ -155,6 +155,31 @@ def _flag() -> Run:
     return lambda: _tensors(reranker.compute_score(PAIRS, 7))
 
 
+def _flag_model() -> Run:
+    embedders = [systems.BaseEmbedder(model(head=False), pooling) for pooling in ("cls", "mean")]
+    for one in embedders:
+        rk.patch(one)
+    return lambda: _tensors(*(one.encode(TEXTS, 7, convert_to_numpy=numpy) for one in embedders for numpy in (True, False)))
+
+
+def _wrapped() -> Run:
+    """LangChain and LlamaIndex around sentence-transformers."""
+    ranker, texts = systems.HuggingFaceCrossEncoder(systems.CrossEncoder(model())), systems.HuggingFaceEmbeddings(_embedder())
+    nodes, vectors = (
+        systems.SentenceTransformerRerank(systems.CrossEncoder(model()), 9),
+        systems.HuggingFaceEmbedding(_embedder()),
+    )
+    for one in (ranker, texts, nodes, vectors):
+        rk.patch(one)
+    documents = [systems.Document(str(i), text) for i, text in enumerate(TEXTS)]
+
+    def run() -> list[Tensor]:
+        ranked = [node.score for node in nodes._postprocess_nodes(documents, QUERY)]
+        return _tensors(ranker.score(PAIRS), texts.embed_documents(TEXTS), ranked, vectors._get_text_embeddings(TEXTS))
+
+    return run
+
+
 def _haystack(cls: Any, **options: Any) -> Run:
     ranker = cls(model)
     rk.patch(ranker)
@@ -212,6 +237,8 @@ WAYS: dict[str, Callable[[], Run]] = {
     "sentence-transformers 6 CrossEncoder": lambda: _sentence_transformers(systems.CrossEncoder, "activation_fn"),
     "sentence-transformers SentenceTransformer": _sentence_transformer,
     "FlagEmbedding FlagReranker": _flag,
+    "FlagEmbedding FlagModel": _flag_model,
+    "LangChain and LlamaIndex": _wrapped,
     "Haystack TransformersSimilarityRanker": lambda: _haystack(
         systems.TransformersSimilarityRanker, calibration_factor=0.3, score_threshold=0.4
     ),

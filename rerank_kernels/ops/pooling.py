@@ -74,9 +74,10 @@ def pool(
         check.shape("pool", "x", x, "total", "D")
         rows, total, device = x, x.shape[0], x.device
         cu = taken("pool", "cu_seqlens", cu_seqlens, total, device)
-        if mode in _MADE:
-            given = isinstance(cu_seqlens, Sequences)
-            sequences = cu_seqlens if given else Sequences.from_cu_seqlens(cu, total, device, op="pool")
+        if isinstance(cu_seqlens, Sequences):
+            sequences = cu_seqlens
+        elif mode in _MADE:
+            sequences = Sequences.from_cu_seqlens(cu, total, device, op="pool")
     else:
         check.shape("pool", "x", x, "B", "T", "D")
         b, t = x.shape[:2]

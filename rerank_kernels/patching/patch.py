@@ -29,7 +29,9 @@ def patch(obj: Any, mode: str = "portable", strict: bool = True, *, backend: str
       with or without ForSequenceClassification;
     - a container of plain leaves: nn.Linear, nn.LayerNorm, activations;
     - sentence-transformers' CrossEncoder and SentenceTransformer;
-    - FlagEmbedding's FlagReranker;
+    - FlagEmbedding's FlagReranker and FlagModel;
+    - LangChain's HuggingFaceEmbeddings and HuggingFaceCrossEncoder, LlamaIndex's HuggingFaceEmbedding and
+      SentenceTransformerRerank;
     - Haystack's TransformersSimilarityRanker and SentenceTransformersSimilarityRanker, before warm_up() or after it;
     - Infinity's AsyncEngineArray, SyncEngineArray and AsyncEmbeddingEngine.
 
