@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import lora
 import models
 import rerank_kernels as rk
 import systems
@@ -76,6 +77,29 @@ def _forward(family: str, head: bool, dtype: torch.dtype) -> Run:
         else:
             packed = [served.packed_embeddings(own, flat, cu, pooling=pooling) for pooling in ("mean", "cls")]
         return [t for one in (*found, *packed) for t in (one if isinstance(one, tuple) else (one,))]
+
+    return run
+
+
+def _lora(family: str, dtype: torch.dtype) -> Run:
+    """Adapters on layers and in a head of RoBERTa's, two at once; and a head of the adapter's own."""
+    own = lora.adapted(model(family), ("query", "value", "dense"), saves=family == "bert")
+    with torch.no_grad():
+        for name, p in own.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                p.copy_(numbers(name, tuple(p.shape), torch.float32, 2.0**-3))
+    own.to(dtype)
+    rk.patch(own)
+    batch = padded(
+        [ids % (models.VOCABULARY - 8) + 8 for ids in models.rows(LENGTHS)], own.base_model.model.config.pad_token_id
+    )
+
+    def run() -> list[Tensor]:
+        made = []
+        for names in (("default",), ("other",), () if family == "bert" else ("default", "other")):
+            own.set_adapter(*names)
+            made.append(own(**batch).logits)
+        return made
 
     return run
 
@@ -221,6 +245,11 @@ WAYS: dict[str, Callable[[], Run]] = {
         f"{family} {'classifier' if head else 'encoder'}, {_short(dtype)}": functools.partial(_forward, family, head, dtype)
         for family in FAMILIES
         for head in (True, False)
+        for dtype in DTYPES
+    },
+    **{
+        f"{family} with LoRA, {_short(dtype)}": functools.partial(_lora, family, dtype)
+        for family in ("bert", "roberta")
         for dtype in DTYPES
     },
     **{

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import check
+from rerank_kernels.models import lora
 from rerank_kernels.models.bound import Forward, class_of, name_of
 from rerank_kernels.models.heads import ClassificationHead
 from rerank_kernels.models.leaves import ACTIVATIONS, activation_of
@@ -35,13 +36,14 @@ class ModelType:
 
 
 def _bert_head(m: Any) -> ClassificationHead:
-    return ClassificationHead(m.bert.pooler.dense, m.classifier)
+    return ClassificationHead(m.bert.pooler.dense, lora.held(m.classifier))
 
 
 def _own_head(m: Any) -> ClassificationHead:
     """A module of its own: tanh in RoBERTa's, which calls the function itself, and in ELECTRA's what it holds."""
-    held = getattr(m.classifier, "activation", None)
-    return ClassificationHead(m.classifier.dense, m.classifier.out_proj, "tanh" if held is None else activation_of(held))
+    own = lora.held(m.classifier)
+    held = getattr(own, "activation", None)
+    return ClassificationHead(own.dense, own.out_proj, "tanh" if held is None else activation_of(held))
 
 
 def _roberta(prefix: str) -> ModelType:

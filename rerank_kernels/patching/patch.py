@@ -27,6 +27,7 @@ def patch(obj: Any, mode: str = "portable", strict: bool = True, *, backend: str
     obj: one of
     - a model of transformers 4.57 or 5, also behind torch.compile: BERT, RoBERTa, XLM-RoBERTa, CamemBERT or ELECTRA,
       with or without ForSequenceClassification;
+    - such a model with LoRA adapters, or PEFT's PeftModel around it;
     - a container of plain leaves: nn.Linear, nn.LayerNorm, activations;
     - sentence-transformers' CrossEncoder and SentenceTransformer;
     - FlagEmbedding's FlagReranker and FlagModel;

@@ -15,7 +15,15 @@ from typing import Any
 
 from rerank_kernels.models.bound import name_of
 from rerank_kernels.models.registry import COMPILED
-from rerank_kernels.patching.systems import flagembedding, haystack, infinity, langchain, llama_index, sentence_transformers
+from rerank_kernels.patching.systems import (
+    flagembedding,
+    haystack,
+    infinity,
+    langchain,
+    llama_index,
+    peft,
+    sentence_transformers,
+)
 from rerank_kernels.patching.systems.resolved import Resolved
 
 SYSTEMS: dict[tuple[str, str], Callable[[Any, type], Resolved]] = {
@@ -39,6 +47,7 @@ SYSTEMS: dict[tuple[str, str], Callable[[Any, type], Resolved]] = {
     ("langchain_community", "HuggingFaceEmbeddings"): langchain.embeddings,
     ("langchain_community", "HuggingFaceBgeEmbeddings"): langchain.embeddings,
     ("langchain_community", "HuggingFaceCrossEncoder"): langchain.cross_encoder,
+    ("peft", "PeftModel"): peft.model,
     ("llama_index", "SentenceTransformerRerank"): llama_index.rerank,
     ("llama_index", "HuggingFaceEmbedding"): llama_index.embedding,
 }
