@@ -46,9 +46,9 @@ COPIES = set(
         r"\w+",
         """
         _unsafe_view alias amax arange as_strided cat clone detach embedding empty empty_like empty_strided expand
-        fill_ full full_like gather index index_copy_ index_put_ index_select lift_fresh masked_fill neg new_empty new_full new_ones
+        fill_ full full_like gather index index_copy_ index_put_ index_select lift_fresh masked_fill new_empty new_full new_ones
         new_zeros ones ones_like permute repeat_interleave reshape scalar_tensor select slice split split_with_sizes squeeze
-        sort stack t transpose unbind unfold unsqueeze view where zero_ zeros zeros_like _local_scalar_dense _reshape_alias
+        neg sort stack t transpose unbind unfold unsqueeze view where zero_ zeros zeros_like _local_scalar_dense _reshape_alias
         """,
     )
 )
