@@ -94,7 +94,13 @@ def main() -> int:
         print(f"numerics version {version} has other hashes for {', '.join(changed)}: nothing written.")
         print("Raise rerank_kernels.NUMERICS_VERSION, or --force if version", version, "was never released.")
         return 1
-    whole = {"numerics_version": version, "cases": new, "final inputs": final_inputs(), "later inputs": later_inputs(), "finals": ends}
+    whole = {
+        "numerics_version": version,
+        "cases": new,
+        "final inputs": final_inputs(),
+        "later inputs": later_inputs(),
+        "finals": ends,
+    }
     FILE.write_text(json.dumps(whole, indent=1) + "\n")
     versions = f"numerics version {old['numerics_version']} -> {version}"
     print(f"{len(new)} cases, {len(ends)} served ways, {len(changed)} changed, {versions}")

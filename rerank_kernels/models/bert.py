@@ -17,7 +17,7 @@ from rerank_kernels import check
 from rerank_kernels.models import lora
 from rerank_kernels.models.bound import Forward, class_of, name_of
 from rerank_kernels.models.heads import ClassificationHead
-from rerank_kernels.models.leaves import ACTIVATIONS, activation_of
+from rerank_kernels.models.leaves import ACTIVATIONS, activation_of, activation_problem
 from rerank_kernels.models.packing import Table, dense, lookup, norm, pack, positions_of, ready
 from rerank_kernels.models.served import Served
 from rerank_kernels.ops.attention import attention
@@ -115,7 +115,9 @@ def problem(m: Any) -> str | None:
 
 def _activation_problem(m: Any) -> str | None:
     act = m.intermediate_act_fn if hasattr(m, "intermediate_act_fn") else m.activation
-    return None if name_of(act) in ACTIVATIONS else f"activation {getattr(act, '__name__', class_of(act))} is unknown"
+    if name_of(act) not in ACTIVATIONS:
+        return f"activation {getattr(act, '__name__', class_of(act))} is unknown"
+    return activation_problem(act)
 
 
 def _is_classifier(m: Any) -> bool:

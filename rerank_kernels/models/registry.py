@@ -62,6 +62,8 @@ def problem(m: Any) -> str | None:
         return "dim is None"
     if name in sentence.FORWARDS:
         return sentence.sentence_problem(m)
+    if name in leaves.ACTIVATIONS:
+        return leaves.activation_problem(m)
     if name in LEAVES or name in EXACT:
         return None
     return f"{name} is not served; {lora.MERGE}" if name.startswith("peft.") else ""

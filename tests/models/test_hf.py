@@ -93,7 +93,10 @@ def test_close_to_stock_in_float32(family, heads, hidden):
     assert_same_bits(out.last_hidden_state, out.hidden_states[-1])
 
 
-@pytest.mark.parametrize("act", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh"])
+LATER = ("quick_gelu", "relu2", "leaky_relu", "mish")
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh", *LATER])
 def test_activations(act):
     model = tiny("bert", hidden_act=act)
     batch = padded(rows(LENGTHS), 0)
@@ -101,6 +104,19 @@ def test_activations(act):
         stock = model(**batch).logits
     rk.patch(model)
     torch.testing.assert_close(model(**batch).logits, stock, rtol=0, atol=2e-5)
+
+
+def test_another_slope_is_refused():
+    model = tiny("bert", hidden_act="leaky_relu")
+    act = model.bert.encoder.layer[1].intermediate.intermediate_act_fn
+    act.negative_slope = 0.2
+    with pytest.raises(rk.PatchError, match=r"LeakyReLU \(negative_slope is 0\.2, and only 0\.01 is served\) at bert\.enc"):
+        rk.patch(model)
+    act.negative_slope = 0.01
+    rk.patch(model)
+    act.negative_slope = 0.2
+    with pytest.raises(rk.PatchError, match=r"LeakyReLU: negative_slope is 0\.2, and only 0\.01 is served; call rk\.unpatch"):
+        model(**padded(rows((5,)), 0))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -490,11 +506,11 @@ def test_a_refusal_has_one_line_a_class_and_the_causes_only():
 
 
 def test_a_refusal_begins_with_the_cause():
-    model = tiny("bert", num_hidden_layers=12, hidden_act="quick_gelu")
+    model = tiny("bert", num_hidden_layers=12, hidden_act="laplace")
     at = "x 12, e.g. bert.encoder.layer.0.intermediate"
     assert refusal(model) == [
-        f"BertIntermediate (activation QuickGELUActivation is unknown) {at}",
-        f"QuickGELUActivation {at}.intermediate_act_fn",
+        f"BertIntermediate (activation LaplaceActivation is unknown) {at}",
+        f"LaplaceActivation {at}.intermediate_act_fn",
     ]
     assert rk.patch(model, strict=False).unknown["bert"] == "BertModel (holds the unknown modules)", "the report keeps all"
     model = foreign("custom").eval()
@@ -520,8 +536,8 @@ def test_not_strict_leaves_the_unknown_and_the_encoder_around_it():
 
 
 def test_unknown_activations_are_refused():
-    model = tiny("roberta", head=False, hidden_act="quick_gelu")
-    with pytest.raises(rk.PatchError, match=r"QuickGELUActivation x 2, e\.g\. encoder\.layer\.0\.intermediate\.int"):
+    model = tiny("roberta", head=False, hidden_act="laplace")
+    with pytest.raises(rk.PatchError, match=r"LaplaceActivation x 2, e\.g\. encoder\.layer\.0\.intermediate\.int"):
         rk.patch(model)
     model = tiny("roberta", head=False)
     del model.encoder.layer[1].intermediate.intermediate_act_fn
