@@ -93,20 +93,22 @@ def pool(
 
 
 def _last(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """The kernel's "cls" of the last tokens alone."""
-    ends = itertools.accumulate(lengths)
-    index = torch.tensor([end - 1 for end, n in zip(ends, lengths, strict=True) if n], dtype=torch.int64, device=rows.device)
-    held = itertools.accumulate((int(n > 0) for n in lengths), initial=0)
-    cu = torch.tensor(list(held), dtype=torch.int32, device=rows.device)
-    return registry.select("pool", rows.device)(rows.index_select(0, index), cu, "cls", torch.float32)
+    index = [end - 1 for end, n in zip(itertools.accumulate(lengths), lengths, strict=True) if n]
+    return _one_each(rows.index_select(0, torch.tensor(index, dtype=torch.int64, device=rows.device)), lengths)
 
 
 def _largest(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    if not max(lengths, default=0):
-        return rows.new_zeros(len(lengths), rows.shape[1], dtype=torch.float32)
-    largest = _padded(rows, lengths, -float("inf")).amax(1).float()
-    held = torch.tensor(lengths, device=rows.device)[:, None] > 0
-    return torch.where(held, largest + 0.0, 0.0)  # which of two zeros is taken is PyTorch's to say: both are +0 here
+    if held := tuple(n for n in lengths if n):
+        # which of two zeros is taken is PyTorch's to say: +0 here
+        rows = _padded(rows, held, -float("inf")).amax(1).float() + 0.0
+    return _one_each(rows, lengths)
+
+
+def _one_each(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """The kernel's "cls" of one row for each sequence that has tokens: that row, and 0 for the others."""
+    cu = list(itertools.accumulate((int(n > 0) for n in lengths), initial=0))
+    offsets = torch.tensor(cu, dtype=torch.int32, device=rows.device)
+    return registry.select("pool", rows.device)(rows.contiguous(), offsets, "cls", torch.float32)
 
 
 def _weighted_mean(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
