@@ -5,7 +5,7 @@
 
 csrc/cuda/*/*.cu are compiled by nvcc and linked with cudart.cpp in place of the CUDA runtime, csrc/cuda/torch/*.cpp by g++ for
 CPU tensors (call.h). So Python, registration, launcher, grid, shared memory and arguments are the ones that a GPU would get;
-only ptxas and the chip are left out. README.md says what that proves and what it does not.
+only ptxas and the chip are left out. ptxsim/README.md says what that proves and what it does not.
 """
 
 from __future__ import annotations
