@@ -20,14 +20,6 @@ sys.path.append(str(ROOT))
 from tools import pages  # noqa: E402
 
 PAGE = ROOT / "NUMERICS.md"
-CLASSES = {
-    "norm": "TestNorm",
-    "softmax": "TestSoftmax",
-    "linear": "TestLinear",
-    "attention": "TestAttention",
-    "pooling": "TestPooling",
-    "sparse_ffn": "TestSparseFfn",
-}
 # backend -> the file that holds "machine-invariant", where it is not the family's own
 EQUAL = {"cuda": "backend/test_cuda.py", "triton": "backend/test_triton.py"}
 
@@ -45,7 +37,7 @@ def tests_of(op: str, mode: str, backend: str, promise: str) -> list[tuple[str, 
         busy = [("hardware", "backend/test_gpu_tensor.py::test_200_repeats_beside_other_work")]
         return [simulated, *(busy if op in ("linear", "attention") else [])]
     family = OPS[op]
-    of_the_family = f"ops/test_{family}.py::{CLASSES[family]}::{name}"
+    of_the_family = f"ops/test_{family}.py::Test{family.title().replace('_', '')}::{name}"
     if backend not in EQUAL:
         return [("hardware", of_the_family)]
     equal = "test_same_bits_as_the_cpu"  # on a GPU the other promises follow from it, for the cpu's are held on hardware

@@ -208,6 +208,19 @@ MUTANTS = [
         dtype=torch.float16,
     ),
     Mutant(
+        "a product and a sum in one rounding",
+        Edit("portable/rotary.cu", "second[j] = v[j] * c[j] + u[j] * s[j];", "second[j] = fmadd(v[j], c[j], u[j] * s[j]);"),
+        "rotary-D80-H2-P16",
+        DIFFER,
+    ),
+    Mutant(
+        "neighbours of an interleaved pair mixed up",
+        Edit("portable/rotary.cu", "const int k = 2 * j % N;", "const int k = j % N;"),
+        "rotary-D128-H3-P32-interleaved",
+        DIFFER,
+        dtype=torch.float16,
+    ),
+    Mutant(
         "a row's barrier dropped",
         Edit("portable/rows.cuh", "if constexpr (WARPS == 1) __syncwarp();\n    else __syncthreads();", ""),
         "layer_norm-768",

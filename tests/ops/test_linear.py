@@ -44,6 +44,14 @@ def test_fused_is_unfused(backend: Backend, kind: str) -> None:
     same(linear(x, w, b, residual=r), plain + r, "residual")
 
 
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_gated_activation_is_one_product_more(backend: Backend, kind: str, dtype: torch.dtype) -> None:
+    x, up = numbers("x", (3, 1001), dtype), numbers("u", (3, 1001), dtype)
+    same(activation(x, kind, up=up), (activation(x.float(), kind) * up.float()).to(dtype), kind)
+    same(activation(x, kind, up=up.float().mul(1.7)), (activation(x.float(), kind) * up.float().mul(1.7)).to(dtype), "dtypes")
+    same(activation(x[:, 1:], kind, up=up[:, 1:]), activation(x, kind, up=up)[:, 1:], "no address of 16 bytes")
+
+
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_half_is_float32_rounded_once(backend: Backend, half: torch.dtype) -> None:
     x, w, b, r = (numbers(n, s, half) for n, s in (("x", (9, 600)), ("w", (21, 600)), ("b", (21,)), ("r", (9, 21))))
