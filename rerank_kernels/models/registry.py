@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models import bert, leaves, sentence
+from rerank_kernels.models import bert, decoder, leaves, sentence
 from rerank_kernels.models.bound import Forward, class_of, hooked, name_of
 from rerank_kernels.models.heads import embedding
 from rerank_kernels.models.packing import ready, refuse_hooks
@@ -23,9 +23,9 @@ from rerank_kernels.ops.pooling import HeadOutput
 from rerank_kernels.ops.sequences import Sequences
 
 # Whole models: an encoder, or a classifier around one.
-ENCODERS: dict[str, Served] = bert.served()
+ENCODERS: dict[str, Served] = bert.served() | decoder.served()
 # Modules inside an encoder, whose weights its forward reads; a function says what could stand in the way.
-PARTS: dict[str, Callable[[Any], str | None] | None] = bert.parts()
+PARTS: dict[str, Callable[[Any], str | None] | None] = bert.parts() | decoder.parts()
 # What is served wherever it stands.
 LEAVES: dict[str, Callable[..., Any]] = leaves.FORWARDS | sentence.FORWARDS
 FORWARDS: dict[str, Callable[..., Any]] = LEAVES | {name: served.forward for name, served in ENCODERS.items()}
@@ -43,7 +43,7 @@ EXACT = {
     *sentence.TRANSFORMERS,
     COMPILED,
 }
-PREFIXES = tuple(a.prefix for a in bert.MODEL_TYPES.values())
+PREFIXES = tuple(a.prefix for types in (bert.MODEL_TYPES, decoder.MODEL_TYPES) for a in types.values())
 
 
 def problem(m: Any) -> str | None:
