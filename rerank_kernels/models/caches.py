@@ -1,8 +1,8 @@
 """Key-value caches of transformers: which are served, and the keys of each layer once new ones are stored.
 
-A cache holds padded keys [B, H_kv, S, D]; attention takes packed ones. A sequence's keys are its valid ones, cached and new, and
-its new queries are the last of them. A layer with a window may have dropped the first keys. Then as many places of no key stand
-before the others as leave each key's place mod 64 as it was: the window hides them, and sums over keys keep their order.
+A cache holds padded keys [B, H_kv, S, D]; attention takes packed ones. A sequence's keys are its valid ones, cached and new,
+and its new queries are the last of them. A layer with a window may have dropped the first keys. Then places without a key stand
+before the others, as many as leave each key's place mod 64 as it was. The window hides them, and no sum changes its order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from rerank_kernels.models.bound import class_of, name_of
 from rerank_kernels.ops.sequences import Sequences
 
 CACHES = ("transformers.cache_utils.DynamicCache", "transformers.cache_utils.StaticCache")
-GROWING, FIXED, ROLLING = (f"transformers.cache_utils.{n}" for n in ("DynamicLayer", "StaticLayer", "DynamicSlidingWindowLayer"))
+GROWING, FIXED, ROLLING = (
+    f"transformers.cache_utils.{n}" for n in ("DynamicLayer", "StaticLayer", "DynamicSlidingWindowLayer")
+)
 CHUNK = 64  # keys: a multiple of what any sum over keys is cut in (NUMERICS.md, "attention")
 
 
@@ -37,7 +39,9 @@ def chosen(op: str, given: list[Any], wanted: bool) -> Any:
         check.fail(op, "past_key_values", served, class_of(cache), "leave it out, or make a DynamicCache()")
     for layer in getattr(cache, "layers", ()):
         if name_of(layer) not in (GROWING, FIXED, ROLLING) or getattr(layer, "record_past", False):
-            check.fail(op, "past_key_values", "a cache of plain layers", f"layers of {class_of(layer)}", "make a DynamicCache()")
+            check.fail(
+                op, "past_key_values", "a cache of plain layers", f"layers of {class_of(layer)}", "make a DynamicCache()"
+            )
     return cache
 
 
@@ -47,10 +51,9 @@ def length(op: str, cache: Any, batch: int, layers: int, heads: int, d: int, dty
     if past == 0:
         return 0
     for i in range(layers):
-        layer = cache.layers[i] if i < len(cache.layers) else None
-        keys, values = (None, None) if layer is None else (layer.keys, layer.values)
-        if keys is None:
+        if i >= len(cache.layers) or cache.layers[i].keys is None:
             check.fail(op, "past_key_values", f"keys and values of {layers} layers", f"none of layer {i}", HINT)
+        layer, keys, values = cache.layers[i], cache.layers[i].keys, cache.layers[i].values
         wanted = (batch, heads, keys.shape[2] if name_of(layer) != GROWING else past, d)
         if keys.shape != wanted or values.shape != wanted:
             came = f"{check.shape_of(keys)} and {check.shape_of(values)}"
@@ -97,8 +100,6 @@ class Keys:
 
     def stored(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Sequences | None]:
         """k and v [total, H_kv, D] of the new tokens -> those of all keys, and whose they are; None: the new tokens' own."""
-        if self.cache is None:
-            return k, v, None
         kept = self.cache.update(*(self.new.unpack(t).transpose(1, 2) for t in (k, v)), layer)
         if self.past == 0:
             return k, v, None
@@ -125,8 +126,8 @@ class Keys:
             dropped = self._there[:, :-width].sum(1)
             first = there.shape[1] - self.new.padded[1]  # type: ignore[index]  # of the new tokens
             if bool(((dropped > 0) & ~there[:, :first].all(1)).any()):
-                check.fail(self._op, "attention_mask", "without padding behind a sequence's first token", "padding between tokens",
-                           "a window's layer has dropped keys that are still seen; pad on the left")  # fmt: skip
+                check.fail(self._op, "attention_mask", "without padding behind a sequence's first token", "padding there",
+                           "a layer with a window has dropped keys that are still seen; pad on the left")  # fmt: skip
             places = torch.arange(CHUNK - 1, -1, -1, device=there.device) < (dropped % CHUNK)[:, None]
             self._rolled[window] = Sequences.from_mask(torch.cat([places, there], 1), op=self._op), CHUNK
         return self._rolled[window]

@@ -4,8 +4,8 @@ A model type whose modules carry Llama's names is one row in MODEL_TYPES. What d
 added in float32 inside the product before them, angles are those of ops/rotary.py, positions count valid tokens unless they are
 given, hidden states at padding are 0, logits are float32.
 
-With a cache of transformers, new queries are the last ones of their keys: NUMERICS.md, "attention", gives them the bits that they
-have in the whole sequence. The cache holds what stock's would, and zeros at padding, which nothing reads.
+With a cache of transformers, new queries are the last ones of their keys. NUMERICS.md, "attention", gives them the bits that
+they have in the whole sequence. The cache holds what stock's would, and zeros at padding, which nothing reads.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class Batch(NamedTuple):
     cos: Tensor  # float32 [total, P]
     sin: Tensor
     new: Sequences  # of the new tokens
-    keys: Keys  # where their keys are stored
+    keys: Keys | None  # where their keys are stored; None: nowhere, the whole sequences are here
     states: list[Tensor] | None  # packed hidden states, collected if output_hidden_states
     as_dict: bool
 
 
-# ---- forwards ----------------------------------------------------------------------------------------------------------------
+# ---- forwards ---------------------------------------------------------------------------------------------------------------
 
 
 def decoder_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
@@ -115,10 +115,7 @@ def packed_forward(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | No
     positions = torch.arange(ids.shape[0], device=cu.device)
     positions = positions - torch.repeat_interleave(cu[:-1].long(), lengths, output_size=ids.shape[0])
     cos, sin = _angles(decoder, op, positions, sequences, lengths)
-    return _decode(decoder, Batch(_words(decoder, op, ids), cos, sin, sequences, NOWHERE, None, True))
-
-
-NOWHERE = Keys("", None, torch.empty(0, 0), Sequences.of_equal_length(0, 0), 0)
+    return _decode(decoder, Batch(_words(decoder, op, ids), cos, sin, sequences, None, None, True))
 
 
 def max_tokens(m: Any) -> int:
@@ -132,7 +129,7 @@ class LastTokenHead:
     score: nn.Linear
 
     def __call__(self, x: Tensor, sequences: Sequences) -> HeadOutput:
-        """[total, D] -> float32 [B, L] each: logit, score, complement. A sequence without tokens counts as a vector of zeros."""
+        """[total, D] -> float32 [B, L] each: logit, score, complement. A sequence without tokens is a vector of zeros."""
         as_patched(self.score, nn.Linear)
         cu = sequences.cu_seqlens.long()
         last = torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, torch.where(cu[1:] > cu[:-1], cu[1:] - 1, x.shape[0]))
@@ -151,7 +148,7 @@ def _enter(m: Any) -> Any:
     return m.base_model
 
 
-# ---- arguments and outputs ---------------------------------------------------------------------------------------------------
+# ---- arguments and outputs --------------------------------------------------------------------------------------------------
 
 
 def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, cached: bool) -> tuple[Batch, dict[str, Any]]:
@@ -189,7 +186,7 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
         own = new.pack(positions.expand(b, t)).long()
     cos, sin = _angles(decoder, op, own, keys.whole, None if past else counted[:, -1])
     words = new.pack(embeds) if ids is None else _words(decoder, op, new.pack(ids))
-    return Batch(words, cos, sin, new, keys, states, as_dict), ours
+    return Batch(words, cos, sin, new, None if cache is None else keys, states, as_dict), ours
 
 
 def _words(decoder: Any, op: str, ids: Tensor) -> Tensor:
@@ -199,9 +196,7 @@ def _words(decoder: Any, op: str, ids: Tensor) -> Tensor:
     return words * torch.tensor(decoder.config.hidden_size**0.5, dtype=words.dtype, device=words.device)
 
 
-def _angles(
-    decoder: Any, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _angles(decoder: Any, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """cos and sin of the new tokens; lengths: of whole sequences, None where a cache holds a part of them."""
     longest, limit = keys.longest, max_tokens(decoder)
     if longest > limit:
@@ -226,11 +221,11 @@ def _kept(m: Any, x: Tensor, keep: Any) -> Tensor:
 def _output(m: Any, batch: Batch, cls: Any, **fields: Any) -> Any:
     states = None if batch.states is None else tuple(batch.new.unpack(x) for x in batch.states)
     name = "cache" if "cache" in packing._signature(m.__class__).parameters else "past_key_values"
-    out = cls(hidden_states=states, **{name: batch.keys.cache}, **fields)
+    out = cls(hidden_states=states, **{name: batch.keys.cache if batch.keys else None}, **fields)
     return out if batch.as_dict else out.to_tuple()
 
 
-# ---- layers --------------------------------------------------------------------------------------------------------------------
+# ---- layers -----------------------------------------------------------------------------------------------------------------
 
 
 def _type(m: Any) -> ModelType:
@@ -261,7 +256,7 @@ def _attend(kind: ModelType, config: Any, i: int, layer: Any, x: Tensor, batch: 
     if hasattr(own, "q_norm"):
         q, k = _norm(kind, own.q_norm, q), _norm(kind, own.k_norm, k)
     q, k = rotary(q, batch.cos, batch.sin), rotary(k, batch.cos, batch.sin)
-    k, v, keys = batch.keys.stored(i, k, v)
+    k, v, keys = (k, v, None) if batch.keys is None else batch.keys.stored(i, k, v)
     window = kind.window(config, i)
     a = attention(
         q, k, v, cu_seqlens=batch.new, cu_seqlens_k=keys, causal=True,
@@ -288,13 +283,18 @@ def _feed_forward(m: Any, x: Tensor, residual: Tensor) -> Tensor:
         return residual + y
     at_once = TOKENS_AT_ONCE if x.device.type == "cpu" else max(x.shape[0], 1)
     done = [
-        linear(activation(dense(m.gate_proj, part), act, up=dense(m.up_proj, part)), m.down_proj.weight, m.down_proj.bias, residual=r)
+        linear(
+            activation(dense(m.gate_proj, part), act, up=dense(m.up_proj, part)),
+            m.down_proj.weight,
+            m.down_proj.bias,
+            residual=r,
+        )
         for part, r in zip(x.split(at_once), residual.split(at_once), strict=True)
     ]
     return done[0] if len(done) == 1 else torch.cat(done)
 
 
-# ---- the registry's rows --------------------------------------------------------------------------------------------------------
+# ---- the registry's rows ----------------------------------------------------------------------------------------------------
 
 
 def problem(m: Any) -> str | None:
@@ -305,7 +305,11 @@ def problem(m: Any) -> str | None:
 
 
 def _mlp_problem(m: Any) -> str | None:
-    return None if name_of(m.act_fn) in ACTIVATIONS else f"activation {getattr(m.act_fn, '__name__', class_of(m.act_fn))} is unknown"
+    return (
+        None
+        if name_of(m.act_fn) in ACTIVATIONS
+        else f"activation {getattr(m.act_fn, '__name__', class_of(m.act_fn))} is unknown"
+    )
 
 
 _PARTS = "DecoderLayer Attention RMSNorm RotaryEmbedding TextScaledWordEmbedding"

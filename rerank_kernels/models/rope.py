@@ -1,7 +1,7 @@
 """Angles of rotary position embeddings, from a model's config: inverse frequencies and the rows of cos and sin.
 
-transformers takes powers in float32, whose last bits differ from machine to machine. Here they are decimal numbers of 40 digits,
-which are the same everywhere, rounded once to float32. The formulas are those of transformers' modeling_rope_utils.
+transformers takes powers in float32, whose last bits differ from machine to machine. Here they are decimal numbers of 40
+digits, the same everywhere, and rounded once to float32. The formulas are those of transformers' modeling_rope_utils.
 
 Where transformers chooses frequencies by the longest sequence of a batch (dynamic, longrope), a sequence's own length decides
 here, so that no other sequence is in its bits.
@@ -165,11 +165,11 @@ def rows(config: Any, positions: Tensor, longest: int, lengths: Tensor | None, *
         check.fail(op, "position_ids", "at least 0", int(positions.min()))
     cos, sin = (t.index_select(0, positions) for t in _table(said, 0, _room(last), positions.device))
     if longest > turn:
-        if dict(said)["rope_type"] == "dynamic" or lengths is None:
-            kind = dict(said)["rope_type"]
-            check.fail(op, "input_ids", f"at most {turn} tokens a sequence, for rope type {kind!r}", longest,
-                       "beyond it every token's angles change with the length" if kind == "dynamic" else
-                       "beyond it the angles of cached keys would change; pass the whole sequence with use_cache=False")  # fmt: skip
+        kind = dict(said)["rope_type"]
+        if kind == "dynamic" or lengths is None:
+            why = "beyond it the angles of cached keys would change; pass the whole sequence with use_cache=False"
+            why = "beyond it all angles of a sequence change with each token; cut the text" if kind == "dynamic" else why
+            check.fail(op, "input_ids", f"at most {turn} tokens a sequence, for rope type {kind!r}", longest, why)
         far = (lengths > turn)[:, None]
         long = (t.index_select(0, positions) for t in _table(said, longest, _room(last), positions.device))
         cos, sin = (torch.where(far, b, a) for a, b in zip((cos, sin), long, strict=True))
