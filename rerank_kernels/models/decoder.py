@@ -193,7 +193,8 @@ def _words(decoder: Any, op: str, ids: Tensor) -> Tensor:
     words = lookup(op, "input_ids", ids, decoder.embed_tokens)
     if not _type(decoder).scaled:
         return words
-    return words * torch.tensor(decoder.config.hidden_size**0.5, dtype=words.dtype, device=words.device)
+    scale = torch.tensor(decoder.config.hidden_size**0.5, dtype=words.dtype, device=words.device)
+    return (words.float() * scale.float()).to(words.dtype)  # a product of halves is exact in float32: stock's bits
 
 
 def _angles(decoder: Any, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -280,7 +281,7 @@ def _feed_forward(m: Any, x: Tensor, residual: Tensor) -> Tensor:
             x, m.up_proj.weight, m.down_proj.weight, gate_weight=m.gate_proj.weight,
             up_bias=m.up_proj.bias, gate_bias=m.gate_proj.bias, down_bias=m.down_proj.bias,
         )  # fmt: skip
-        return residual + y
+        return (residual.float() + y.float()).to(residual.dtype)
     at_once = TOKENS_AT_ONCE if x.device.type == "cpu" else max(x.shape[0], 1)
     done = [
         linear(
