@@ -1,7 +1,7 @@
 """Settings of a folder: what sentence-transformers makes of a folder, the Reranker makes of it too, or refuses it by name.
 
-`folders` writes folders of all combinations of settings; the same are compared with the real sentence-transformers where that is
-installed (stacks/ has it always), and with a table of what each setting means.
+`folders` writes folders of many combinations of settings. They are compared with the real sentence-transformers where it is
+installed; stacks/ has it always. What each setting means is held here without it too.
 """
 
 from __future__ import annotations
@@ -78,7 +78,11 @@ def save(
 
 def folders(plain: Path, to: Path) -> Iterator[tuple[str, Path]]:
     """Folders of all combinations of what is served; every value of a setting is in several of them."""
-    poolings = ("mean", "cls", {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": False})
+    poolings = (
+        "mean",
+        "cls",
+        {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": False},
+    )
     limits: tuple[dict[str, Any], ...] = ({}, {"max_seq_length": 12}, {"max_seq_length": None}, {"max_seq_length": 100})
     prompts: tuple[dict[str, Any], ...] = (
         {},
@@ -140,7 +144,7 @@ def test_sentence_transformers_makes_the_same_of_a_cross_encoder(cross, tmp_path
     near(rk.Reranker(saved).score(pairs).score, st.CrossEncoder(str(saved), device="cpu").predict(pairs), "saved")
 
 
-# ---- what each setting means, without sentence-transformers -------------------------------------------------------------------
+# ---- what each setting means, without sentence-transformers ------------------------------------------------------------------
 
 
 def test_lower_case_is_served(plain, tmp_path) -> None:
@@ -207,7 +211,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (dict(pooling={"pooling_mode_mean_tokens": False}), "pooling mode must be mean or cls, got none"),
     (dict(pooling={"include_prompt": False}), "1_Pooling's include_prompt must be true"),
     (dict(pooling={"pooling_mode": "mean", "new": 1}), "1_Pooling's config.json must be of keys that are known, got 'new'"),
-    (dict(transformer={"max_seq_length": -5}), "sentence_bert_config.json's max_seq_length must be an integer from 3 on.*got -5"),
+    (
+        dict(transformer={"max_seq_length": -5}),
+        "sentence_bert_config.json's max_seq_length must be an integer from 3 on.*got -5",
+    ),
     (dict(transformer={"max_seq_length": "x"}), "max_seq_length must be an integer from 3 on.*got 'x'"),
     (dict(transformer={"max_seq_length": 2}), "max_seq_length must be an integer from 3 on.*got 2"),
     (dict(transformer={"max_seq_length": 12.5}), "max_seq_length must be an integer from 3 on.*got 12.5"),
@@ -279,14 +286,30 @@ def test_modules_that_are_not_served(plain, tmp_path, entries: list[Any], said: 
 @pytest.mark.parametrize(
     ("config", "root", "said"),
     [
-        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Tanh"}}, {}, "activation_fn must be torch.nn.Sig"),
+        (
+            {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Tanh"}},
+            {},
+            "activation_fn must be torch.nn.Sig",
+        ),
         ({"sentence_transformers": {"activation_fn": "evil.Sigmoid"}}, {}, "got 'evil.Sigmoid'"),
         ({"sentence_transformers": {"activation_fn": 5}}, {}, "got 5"),
-        ({"sentence_transformers": {"max_length": 3}}, {}, "sentence_transformers.max_length must be an integer from 5 on.*got 3"),
+        (
+            {"sentence_transformers": {"max_length": 3}},
+            {},
+            "sentence_transformers.max_length must be an integer from 5 on.*got 3",
+        ),
         ({"sbert_ce_default_activation_function": "torch.nn.ReLU"}, {}, "sbert_ce_default_activation_function must be"),
-        ({}, {"activation_fn": "torch.nn.modules.activation.Softmax"}, "config_sentence_transformers.json's activation_fn must be"),
+        (
+            {},
+            {"activation_fn": "torch.nn.modules.activation.Softmax"},
+            "config_sentence_transformers.json's activation_fn must be",
+        ),
         ({}, {"keep_in_fp32_modules": ["0.model.classifier"]}, "keep_in_fp32_modules must be unset"),
-        ({}, {"prompts": {"q": "query: "}, "default_prompt_name": "q"}, "default_prompt_name must be unset for a cross-encoder"),
+        (
+            {},
+            {"prompts": {"q": "query: "}, "default_prompt_name": "q"},
+            "default_prompt_name must be unset for a cross-encoder",
+        ),
     ],
 )
 def test_settings_of_a_cross_encoder(cross, tmp_path, config: dict[str, Any], root: dict[str, Any], said: str) -> None:

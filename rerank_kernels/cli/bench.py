@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from datetime import datetime
 
 from rerank_kernels.cli import interrupt, models, reading, terminal, writing
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         with writing.naming(writing.STDOUT):
             report.print(terminal.console())
         if out is not None:
-            out.write(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
+            out.write(writing.document(report.as_dict()))
         if page is not None:
             from rerank_kernels.page import bench_page
 

@@ -12,8 +12,38 @@ from typing import Any
 
 from rerank_kernels.cli.errors import say
 from rerank_kernels.cli.writing import set_stdout
+from rerank_kernels.printable import printable
 
 SECONDS = 60.0  # between two lines of progress, where no bar can be seen
+
+
+class Printable:
+    """A stream of text from which nothing steers a terminal, whoever writes to it: we, a warning, a library's logger."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write(printable(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def printable_stderr() -> Iterator[None]:
+    before = sys.stderr
+    if before is not None:
+        sys.stderr = Printable(before)
+    try:
+        yield
+    finally:
+        sys.stderr = before
 
 
 def console() -> Any:
@@ -22,6 +52,9 @@ def console() -> Any:
     class Ours(Console):
         def on_broken_pipe(self) -> None:
             raise  # rich would end with exit code 1, which is a broken promise's
+
+        def print(self, *objects: Any, **how: Any) -> None:
+            super().print(*(printable(one) if isinstance(one, str) else one for one in objects), **how)
 
     # a letter that stdout's encoding does not have is no reason to stop
     set_stdout(errors="replace")
@@ -52,7 +85,8 @@ def progress(what: str, total: float | None, seconds: float | None = None) -> It
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    own = sys.stderr.stream if isinstance(sys.stderr, Printable) else sys.stderr  # the bar does steer the terminal
+    with Progress(*columns, console=Console(file=own), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)
 

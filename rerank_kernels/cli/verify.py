@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from datetime import datetime
 
@@ -67,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
                         limit=args.limit,
                         pooling=loaded.pooling,
                         source=None if args.no_process else args.model,
+                        trust_remote_code=args.trust_remote_code,
                         mode=args.mode,
                         progress=lambda share, before=before: advance((before + share) / len(which)),  # type: ignore[misc]
                     )
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             writing.drop_stdout()
         if out is not None:
             found = report.as_dict() | ({} if beside is None else {"stock": beside.as_dict()})
-            out.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+            out.write(writing.document(found))
         if page is not None:
             from rerank_kernels.page import verify_page
 

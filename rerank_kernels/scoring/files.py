@@ -25,8 +25,8 @@ class Folder:
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
             raise ValueError(
-                f"Reranker: model_or_path must be a local model folder, got {str(path)!r}, which is none; nothing is downloaded "
-                "here: fetch a model with huggingface_hub.snapshot_download(...) and pass the folder it returns"
+                f"Reranker: model_or_path must be a local model folder, got {str(path)!r}, which is none; nothing is "
+                "downloaded here: fetch a model with huggingface_hub.snapshot_download(...) and pass the folder it returns"
             )
         self.path, self.real = path, path.resolve()
         self.rooms = [self.real]

@@ -65,7 +65,7 @@ def load_model(folder: Folder, kind: str, trust: bool = False) -> Any:
 
 
 def load_tokenizer(folder: Folder, trust: bool = False, lower: bool = False) -> Any:
-    """The tokenizer in `folder`. lower: before all else it makes letters small, as sentence-transformers' do_lower_case does."""
+    """The tokenizer in `folder`. lower: it makes letters small first, as sentence-transformers' do_lower_case does."""
     from transformers import AutoTokenizer
 
     folder.check()
@@ -132,8 +132,8 @@ def _config(folder: Folder, config: dict[str, Any], kind: str, trust: bool) -> N
     if wanted > held:
         said = ", ".join(f"{key} {value:,}" for key, value in size.items())
         raise ValueError(
-            f"Reranker: {folder.path}/config.json must describe the weights beside it, got {said}: a model of {wanted:,} numbers, "
-            f"and the files hold {held:,} at most"
+            f"Reranker: {folder.path}/config.json must describe the weights beside it, got {said}: a model of {wanted:,} "
+            f"numbers, and the files hold {held:,} at most"
         )
 
 
@@ -211,7 +211,7 @@ def _lower(tokenizer: Any) -> None:
     if backend is None:
         check.fail("Reranker", "do_lower_case", "false for a tokenizer without tokenizer.json", "true", "save a fast tokenizer")
     before = backend.normalizer
-    steps = list(before) if isinstance(before, Sequence) else [] if before is None else [before]
+    steps: list[Any] = list(iter(before)) if isinstance(before, Sequence) else [] if before is None else [before]
     if not any(isinstance(step, Lowercase) for step in steps):
         backend.normalizer = Sequence([Lowercase(), *steps])
 

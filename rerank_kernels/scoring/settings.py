@@ -111,7 +111,8 @@ def _modules(folder: Folder) -> list[tuple[str, Folder, dict[str, Any]]]:
 
 
 def _of_transformer(found: Settings, folder: Folder) -> None:
-    name, config = next(((n, c) for n in BERT if folder.has(n) and (c := folder.json(n))), (BERT[0], {}))
+    nothing: tuple[str, dict[str, Any]] = BERT[0], {}
+    name, config = next(((n, c) for n in BERT if folder.has(n) and (c := folder.json(n))), nothing)
 
     def refuse(key: str, wanted: str, hint: str = "") -> NoReturn:
         check.fail("Reranker", f"{name}'s {key}", wanted, f"{config[key]!r:.60}", hint)

@@ -1,8 +1,8 @@
 """From texts to token ids: those that the tokenizer's own call gives, in memory that does not grow with query times document.
 
-A call of a fast tokenizer with truncation keeps what it cut off. Of a pair it keeps each piece of the first text with each piece
-of the second: two texts of 40,000 letters need more memory than there is, and the process is ended. So each text is tokenised
-alone, cut to its ids of the pair, and put between the special tokens here.
+A call of a fast tokenizer with truncation keeps what it cut off. Of a pair it keeps each piece of the first text with each
+piece of the second: two texts of 40,000 letters need more memory than there is, and the process is ended. So each text is
+tokenised alone, cut to its ids of the pair, and put between the special tokens here.
 
 The ids are the same, for the tokenizer does these steps in this order too:
 - It tokenises the two texts of a pair apart; nothing in one changes an id of the other.
@@ -206,7 +206,7 @@ def _same(a: Template, b: Template) -> bool:
     )
 
 
-class panics:  # noqa: N801  it reads as what it is: with panics():
+class panics:
     """A panic of the tokenizer's Rust is no Exception in Python, and passes what catches errors; here it becomes one."""
 
     def __enter__(self) -> None:
