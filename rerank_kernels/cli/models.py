@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rerank_kernels.cli import interrupt
+from rerank_kernels.cli import interrupt, terminal
 from rerank_kernels.cli.errors import InputError, fail_with, say
 from rerank_kernels.cli.records import Record
 
@@ -20,14 +20,15 @@ def reranker(args: argparse.Namespace) -> Any:
 
         quiet()
         try:
-            return Reranker(
-                args.model,
-                max_length=args.max_length,
-                dtype=dtype(args.dtype),
-                device=device(args.device),
-                mode=args.mode,
-                trust_remote_code=args.trust_remote_code,
-            )
+            with terminal.without_panics():
+                return Reranker(
+                    args.model,
+                    max_length=args.max_length,
+                    dtype=dtype(args.dtype),
+                    device=device(args.device),
+                    mode=args.mode,
+                    trust_remote_code=args.trust_remote_code,
+                )
         except (ValueError, PatchError) as error:
             fail_with(error)
 
@@ -38,7 +39,8 @@ def loaded(args: argparse.Namespace) -> Any:
         from rerank_kernels.verify import load
 
         quiet()
-        found = load(args.model, dtype(args.dtype), args.trust_remote_code)
+        with terminal.without_panics():
+            found = load(args.model, dtype(args.dtype), args.trust_remote_code)
         if (where := device(args.device)) is not None:
             found.model.to(where)
         return found
@@ -92,9 +94,12 @@ def device(name: str | None) -> Any:
 
 
 def quiet() -> None:
-    """transformers' own bars and load reports would appear between the lines of our output."""
+    """transformers' own bars and load reports, and what Rust prints of a panic, would stand between the lines of our output."""
     from transformers.utils import logging as transformers_logging
 
+    from rerank_kernels.scoring import tokenising
+
+    tokenising.around = terminal.without_panics
     logging: Any = transformers_logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()

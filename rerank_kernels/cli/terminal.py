@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
+from rerank_kernels.cli import interrupt
 from rerank_kernels.cli.errors import say
 from rerank_kernels.cli.writing import set_stdout
 from rerank_kernels.printable import printable
@@ -44,6 +46,40 @@ def printable_stderr() -> Iterator[None]:
         yield
     finally:
         sys.stderr = before
+
+
+@contextlib.contextmanager
+def without_panics() -> Iterator[None]:
+    """What Rust prints of a panic is no line of ours, and may hold anything: the error that follows says what happened."""
+    if sys.stderr is None or interrupt.stderr != 2:
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+        saved = os.dup(2)
+    except OSError:  # closed by the shell's 2>&-
+        yield
+        return
+    panicked = False
+    with tempfile.TemporaryFile() as kept:
+        try:
+            interrupt.stderr = saved
+            os.dup2(kept.fileno(), 2)
+            yield
+        except BaseException as error:
+            panicked = any(type(one).__name__ == "PanicException" for one in (error, error.__cause__))
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                sys.stderr.flush()
+            os.dup2(saved, 2)
+            interrupt.stderr = 2
+            os.close(saved)
+            if not panicked:  # what others wrote meanwhile
+                kept.seek(0)
+                with contextlib.suppress(OSError):
+                    os.write(2, kept.read())
 
 
 def console() -> Any:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ _ONLY_ASSERT = (
 
 # A fast tokenizer sets truncation on itself for each call: two threads at once give "Already borrowed".
 LOCK = threading.Lock()
+around: Callable[[], AbstractContextManager[None]] = nullcontext  # the command line's, for what Rust prints of a panic
 if hasattr(os, "register_at_fork"):  # a thread that is not in the child may have held it
     os.register_at_fork(after_in_child=LOCK._at_fork_reinit)  # type: ignore[attr-defined]
 
@@ -79,7 +81,7 @@ def tokenise(
     tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, max_length: int
 ) -> tuple[list[Ids], list[Ids] | None]:
     """Ids and types of each text or pair, cut to max_length; types are None if the tokenizer has none."""
-    with LOCK, panics():
+    with LOCK, around(), panics(tokenizer):
         template = None if not _known(tokenizer) else _template(tokenizer.backend_tokenizer, second is not None)
         if template is None or template.count > max_length:
             return _called(tokenizer, first, second, max_length)
@@ -209,13 +211,17 @@ def _same(a: Template, b: Template) -> bool:
 class panics:
     """A panic of the tokenizer's Rust is no Exception in Python, and passes what catches errors; here it becomes one."""
 
+    def __init__(self, tokenizer: Any) -> None:
+        self.name = getattr(tokenizer, "name_or_path", "")
+
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and type(error).__name__ == "PanicException":
             said = " ".join(str(error).split())
-            raise ValueError(f"Reranker: the tokenizer cannot read these texts: {said:.300}") from error
+            whose = f" of {self.name}" if self.name else ""
+            raise ValueError(f"Reranker: the tokenizer{whose} cannot read these texts: {said:.300}") from error
 
 
 def in_vocabulary(ids: list[Ids], limit: int, what: str, config: str) -> None:
