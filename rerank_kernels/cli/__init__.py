@@ -32,11 +32,13 @@ def _main(argv: Sequence[str] | None) -> int:
         from rerank_kernels.cli.parser import parser
         from rerank_kernels.cli.terminal import printable_stderr
         from rerank_kernels.cli.writing import STDOUT, drop_stdout, flush_or_drop_stdout, naming
+        from rerank_kernels.printable import printable
 
         with printable_stderr():
             args = parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
             args.ours = argv is None
-            args.command = shlex.join(("rerank-kernels", *(sys.argv[1:] if argv is None else argv)))  # for a page to say
+            given = shlex.join(("rerank-kernels", *(sys.argv[1:] if argv is None else argv)))
+            args.command = printable(given)  # for a page to say
             try:
                 code = int(args.run(args))
                 if sys.stdout is not None:

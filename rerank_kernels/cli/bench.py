@@ -9,6 +9,7 @@ from datetime import datetime
 from rerank_kernels.cli import interrupt, models, reading, terminal, writing
 from rerank_kernels.cli.errors import InputError, fail_with
 from rerank_kernels.cli.options import model_options, positive
+from rerank_kernels.printable import printable
 
 
 def options(sub: argparse.ArgumentParser) -> None:
@@ -66,5 +67,5 @@ def run(args: argparse.Namespace) -> int:
             from rerank_kernels.page import bench_page
 
             about, when = environment(Setting.of(loaded.model, args.mode, None)), datetime.now().astimezone()
-            page.write(bench_page(report, environment=about, model=args.model, command=args.command, when=when))
+            page.write(bench_page(report, environment=about, model=printable(args.model), command=args.command, when=when))
     return 0 if report.ok else 1

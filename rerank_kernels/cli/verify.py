@@ -10,6 +10,7 @@ from datetime import datetime
 from rerank_kernels.cli import interrupt, models, reading, terminal, writing
 from rerank_kernels.cli.errors import InputError, fail_with
 from rerank_kernels.cli.options import model_options, positive
+from rerank_kernels.printable import printable
 
 MORE = " It needs at least 8 different texts, to put in one batch."  # verify.HOME; --help does not wait for an import
 
@@ -88,5 +89,5 @@ def run(args: argparse.Namespace) -> int:
             from rerank_kernels.page import verify_page
 
             when = datetime.now().astimezone()
-            page.write(verify_page(report, beside, model=args.model, command=args.command, when=when))
+            page.write(verify_page(report, beside, model=printable(args.model), command=args.command, when=when))
     return 0 if report.ok else 1
