@@ -259,6 +259,21 @@ def test_a_whole_model(family: str) -> None:
     assert len(set(want.flatten().tolist())) == 4
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "gemma"])
+def test_a_whole_decoder(kind: str) -> None:
+    """A prompt and one token more from the cache; rotary, a window, gated feed-forward layers, offset norms."""
+    model, ids = models.decoder(kind), torch.stack(models.rows((40, 40)))
+    rk.patch(model)
+
+    def call() -> torch.Tensor:
+        out = model(input_ids=ids[:, :39])
+        (cache,) = (value for name, value in out.items() if name != "logits")  # its name differs between versions
+        return torch.cat([out.logits, model(input_ids=ids[:, 39:], past_key_values=cache).logits], 1)
+
+    with torch.inference_mode():
+        same(*both(call), "logits, cuda against cpu")
+
+
 @pytest.mark.parametrize("lengths", [(14, 6), pytest.param((200, 130, 3), marks=pytest.mark.exhaustive)])
 def test_a_layer_of_bge_reranker_base(lengths: tuple[int, ...]) -> None:
     """768 wide, 12 heads, 3072 between: real sizes, short sequences."""
