@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
+from rerank_kernels.models import lora
 from rerank_kernels.models.bound import class_of, hooked
 from rerank_kernels.ops.linear import linear
 from rerank_kernels.ops.norm import layer_norm
@@ -86,6 +87,8 @@ def refuse_hooks(m: nn.Module, inner: nn.Module) -> NoReturn:
 
 
 def dense(m: Any, x: Tensor, act: str | None = None) -> Tensor:
+    if lora.is_lora(m):
+        return lora.product(m, x, act)
     as_patched(m, nn.Linear)
     return linear(x, m.weight, m.bias, activation=act)
 
