@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models.bound import class_of, name_of
 from rerank_kernels.ops.linear import activation, linear
+from rerank_kernels.ops.opaque import opaque
 
 LINEAR = "peft.tuners.lora.layer.Linear"
 SAVED = "peft.utils.other.ModulesToSaveWrapper"  # around a head that was trained whole
@@ -71,8 +72,14 @@ def product(m: Any, x: Tensor, act: str | None = None, out_dtype: torch.dtype | 
         a, b = m.lora_A[name], m.lora_B[name]
         # adapters are float32 beside a half body, which mode tensor does not take
         low = linear(x, a.weight, a.bias, out_dtype=torch.float32, mode="portable")
-        y = y + linear(low, b.weight, b.bias, out_dtype=torch.float32, mode="portable") * m.scaling[name]
+        y = added(y, linear(low, b.weight, b.bias, out_dtype=torch.float32, mode="portable"), float(m.scaling[name]))
     return (y if act is None else activation(y, act)).to(out_dtype or x.dtype)
+
+
+@opaque(lambda y, update, scale: y.new_empty(y.shape))
+def added(y: Tensor, update: Tensor, scale: float) -> Tensor:
+    """y + update · scale, rounded twice; an op, for a compiler that a model was exported to would make one fma of it."""
+    return y + update * scale
 
 
 def _active(m: Any) -> list[str]:

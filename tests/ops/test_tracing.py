@@ -20,6 +20,7 @@ from test_compile import CASES, arguments, outputs
 from torch import Tensor, nn
 
 import cases
+import lora
 import rerank_kernels as rk
 import systems
 from cases import Case, numbers
@@ -221,6 +222,18 @@ def test_in_a_process_that_has_imported_the_package(tmp_path: Path, kind: str, i
     fresh = FRESH.format(imports=imports)
     done = subprocess.run([sys.executable, "-c", fresh, kind, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "the same\n"), done.stderr
+
+
+def test_adapters() -> None:
+    """Those that are active while it is traced; and their sum is an op, which no compiler can fuse."""
+    model = lora.adapted(tiny("bert"), ("query", "value"), saves=True)
+    rk.patch(model)
+    inner = model.base_model.model
+    traced = jit(inner, batches(0)[0])
+    gives_the_models_bits(inner, traced, 0)
+    assert str(traced.inlined_graph).count("rerank_kernels_compiled::added") == 4 and "aten::mul(" not in str(
+        traced.inlined_graph
+    )
 
 
 # ---- decoders ---------------------------------------------------------------------------------------------------------------
