@@ -12,12 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models.bound import class_of, name_of
+from rerank_kernels.models.bound import Forward, class_of, hooked, name_of
 from rerank_kernels.ops.linear import activation, linear
 
 LINEAR = "peft.tuners.lora.layer.Linear"
 SAVED = "peft.utils.other.ModulesToSaveWrapper"  # around a head that was trained whole
 MERGE = "merge it first: model = peft_model.merge_and_unload(), then rk.patch(model)"
+
+
+_WATCHED = "what stands in it has hooks or a forward of its own, which do not run; remove them"
+
+
+def _watched(m: Any) -> bool:
+    """Whether a module that is never called has what would run if it were."""
+    return hooked(m) or not isinstance(vars(m).get("forward"), Forward | None)
 
 
 def is_lora(m: object) -> bool:
@@ -36,12 +44,14 @@ def problem(m: Any) -> str | None:
             return f"adapter {name!r} is no plain LoRA ({'DoRA' if variant is None else class_of(variant)}); {MERGE}"
         if m.fan_in_fan_out:
             return f"fan_in_fan_out is set; {MERGE}"
-        for held in (m.lora_A[name], m.lora_B[name]):
-            if type(held) is not nn.Linear:
-                return f"adapter {name!r} holds a {name_of(held)}; {MERGE}"
+        for inner in (m.lora_A[name], m.lora_B[name]):
+            if type(inner) is not nn.Linear:
+                return f"adapter {name!r} holds a {name_of(inner)}; {MERGE}"
         if m.lora_dropout[name].training and getattr(m.lora_dropout[name], "p", 0.0):
             return f"the dropout of adapter {name!r} is set to train; call model.eval()"
-    return None
+        if any(map(_watched, (m.lora_A[name], m.lora_B[name], m.lora_dropout[name]))):
+            return _WATCHED
+    return _WATCHED if _watched(m.base_layer) else None
 
 
 def saved_problem(m: Any) -> str | None:

@@ -15,6 +15,7 @@ import lora
 import rerank_kernels as rk
 from models import FAMILIES, PAD, padded, rows, tiny
 from rerank_kernels.models import lora as served
+from rerank_kernels.models.bound import Forward
 
 LENGTHS = (7, 1, 70, 23, 64)
 BOUND = {torch.float32: 5e-6, torch.float16: 8e-3, torch.bfloat16: 8e-2}
@@ -150,6 +151,14 @@ def training(model):
     first(model).lora_dropout["default"].train()
 
 
+def hooked(model):
+    first(model).lora_A["default"].register_forward_hook(lambda *_: None)
+
+
+def own_forward(model):
+    first(model).base_layer.forward = torch.sin
+
+
 def both(model):
     model.merge_adapter()
     model.disable()
@@ -167,6 +176,8 @@ REFUSED = {
     quantised: rf"its base_layer is a [\w.]+Linear4bit; {MERGE}",
     odd: rf"adapter 'default' holds a [\w.]+Other; {MERGE}",
     training: r"the dropout of adapter 'default' is set to train; call model\.eval\(\)",
+    hooked: "has forward hooks|has hooks or a forward of its own",
+    own_forward: "has a forward of its own|has hooks or a forward of its own",
     both: r"its adapters are disabled and merged, .* call unmerge_adapter\(\) first",
 }
 
@@ -180,7 +191,7 @@ def test_what_is_no_plain_lora_is_refused(change, moment):
         with pytest.raises(rk.PatchError, match=REFUSED[change]) as error:
             rk.patch(model)
         assert str(error.value).startswith("patch: PEFT PeftModelForSequenceClassification, base_model.model: BertFor")
-        assert not any("forward" in vars(m) for m in model.modules())
+        assert not any(isinstance(vars(m).get("forward"), Forward) for m in model.modules())
     else:
         rk.patch(model)
         change(model)
