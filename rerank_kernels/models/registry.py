@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import bert, leaves, lora, sentence
-from rerank_kernels.models.bound import Forward, class_of, hooked, name_of
+from rerank_kernels.models.bound import class_of, forward_of, hooked, name_of
 from rerank_kernels.models.heads import embedding
 from rerank_kernels.models.packing import ready, refuse_hooks
 from rerank_kernels.models.served import Served
@@ -99,6 +99,11 @@ def max_tokens(model: nn.Module) -> int:
     return ENCODERS[name_of(model)].max_tokens(model)
 
 
+def model_types() -> list[str]:
+    """The model types that are served, as config.json names them."""
+    return sorted({name.split(".")[2].replace("_", "-") for name in ENCODERS})
+
+
 def _sequences(model: Any, ids: Tensor, cu_seqlens: Tensor) -> Sequences:
     """Checked here, and by nobody further down."""
     op = class_of(model.base_model)
@@ -108,7 +113,7 @@ def _sequences(model: Any, ids: Tensor, cu_seqlens: Tensor) -> Sequences:
 
 def _served(model: nn.Module, classifies: bool) -> Served:
     served = ENCODERS.get(name_of(model))
-    if not isinstance(model.__dict__.get("forward"), Forward) or served is None or (served.head is not None) != classifies:
+    if forward_of(model) is None or served is None or (served.head is not None) != classifies:
         kind = "*ForSequenceClassification" if classifies else "*Model"
         raise PatchError(f"packed entry: model must be a patched {kind}, got {class_of(model)}; call rk.patch(model) first")
     return served

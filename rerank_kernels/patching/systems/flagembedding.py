@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rerank_kernels.models.bound import Forward, Method, serving
+from rerank_kernels.models.bound import Method, forward_of, serving
 from rerank_kernels.ops.norm import normalize
 from rerank_kernels.ops.pooling import pool
 from rerank_kernels.patching.systems.resolved import Resolved, own_methods, see_patched
@@ -49,7 +49,7 @@ def embedder(obj: Any, cls: type) -> Resolved:
 
 
 def _workers(found: Resolved) -> None:
-    patched = isinstance(vars(found.obj.model).get("forward"), Forward)
+    patched = forward_of(found.obj.model) is not None
     if getattr(found.obj, "pool", None) is not None and not patched:
         found.problems.append("its worker processes run already, with the model as it was; call stop_self_pool() first")
 
