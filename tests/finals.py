@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 import lora
 import models
 import rerank_kernels as rk
 import systems
 from cases import DTYPES, numbers
-from models import CORPUS, FAMILIES, padded
+from models import CORPUS, DECODERS, FAMILIES, padded
 from rerank_kernels.models import registry as served
 from rerank_kernels.ops.pooling import POOL_MODES
 
@@ -100,6 +101,31 @@ def _lora(family: str, dtype: torch.dtype) -> Run:
             own.set_adapter(*names)
             made.append(own(**batch).logits)
         return made
+
+    return run
+
+
+def _decoder(kind: str, dtype: torch.dtype) -> Run:
+    """Whole, cached in chunks and greedily generated; a head; the cache that forgets what a window hides."""
+    own, headed = (models.decoder(kind, cls=cls, num_labels=1) for cls in ("ForCausalLM", "ForSequenceClassification"))
+    for one in (own, headed):
+        with torch.no_grad():
+            for name, p in one.named_parameters():
+                p.copy_(numbers(name, tuple(p.shape), torch.float32, 2.0**-3))
+                if "norm" in name and kind != "gemma":
+                    p.add_(1.0)
+        one.to(dtype)
+        rk.patch(one)
+    rows = models.rows(LENGTHS)
+    flat, cu = torch.cat(rows), torch.tensor([0, *np.cumsum(LENGTHS)], dtype=torch.int32)
+    left, right, long = padded(rows, 0, left=True, to=80), padded(rows, 0), rows[3][None]
+
+    def run() -> list[Tensor]:
+        made = [own(**left, use_cache=False).logits, own(**right, output_hidden_states=True).hidden_states[-1]]
+        cache = DynamicCache(config=own.config)
+        made += [own(input_ids=part, past_key_values=cache).logits for part in long.split(13, 1)]
+        ids = own.generate(**left, max_new_tokens=5, do_sample=False)
+        return [*made, ids.int().view(torch.float32), headed(**right).logits, *served.packed_logits(headed, flat, cu)]
 
     return run
 
@@ -251,6 +277,11 @@ WAYS: dict[str, Callable[[], Run]] = {
         f"{family} with LoRA, {_short(dtype)}": functools.partial(_lora, family, dtype)
         for family in ("bert", "roberta")
         for dtype in DTYPES
+    },
+    **{
+        f"{kind} decoder, {_short(dtype)}": functools.partial(_decoder, kind, dtype)
+        for kind in DECODERS
+        for dtype in (torch.float32, torch.bfloat16)
     },
     **{
         f"Reranker, {family} cross-encoder, {_short(dtype)}": functools.partial(_cross_encoder, family, dtype)

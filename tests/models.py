@@ -56,6 +56,32 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, *, head: bool = True, 
     return model.to(dtype).eval()
 
 
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+WINDOW = 20  # of every layer of mistral, and of the second of qwen2 and qwen3
+
+
+def decoder(
+    kind: str, dtype: torch.dtype = torch.float32, *, cls: str = "ForCausalLM", layers: int = 2, seed: int = 0, **changes: Any
+) -> Any:
+    """A stock decoder in eval mode, two query heads to a key head, drawn so that tokens and places tell."""
+    import transformers as tf
+
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma"}[kind]
+    sizes = dict(hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96)
+    room = dict(vocab_size=VOCABULARY, max_position_embeddings=256, head_dim=16, pad_token_id=0, attn_implementation="eager")
+    ends = dict(bos_token_id=None, eos_token_id=None)  # generation goes on
+    window: dict[str, Any] = {"mistral": {"sliding_window": WINDOW}}.get(kind, {})
+    if kind.startswith("qwen"):
+        window = dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
+    model = getattr(tf, name + cls)(getattr(tf, f"{name}Config")(**(sizes | room | ends | window | changes)))
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            centre = 1.0 if "norm" in key and kind != "gemma" else 0.0
+            p.copy_(centre + torch.randn(p.shape, generator=draw) * (0.1 if p.dim() == 1 else 0.15))
+    return model.to(dtype).eval()
+
+
 def rows(lengths: Sequence[int], seed: int = 0) -> list[Tensor]:
     """Random token ids without special ones, one tensor per sequence."""
     draw = torch.Generator().manual_seed(seed)

@@ -69,20 +69,23 @@ def held(m: Any) -> Any:
     return m.modules_to_save[names[0]] if names else m.original_module
 
 
-def product(m: Any, x: Tensor, act: str | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+def product(
+    m: Any, x: Tensor, act: str | None = None, out_dtype: torch.dtype | None = None, residual: Tensor | None = None
+) -> Tensor:
     """What `linear` of a plain layer is, for one of class LINEAR."""
     if (why := problem(m)) is not None:
         raise PatchError(f"LoRA: a layer of the patched model cannot be served as it is now: {why}")
     base, names = m.base_layer, _active(m)
     if not names:
-        return linear(x, base.weight, base.bias, activation=act, out_dtype=out_dtype)
+        return linear(x, base.weight, base.bias, activation=act, residual=residual, out_dtype=out_dtype)
     y = linear(x, base.weight, base.bias, out_dtype=torch.float32)
     for name in names:
         a, b = m.lora_A[name], m.lora_B[name]
         # adapters are float32 beside a half body, which mode tensor does not take
         low = linear(x, a.weight, a.bias, out_dtype=torch.float32, mode="portable")
         y = y + linear(low, b.weight, b.bias, out_dtype=torch.float32, mode="portable") * m.scaling[name]
-    return (y if act is None else activation(y, act)).to(out_dtype or x.dtype)
+    y = y if act is None else activation(y, act)
+    return (y if residual is None else y + residual.float()).to(out_dtype or x.dtype)
 
 
 def _active(m: Any) -> list[str]:

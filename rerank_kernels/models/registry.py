@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models import bert, leaves, lora, sentence
+from rerank_kernels.models import bert, decoder, leaves, lora, sentence
 from rerank_kernels.models.bound import class_of, forward_of, hooked, name_of
 from rerank_kernels.models.heads import embedding
 from rerank_kernels.models.packing import ready, refuse_hooks
@@ -23,12 +23,16 @@ from rerank_kernels.ops.pooling import HeadOutput
 from rerank_kernels.ops.sequences import Sequences
 
 # Whole models: an encoder, or a classifier around one.
-ENCODERS: dict[str, Served] = bert.served()
+ENCODERS: dict[str, Served] = bert.served() | decoder.served()
 # Modules inside an encoder, whose weights its forward reads; a function says what could stand in the way.
-PARTS: dict[str, Callable[[Any], str | None] | None] = bert.parts() | {
-    lora.LINEAR: lora.problem,
-    lora.SAVED: lora.saved_problem,
-}
+PARTS: dict[str, Callable[[Any], str | None] | None] = (
+    bert.parts()
+    | decoder.parts()
+    | {
+        lora.LINEAR: lora.problem,
+        lora.SAVED: lora.saved_problem,
+    }
+)
 # What is served wherever it stands.
 LEAVES: dict[str, Callable[..., Any]] = leaves.FORWARDS | sentence.FORWARDS
 FORWARDS: dict[str, Callable[..., Any]] = LEAVES | {name: served.forward for name, served in ENCODERS.items()}
@@ -47,7 +51,7 @@ EXACT = {
     *sentence.TRANSFORMERS,
     COMPILED,
 }
-PREFIXES = tuple(a.prefix for a in bert.MODEL_TYPES.values())
+PREFIXES = tuple(a.prefix for types in (bert.MODEL_TYPES, decoder.MODEL_TYPES) for a in types.values())
 
 
 def problem(m: Any) -> str | None:

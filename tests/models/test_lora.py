@@ -13,7 +13,7 @@ from torch import nn
 
 import lora
 import rerank_kernels as rk
-from models import FAMILIES, PAD, padded, rows, tiny
+from models import FAMILIES, PAD, decoder, padded, rows, tiny
 from rerank_kernels.models import lora as served
 from rerank_kernels.models.bound import Forward
 
@@ -53,6 +53,37 @@ def test_adapters(family, targets, dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_in_the_head(family):
     answers_as_peft(family, TARGETS["all"], saves=False)
+
+
+EVERY = ("q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize("act", ["silu", "relu"])
+@pytest.mark.parametrize("targets, saves", [(("q_proj", "v_proj"), True), ((*EVERY, "score"), False)], ids=["two", "all"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_adapters_in_a_decoder(kind, targets, saves, act):
+    model = lora.adapted(decoder(kind, cls="ForSequenceClassification", num_labels=2, hidden_act=act), targets, saves=saves)
+    batch = padded(rows(LENGTHS), model.base_model.model.config.pad_token_id)
+    with torch.no_grad():
+        truth = copy.deepcopy(model).double()(**batch).logits
+    plain = copy.deepcopy(model)
+    plain.disable()
+    rk.patch(plain)
+    rk.patch(model)
+    got = model(**batch).logits
+    assert (got - truth).abs().max() < 2e-5 and (plain(**batch).logits - truth).abs().max() > 1e-2
+    alone = torch.cat([model(input_ids=s[None]).logits for s in rows(LENGTHS)])
+    assert torch.equal(got.view(torch.int32), alone.view(torch.int32))
+
+
+def test_adapters_in_a_decoder_with_words():
+    model = lora.adapted(decoder("llama", cls="ForCausalLM"), (*EVERY, "lm_head"), saves=False)
+    batch = padded(rows(LENGTHS), model.base_model.model.config.pad_token_id)
+    with torch.no_grad():
+        truth = copy.deepcopy(model).double()(**batch).logits
+    rk.patch(model)
+    kept = batch["attention_mask"].bool()
+    assert (model(**batch).logits - truth)[kept].abs().max() < 1e-4
 
 
 def merged(model):
@@ -243,19 +274,19 @@ def test_other_adapters_are_refused_by_their_whole_name():
 # ---- the tests can fail -----------------------------------------------------------------------------------------------------
 
 
-def without_scaling(m, x, act=None, out_dtype=None):
+def without_scaling(m, x, act=None, out_dtype=None, residual=None):
     kept, m.scaling = m.scaling, dict.fromkeys(m.scaling, 1.0)
     try:
-        return HONEST(m, x, act, out_dtype)
+        return HONEST(m, x, act, out_dtype, residual)
     finally:
         m.scaling = kept
 
 
-def base_alone(m, x, act=None, out_dtype=None):
+def base_alone(m, x, act=None, out_dtype=None, residual=None):
     return rk.linear(x, m.weight, m.bias, activation=act, out_dtype=out_dtype)
 
 
-def added_to_the_rounded(m, x, act=None, out_dtype=None):
+def added_to_the_rounded(m, x, act=None, out_dtype=None, residual=None):
     """As stock's own: the base's product is rounded before the adapters are added."""
     y = rk.linear(x, m.weight, m.bias)
     for name in m.active_adapters:
