@@ -19,17 +19,17 @@ from torch import Tensor, nn
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models import packing, rope
+from rerank_kernels.models import lora, packing, rope
 from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.caches import Keys, chosen, length, valid
 from rerank_kernels.models.leaves import ACTIVATIONS, activation_of
 from rerank_kernels.models.packing import as_patched, dense, lookup, ready
 from rerank_kernels.models.served import Served
 from rerank_kernels.ops.attention import attention
-from rerank_kernels.ops.linear import activation, linear
+from rerank_kernels.ops.linear import activation
 from rerank_kernels.ops.norm import rms_norm
 from rerank_kernels.ops.opaque import opaque, traced
-from rerank_kernels.ops.pooling import HeadOutput, score_head
+from rerank_kernels.ops.pooling import HeadOutput, score_head, sigmoid
 from rerank_kernels.ops.rotary import rotary
 from rerank_kernels.ops.sequences import Sequences
 from rerank_kernels.ops.sparse_ffn import sparse_ffn
@@ -92,8 +92,7 @@ def causal_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     batch, given = _pack(m, _enter(m), args, kwargs, cached=True)
     x = batch.new.unpack(_decode(m.base_model, batch))
     kept = _kept(m, x, given.get("logits_to_keep", 0))
-    as_patched(m.lm_head, nn.Linear)
-    logits = linear(kept, m.lm_head.weight, m.lm_head.bias, out_dtype=torch.float32)
+    logits = dense(lora.held(m.lm_head), kept, out_dtype=torch.float32)
     return _output(m, batch, CausalLMOutputWithPast, logits=logits)
 
 
@@ -103,7 +102,7 @@ def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
 
     ready(m)
     batch, _ = _pack(m, _enter(m), args, kwargs, cached=False)
-    logit = LastTokenHead(m.score)(_decode(m.base_model, batch), batch.new).logit
+    logit = _head(m)(_decode(m.base_model, batch), batch.new).logit
     return _output(m, batch, SequenceClassifierOutputWithPast, logits=logit)
 
 
@@ -132,8 +131,12 @@ class LastTokenHead:
 
     def __call__(self, x: Tensor, sequences: Sequences) -> HeadOutput:
         """[total, D] -> float32 [B, L] each: logit, score, complement. A sequence without tokens is a vector of zeros."""
+        last = _last(x, sequences)
+        if lora.is_lora(self.score):
+            logit = lora.product(self.score, last, out_dtype=torch.float32)
+            return HeadOutput(logit, sigmoid(logit), sigmoid(-logit))
         as_patched(self.score, nn.Linear)
-        return score_head(_last(x, sequences), self.score.weight, self.score.bias)
+        return score_head(last, self.score.weight, self.score.bias)
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def last_rows(x: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def _head(m: Any) -> LastTokenHead:
-    return LastTokenHead(m.score)
+    return LastTokenHead(lora.held(m.score))
 
 
 def _enter(m: Any) -> Any:
@@ -344,8 +347,7 @@ def _attend(kind: ModelType, config: Any, i: int, layer: Any, x: Tensor, batch: 
         q, k, v, cu_seqlens=batch.new, cu_seqlens_k=keys, causal=True,
         window=None if window is None else (window - 1, -1), scale=own.scaling,
     )  # fmt: skip
-    as_patched(own.o_proj, nn.Linear)
-    return linear(a.flatten(1), own.o_proj.weight, own.o_proj.bias, residual=x)
+    return dense(own.o_proj, a.flatten(1), residual=x)
 
 
 # A CPU takes so many tokens through the feed-forward layer at a time, for the same reason as in bert.py.
@@ -355,9 +357,10 @@ TOKENS_AT_ONCE = 1024
 def _feed_forward(m: Any, x: Tensor, residual: Tensor) -> Tensor:
     """residual + down(act(gate(x)) · up(x)); where act is relu, only what active neurons touch."""
     act = activation_of(m.act_fn)
-    for part in (m.gate_proj, m.up_proj, m.down_proj):
-        as_patched(part, nn.Linear)
-    if act == "relu":
+    parts = (m.gate_proj, m.up_proj, m.down_proj)
+    if act == "relu" and not any(map(lora.is_lora, parts)):
+        for part in parts:
+            as_patched(part, nn.Linear)
         y = sparse_ffn(
             x, m.up_proj.weight, m.down_proj.weight, gate_weight=m.gate_proj.weight,
             up_bias=m.up_proj.bias, gate_bias=m.gate_proj.bias, down_bias=m.down_proj.bias,
@@ -366,12 +369,7 @@ def _feed_forward(m: Any, x: Tensor, residual: Tensor) -> Tensor:
     split = x.device.type == "cpu" and not traced() and x.shape[0] > TOKENS_AT_ONCE
     parts = zip(x.split(TOKENS_AT_ONCE), residual.split(TOKENS_AT_ONCE), strict=True) if split else ((x, residual),)
     done = [
-        linear(
-            activation(dense(m.gate_proj, part), act, up=dense(m.up_proj, part)),
-            m.down_proj.weight,
-            m.down_proj.bias,
-            residual=r,
-        )
+        dense(m.down_proj, activation(dense(m.gate_proj, part), act, up=dense(m.up_proj, part)), residual=r)
         for part, r in parts
     ]
     return done[0] if len(done) == 1 else torch.cat(done)

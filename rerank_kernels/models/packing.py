@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import lora
-from rerank_kernels.models.bound import class_of, hooked
+from rerank_kernels.models.bound import class_of, hooked, name_of
 from rerank_kernels.ops.linear import linear
 from rerank_kernels.ops.norm import layer_norm
 from rerank_kernels.ops.opaque import opaque, traced
@@ -86,11 +86,14 @@ def refuse_hooks(m: nn.Module, inner: nn.Module) -> NoReturn:
     )
 
 
-def dense(m: Any, x: Tensor, act: str | None = None) -> Tensor:
+def dense(
+    m: Any, x: Tensor, act: str | None = None, *, residual: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """linear of module m, with LoRA's adapters or without."""
     if lora.is_lora(m):
-        return lora.product(m, x, act)
+        return lora.product(m, x, act, out_dtype, residual)
     as_patched(m, nn.Linear)
-    return linear(x, m.weight, m.bias, activation=act)
+    return linear(x, m.weight, m.bias, activation=act, residual=residual, out_dtype=out_dtype)
 
 
 def norm(m: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -101,9 +104,8 @@ def norm(m: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
 def as_patched(m: object, cls: type[nn.Module]) -> None:
     """An adapter put in after patch() would be ignored silently: its base weights look the same from here."""
     if type(m) is not cls:
-        raise PatchError(
-            f"a {class_of(m)} stands where patch() saw nn.{cls.__name__}; call rk.unpatch(model), then patch it again"
-        )
+        came = name_of(m) if class_of(m) == cls.__name__ else class_of(m)  # a class of another package may have the same name
+        raise PatchError(f"a {came} stands where patch() saw nn.{cls.__name__}; call rk.unpatch(model), then patch it again")
 
 
 class Table(NamedTuple):

@@ -82,6 +82,9 @@ def folders(plain: Path, to: Path) -> Iterator[tuple[str, Path]]:
         "mean",
         "cls",
         {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": False},
+        "max",
+        {"pooling_mode_weightedmean_tokens": True, "pooling_mode_mean_tokens": False},
+        "lasttoken",
     )
     limits: tuple[dict[str, Any], ...] = ({}, {"max_seq_length": 12}, {"max_seq_length": None}, {"max_seq_length": 100})
     prompts: tuple[dict[str, Any], ...] = (
@@ -205,10 +208,13 @@ def test_what_the_folder_is(plain, cross, tmp_path) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    (dict(pooling="max"), "1_Pooling's pooling mode must be mean or cls, got max"),
+    (
+        dict(pooling="mean_sqrt_len_tokens"),
+        "1_Pooling's pooling mode must be cls or .* or weightedmean, got mean_sqrt_len_tokens",
+    ),
     (dict(pooling={"pooling_mode": ["mean", "cls"]}), "got mean . cls"),
-    (dict(pooling={"pooling_mode": 5}), "pooling mode must be mean or cls, got 5"),
-    (dict(pooling={"pooling_mode_mean_tokens": False}), "pooling mode must be mean or cls, got none"),
+    (dict(pooling={"pooling_mode": 5}), "pooling mode must be cls or .* or weightedmean, got 5"),
+    (dict(pooling={"pooling_mode_mean_tokens": False}), "pooling mode must be cls or .* or weightedmean, got none"),
     (dict(pooling={"include_prompt": False}), "1_Pooling's include_prompt must be true"),
     (dict(pooling={"pooling_mode": "mean", "new": 1}), "1_Pooling's config.json must be of keys that are known, got 'new'"),
     (
