@@ -1,6 +1,6 @@
 """Sequences: which rows of a packed tensor belong to which sequence. Checked once, then carried through a whole forward.
 
-Packed tensors are [total, ...], the tokens of B sequences one after the other; cu_seqlens holds the B + 1 offsets of the
+Packed tensors are [total, ...], the tokens of B sequences one after the other. cu_seqlens holds the B + 1 offsets of the
 sequences in it, as FlashAttention has them.
 """
 
