@@ -31,34 +31,40 @@ void run_linear(const LinearArgs& g) {
 
 static Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t activation,
                      const std::optional<Tensor>& residual, ScalarType out_dtype) {
-    Tensor y = empty(x, {x.size(0), weight.size(0)}, out_dtype);
-    LinearArgs g = linear_args("linear", x, weight, bias, activation, y);
-    g.residual = ref(residual, "linear", "residual");
+    const Arguments in("linear", x);
+    const View rows = in.floats("x", x, {{"M"}, {"K"}});
+    const View w = checked_weight(in, "weight", weight, rows.size[1]);
+    const int64_t M = rows.size[0], N = w.size[0];
+    Tensor y = empty(x, {M, N}, out_dtype);
+    LinearArgs g = linear_args(in, rows, w, in.floats("bias", bias, {{"N", N}}), activation, y);
+    g.residual = in.floats("residual", residual, {{"M", M}, {"N", N}}).ref();
     run_linear(g);
     return y;
 }
 
 // a [B, M, K], b [B, N, K] -> [B, M, N]: entry by entry what linear computes with b[i] as the weight.
 static Tensor bmm(const Tensor& a, const Tensor& b, ScalarType out_dtype) {
-    const int64_t B = a.size(0), M = a.size(1), K = a.size(2), N = b.size(1);
-    RK_CHECK(b.dim() == 3 && b.size(0) == B && b.size(2) == K && K > 0 && N > 0, "bmm", "b must be [B, N, K] with N, K > 0");
-    RK_CHECK(a.is_contiguous() && b.is_contiguous(), "bmm", "a and b must be contiguous");
+    const Arguments in("bmm", a);
+    const View left = in.floats("a", a, {{"B"}, {"M"}, {"K"}});
+    const View right = in.floats("b", b, {{"B", left.size[0]}, {"N"}, {"K", left.size[2]}});
+    const int64_t B = left.size[0], M = left.size[1], K = left.size[2], N = right.size[1];
+    RK_CHECK(K > 0 && N > 0, "bmm", "N and K must be > 0");
     Tensor y = empty(a, {B, M, N}, out_dtype);
-    const Dtype from = dtype_of(a, "bmm", "a"), with = dtype_of(b, "bmm", "b");
-    const Dtype to_dtype = dtype_of(out_dtype, "bmm", "out_dtype");
-    const auto *left = static_cast<const char*>(a.const_data_ptr()), *right = static_cast<const char*>(b.const_data_ptr());
-    auto* to = static_cast<char*>(y.mutable_data_ptr());
-    if (M == 0) return y;
+    const Out to = out(y, "bmm");
+    if (B == 0 || M == 0) return y;
     const int64_t panels = ceil_div(N, PANEL), threads = rk::threads(), rows = block_rows(M);
-    const int64_t shares = std::min(panels, std::max(B > 0 ? ceil_div(4 * threads, B) : 1, ceil_div(panels, 24)));
+    const int64_t shares = std::min(panels, std::max(ceil_div(4 * threads, B), ceil_div(panels, 24)));
     for_each_task(B * shares, [&](int64_t task) {
         const int64_t entry = task / shares, share = task % shares;
         const int64_t p = panels * share / shares, p_end = panels * (share + 1) / shares;
-        const LinearArgs g{.x = {left + entry * M * K * bytes_of(from), from},
-                           .weight = {right + entry * N * K * bytes_of(with), with},
+        const auto nth = [&](const View& of, int64_t rows) {
+            return Ref{of.as<char>() + entry * rows * K * bytes_of(of.dtype), of.dtype, true};
+        };
+        const LinearArgs g{.x = nth(left, M),
+                           .weight = nth(right, N),
                            .bias = {},
                            .residual = {},
-                           .out = {to + entry * M * N * bytes_of(to_dtype), to_dtype},
+                           .out = {static_cast<char*>(to.data) + entry * M * N * bytes_of(to.dtype), to.dtype},
                            .M = M,
                            .N = N,
                            .K = K,
@@ -70,14 +76,16 @@ static Tensor bmm(const Tensor& a, const Tensor& b, ScalarType out_dtype) {
 }
 
 static Tensor activation(const Tensor& x, int64_t kind, ScalarType out_dtype) {
-    const int64_t n = x.numel();
+    const Arguments in("activation", x);
+    const View from = in.floats("x", x, {});
+    in.activation(kind);
+    const int64_t n = from.numel;
     Tensor y = torch::stable::new_empty(x, x.sizes(), out_dtype);
-    const Dtype from = dtype_of(x, "activation", "x"), to = dtype_of(out_dtype, "activation", "out_dtype");
-    const void* in = x.const_data_ptr();
-    void* out = y.mutable_data_ptr();
+    RK_CHECK(y.numel() == n, "activation", "x must keep its shape while it is read");
+    const Out to = out(y, "activation");
     constexpr int64_t block = 8192;
     for_each_task(ceil_div(n, block), [&](int64_t task) {
-        RK_CALL(activate_range, int(kind), in, from, out, to, task * block, std::min((task + 1) * block, n));
+        RK_CALL(activate_range, int(kind), from.ref(), to, task * block, std::min((task + 1) * block, n));
     });
     return y;
 }
@@ -102,28 +110,30 @@ namespace rk {
 namespace RK_ISA {
 
 template <Activation KIND>
-static void activate_all(const void* x, Dtype from, void* y, Dtype to, int64_t begin, int64_t end) {
+static void activate_all(const Ref& x, const Out& y, int64_t begin, int64_t end) {
     int64_t i = begin;
     for (; i + SOME * W <= end; i += SOME * W) {
-        const Some v = activate(KIND, each<Vec>([&](int j) { return load_some_as(from, x, i + j * W, W); }));
+        const Some v = activate(KIND, each<Vec>([&](int j) { return load_some_as(x.dtype, x.data, i + j * W, W); }));
 #pragma GCC unroll 4
-        for (int j = 0; j < SOME; ++j) store_some_as(to, y, i + j * W, v.v[j], W);
+        for (int j = 0; j < SOME; ++j) store_some_as(y.dtype, y.data, i + j * W, v.v[j], W);
     }
     for (; i < end; i += W) {
         const int some = int(end - i < W ? end - i : W);
-        store_some_as(to, y, i, activate(KIND, load_some_as(from, x, i, some)), some);
+        store_some_as(y.dtype, y.data, i, activate(KIND, load_some_as(x.dtype, x.data, i, some)), some);
     }
 }
 
-static void activate_range(int kind, const void* x, Dtype from, void* y, Dtype to, int64_t begin, int64_t end) {
+static_assert(SIGMOID + 1 == ACTIVATIONS);
+
+static void activate_range(int kind, const Ref& x, const Out& y, int64_t begin, int64_t end) {
     switch (kind) {
-        case GELU: return activate_all<GELU>(x, from, y, to, begin, end);
-        case GELU_TANH: return activate_all<GELU_TANH>(x, from, y, to, begin, end);
-        case TANH: return activate_all<TANH>(x, from, y, to, begin, end);
-        case RELU: return activate_all<RELU>(x, from, y, to, begin, end);
-        case SILU: return activate_all<SILU>(x, from, y, to, begin, end);
-        case SIGMOID: return activate_all<SIGMOID>(x, from, y, to, begin, end);
-        default: return activate_all<NONE>(x, from, y, to, begin, end);
+        case GELU: return activate_all<GELU>(x, y, begin, end);
+        case GELU_TANH: return activate_all<GELU_TANH>(x, y, begin, end);
+        case TANH: return activate_all<TANH>(x, y, begin, end);
+        case RELU: return activate_all<RELU>(x, y, begin, end);
+        case SILU: return activate_all<SILU>(x, y, begin, end);
+        case SIGMOID: return activate_all<SIGMOID>(x, y, begin, end);
+        default: return activate_all<NONE>(x, y, begin, end);
     }
 }
 
