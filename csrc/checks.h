@@ -9,20 +9,33 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include "args.h"
 
-#define RK_CHECK(condition, op, ...) STD_TORCH_CHECK(condition, op, ": ", __VA_ARGS__)
+// Whoever reads the message called an op: it says nothing of our files.
+#define RK_CHECK(condition, op, ...)           \
+    do {                                       \
+        if (!(condition)) [[unlikely]]         \
+            rk::refuse(op, ": ", __VA_ARGS__); \
+    } while (false)
 
 namespace rk {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+template <class... Words>
+[[noreturn, gnu::cold, gnu::noinline]] void refuse(const Words&... words) {
+    std::ostringstream all;
+    (all << ... << words);
+    throw std::runtime_error(all.str());
+}
 
 constexpr int64_t ANY = -1;
 
@@ -70,8 +83,7 @@ inline Dtype dtype_of(ScalarType t, const char* op, const char* name) {
     if (t == ScalarType::Float) return Dtype::F32;
     if (t == ScalarType::Half) return Dtype::F16;
     if (t == ScalarType::BFloat16) return Dtype::BF16;
-    RK_CHECK(false, op, name, " must be float32, float16 or bfloat16, got ", name_of(t));
-    return Dtype::F32;
+    refuse(op, ": ", name, " must be float32, float16 or bfloat16, got ", name_of(t));
 }
 
 // The arguments of one call. `like` is the one whose device all the others share.
@@ -172,15 +184,13 @@ class Arguments {
         std::string want;
         for (const Size& s : shape)
             want += (want.empty() ? "" : ", ") + std::string(s.letter) + (s.n == ANY ? "" : " = " + std::to_string(s.n));
-        RK_CHECK(false, op_, name, " must be [", want.c_str(), "], got ", list(sizes, dim).c_str());
-        __builtin_unreachable();
+        refuse(op_, ": ", name, " must be [", want, "], got ", list(sizes, dim));
     }
     [[noreturn, gnu::cold, gnu::noinline]] void refuse_strides(const char* name, const int64_t* sizes, const int64_t* strides,
                                                                int64_t dim, Lies lies) const {
-        RK_CHECK(false, op_, name, lies == Lies::CONTIGUOUS ? " must be contiguous" : " must have its features side by side",
-                 ", got ", list(sizes, dim).c_str(), " with strides ", list(strides, dim).c_str(),
-                 "; .clone(memory_format=torch.contiguous_format) lays it out");
-        __builtin_unreachable();
+        refuse(op_, ": ", name, lies == Lies::CONTIGUOUS ? " must be contiguous" : " must have its features side by side",
+               ", got ", list(sizes, dim), " with strides ", list(strides, dim),
+               "; .clone(memory_format=torch.contiguous_format) lays it out");
     }
 
     const char* op_;

@@ -31,6 +31,8 @@ def floating(op: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} must be {FLOAT_NAMES}, got {t.dtype}; convert it with .float()")
         if t.layout != torch.strided:
             raise TypeError(f"{op}: {name} must be a dense tensor, got layout {t.layout}; use .to_dense()")
+        if t.untyped_storage().nbytes() < t.nbytes:  # or a few values that are shown as many
+            stored(op, name, t)
         if device is None:
             device, first = t.device, name
         else:
@@ -43,6 +45,17 @@ def floating(op: str, **tensors: Tensor | None) -> None:
                 f"{op}: {needs[0]} asks for gradients and rerank_kernels is forward only; "
                 "run under torch.inference_mode() or torch.no_grad(), or call rk.unpatch(model) to train"
             )
+
+
+def stored(op: str, name: str, t: Tensor) -> None:
+    """Its storage holds what its sizes and strides say. PyTorch does not look before it copies; our library does."""
+    if t.numel() == 0:
+        return
+    last = t.storage_offset() + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    held = t.untyped_storage().nbytes()
+    if held < (last + 1) * t.element_size():
+        wanted = f"a tensor with memory for its {t.numel()} elements"
+        fail(op, name, wanted, f"a storage of {held} bytes", "it was freed or made smaller: give a tensor that has its values")
 
 
 def shape(op: str, name: str, t: Tensor, *want: int | str) -> None:
