@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import collections
+import ctypes
 import faulthandler
 import json
 import os
 import random
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -74,6 +76,47 @@ def outcome(bad: Hostile) -> str:
     return "served"
 
 
+Counts = collections.defaultdict[str, collections.Counter[str]]
+
+
+def of_seed(options: argparse.Namespace, seed: int, guarded: Guarded, counts: Counts) -> None:
+    made = Made(seed, guarded.place if options.guarded else lambda t: t, options.largest)
+    for op in options.ops:
+        call = made.call(op)
+        say(f"{seed} {call}")
+        if not options.hostile:
+            runs = right(call, options.threads)
+            counts["all"]["runs"] += runs
+            counts[op]["served"] += runs
+            continue
+        for bad in hostile(call, random.Random(seed)):
+            say(f"  {bad.kind}: {bad.call}")
+            came = outcome(bad)
+            counts["all"][came] += 1
+            counts[bad.kind][came] += 1
+
+
+def beside(options: argparse.Namespace, seed: int) -> None:
+    """The same calls from several threads at once: each has the bits that it has alone."""
+    made = Made(seed, largest=options.largest)
+    calls = [made.call(op) for op in options.ops]
+    alone = [bits(call.run()) for call in calls]
+    wrong: list[str] = []
+
+    def caller() -> None:
+        torch.set_num_threads(options.threads)
+        for call, want in zip(calls, alone, strict=True):
+            if bits(call.run()) != want:
+                wrong.append(str(call))
+
+    callers = [threading.Thread(target=caller) for _ in range(options.callers)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join()
+    assert not wrong, f"other bits beside other callers: {wrong}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", default="1:20", help="FIRST:END")
@@ -81,10 +124,12 @@ def main() -> None:
     parser.add_argument("--guarded", action="store_true", help="arrays beside pages that nobody may touch")
     parser.add_argument("--hostile", action="store_true", help="hostile calls, not well-formed ones")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--callers", type=int, default=1, help="threads that make calls at once")
     parser.add_argument("--seconds", type=float, default=1e9, help="no new seed after that")
     parser.add_argument("--largest", type=int, default=1)
     parser.add_argument("--ops", nargs="*", default=Made.OPS)
-    parser.add_argument("--planted", help="the mistake to make after all calls: over_read or race")
+    parser.add_argument("--planted", help="the mistake of planted.cpp to make after all calls")
+    parser.add_argument("--mistakes", type=Path, help="the library that holds them")
     options = parser.parse_args()
     faulthandler.enable()
     if options.library is None:
@@ -95,40 +140,40 @@ def main() -> None:
         torch.ops.load_library(str(options.library))
 
     guarded = Guarded()
-    counts: collections.Counter[str] = collections.Counter()
-    kinds: collections.defaultdict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    counts: Counts = collections.defaultdict(collections.Counter)
     begun = time.monotonic()
     first, _, end = options.seeds.partition(":")
     for seed in range(int(first), int(end)):
         if time.monotonic() - begun > options.seconds:
             break
-        counts["seeds"] += 1
-        made = Made(seed, guarded.place if options.guarded else lambda t: t, options.largest)
-        for op in options.ops:
-            call = made.call(op)
-            say(f"{seed} {call}")
-            if not options.hostile:
-                runs = right(call, options.threads)
-                counts["runs"] += runs
-                kinds[op]["served"] += runs
-                continue
-            for bad in hostile(call, random.Random(seed)):
-                say(f"  {bad.kind}: {bad.call}")
-                came = outcome(bad)
-                counts[came] += 1
-                kinds[bad.kind][came] += 1
+        counts["all"]["seeds"] += 1
+        if options.callers > 1:
+            beside(options, seed)
+        of_seed(options, seed, guarded, counts)
         guarded.release()
-    if options.planted == "over_read":
-        planted_over_read(guarded)
-    elif options.planted == "race":
-        torch.set_num_threads(4)
-        torch.ops.rerank_kernels.planted(torch.zeros(64), "race")
-    print(json.dumps({**counts, "isas": isas(), "kinds": kinds}))
+    if options.planted:
+        plant(options.planted, ctypes.CDLL(str(options.mistakes)), guarded)
+    guard = getattr(ctypes.CDLL(None), "guarded_blocks", None)  # guard.cpp, where it was loaded
+    kinds = {name: count for name, count in counts.items() if name != "all"}
+    print(json.dumps({**counts["all"], "blocks": guard() if guard else 0, "isas": isas(), "kinds": kinds}))
 
 
-def planted_over_read(guarded: Guarded) -> None:
-    """One element too many, by a masked load where there is AVX-512."""
-    torch.ops.rerank_kernels.planted(guarded.place(torch.zeros(37)), "over_read")
+def plant(mistake: str, of: ctypes.CDLL, guarded: Guarded) -> None:
+    """Makes one of planted.cpp's mistakes. Where nobody sees it, the process ends as if nothing had been."""
+    n = 40 if mistake == "over_write" else 48  # 160 bytes are no multiple of 64: what is behind them is no other page
+    block = torch.zeros(n)
+    if mistake == "guarded_over_read":
+        block, n = guarded.place(torch.zeros(37)), 37
+        mistake = "masked_over_read" if isas()[0] == "avx512" else "over_read"
+    call = getattr(of, f"planted_{mistake}")
+    if mistake == "overflow":
+        call(ctypes.c_int(2**31 - 1))
+    elif mistake == "race":
+        call(ctypes.c_int64(1000))
+    else:
+        call(ctypes.c_void_p(block.data_ptr()), ctypes.c_int64(n))
+    del block
+    print(f"planted: {mistake}", file=sys.stderr)
 
 
 if __name__ == "__main__":
