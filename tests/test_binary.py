@@ -1,4 +1,4 @@
-"""The library as a file: no path of the machine that built it, every symbol bound when it is loaded, nothing left for a debugger."""
+"""The library as a file: no path of the machine that built it, symbols bound when it is loaded, no table of names."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,8 +60,9 @@ def libraries() -> dict[str, Path]:
     from torch.utils import cpp_extension
 
     sources = [ROOT / "csrc" / "schema.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), HERE / "planted.cpp"]
-    everything = [*sorted((ROOT / "csrc").rglob("*.h")), *sources, HERE / "guard.cpp", ROOT / "setup.py", HERE / "build.py"]
-    version = subprocess.run([compiler(), "--version"], capture_output=True).stdout + sys.version.encode()
+    everything = [*sorted((ROOT / "csrc").rglob("*.h")), *sources, HERE / "guard.cpp"]
+    flags = _flags()
+    version = subprocess.run([compiler(), "--version"], capture_output=True).stdout + repr((flags, SANITIZED, OF)).encode()
     state = hashlib.sha256(b"\0".join([version, *(p.read_bytes() for p in everything)])).hexdigest()[:16]
     folder = ROOT / "build" / "sanitize" / state
     made = {name: folder / f"{name}.so" for name in (*OF, "guard", "planted")}
@@ -70,7 +70,6 @@ def libraries() -> dict[str, Path]:
         return made
     shutil.rmtree(folder.parent, ignore_errors=True)
     folder.mkdir(parents=True)
-    flags = _flags()
     # the largest first: they end together
     jobs = [
         (compiler(), *flags, *SANITIZED, *OF[name], "-c", source, "-o", folder / f"{name}-{source.stem}.o")
