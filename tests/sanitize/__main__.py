@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,7 @@ class Run:
     what: str
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
-    must_say: str = ""  # a control: the process must fail, with these words
+    must_say: tuple[str, ...] = ()  # a control: the process must fail, with these words
     outcome: str = ""
     good: bool = False
     seconds: float = 0.0
@@ -57,14 +58,22 @@ class Run:
         self.seconds = time.monotonic() - begun
         said = done.stdout + done.stderr
         if self.must_say:
-            self.good = done.returncode != 0 and self.must_say in said
+            self.good = done.returncode != 0 and all(word in said for word in self.must_say)
             self.outcome = "seen" if self.good else f"NOT SEEN, exit status {done.returncode}"
         else:
             self.good = done.returncode == 0
             self.outcome = counted(done.stdout) if self.good else f"FAILED, exit status {done.returncode}"
         if not self.good:
-            self.outcome += "\n" + said[-6000:]
+            self.outcome += "\n" + report(said)
         return self
+
+
+def report(said: str) -> str:
+    """From where something was found, for about a screen."""
+    first = re.search(
+        r"runtime error:|ERROR: AddressSanitizer|WARNING: ThreadSanitizer|CHECK failed|Fatal Python error|guard:", said
+    )
+    return said[first.start() :][:4000] if first else said[-4000:]
 
 
 def counted(said: str) -> str:
@@ -90,28 +99,46 @@ def runs(parts: list[str], libraries: dict[str, Path], seed: int, seconds: float
 
     if "address" in parts:
         ours = ["--library", libraries["address"]]
-        loaded = {"LD_PRELOAD": str(build.runtime("address"))}
+        loaded = {"LD_PRELOAD": build.preload("address")}
         yield Run("address", "well-formed", stress(*ours, "--seconds", seconds), loaded)
         yield Run("address", "hostile", stress(*ours, "--hostile", "--seconds", seconds), loaded)
         package = package_with(libraries["address"])
         tests = [sys.executable, "-m", "pytest", "-q", "-k", OF_CPU, *(str(build.ROOT / "tests" / t) for t in TESTS)]
         yield Run("address", "tests of three families", tests, {**loaded, "PYTHONPATH": str(package.parent)})
-        yield Run("address", "control: over-read", control("over_read", "address", *ours), loaded, "heap-buffer-overflow")
-        yield Run("address", "control: over-write", control("over_write", "address", *ours), loaded, "heap-buffer-overflow")
-        yield Run("address", "control: overflow", control("overflow", "address", *ours), loaded, "signed integer overflow")
+        yield Run(
+            "address",
+            "control: over-read",
+            control("over_read", "address", *ours),
+            loaded,
+            ("heap-buffer-overflow", "planted_over_read"),
+        )
+        yield Run(
+            "address",
+            "control: over-write",
+            control("over_write", "address", *ours),
+            loaded,
+            ("heap-buffer-overflow", "planted_over_write"),
+        )
+        yield Run(
+            "address",
+            "control: overflow",
+            control("overflow", "address", *ours),
+            loaded,
+            ("signed integer overflow", "planted.cpp"),
+        )
     if "guard" in parts:
         loaded = {"LD_PRELOAD": str(libraries["guard"])}
         yield Run("guard", "well-formed", stress("--guarded", "--seconds", seconds), loaded)
         yield Run("guard", "hostile", stress("--guarded", "--hostile", "--seconds", seconds), loaded)
-        fault, behind = "Segmentation fault", "written behind the last byte"
+        fault, behind = ("Segmentation fault", "in plant"), ("written behind the last byte",)
         yield Run("guard", "control: masked over-read of an input", control("guarded_over_read", "planted"), loaded, fault)
         yield Run("guard", "control: over-read of a block", control("over_read", "planted"), loaded, fault)
         yield Run("guard", "control: over-write of a block", control("over_write", "planted"), loaded, behind)
     if "thread" in parts:
         ours = ["--library", libraries["thread"], "--threads", 4, "--callers", 3]
-        loaded = {"LD_PRELOAD": str(build.runtime("thread"))}
+        loaded = {"LD_PRELOAD": build.preload("thread")}
         yield Run("thread", "well-formed", stress(*ours, "--largest", 8, "--seconds", seconds), loaded)
-        yield Run("thread", "control: race", control("race", "thread", *ours), loaded, "data race")
+        yield Run("thread", "control: race", control("race", "thread", *ours), loaded, ("data race", "planted_race"))
 
 
 def package_with(library: Path) -> Path:

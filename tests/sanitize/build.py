@@ -27,13 +27,16 @@ def compiler() -> str:
     return found
 
 
-def runtime(sanitizer: str) -> Path:
-    """The library that must be loaded before all others."""
-    name = RUNTIME[sanitizer]
-    found = Path(subprocess.run([compiler(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip())
-    if not found.is_absolute():
-        raise SystemExit(f"sanitize: {compiler()} has no {name}: install g++ with its sanitizers")
-    return found
+def preload(sanitizer: str) -> str:
+    """LD_PRELOAD for a Python that loads such a library: the sanitizer's own before all others, and libstdc++, which a program
+    in C has not loaded and in which the sanitizer looks for what throws an exception."""
+    found = []
+    for name in (RUNTIME[sanitizer], "libstdc++.so.6"):
+        said = subprocess.run([compiler(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        if not Path(said).is_absolute():
+            raise SystemExit(f"sanitize: {compiler()} has no {name}: install g++ with its sanitizers")
+        found.append(said)
+    return " ".join(found)
 
 
 def _flags() -> list[str]:

@@ -1,6 +1,6 @@
-// guard.cpp: loaded before libc's allocator, it gives every aligned block, which is every tensor's and every scratch memory, pages
-// of its own with one behind them that nobody may touch. What lies between the block's end and that page is filled, and looked at
-// when the block is freed. A freed block stays untouchable, and its addresses are given to no other.
+// guard.cpp: loaded before libc's allocator, it gives every aligned block, which is every tensor's and every scratch memory,
+// pages of its own with one behind them that nobody may touch. What lies between the block's end and that page is filled, and
+// looked at when the block is freed. A freed block stays untouchable, and its addresses are given to no other.
 #include <sys/mman.h>
 #include <unistd.h>
 

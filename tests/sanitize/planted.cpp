@@ -1,7 +1,10 @@
 // planted.cpp: one mistake of each kind that a part of make sanitize looks for. A part that lets its own pass proves nothing.
 #include <immintrin.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstdint>
+#include <thread>
 
 #ifndef RK_ALONE  // beside the library, whose threads the race is between
 #include "../../csrc/cpu/pool.h"
@@ -20,15 +23,20 @@ RK_PLANTED __attribute__((target("avx512f"))) float planted_masked_over_read(con
 RK_PLANTED int planted_overflow(int x) { return x + 1; }
 
 #ifndef RK_ALONE
-RK_PLANTED int64_t planted_race(int64_t steps) {
+// Every thread adds in one place. Relaxed: the count of those inside orders nothing.
+RK_PLANTED int64_t planted_race(int64_t patience) {
     struct Sum {
-        int64_t steps, of;
-    } all{steps, 0};
+        std::atomic<int64_t> inside, patience;
+        int64_t of;
+    } all{0, patience, 0};
     const auto add = [](void* state) {
         auto& sum = *static_cast<Sum*>(state);
-        for (int64_t i = 0; i < sum.steps; ++i) sum.of += i;  // every thread, in one place
+        sum.inside.fetch_add(1, std::memory_order_relaxed);
+        while (sum.inside.load(std::memory_order_relaxed) < 2 && sum.patience.fetch_sub(1, std::memory_order_relaxed) > 0)
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        for (int64_t i = 0; i < 1000; ++i) sum.of += i;
     };
-    for (int64_t i = 0; i < 100; ++i) rk::run_shared({add, &all}, 3);
+    rk::run_shared({add, &all}, 3);
     return all.of;
 }
 #endif
