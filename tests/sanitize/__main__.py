@@ -79,7 +79,7 @@ def report(said: str) -> str:
 def counted(said: str) -> str:
     last = said.strip().splitlines()[-1]
     if not last.startswith("{"):
-        return next((line.strip(" =") for line in reversed(said.splitlines()) if " passed" in line or "tests" in line), last)
+        return next((line for line in said.splitlines() if line.startswith("cpu:")), last)
     counts = json.loads(last)
     words = {"seeds": "seeds", "runs": "calls", "refused": "refused", "served": "served", "blocks": "guarded blocks"}
     return (

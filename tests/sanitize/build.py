@@ -63,32 +63,41 @@ def libraries() -> dict[str, Path]:
     from torch.utils import cpp_extension
 
     sources = [ROOT / "csrc" / "schema.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), HERE / "planted.cpp"]
-    everything = [*sorted((ROOT / "csrc").rglob("*.h")), *sources, HERE / "guard.cpp"]
-    flags = _flags()
-    version = subprocess.run([compiler(), "--version"], capture_output=True).stdout + repr((flags, SANITIZED, OF)).encode()
-    state = hashlib.sha256(b"\0".join([version, *(p.read_bytes() for p in everything)])).hexdigest()[:16]
-    folder = ROOT / "build" / "sanitize" / state
-    made = {name: folder / f"{name}.so" for name in (*OF, "guard", "planted")}
-    if all(path.exists() for path in made.values()):
-        return made
-    shutil.rmtree(folder.parent, ignore_errors=True)
-    folder.mkdir(parents=True)
-    # the largest first: they end together
-    jobs = [
-        (compiler(), *flags, *SANITIZED, *OF[name], "-c", source, "-o", folder / f"{name}-{source.stem}.o")
-        for source in sorted(sources, key=lambda p: p.name not in ("linear.cpp", "attention.cpp", "norm.cpp"))
-        for name in OF
-    ]
-    small = ["-std=c++20", "-O1", "-fPIC", "-shared"]
-    jobs += [
-        (compiler(), *small, HERE / "guard.cpp", "-o", made["guard"]),
-        (compiler(), *small, "-DRK_ALONE", HERE / "planted.cpp", "-o", made["planted"]),
-    ]
+    sources.sort(key=lambda p: p.name not in ("linear.cpp", "attention.cpp", "norm.cpp"))  # what takes longest, first
+    headers = b"".join(p.read_bytes() for p in sorted((ROOT / "csrc").rglob("*.h")))
+    version = subprocess.run([compiler(), "--version"], capture_output=True).stdout
+    start = hashlib.sha256(headers + version)
+    flags, small, folder = _flags(), ["-std=c++20", "-O1", "-fPIC", "-shared"], ROOT / "build" / "sanitize"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def made_of(what: str, source: Path, ending: str, *flags: str) -> tuple[Path, tuple[object, ...]]:
+        """Where it is kept, by the state of all that it is made of; the command that makes it."""
+        state = start.copy()
+        state.update(repr(flags).encode() + source.read_bytes())
+        made = folder / f"{what}-{source.stem}-{state.hexdigest()[:16]}{ending}"
+        return made, (compiler(), *flags, source, "-o", made.with_suffix(".part"))
+
+    objects = {name: [made_of(name, s, ".o", *flags, *SANITIZED, *OF[name], "-c") for s in sources] for name in OF}
+    alone = {
+        "guard": made_of("plain", HERE / "guard.cpp", ".so", *small),
+        "planted": made_of("plain", HERE / "planted.cpp", ".so", *small, "-DRK_ALONE"),
+    }
+    jobs = [job for pair in zip(*objects.values(), strict=True) for job in pair] + list(alone.values())
+    kept = {made for made, _ in jobs}
+    for old in folder.glob("*-*-*.*"):
+        if old not in kept:
+            old.unlink()
+
+    def make(job: tuple[Path, tuple[object, ...]]) -> None:
+        made, command = job
+        if not made.exists():
+            _run(*command)
+            made.with_suffix(".part").rename(made)  # whole or not at all
+
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(lambda job: _run(*job), jobs))
+        list(pool.map(make, jobs))
     torch_libraries = Path(cpp_extension.library_paths()[0])
     linked = ["-ltorch", "-ltorch_cpu", "-lc10", "-ldl", f"-L{torch_libraries}", f"-Wl,-rpath,{torch_libraries}"]
-    for name in OF:
-        objects = sorted(folder.glob(f"{name}-*.o"))
-        _run(compiler(), "-shared", *OF[name], *objects, *linked, "-o", made[name])
-    return made
+    for name, parts in objects.items():
+        _run(compiler(), "-shared", *OF[name], *(made for made, _ in parts), *linked, "-o", folder / f"{name}.so")
+    return {name: folder / f"{name}.so" for name in OF} | {name: made for name, (made, _) in alone.items()}
