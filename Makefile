@@ -54,7 +54,7 @@ sanitize: $(VENV)/installed  ## the library's ops under ASan, UBSan, TSan and be
 
 cuda-check: $(VENV)/installed $(VENV)/nvcc  ## what nvcc, Triton and ptxas made of the kernels, for every architecture, and docs/GPU.md
 	$(BIN)/python tools/witness --check
-	$(OFFLINE) $(BIN)/python -m pytest --exhaustive tests/test_witness.py tests/test_witness_triton.py $(ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest --exhaustive tests/tools/test_witness.py tests/tools/test_witness_triton.py $(ARGS)
 
 # Built anew with BUILD_CUDA=1, so that what is missing is an error and no row of skipped tests.
 gpu: BUILD_CUDA = 1

@@ -123,7 +123,7 @@ def one_word(command: list[str]) -> str:
 
 
 def of_no_machine() -> list[str]:
-    """Flags for files' names in the library to begin at this folder, and at torch's: it holds no path of the machine it is of."""
+    """Flags that let the names of files in the library begin here, and at torch: no path of the machine that built it."""
     import torch
 
     places = {os.path.abspath(ROOT): "", os.path.realpath(ROOT): "", os.path.dirname(os.path.abspath(torch.__file__)): "torch/"}

@@ -36,7 +36,7 @@ SETTINGS = {
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_signal_unsafe=0",
 }
-TESTS = ("test_norm.py", "test_softmax.py", "test_pooling.py")
+TESTS = ("norm", "softmax", "pooling")
 OF_CPU = "not cuda and not triton and not pytorch and not golden"
 
 
@@ -103,7 +103,15 @@ def runs(parts: list[str], libraries: dict[str, Path], seed: int, seconds: float
         yield Run("address", "well-formed", stress(*ours, "--seconds", seconds), loaded)
         yield Run("address", "hostile", stress(*ours, "--hostile", "--seconds", seconds), loaded)
         package = package_with(libraries["address"])
-        tests = [sys.executable, "-m", "pytest", "-q", "-k", OF_CPU, *(str(build.ROOT / "tests" / t) for t in TESTS)]
+        tests = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-k",
+            OF_CPU,
+            *(str(build.ROOT / "tests" / "ops" / f"test_{t}.py") for t in TESTS),
+        ]
         yield Run("address", "tests of three families", tests, {**loaded, "PYTHONPATH": str(package.parent)})
         yield Run(
             "address",

@@ -83,7 +83,8 @@ class Made:
         return [self.floats(b, m, k), self.floats(b, n, k), self.dtype()]
 
     def activation(self) -> list[Any]:
-        return [self.floats(*(self.size(9) for _ in range(self.random.randint(0, 4)))), self.random.randrange(7), self.dtype()]
+        shape = [self.size(9) for _ in range(self.random.randint(0, 4))]
+        return [self.floats(*shape), self.random.randrange(7), self.perhaps(*shape), self.dtype()]
 
     def layer_norm(self) -> list[Any]:
         r, d = self.rows(), self.size(1100)
@@ -121,6 +122,12 @@ class Made:
         cu_k = None if own is None else self.offsets(own)
         return [q, k, v, self.offsets(lengths), cu_k, *window, self.random.choice([0.125, 1.0, -2.0])]
 
+    def rotary(self) -> list[Any]:
+        tokens, heads, d = self.rows(), self.random.randint(1, 4), self.size(140)
+        before, pairs = self.random.randint(0, 2), self.random.randint(0, d // 2)
+        x = self.floats(tokens, before + heads, d)[:, before:]
+        return [x, self.floats(tokens, pairs), self.floats(tokens, pairs), self.random.random() < 0.5]
+
     def pool(self) -> list[Any]:
         lengths = self.lengths()
         return [self.floats(sum(lengths), self.size(130)), self.offsets(lengths), self.random.random() < 0.5, self.dtype()]
@@ -147,7 +154,7 @@ class Made:
 
     OPS = (
         *("linear", "bmm", "activation", "layer_norm", "rms_norm", "normalize", "softmax", "sum", "mean"),
-        *("attention", "pool", "score_head", "transpose_weight", "sparse_ffn"),
+        *("attention", "rotary", "pool", "score_head", "transpose_weight", "sparse_ffn"),
     )
 
     def call(self, op: str) -> Call:

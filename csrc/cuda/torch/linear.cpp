@@ -4,7 +4,7 @@
 
 namespace rk {
 
-void activation(int kind, const void* x, Dtype from, void* y, Dtype to, int64_t n, Stream stream);  // portable/linear.cu
+void activation(int kind, const Ref& x, const Ref& up, const Out& y, int64_t n, Stream stream);  // portable/linear.cu
 
 static void run(const CallArguments& in, const LinearArgs& args, int64_t batches) {
     const OpCall& call = in.call();
@@ -77,14 +77,14 @@ static Tensor bmm_cuda(const Tensor& a, const Tensor& b, ScalarType out_dtype) {
     return y;
 }
 
-static Tensor activation_cuda(const Tensor& x, int64_t kind, ScalarType out_dtype) {
+static Tensor activation_cuda(const Tensor& x, int64_t kind, const std::optional<Tensor>& up, ScalarType out_dtype) {
     const OpCall call(x);
     const CallArguments in(call, "activation", x);
-    const View from = in.floats("x", x, {});
+    const View from = in.floats("x", x, {}), factor = in.floats("up", up, {});
     in.activation(kind);
+    RK_CHECK(!factor.given || factor.numel == from.numel, "activation", "up must have as many elements as x");
     Tensor y = call.empty(x.sizes(), out_dtype);
-    const Out to = out(call, y, "activation");
-    activation(int(kind), from.data, from.dtype, to.data, to.dtype, from.numel, call.stream());
+    activation(int(kind), from.ref(), factor.ref(), out(call, y, "activation"), from.numel, call.stream());
     return y;
 }
 
