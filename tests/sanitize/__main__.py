@@ -134,6 +134,10 @@ def runs(parts: list[str], libraries: dict[str, Path], seed: int, seconds: float
             loaded,
             ("signed integer overflow", "planted.cpp"),
         )
+        for check, (_, _, seen) in build.CHECKS.items():
+            few = ["--seeds", "1:60", "--hostile", "--ops", "rotary", "--isa", "scalar"]
+            command = [sys.executable, str(STRESS), *few, "--library", str(libraries[f"without {check}"])]
+            yield Run("address", f"control: no check of {check}", command, loaded, (seen,))
     if "guard" in parts:
         loaded = {"LD_PRELOAD": str(libraries["guard"])}
         yield Run("guard", "well-formed", stress("--guarded", "--seconds", seconds), loaded)

@@ -20,6 +20,16 @@ OF = {
 RUNTIME = {"address": "libasan.so", "thread": "libtsan.so"}
 
 
+# A check of checks.h that is taken out, and what then must be seen, under ASan and UBSan, when rotary is called.
+CHECKS = {
+    "shapes": ("if (!fits) refuse_shape", "if (false) refuse_shape", "heap-buffer-overflow"),
+    "strides": ("if (!side_by_side &&", "if (false &&", "heap-buffer-overflow"),
+    "memory": ("!over && end <= stored", "true", "heap-buffer-overflow"),
+    "null": ("v.data != nullptr", "true", "is served, with a_wrapper"),
+    "place": ("% uintptr_t(bytes) == 0", ">= 0", "misaligned address"),
+}
+
+
 def compiler() -> str:
     found = shutil.which(os.environ.get("CXX") or "g++")
     if found is None:
@@ -58,12 +68,18 @@ def _run(*command: object) -> None:
         raise SystemExit(f"sanitize: this failed: {' '.join(map(str, command))}\n{done.stderr[:4000]}")
 
 
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def libraries() -> dict[str, Path]:
-    """address and thread: the library with that sanitizer and planted.cpp; guard: guard.cpp; planted: planted.cpp alone."""
+    """address and thread: the library with that sanitizer and planted.cpp; without ...: with ASan and without a check; guard:
+    guard.cpp; planted: planted.cpp alone."""
     from torch.utils import cpp_extension
 
     sources = [ROOT / "csrc" / "schema.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), HERE / "planted.cpp"]
     sources.sort(key=lambda p: p.name not in ("linear.cpp", "attention.cpp", "norm.cpp"))  # what takes longest, first
+    checks = ROOT / "csrc" / "checks.h"
     headers = b"".join(p.read_bytes() for p in sorted((ROOT / "csrc").rglob("*.h")))
     version = subprocess.run([compiler(), "--version"], capture_output=True).stdout
     start = hashlib.sha256(headers + version)
@@ -82,7 +98,19 @@ def libraries() -> dict[str, Path]:
         "guard": made_of("plain", HERE / "guard.cpp", ".so", *small),
         "planted": made_of("plain", HERE / "planted.cpp", ".so", *small, "-DRK_ALONE"),
     }
-    jobs = [job for pair in zip(*objects.values(), strict=True) for job in pair] + list(alone.values())
+    without: dict[str, tuple[Path, tuple[object, ...]]] = {}
+    for name, (old, new, _) in CHECKS.items():
+        copy = folder / f"without-{name}"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(ROOT / "csrc", copy / "csrc", ignore=shutil.ignore_patterns("cuda"))
+        text = checks.read_text()
+        assert text.count(old) == 1, f"checks.h does not hold {old!r} once"
+        (copy / "csrc" / "checks.h").write_text(text.replace(old, new))
+        rotary = copy / "csrc" / "cpu" / "rotary.cpp"
+        without[name] = made_of(
+            "without", rotary, f"-{name}.o", *flags, *SANITIZED, *OF["address"], f"-DRK_{_hash(old + new)}", "-c"
+        )
+    jobs = [job for pair in zip(*objects.values(), strict=True) for job in pair] + list(alone.values()) + list(without.values())
     kept = {made for made, _ in jobs}
     for old in folder.glob("*-*-*.*"):
         if old not in kept:
@@ -98,6 +126,11 @@ def libraries() -> dict[str, Path]:
         list(pool.map(make, jobs))
     torch_libraries = Path(cpp_extension.library_paths()[0])
     linked = ["-ltorch", "-ltorch_cpu", "-lc10", "-ldl", f"-L{torch_libraries}", f"-Wl,-rpath,{torch_libraries}"]
-    for name, parts in objects.items():
-        _run(compiler(), "-shared", *OF[name], *(made for made, _ in parts), *linked, "-o", folder / f"{name}.so")
-    return {name: folder / f"{name}.so" for name in OF} | {name: made for name, (made, _) in alone.items()}
+    wanted = {name: [made for made, _ in parts] for name, parts in objects.items()}
+    for name, (made, _) in without.items():
+        wanted[f"without {name}"] = [*(o for o in wanted["address"] if "-rotary-" not in o.name), made]
+    libraries = {name: made for name, (made, _) in alone.items()}
+    for name, parts in wanted.items():
+        libraries[name] = folder / f"{name.replace(' ', '-')}.so"
+        _run(compiler(), "-shared", *OF.get(name, OF["address"]), *parts, *linked, "-o", libraries[name])
+    return libraries

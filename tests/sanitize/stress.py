@@ -13,6 +13,7 @@ import argparse
 import collections
 import ctypes
 import faulthandler
+import functools
 import json
 import os
 import random
@@ -31,6 +32,7 @@ from sanitize.memory import Guarded
 ISAS = ("avx512", "avx2", "scalar")
 
 
+@functools.cache
 def isas() -> list[str]:
     best = ISAS.index(torch.ops.rerank_kernels.force_isa("auto"))
     return list(ISAS[best:])
@@ -81,6 +83,8 @@ Counts = collections.defaultdict[str, collections.Counter[str]]
 
 
 def of_seed(options: argparse.Namespace, seed: int, guarded: Guarded, counts: Counts) -> None:
+    if options.hostile:
+        torch.ops.rerank_kernels.force_isa(options.isa or random.Random(seed).choice(isas()))
     made = Made(seed, guarded.place if options.guarded else lambda t: t, options.largest)
     for op in options.ops:
         call = made.call(op)
@@ -125,6 +129,7 @@ def main() -> None:
     parser.add_argument("--guarded", action="store_true", help="arrays beside pages that nobody may touch")
     parser.add_argument("--hostile", action="store_true", help="hostile calls, not well-formed ones")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--isa", help="of hostile calls; one of the machine's, by the seed, if not given")
     parser.add_argument("--callers", type=int, default=1, help="threads that make calls at once")
     parser.add_argument("--seconds", type=float, default=1e9, help="no new seed after that")
     parser.add_argument("--largest", type=int, default=1)
