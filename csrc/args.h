@@ -37,7 +37,7 @@ struct LinearArgs {
     int64_t M, N, K;
     int activation;  // numerics.h, enum Activation
 };
-constexpr int64_t ACTIVATIONS = 7;  // how many that enum has
+constexpr int64_t ACTIVATIONS = 11;  // how many that enum has
 
 struct RotaryArgs {
     Ref x;  // [tokens, H, D]; strides in elements, features side by side

@@ -31,28 +31,26 @@ def floating(op: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} must be {FLOAT_NAMES}, got {t.dtype}; convert it with .float()")
         if t.layout != torch.strided:
             raise TypeError(f"{op}: {name} must be a dense tensor, got layout {t.layout}; use .to_dense()")
-        if t.untyped_storage().nbytes() < t.nbytes:  # or a few values that are shown as many
-            stored(op, name, t)
+        try:
+            if t.untyped_storage().nbytes() < t.nbytes:  # or a few values that are shown as many
+                stored(op, name, t)
+        except NotImplementedError:  # torch.func's wrappers have none: the op is called again with what they hold
+            pass
         if device is None:
             device, first = t.device, name
         else:
             on_device(op, name, t, first, device)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values()):
-        # A silent detach would train nothing and say nothing: only plain weights may ask for gradients.
-        needs = [n for n, t in tensors.items() if t is not None and t.requires_grad and not isinstance(t, torch.nn.Parameter)]
-        if needs:
-            raise RuntimeError(
-                f"{op}: {needs[0]} asks for gradients and rerank_kernels is forward only; "
-                "run under torch.inference_mode() or torch.no_grad(), or call rk.unpatch(model) to train"
-            )
 
 
 def stored(op: str, name: str, t: Tensor) -> None:
     """Its storage holds what its sizes and strides say. PyTorch does not look before it copies; our library does."""
+    try:
+        held = t.untyped_storage().nbytes()
+    except NotImplementedError:  # torch.func's wrappers have none
+        return
     if t.numel() == 0:
         return
     last = t.storage_offset() + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
-    held = t.untyped_storage().nbytes()
     if held < (last + 1) * t.element_size():
         wanted = f"a tensor with memory for its {t.numel()} elements"
         fail(op, name, wanted, f"a storage of {held} bytes", "it was freed or made smaller: give a tensor that has its values")
@@ -64,7 +62,8 @@ def shape(op: str, name: str, t: Tensor, *want: int | str) -> None:
     fits = len(sizes) == len(want)
     if fits:
         for n, w in zip(sizes, want, strict=True):  # a plain loop: every op of a small model asks this several times
-            if n != w and not isinstance(w, str):
+            # torch.jit.trace has tensors for sizes, which the op that is traced looks at when it runs
+            if not isinstance(w, str) and not isinstance(n, Tensor) and n != w:
                 fits = False
     if not fits:
         fail(op, name, "[" + ", ".join(str(w) for w in want) + "]", shape_of(t))

@@ -27,7 +27,7 @@ from invariants import all_same, same
 from rerank_kernels.backend import registry
 from rerank_kernels.backend.native import linear as native
 
-simulated = pytest.importorskip("ptxsim.simulated")
+simulated = pytest.importorskip("simulated.cuda")
 CASES = cases.CASES
 SOURCES = sorted((Path(__file__).parents[2] / "csrc" / "cuda").rglob("*.cu"))
 

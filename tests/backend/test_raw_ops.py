@@ -112,7 +112,7 @@ def test_views_that_pytorch_resolves_are_served() -> None:
         (r"linear: x must be \[M, K\], got \[1, 4, 64\]", lambda x: linear(x[None], numbers(8, 64))),
         (r"linear: weight must be float32, float16 or bfloat16, got float64", lambda x: linear(x, numbers(8, 64).double())),
         (r"linear: out_dtype must be float32, .* got int64", lambda x: linear(x, numbers(8, 64), dtype=torch.int64)),
-        (r"linear: the activation must be from 0 to 6, got 7", lambda x: linear(x, numbers(8, 64), kind=7)),
+        (r"linear: the activation must be from 0 to 10, got 11", lambda x: linear(x, numbers(8, 64), kind=11)),
         (r"linear: the activation must be .*, got 4294967297", lambda x: linear(x, numbers(8, 64), kind=2**32 + 1)),
         (r"activation: the activation must be .*, got -1", lambda x: ops().activation(x, -1, None, torch.float32)),
         (r"linear: N and K must be > 0", lambda x: linear(x[:, :0], numbers(8, 0))),

@@ -40,15 +40,15 @@ from rerank_kernels.patching.systems import sentence_transformers
 TESTS = Path(__file__).parents[1]
 OURS = str(Path(rk.__file__).parent)
 
-# Bits that are only moved, or chosen, or made from nothing; on any dtype.
+# Bits that are only moved, or chosen, or made from nothing, and a sign that is turned; on any dtype.
 COPIES = set(
     re.findall(
         r"\w+",
         """
-        _unsafe_view alias arange as_strided cat clone detach embedding empty empty_like empty_strided expand
+        _unsafe_view alias amax arange as_strided cat clone detach embedding empty empty_like empty_strided expand
         fill_ full full_like gather index index_copy_ index_put_ index_select lift_fresh masked_fill new_empty new_full new_ones
         new_zeros ones ones_like permute repeat_interleave reshape scalar_tensor select slice split split_with_sizes squeeze
-        sort stack t transpose unbind unfold unsqueeze view where zero_ zeros zeros_like _local_scalar_dense _reshape_alias
+        neg sort stack t transpose unbind unfold unsqueeze view where zero_ zeros zeros_like _local_scalar_dense _reshape_alias
         """,
     )
 )

@@ -75,7 +75,7 @@ class Made:
 
     def linear(self) -> list[Any]:
         m, n, k = self.rows(), self.size(150), self.size(700)
-        tail = [self.random.randrange(7), self.perhaps(m, n), self.dtype()]
+        tail = [self.random.randrange(11), self.perhaps(m, n), self.dtype()]
         return [self.floats(m, k), self.floats(n, k), self.perhaps(n), *tail]
 
     def bmm(self) -> list[Any]:
@@ -84,7 +84,7 @@ class Made:
 
     def activation(self) -> list[Any]:
         shape = [self.size(9) for _ in range(self.random.randint(0, 4))]
-        return [self.floats(*shape), self.random.randrange(7), self.perhaps(*shape), self.dtype()]
+        return [self.floats(*shape), self.random.randrange(11), self.perhaps(*shape), self.dtype()]
 
     def layer_norm(self) -> list[Any]:
         r, d = self.rows(), self.size(1100)
@@ -136,7 +136,7 @@ class Made:
         b, d, p, out = self.rows(), self.size(130), self.size(70), self.random.randint(1, 3)
         dense = self.random.random() < 0.5
         layer = [self.floats(p, d), self.perhaps(p)] if dense else [None, None]
-        return [self.floats(b, d), *layer, self.random.randrange(7), self.floats(out, p if dense else d), self.perhaps(out)]
+        return [self.floats(b, d), *layer, self.random.randrange(11), self.floats(out, p if dense else d), self.perhaps(out)]
 
     def transpose_weight(self) -> list[Any]:
         w = self.floats(self.size(90), self.size(90))
@@ -277,7 +277,7 @@ def numbers_no_caller_gives(value: Any) -> list[Any]:
     if isinstance(value, bool):
         return []
     if isinstance(value, int):
-        return [-1, -2, 7, 2**31, 2**40, -(2**62), 2**63 - 1]
+        return [-1, -2, 11, 2**31, 2**40, -(2**62), 2**63 - 1]
     if isinstance(value, float):
         return [0.0, -1.0, float("nan"), float("inf"), 1e300]
     return [torch.float64, torch.int32, torch.bool, torch.complex64] if isinstance(value, torch.dtype) else []
