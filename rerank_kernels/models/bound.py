@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from rerank_kernels.backend import library, registry
 from rerank_kernels.backend.modes import PORTABLE, Mode, of_the_model
+from rerank_kernels.errors import PatchError
 
 NOT_COMPILED = (
     "a patched model runs as it is, for fused arithmetic has other bits: torch.compile works around it without fullgraph=True; "
@@ -44,9 +46,33 @@ class Forward:
         self.mode = mode
         self.backend = backend
         self.calls = 0
+        self.seen: Any = None  # what a forward that reads other modules saw of them at its last call (fingerprint.py)
+        self._know_class()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _serve(self, args, kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("seen", "cls", "stock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.seen = None
+        self._know_class()
+
+    def _know_class(self) -> None:
+        self.cls = type(self.module)
+        self.stock = self.cls.forward
+
+    def see_class(self) -> None:
+        """Raise if the module is of another class by now, or its class has another forward: ours stands for the old one."""
+        cls = type(self.module)
+        if cls is not self.cls or cls.forward is not self.stock:
+            changed = f"is of class {cls.__qualname__} now" if cls is not self.cls else "has another forward in its class now"
+            raise PatchError(
+                f"{self.cls.__qualname__}.forward: the module {changed}, and rk.patch() saw another; undo that, or call "
+                "rk.unpatch(model), after which its class's own forward runs"
+            )
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
@@ -124,6 +150,7 @@ def _serve_eagerly(self: Forward, args: tuple[Any, ...], kwargs: dict[str, Any])
                     f"{class_of(self.module)}.forward: an input asks for gradients and rerank_kernels is forward only; "
                     "run under torch.inference_mode(), or call rk.unpatch(model) to train"
                 )
+    self.see_class()
     with self.serving():
         return self.function(self.module, *args, **kwargs)
 
@@ -132,8 +159,51 @@ _serve = _serve_eagerly
 
 
 def name_of(m: object) -> str:
-    """The exact class as a string: absent classes need no import, subclasses do not match."""
-    return f"{type(m).__module__}.{type(m).__qualname__}"
+    """The class of m as a string, so that absent classes need no import. A subclass that overrides nothing is its parent."""
+    cls: Any = type(m)
+    return _name_of(cls)
+
+
+@functools.lru_cache(maxsize=1024)
+def _name_of(cls: Any) -> str:
+    served = served_class(cls)
+    return f"{served.__module__}.{served.__qualname__}"
+
+
+# What a class body may hold without a change to what an instance computes.
+_NEUTRAL = {"__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__init__", "__repr__", "__str__", "extra_repr"}
+_NEUTRAL |= {"__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__classdictcell__"}
+_NEUTRAL |= {"__firstlineno__", "__static_attributes__", "__parameters__", "__orig_bases__", "__type_params__", "config_class"}
+
+
+def served_class(cls: Any) -> Any:
+    """The nearest ancestor of cls, or cls itself, whose forward computes what that of cls does.
+
+    A subclass is its parent where its body overrides nothing: what it adds are methods under new names, which no forward of
+    the parent can call. What its __init__ changed is in the instance, where patch() looks.
+    """
+    while issubclass(cls, nn.Module) and cls is not nn.Module:
+        parent = next((c for c in cls.__bases__ if getattr(c, "forward", None) is cls.forward), nn.Module)
+        inherited = {*dir(parent), *(name for c in parent.__mro__ for name in vars(c).get("__annotations__", ()))}
+        own = {name: value for c in cls.__mro__ if c not in parent.__mro__ for name, value in vars(c).items()}
+        if not all(name in _NEUTRAL or (name not in inherited and _plain(name, value)) for name, value in own.items()):
+            break
+        if parent is nn.Module or not issubclass(parent, nn.Module):
+            break
+        cls = parent
+    return cls
+
+
+def _plain(name: str, value: object) -> bool:
+    """Whether a new name in a class body can only be a method that nobody calls, or a constant: no descriptor, no dunder."""
+    return not (name.startswith("__") and name.endswith("__")) and not hasattr(type(value), "__set__")
+
+
+def shadowed(m: nn.Module) -> list[str]:
+    """Names in the body of a subclass that hide what instance m holds: an attribute, a parameter, a module."""
+    served = served_class(type(m))
+    held = {*m._parameters, *m._buffers, *m._modules}
+    return sorted({n for c in type(m).__mro__ if c not in served.__mro__ for n in vars(c) if n in held})
 
 
 def class_of(m: object) -> str:

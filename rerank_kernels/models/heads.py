@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rerank_kernels.models.packing import as_patched
 from rerank_kernels.ops.norm import normalize
 from rerank_kernels.ops.pooling import HeadOutput, pool, score_head
 from rerank_kernels.ops.sequences import Sequences
@@ -24,8 +23,6 @@ class ClassificationHead:
 
     def __call__(self, x: Tensor, sequences: Sequences) -> HeadOutput:
         """[total, D] -> float32 [B, L] each: logit, score, complement."""
-        as_patched(self.dense, nn.Linear)
-        as_patched(self.out, nn.Linear)
         return score_head(
             pool(x, self.pooling, cu_seqlens=sequences),
             self.out.weight,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import check
-from rerank_kernels.models.bound import name_of
+from rerank_kernels.errors import PatchError
+from rerank_kernels.models.bound import class_of, name_of
 from rerank_kernels.ops.linear import activation, linear
 from rerank_kernels.ops.norm import layer_norm
 from rerank_kernels.ops.softmax import softmax
@@ -49,9 +50,20 @@ def _softmax(m: Any, x: Tensor) -> Tensor:
     return softmax(x, m.dim)
 
 
+def _dropout(m: Any, x: Tensor) -> Tensor:
+    if m.training and m.p != 0.0:
+        raise PatchError(
+            f"{class_of(m)}.forward: it is set to train, and drops {m.p} of its input at random; call model.eval(), or "
+            "rk.unpatch(model) to train"
+        )
+    return x
+
+
 FORWARDS: dict[str, Callable[..., Any]] = {
     "torch.nn.modules.linear.Linear": _linear,
     "torch.nn.modules.normalization.LayerNorm": _layer_norm,
     "torch.nn.modules.activation.Softmax": _softmax,
     **dict.fromkeys(ACTIVATIONS, _activation),
 }
+# They compute nothing where they are served, and have a forward that refuses the rest.
+GUARDS: dict[str, Callable[..., Any]] = {"torch.nn.modules.dropout.Dropout": _dropout}

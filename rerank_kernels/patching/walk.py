@@ -22,8 +22,9 @@ from rerank_kernels.backend import registry
 from rerank_kernels.backend.modes import PORTABLE, Mode, named
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import registry as models
-from rerank_kernels.models.bound import Forward, class_of, hooked, name_of
-from rerank_kernels.models.registry import COMPILED, ENCODERS, EXACT, FORWARDS, LEAVES, PREFIXES
+from rerank_kernels.models.bound import Forward, class_of, name_of
+from rerank_kernels.models.registry import COMPILED, ENCODERS, EXACT, FORWARDS, GUARDS, LEAVES, PREFIXES
+from rerank_kernels.models.roles import own_forward
 from rerank_kernels.patching.report import Report
 
 
@@ -132,8 +133,11 @@ def _replacements(model: nn.Module, mode: Mode, backend: str | None) -> tuple[Re
     modules = dict(model.named_modules())
     problems = {path: why for path, m in modules.items() if (why := _problem(m)) is not None}
     roots = [path for path, m in modules.items() if name_of(m) in ENCODERS]
-    for root in roots:  # the encoder's forward does not call the modules inside it, so their hooks would be ignored
-        problems |= {p: "has forward hooks" for p, m in modules.items() if p != root and _inside(p, root) and hooked(m)}
+    for root in roots:  # the encoder's forward does not call the modules inside it: they must be what it takes them for
+        for inner, (m, why) in models.role_problems(modules[root]).items():
+            path = f"{root}.{inner}" if root and inner else root or inner
+            if problems.setdefault(path, why) == why:
+                modules.setdefault(path, m)  # a module that stands at two places has one name
     served = [root for root in roots if not any(_inside(path, root) for path in problems)]
     covered = {path for path in modules for root in served if _inside(path, root)}
 
@@ -141,24 +145,37 @@ def _replacements(model: nn.Module, mode: Mode, backend: str | None) -> tuple[Re
     for path, m in modules.items():
         name, cls = name_of(m), class_of(m)
         if path in problems:
-            report.unknown[path] = f"{cls} ({problems[path]})" if problems[path] else cls
-        elif name in EXACT:
+            report.unknown[path] = f"{cls} ({problems[path]})" if problems[path] else _unmistakable(m)
+            continue
+        if name.rpartition(".")[2] != cls:
+            report.notes.append(f"{path or 'the model'}: {cls} overrides nothing that is read, and is served as {name}")
+        forward = None
+        if name in EXACT:
             report.exact[path] = cls
+            if name in GUARDS and path not in covered:
+                forward = GUARDS[name]
         elif path in covered or name in LEAVES:
             report.replaced[path] = cls
             if path in served or path not in covered:
-                report.forwards[path] = m.__dict__.get("forward") or Forward(m, FORWARDS[name], mode, backend)
+                forward = FORWARDS[name]
         elif name in ENCODERS:
             report.unknown[path] = f"{cls} (holds the unknown modules)"
         else:
             report.unknown[path] = f"{cls} (served only inside its whole model)"
+        if forward is not None:
+            report.forwards[path] = m.__dict__.get("forward") or Forward(m, forward, mode, backend)
     return report, problems
+
+
+def _unmistakable(m: nn.Module) -> str:
+    """The class of m, which stands in no table; with its package where its name alone is that of a class that is served."""
+    return name_of(m) if class_of(m) in SHORT else class_of(m)
 
 
 def _problem(m: Any) -> str | None:
     """Why module m, by itself, cannot be served; "" if its class is in no table, None if it can."""
     if not isinstance(m.__dict__.get("forward", None), Forward | None) and name_of(m) != COMPILED:
-        return "has a forward of its own in its __dict__"
+        return own_forward(m)
     return models.problem(m)
 
 
@@ -166,6 +183,7 @@ def _inside(path: str, root: str) -> bool:
     return root in ("", path) or path.startswith(root + ".")
 
 
+SHORT = {name.rpartition(".")[2] for name in (*FORWARDS, *EXACT)}
 WRAPPERS = {
     "DataParallel": "pass model.module",
     "DistributedDataParallel": "pass model.module",
