@@ -482,7 +482,9 @@ def test_unknown_activations_are_refused():
     model = tiny("roberta", head=False)
     del model.encoder.layer[1].intermediate.intermediate_act_fn
     model.encoder.layer[1].intermediate.intermediate_act_fn = torch.sin
-    with pytest.raises(rk.PatchError, match=r"RobertaIntermediate \(inter.* must be an activation that is served, got sin\) at"):
+    with pytest.raises(
+        rk.PatchError, match=r"RobertaIntermediate \(inter.* must be an activation that is served, got sin\) at"
+    ):
         rk.patch(model)
 
 

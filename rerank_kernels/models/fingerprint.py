@@ -1,11 +1,12 @@
 """Fingerprint: whether anything that a forward reads is another than it was at the forward's last call.
 
-It is compared at each call, so it is made of what C compares in one go: the live __dict__ of every module, beside a copy. One
-entry in it that is another sends the forward to the whole check of roles.py, which serves or refuses by name.
+It is compared at each call, so it is made of lists that C compares in one go. One entry that is another sends the forward to
+the whole check of roles.py, which serves or refuses by name.
 """
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
@@ -13,32 +14,49 @@ from torch.nn.modules import module as torch_modules
 
 from rerank_kernels.models.roles import Roles, places
 
+_ALWAYS = ("_forward_hooks", "_forward_pre_hooks", "_modules", "_parameters", "_buffers")
+
 
 class Fingerprint:
-    """Of all modules that `roles` names below `root`: class, attributes, modules, parameters by identity, hooks, settings."""
+    """Of all modules that `roles` names below `root`: class, attributes read, modules and parameters, hooks, settings."""
 
     def __init__(self, root: Any, roles: Roles) -> None:
-        self.modules: list[Any] = list({id(m): m for _, _, m, _ in places(root, roles) if m is not None}.values())
+        read: dict[Any, set[str]] = {}
+        for _, _, m, role in places(root, roles):
+            if m is not None:
+                attributes = {a.attribute.partition(".")[0] for a in role.assumes} | {"training"}
+                read[m] = read.get(m, set()) | attributes
+        self.modules = list(read)
         self.types: list[Any] = list(map(type, self.modules))
-        dicts = [m.__dict__ for m in self.modules]
-        dicts += [held for m in self.modules for held in (m._modules, m._parameters, m._buffers) if held]
-        dicts += list({id(c): vars(c) for d in dicts if (c := d.get("config")) is not None and hasattr(c, "__dict__")}.values())
+        self.dicts = [m.__dict__ for m in self.modules]
+        self.sizes = list(map(len, self.dicts))  # a new attribute may hide a module, a parameter or the forward
+        alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for m, names in read.items():
+            alike.setdefault((*_ALWAYS, *sorted(names & m.__dict__.keys())), []).append(m.__dict__)
+        self.attributes = [(get := itemgetter(*names), dicts, list(map(get, dicts))) for names, dicts in alike.items()]
+        # What those attributes hold, where it is written in place.
+        self.live: list[dict[Any, Any]] = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers) if d]
+        configs = [m.__dict__["config"] for m in self.modules if "config" in m.__dict__]
+        self.live += {id(c): vars(c) for c in configs if hasattr(c, "__dict__")}.values()
         hooks = [hooks for m in self.modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.unhooked: list[Any] = [h for h in hooks if not h]
-        self.live: list[dict[Any, Any]] = dicts + [h for h in hooks if h]
+        self.live += [h for h in hooks if h]
         self.copies = [dict(d) for d in self.live]
         self.classes = list(dict.fromkeys(self.types))
         self.forwards = [cls.forward for cls in self.classes]
-        # Their values are read, and may be written in place. An inference tensor has no version, and no write to it is counted.
-        self.buffers: list[Tensor] = [
-            b for m in self.modules for b in m._buffers.values() if b is not None and not b.is_inference()
-        ]
+        # An inference tensor has no version: no write to it is counted.
+        buffers = [b for m in self.modules for b in m._buffers.values() if b is not None]
+        self.buffers: list[Tensor] = [b for b in buffers if not b.is_inference()]
         self.versions = [b._version for b in self.buffers]
 
     def same(self) -> bool:
         try:
+            for get, dicts, were in self.attributes:
+                if list(map(get, dicts)) != were:
+                    return False
             return (
-                self.live == self.copies
+                list(map(len, self.dicts)) == self.sizes
+                and self.live == self.copies
                 and not any(self.unhooked)
                 and list(map(type, self.modules)) == self.types
                 and [cls.forward for cls in self.classes] == self.forwards
@@ -46,5 +64,5 @@ class Fingerprint:
                 and not torch_modules._global_forward_hooks
                 and not torch_modules._global_forward_pre_hooks
             )
-        except Exception:  # two values of which == gives no bool, as two tensors do: they are not one object
+        except Exception:  # an attribute is gone, or == of two values is no bool, as of two tensors
             return False

@@ -140,15 +140,16 @@ def wrong(m: Any, role: Role, *, training: bool = False) -> str | None:
 
 def overridden(m: Any) -> str | None:
     """Why what m computes may be something else than what its class is known for."""
-    served = served_class(type(m))
-    if f"{served.__module__}.{served.__qualname__}" != name_of(m):
-        return "its class overrides more than when it was first seen"
-    package = served.__module__.partition(".")[0]
-    theirs = getattr(type(m).forward, "__module__", None) or ""
-    if theirs.partition(".")[0] != package:
-        return f"the forward of its class was replaced by one of {theirs or 'unknown origin'}"
-    if names := shadowed(m):
-        return f"its class overrides {', '.join(names)}"
+    cls, name = type(m), name_of(m)
+    if name != f"{cls.__module__}.{cls.__qualname__}":  # a subclass
+        served = served_class(cls)
+        if name != f"{served.__module__}.{served.__qualname__}":
+            return "its class overrides more than when it was first seen"
+        if names := shadowed(m):
+            return f"its class overrides {', '.join(names)}"
+    theirs = getattr(cls.forward, "__module__", None) or "unknown origin"
+    if theirs.partition(".")[0] != name.partition(".")[0]:
+        return f"the forward of its class was replaced by one of {theirs}"
     return None
 
 
