@@ -48,9 +48,9 @@ def like(m: Any, dtype: torch.dtype | None = None) -> Any:
     return {"dtype": dtype or next(m.parameters()).dtype}
 
 
-class Shifted(nn.Linear):
+class Doubled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + 1.0
+        return super().forward(x) * 2.0  # and not + 1: a norm behind it takes the mean away
 
 
 class Named(nn.Linear):
@@ -146,7 +146,8 @@ def pooler_function(m: Any) -> str:
 
 @mutation
 def pooler_removed(m: Any) -> str:
-    _pooler(m)
+    if not hasattr(m, "bert"):  # whose classifier reads it
+        raise Inapplicable
     m.base_model.pooler = None
     return "pooler"
 
@@ -176,8 +177,8 @@ def identity_for_dropout(m: Any) -> str:
 
 
 @mutation
-def dense_shifted(m: Any) -> str:
-    layer(m).output.dense = filled(Shifted(96, 64, **like(m)))
+def dense_doubled(m: Any) -> str:
+    layer(m).output.dense = filled(Doubled(96, 64, **like(m)))
     return "layer.1.output.dense"
 
 
@@ -219,7 +220,7 @@ def dense_sequence(m: Any) -> str:
 
 @mutation
 def dense_hidden_by_an_attribute(m: Any) -> str:
-    layer(m).output.__dict__["dense"] = filled(Shifted(96, 64, **like(m)))
+    layer(m).output.__dict__["dense"] = filled(Doubled(96, 64, **like(m)))
     return "layer.1.output.dense"
 
 
@@ -393,8 +394,8 @@ def classifier_sequence(m: Any) -> str:
 
 
 @mutation
-def classifier_shifted(m: Any) -> str:
-    _head(m, filled(Shifted(64, 1, **like(m))))
+def classifier_doubled(m: Any) -> str:
+    _head(m, filled(Doubled(64, 1, **like(m))))
     return "classifier"
 
 
@@ -483,6 +484,13 @@ def head_size(m: Any) -> str:
 
 
 @mutation
+def head_size_with_scaling(m: Any) -> str:
+    own = layer(m).attention.self
+    own.attention_head_size, own.scaling = 8, 8**-0.5
+    return "layer.1.attention.self"
+
+
+@mutation
 def causal_module(m: Any) -> str:
     layer(m).attention.self.is_causal = True
     return "is_causal"
@@ -526,16 +534,23 @@ def normalized_shape(m: Any) -> str:
     return "normalized_shape"
 
 
+def _counted(m: Any) -> Tensor:
+    if hasattr(m.base_model.embeddings, "padding_idx"):  # RoBERTa counts by itself
+        raise Inapplicable
+    ids: Tensor = m.base_model.embeddings.position_ids
+    return ids
+
+
 @mutation
 def positions_reversed(m: Any) -> str:
-    ids = m.base_model.embeddings.position_ids
+    ids = _counted(m)
     ids.copy_(ids.flip(-1).clone())
     return "position_ids"
 
 
 @mutation
 def positions_replaced(m: Any) -> str:
-    m.base_model.embeddings.position_ids = m.base_model.embeddings.position_ids.clone() + 1
+    m.base_model.embeddings.position_ids = _counted(m).clone() + 1
     return "position_ids"
 
 
@@ -637,7 +652,7 @@ def hook(m: Any) -> str:
 
 @mutation
 def hook_on_a_leaf(m: Any) -> str:
-    layer(m).output.dense.register_forward_hook(lambda _, x, out: out + 1.0)
+    layer(m).output.dense.register_forward_hook(lambda _, x, out: out * 2.0)
     return "layer.1.output.dense"
 
 
@@ -655,13 +670,13 @@ def pre_hook(m: Any) -> str:
 
 @mutation
 def hook_with_kwargs(m: Any) -> str:
-    layer(m).output.dense.register_forward_hook(lambda _, x, k, out: out + 1.0, with_kwargs=True)
+    layer(m).output.dense.register_forward_hook(lambda _, x, k, out: out * 2.0, with_kwargs=True)
     return "layer.1.output.dense"
 
 
 @mutation
 def hooks_replaced(m: Any) -> str:
-    layer(m).output.dense._forward_hooks = {0: lambda _, x, out: out + 1.0}
+    layer(m).output.dense._forward_hooks = {0: lambda _, x, out: out * 2.0}
     return "layer.1.output.dense"
 
 
@@ -673,7 +688,7 @@ def hook_on_the_model(m: Any) -> str:
 
 @mutation
 def global_hook(m: Any) -> str:
-    add = lambda one, x, out: out + 1.0 if type(one) is nn.Linear else None  # noqa: E731
+    add = lambda one, x, out: out * 2.0 if type(one) is nn.Linear else None  # noqa: E731
     CLEANUPS.append(nn.modules.module.register_module_forward_hook(add).remove)
     return "global forward hooks"
 
@@ -688,7 +703,7 @@ def global_pre_hook(m: Any) -> str:
 @mutation
 def forward_of_an_instance(m: Any) -> str:
     dense = layer(m).output.dense
-    dense.forward = lambda x: nn.functional.linear(x, dense.weight) + 1.0
+    dense.forward = lambda x: nn.functional.linear(x, dense.weight) * 2.0
     return "layer.1.output.dense"
 
 
@@ -708,7 +723,7 @@ def forward_wrapped(m: Any) -> str:
 
 @mutation
 def class_changed(m: Any) -> str:
-    layer(m).output.dense.__class__ = Shifted
+    layer(m).output.dense.__class__ = Doubled
     return "layer.1.output.dense"
 
 

@@ -183,12 +183,13 @@ def served_class(cls: Any) -> Any:
     the parent can call. What its __init__ changed is in the instance, where patch() looks.
     """
     while issubclass(cls, nn.Module) and cls is not nn.Module:
-        parent = next((c for c in cls.__bases__ if getattr(c, "forward", None) is cls.forward), nn.Module)
+        parent: Any = next((c for c in cls.__bases__ if issubclass(c, nn.Module)), nn.Module)
         inherited = {*dir(parent), *(name for c in parent.__mro__ for name in vars(c).get("__annotations__", ()))}
         own = {name: value for c in cls.__mro__ if c not in parent.__mro__ for name, value in vars(c).items()}
-        if not all(name in _NEUTRAL or (name not in inherited and _plain(name, value)) for name, value in own.items()):
-            break
-        if parent is nn.Module or not issubclass(parent, nn.Module):
+        if parent is nn.Module or not all(
+            name in _NEUTRAL or (_wrapped(value, getattr(parent, name, None)) if name in inherited else _plain(name, value))
+            for name, value in own.items()
+        ):
             break
         cls = parent
     return cls
@@ -199,11 +200,10 @@ def _plain(name: str, value: object) -> bool:
     return not (name.startswith("__") and name.endswith("__")) and not hasattr(type(value), "__set__")
 
 
-def shadowed(m: nn.Module) -> list[str]:
-    """Names in the body of a subclass that hide what instance m holds: an attribute, a parameter, a module."""
-    served = served_class(type(m))
-    held = {*m._parameters, *m._buffers, *m._modules}
-    return sorted({n for c in type(m).__mro__ if c not in served.__mro__ for n in vars(c) if n in held})
+def _wrapped(value: Any, inherited: object) -> bool:
+    """Whether a method is the inherited one, in a wrapper that transformers puts around it in each subclass."""
+    theirs = getattr(value, "__globals__", {}).get("__name__", "").startswith("transformers.")
+    return theirs and inspect.unwrap(value) is inspect.unwrap(inherited)  # type: ignore[arg-type]
 
 
 def class_of(m: object) -> str:

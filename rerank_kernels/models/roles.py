@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from rerank_kernels import check
-from rerank_kernels.models.bound import Forward, class_of, hooked, name_of, served_class, shadowed
+from rerank_kernels.models.bound import Forward, class_of, hooked, name_of, served_class
 
 
 class Assumed(NamedTuple):
@@ -145,8 +145,6 @@ def overridden(m: Any) -> str | None:
         served = served_class(cls)
         if name != f"{served.__module__}.{served.__qualname__}":
             return "its class overrides more than when it was first seen"
-        if names := shadowed(m):
-            return f"its class overrides {', '.join(names)}"
     theirs = getattr(cls.forward, "__module__", None) or "unknown origin"
     if theirs.partition(".")[0] != name.partition(".")[0]:
         return f"the forward of its class was replaced by one of {theirs}"
