@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+import operator
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,6 +14,30 @@ FLOAT_NAMES = "float32, float16 or bfloat16"
 
 def fail(op: str, argument: str, wanted: str, came: object, hint: str = "") -> NoReturn:
     raise ValueError(f"{op}: {argument} must be {wanted}, got {came}{'; ' + hint if hint else ''}")
+
+
+def integer(op: str, name: str, value: Any, least: int, most: int | None = None, *, also: str = "", why: str = "") -> int:
+    """`value` as an int: of any type that is an integer by itself, as NumPy's are, but no bool."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        wanted = f"an integer >= {least}" if most is None else f"an integer in [{least}, {most}]"
+        fail(op, name, also + wanted + why, repr(value))
+    return number
+
+
+def integers(op: str, name: str, value: Any) -> tuple[int, ...]:
+    """One integer or several, of any type that is one by itself."""
+    try:
+        return (operator.index(value),)
+    except TypeError:
+        pass
+    try:
+        return tuple(map(operator.index, value))
+    except TypeError:
+        fail(op, name, "an integer, or several", repr(value))
 
 
 def shape_of(t: Tensor) -> str:

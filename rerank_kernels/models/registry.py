@@ -94,6 +94,12 @@ def packed_embeddings(
         return embedding(served.packed(model, ids, sequences, token_types), sequences, pooling, normalise)
 
 
+def kind(model: nn.Module) -> str | None:
+    """What a served model is: a cross-encoder, if it has a head, or an embedding model; None if it is not served."""
+    served = ENCODERS.get(name_of(model))
+    return None if served is None else "embedding" if served.head is None else "cross-encoder"
+
+
 def max_tokens(model: nn.Module) -> int:
     """The longest sequence that a served model takes."""
     return ENCODERS[name_of(model)].max_tokens(model)

@@ -172,7 +172,21 @@ def own_forward(m: Any) -> str:
 # ---- parameters -------------------------------------------------------------------------------------------------------------
 
 ONE_DEVICE = "move all of the model to one device, or load it without device_map"
-FLOAT_CHECKPOINT = "load the checkpoint that is not quantised, in float32, float16 or bfloat16, or call model.dequantize()"
+FLOAT_CHECKPOINT = "load the float checkpoint of it, or call model.dequantize() where the quantiser can"
+# Whose modules hold weights in another form than as floats.
+_QUANTISERS = (
+    *("bitsandbytes.", "torchao.", "torch.ao.nn.", "transformers.integr", "optimum.quanto.", "quanto.", "hqq.", "awq."),
+    *("auto_gptq.", "gptqmodel.", "auto_round.", "compressed_tensors.", "eetq.", "aqlm.", "vptq.", "quark.", "fbgemm_gpu."),
+)
+
+
+def quantised(m: Any) -> bool:
+    """Whether a module whose class stands in no table is a quantiser's."""
+    floats = [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    return name_of(m).startswith(_QUANTISERS) or any(t.dtype in _CODES for t in floats)
+
+
+_CODES = {torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2}
 
 
 Sizes = dict[tuple[str, str], tuple[int, str]]  # (list member or "", name of a size) -> what it is, and where it was seen first

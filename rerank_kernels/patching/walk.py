@@ -24,7 +24,7 @@ from rerank_kernels.errors import PatchError
 from rerank_kernels.models import registry as models
 from rerank_kernels.models.bound import Forward, class_of, name_of
 from rerank_kernels.models.registry import COMPILED, ENCODERS, EXACT, FORWARDS, GUARDS, LEAVES, PREFIXES
-from rerank_kernels.models.roles import own_forward
+from rerank_kernels.models.roles import FLOAT_CHECKPOINT, own_forward, quantised
 from rerank_kernels.patching.report import Report
 
 
@@ -145,7 +145,8 @@ def _replacements(model: nn.Module, mode: Mode, backend: str | None) -> tuple[Re
     for path, m in modules.items():
         name, cls = name_of(m), class_of(m)
         if path in problems:
-            report.unknown[path] = f"{cls} ({problems[path]})" if problems[path] else _unmistakable(m)
+            why = problems[path] or (f"is quantised; {FLOAT_CHECKPOINT}" if quantised(m) else "")
+            report.unknown[path] = f"{cls} ({why})" if why else _unmistakable(m)
             continue
         if name.rpartition(".")[2] != cls:
             report.notes.append(f"{path or 'the model'}: {cls} overrides nothing that is read, and is served as {name}")

@@ -7,7 +7,6 @@ tie, and logits do not.
 
 from __future__ import annotations
 
-import operator
 import os
 import sys
 import threading
@@ -105,7 +104,13 @@ class Reranker:
         if isinstance(model_or_path, nn.Module):
             if tokenizer is None:
                 raise TypeError("Reranker: tokenizer must be given with a loaded model; or pass the path of its folder")
-            self.model, self.kind = model_or_path, kind or folders.kind_of([type(model_or_path).__name__])
+            has = models.kind(model_or_path)
+            self.model, self.kind = model_or_path, kind or has or folders.kind_of([type(model_or_path).__name__])
+            if has not in (None, self.kind):
+                came = f"{kind!r}; its class is {type(model_or_path).__name__}"
+                check.fail(
+                    "Reranker", "kind", f"{has!r}, or left out, for this model", came, "load the class for the other kind"
+                )
         elif isinstance(model_or_path, str | Path):
             folder = Path(model_or_path)
             self.kind = kind or folders.kind_of(folders.read_json(folder, "config.json").get("architectures") or [])
@@ -155,13 +160,7 @@ class Reranker:
     def rank(self, query: str, documents: Iterable[str], top_k: int | None = None) -> list[Ranked]:
         """The documents by descending logit, the first top_k if given; equal logits by ascending index, NaN last."""
         if top_k is not None:
-            try:
-                count = -1 if isinstance(top_k, bool) else operator.index(top_k)
-            except TypeError:
-                count = -1
-            if count < 0:
-                check.fail("rank", "top_k", "None or an integer >= 0", repr(top_k))
-            top_k = count
+            top_k = check.integer("rank", "top_k", top_k, 0, also="None or ")
         documents = _list("rank", "documents", documents, "str", "pass [document]")
         scores = self.score([(query, document) for document in documents])
         logits = scores.logit.tolist()
@@ -193,8 +192,7 @@ class Reranker:
         run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     ) -> Array:
         """Rows of run(ids, cu_seqlens, token_types), one per text or pair, in the order given."""
-        if not isinstance(batch_tokens, int) or batch_tokens < 1:
-            check.fail("score", "batch_tokens", "an integer >= 1", repr(batch_tokens))
+        batch_tokens = check.integer("score", "batch_tokens", batch_tokens, 1)
         n = len(first)
         first, second = self._bounded(first, second)
         with _TOKENISING:
@@ -251,10 +249,8 @@ class Reranker:
         special = self.tokenizer.num_special_tokens_to_add(pair=self.kind == "cross-encoder")
         if asked is None:
             return min(n for n in (table, stored, self.tokenizer.model_max_length) if n is not None)
-        if not isinstance(asked, int) or isinstance(asked, bool) or not special < asked <= table:
-            wanted = f"an integer in [{special + 1}, {table}], from the special tokens to the model's positions"
-            check.fail("Reranker", "max_length", wanted, repr(asked))
-        return asked
+        why = ", from the special tokens to the model's positions"
+        return check.integer("Reranker", "max_length", asked, special + 1, table, why=why)
 
 
 def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
