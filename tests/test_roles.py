@@ -214,7 +214,7 @@ def test_not_strict_serves_the_encoder_below_a_head_that_is_not_known():
 @pytest.mark.parametrize(
     ("leaf", "said"),
     [
-        (lambda: nn.Linear(4, 4).double(), "Linear (weight must be float32, float16 or bfloat16, got torch.float64; call model"),
+        (lambda: nn.Linear(4, 4).double(), "Linear (weight must be float32, float16 or bfloat16, got torch.float64; call"),
         (lambda: nn.Linear(4, 4, device="meta"), "Linear (weight is on device meta"),
         (lambda: nn.LayerNorm(4).double(), "LayerNorm (weight must be float32"),
         (lambda: nn.Embedding(4, 4, max_norm=1.0), "Embedding (max_norm must be None, got 1.0)"),
