@@ -51,7 +51,7 @@ test-all: $(VENV)/installed $(VENV)/nvcc cuda-check  ## and what takes longer: m
 
 cuda-check: $(VENV)/installed $(VENV)/nvcc  ## what nvcc, Triton and ptxas made of the kernels, for every architecture, and docs/GPU.md
 	$(BIN)/python tools/witness --check
-	$(OFFLINE) $(BIN)/python -m pytest --exhaustive tests/test_witness.py tests/test_witness_triton.py $(ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest --exhaustive tests/tools/test_witness.py tests/tools/test_witness_triton.py $(ARGS)
 
 # Built anew with BUILD_CUDA=1, so that what is missing is an error and no row of skipped tests.
 gpu: BUILD_CUDA = 1

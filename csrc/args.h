@@ -36,6 +36,15 @@ struct LinearArgs {
     int activation;  // numerics.h, enum Activation
 };
 
+struct RotaryArgs {
+    Ref x;  // [tokens, H, D]; strides in elements, features side by side
+    int64_t x_token, x_head;
+    Ref cos, sin;      // [tokens, P]
+    void* y;           // [tokens, H, D], as x, contiguous
+    int64_t H, D, P;   // pairs: 2 P <= D
+    bool interleaved;  // pair p is (2 p, 2 p + 1), else (p, p + P)
+};
+
 // The queries of a sequence are the last ones of its keys: query i of T_q stands at place T_k - T_q + i. left and right count
 // from there.
 struct AttentionArgs {

@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # for type checkers and editors; _NAMES says the same to Pyth
     from rerank_kernels.ops.norm import *  # noqa: F403
     from rerank_kernels.ops.pooling import *  # noqa: F403
     from rerank_kernels.ops.pooling import HeadOutput
+    from rerank_kernels.ops.rotary import *  # noqa: F403
+    from rerank_kernels.ops.rotary import rotary_table
     from rerank_kernels.ops.sequences import Sequences
     from rerank_kernels.ops.softmax import *  # noqa: F403
     from rerank_kernels.ops.sparse_ffn import *  # noqa: F403
@@ -42,6 +44,7 @@ __all__ = [
     "backends",
     "forget",
     "patch",
+    "rotary_table",
     "unpatch",
     "use",
     *OPS,
@@ -52,6 +55,7 @@ _NAMES = {
     "backend.weights": ("forget",),
     "errors": ("BackendError", "FallbackWarning", "PatchError"),
     "ops.pooling": ("HeadOutput",),
+    "ops.rotary": ("rotary_table",),
     "ops.sequences": ("Sequences",),
     "patching.patch": ("patch", "unpatch"),
     "patching.report": ("Report",),

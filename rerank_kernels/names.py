@@ -15,6 +15,7 @@ OPS = {
     "linear": "linear",
     "bmm": "linear",
     "activation": "linear",
+    "rotary": "rotary",
     "attention": "attention",
     "pool": "pooling",
     "sigmoid": "pooling",

@@ -237,9 +237,30 @@ def _near_linear(case: Case, a: Tensors) -> tuple[Near, ...]:
     return (near_add(y, a["residual"]) if "residual" in a else y,)
 
 
+def _near_activation(case: Case, a: Tensors) -> tuple[Near, ...]:
+    y = near_activation(exact(a["x"]), case.options["kind"])
+    if "up" in a:
+        value = y.value * a["up"]
+        y = Near(value, y.slack * a["up"].abs() + U * value.abs())
+    return (y,)
+
+
 def _near_bmm(case: Case, a: Tensors) -> tuple[Near, ...]:
     k = case.rows["a"][1]
     return (Near(TRUTHS["bmm"](a["a"], a["b"]), _counted(case)(k) * U * TRUTHS["bmm"](a["a"].abs(), a["b"].abs())),)
+
+
+def _near_rotary(case: Case, a: Tensors) -> tuple[Near, ...]:
+    """Two products and their sum: what turns with absolute values bounds all three."""
+    absolute = {n: t.abs() for n, t in a.items()}
+    pairs, halves = a["cos"].shape[-1], absolute["x"].clone()
+    first, second = slice(pairs), slice(pairs, 2 * pairs)
+    if case.options.get("interleaved"):
+        first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+    c, s, u, v = absolute["cos"][:, None], absolute["sin"][:, None], absolute["x"][..., first], absolute["x"][..., second]
+    halves[..., first], halves[..., second] = u * c + v * s, v * c + u * s
+    halves[..., 2 * pairs :] = 0.0
+    return (Near(TRUTHS["rotary"](**a, **case.options), 2.0 * U * halves),)
 
 
 def _near_attention(case: Case, a: Tensors) -> tuple[Near, ...]:
@@ -305,7 +326,8 @@ _NEAR: dict[str, Callable[[Case, Tensors], tuple[Near, ...]]] = {
     "mean": _near_sum,
     "linear": _near_linear,
     "bmm": _near_bmm,
-    "activation": lambda case, a: (near_activation(exact(a["x"]), case.options["kind"]),),
+    "activation": _near_activation,
+    "rotary": _near_rotary,
     "attention": _near_attention,
     "pool": _near_pool,
     "sigmoid": lambda case, a: (near_activation(exact(a["x"]), "sigmoid"),),
@@ -370,6 +392,12 @@ def _attention(
     label = "-".join([f"D{d}", f"H{heads[0]}of{heads[1]}", places, *words])
     rows = {"q": (heads[0], d), "k": (heads[1], d), "v": (heads[1], d)}
     return Case("attention", label, rows, options=options, lengths=lengths, keys=keys)
+
+
+def _rotary(d: int, pairs: int, heads: int = 2, *, interleaved: bool = False) -> Case:
+    rows = {"x": (heads, d), "cos": (pairs,), "sin": (pairs,)}
+    label = f"D{d}-H{heads}-P{pairs}{'-interleaved' if interleaved else ''}"
+    return Case("rotary", label, rows, options={"interleaved": True} if interleaved else {})
 
 
 def _pool(d: int, mode: str, lengths: tuple[int, ...] = (5, 1, 33, 0, 130), out_dtype: torch.dtype | None = None) -> Case:
@@ -437,6 +465,9 @@ CASES: list[Case] = [
     _bmm(33, 64, 70),
     _bmm(2, 1025, 9, torch.float32),
     *(Case("activation", kind, {"x": (37,)}, options={"kind": kind}) for kind in ACTIVATIONS),
+    *(Case("activation", f"{k}-up", {"x": (41,), "up": (41,)}, options={"kind": k}) for k in ("silu", "gelu_tanh", "relu")),
+    *(_rotary(*size) for size in ((64, 32), (128, 64, 3), (2, 1, 1), (80, 16), (34, 17, 5), (7, 2, 1))),
+    *(_rotary(*size, interleaved=True) for size in ((64, 32), (128, 32, 3), (34, 17), (2, 1, 1), (9, 3, 5))),
     *(_attention(d) for d in (1, 8, 32, 40, 64, 80, 96, 128, 256)),
     _attention(64, (4, 2), causal=True),
     _attention(32, (4, 1), window=(7, 3)),

@@ -68,6 +68,17 @@ def rms_norm(s: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, offset: 
     return torch.from_numpy(normed.numpy() * w[None]).to(dtype)
 
 
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x [T, H, D]: pair by pair, with NumPy's float32."""
+    y, v, c, s = x.clone(), x.float().numpy(), cos.float().numpy(), sin.float().numpy()
+    pairs = c.shape[1]
+    for p in range(pairs):
+        a, b = (2 * p, 2 * p + 1) if interleaved else (p, p + pairs)
+        y[..., a] = torch.from_numpy(v[..., a] * c[:, None, p] - v[..., b] * s[:, None, p]).to(x.dtype)
+        y[..., b] = torch.from_numpy(v[..., b] * c[:, None, p] + v[..., a] * s[:, None, p]).to(x.dtype)
+    return y
+
+
 def normalize(x: Tensor, eps: float) -> Tensor:
     """float32 throughout: squares rounded before they are added, IEEE square root and division."""
     v = x.numpy()

@@ -142,8 +142,8 @@ def run(name: str, row: Row, scratch: Path) -> dict[str, Any]:
         "auto",
         "--maxprocesses",
         "8",
-        "tests/test_golden.py",
-        "tests/test_hf.py",
+        "tests/ops/test_golden.py",
+        "tests/models/test_hf.py",
         "-k",
         kept,
     ]

@@ -22,6 +22,7 @@ from rerank_kernels.backend.pytorch import attention as honest_attention
 from rerank_kernels.backend.pytorch import linear as honest_linear
 from rerank_kernels.backend.pytorch import norm as honest_norm
 from rerank_kernels.backend.pytorch import pooling as honest_pooling
+from rerank_kernels.backend.pytorch import rotary as honest_rotary
 from rerank_kernels.backend.pytorch import softmax as honest_softmax
 from rerank_kernels.backend.registry import BACKENDS, OPS
 from rerank_kernels.backend.weights import FfnWeights
@@ -169,6 +170,33 @@ def rms_norm_last_row_backwards(rows: Tensor, weight: Tensor, eps: float, plus_o
     return y
 
 
+def activation_rounds_before_up(x: Tensor, kind: str, up: Tensor | None) -> Tensor:
+    """As transformers has it: the gate in half, then the product."""
+    y = honest_linear.activation(x, kind)
+    return y if up is None else (y.float() * up.float()).to(x.dtype)
+
+
+def rotary_other_layout(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return honest_rotary.rotary(x, cos, sin, not interleaved)
+
+
+def rotary_turns_back(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return honest_rotary.rotary(x, cos, -sin, interleaved)
+
+
+def rotary_in_half(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Every step rounded to x's dtype, as in transformers."""
+    pairs, y, c, s = cos.shape[1], x.clone(), cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]
+    a, b = x[..., :pairs], x[..., pairs : 2 * pairs]
+    y[..., :pairs], y[..., pairs : 2 * pairs] = a * c - b * s, b * c + a * s
+    return y
+
+
+def rotary_by_place(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The angle is that of the place in the call, and not the token's own."""
+    return honest_rotary.rotary(x, cos[:1].expand_as(cos), sin[:1].expand_as(sin), interleaved)
+
+
 def normalize_length_in_half(rows: Tensor, eps: float) -> Tensor:
     """The length is rounded to the rows' dtype before it divides."""
     x = rows.float()
@@ -182,7 +210,7 @@ def normalize_over_the_batch(rows: Tensor, eps: float) -> Tensor:
     return honest_norm.normalize((rows.float() / largest).to(rows.dtype), eps)
 
 
-def activation_gelu_from_erf(x: Tensor, kind: str) -> Tensor:
+def activation_gelu_from_erf(x: Tensor, kind: str, up: Tensor | None) -> Tensor:
     """1 + erf cancels for negative x."""
     v = x.float()
     return (
@@ -204,7 +232,7 @@ def bmm_forgets_the_last_rows(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> T
 # --- other rows, other places ------------------------------------------------------------------------------------------
 
 
-def activation_other_tail(x: Tensor, kind: str) -> Tensor:
+def activation_other_tail(x: Tensor, kind: str, up: Tensor | None) -> Tensor:
     """The last n % 16 elements by a scalar formula, as torch.sigmoid has it."""
     y = honest_linear.activation(x, kind)
     n = x.numel() % 16
@@ -361,10 +389,15 @@ MUTANTS = [
     Mutant("rms_norm", rms_norm_casts_before, invariants.right, "rms_norm-1000-after-offset", torch.float16),
     Mutant("rms_norm", rms_norm_unbiased, invariants.right, "rms_norm-768-before"),
     Mutant("rms_norm", rms_norm_last_row_backwards, invariants.batch_invariant, "rms_norm-384-before-residual"),
+    Mutant("rotary", rotary_other_layout, invariants.right, "rotary-D64-H2-P32"),
+    Mutant("rotary", rotary_turns_back, invariants.right, "rotary-D80-H2-P16"),
+    Mutant("rotary", rotary_in_half, invariants.right, "rotary-D128-H3-P64", torch.bfloat16),
+    Mutant("rotary", rotary_by_place, invariants.batch_invariant, "rotary-D64-H2-P32"),
     Mutant("normalize", normalize_length_in_half, invariants.right, "normalize-384", torch.bfloat16),
     Mutant("normalize", normalize_over_the_batch, invariants.batch_invariant, "normalize-384"),
     Mutant("activation", activation_other_tail, invariants.batch_invariant, "activation-sigmoid"),
     Mutant("activation", activation_gelu_from_erf, invariants.right, "activation-gelu"),
+    Mutant("activation", activation_rounds_before_up, invariants.right, "activation-silu-up", torch.bfloat16),
     Mutant("softmax", softmax_batch_maximum, invariants.batch_invariant, "softmax-33"),
     Mutant("sum", sum_lanes_by_address, invariants.batch_invariant, "sum-100"),
     Mutant("mean", mean_adds_in_half, invariants.right, "mean-100", torch.bfloat16),

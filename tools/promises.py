@@ -20,37 +20,29 @@ sys.path.append(str(ROOT))
 from tools import pages  # noqa: E402
 
 PAGE = ROOT / "NUMERICS.md"
-CLASSES = {
-    "norm": "TestNorm",
-    "softmax": "TestSoftmax",
-    "linear": "TestLinear",
-    "attention": "TestAttention",
-    "pooling": "TestPooling",
-    "sparse_ffn": "TestSparseFfn",
-}
 # backend -> the file that holds "machine-invariant", where it is not the family's own
-EQUAL = {"cuda": "test_cuda.py", "triton": "test_triton.py"}
+EQUAL = {"cuda": "backend/test_cuda.py", "triton": "backend/test_triton.py"}
 
 
 def tests_of(op: str, mode: str, backend: str, promise: str) -> list[tuple[str, str]]:
-    """(ring, test) of a cell; empty: not promised."""
+    """(ring, test below tests/) of a cell; empty: not promised."""
     b = BACKENDS[backend]
     if promise not in b.promises.get(mode, ()):
         return []
     name = f"test_{promise.replace('-', '_')}"
     if mode == "tensor":
-        simulated = ("simulated", f"test_tensor.py::TestTensor::{name}")
+        simulated = ("simulated", f"backend/test_tensor.py::TestTensor::{name}")
         if promise != "thread-invariant":
-            return [simulated, ("hardware", f"test_gpu_tensor.py::TestTensorOnAGpu::{name}")]
-        busy = [("hardware", "test_gpu_tensor.py::test_200_repeats_beside_other_work")]
+            return [simulated, ("hardware", f"backend/test_gpu_tensor.py::TestTensorOnAGpu::{name}")]
+        busy = [("hardware", "backend/test_gpu_tensor.py::test_200_repeats_beside_other_work")]
         return [simulated, *(busy if op in ("linear", "attention") else [])]
     family = OPS[op]
-    of_the_family = f"test_{family}.py::{CLASSES[family]}::{name}"
+    of_the_family = f"ops/test_{family}.py::Test{family.title().replace('_', '')}::{name}"
     if backend not in EQUAL:
         return [("hardware", of_the_family)]
     equal = "test_same_bits_as_the_cpu"  # on a GPU the other promises follow from it, for the cpu's are held on hardware
     simulated = f"{EQUAL[backend]}::{equal}" if promise == "machine-invariant" else of_the_family
-    return [("simulated", simulated), ("hardware", f"test_gpu.py::{equal}")]
+    return [("simulated", simulated), ("hardware", f"backend/test_gpu.py::{equal}")]
 
 
 def rows() -> list[tuple[str, str, str]]:

@@ -69,15 +69,15 @@ static Tensor bmm(const Tensor& a, const Tensor& b, ScalarType out_dtype) {
     return y;
 }
 
-static Tensor activation(const Tensor& x, int64_t kind, ScalarType out_dtype) {
+static Tensor activation(const Tensor& x, int64_t kind, const std::optional<Tensor>& up, ScalarType out_dtype) {
     const int64_t n = x.numel();
+    RK_CHECK(!up || up->numel() == n, "activation", "up must have as many elements as x");
     Tensor y = torch::stable::new_empty(x, x.sizes(), out_dtype);
-    const Dtype from = dtype_of(x, "activation", "x"), to = dtype_of(out_dtype, "activation", "out_dtype");
-    const void* in = x.const_data_ptr();
-    void* out = y.mutable_data_ptr();
+    const Ref from = ref(x, "activation", "x"), factor = ref(up, "activation", "up");
+    const Out to = out(y, "activation", "out_dtype");
     constexpr int64_t block = 8192;
     for_each_task(ceil_div(n, block), [&](int64_t task) {
-        RK_CALL(activate_range, int(kind), in, from, out, to, task * block, std::min((task + 1) * block, n));
+        RK_CALL(activate_range, int(kind), from, factor, to, task * block, std::min((task + 1) * block, n));
     });
     return y;
 }
@@ -88,7 +88,7 @@ RK_OPS(m) {
     m.op("linear_tensor(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor? residual, ScalarType out_dtype) -> Tensor");
     m.op("bmm(Tensor a, Tensor b, ScalarType out_dtype) -> Tensor", TORCH_BOX(&bmm));
     m.op("bmm_tensor(Tensor a, Tensor b, ScalarType out_dtype) -> Tensor");
-    m.op("activation(Tensor x, int kind, ScalarType out_dtype) -> Tensor", TORCH_BOX(&activation));
+    m.op("activation(Tensor x, int kind, Tensor? up, ScalarType out_dtype) -> Tensor", TORCH_BOX(&activation));
 }
 // clang-format on
 
@@ -102,28 +102,32 @@ namespace rk {
 namespace RK_ISA {
 
 template <Activation KIND>
-static void activate_all(const void* x, Dtype from, void* y, Dtype to, int64_t begin, int64_t end) {
+static void activate_all(const Ref& x, const Ref& up, const Out& y, int64_t begin, int64_t end) {
+    const bool gated = up.data != nullptr;
     int64_t i = begin;
     for (; i + SOME * W <= end; i += SOME * W) {
-        const Some v = activate(KIND, each<Vec>([&](int j) { return load_some_as(from, x, i + j * W, W); }));
+        Some v = activate(KIND, each<Vec>([&](int j) { return load_some_as(x.dtype, x.data, i + j * W, W); }));
+        if (gated) v = v * each<Vec>([&](int j) { return load_some_as(up.dtype, up.data, i + j * W, W); });
 #pragma GCC unroll 4
-        for (int j = 0; j < SOME; ++j) store_some_as(to, y, i + j * W, v.v[j], W);
+        for (int j = 0; j < SOME; ++j) store_some_as(y.dtype, y.data, i + j * W, v.v[j], W);
     }
     for (; i < end; i += W) {
         const int some = int(end - i < W ? end - i : W);
-        store_some_as(to, y, i, activate(KIND, load_some_as(from, x, i, some)), some);
+        Vec v = activate(KIND, load_some_as(x.dtype, x.data, i, some));
+        if (gated) v = v * load_some_as(up.dtype, up.data, i, some);
+        store_some_as(y.dtype, y.data, i, v, some);
     }
 }
 
-static void activate_range(int kind, const void* x, Dtype from, void* y, Dtype to, int64_t begin, int64_t end) {
+static void activate_range(int kind, const Ref& x, const Ref& up, const Out& y, int64_t begin, int64_t end) {
     switch (kind) {
-        case GELU: return activate_all<GELU>(x, from, y, to, begin, end);
-        case GELU_TANH: return activate_all<GELU_TANH>(x, from, y, to, begin, end);
-        case TANH: return activate_all<TANH>(x, from, y, to, begin, end);
-        case RELU: return activate_all<RELU>(x, from, y, to, begin, end);
-        case SILU: return activate_all<SILU>(x, from, y, to, begin, end);
-        case SIGMOID: return activate_all<SIGMOID>(x, from, y, to, begin, end);
-        default: return activate_all<NONE>(x, from, y, to, begin, end);
+        case GELU: return activate_all<GELU>(x, up, y, begin, end);
+        case GELU_TANH: return activate_all<GELU_TANH>(x, up, y, begin, end);
+        case TANH: return activate_all<TANH>(x, up, y, begin, end);
+        case RELU: return activate_all<RELU>(x, up, y, begin, end);
+        case SILU: return activate_all<SILU>(x, up, y, begin, end);
+        case SIGMOID: return activate_all<SIGMOID>(x, up, y, begin, end);
+        default: return activate_all<NONE>(x, up, y, begin, end);
     }
 }
 

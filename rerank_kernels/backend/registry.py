@@ -5,7 +5,7 @@ else "pytorch"; cuda takes "cuda", else "triton". RERANK_KERNELS_BACKEND changes
 patch(model, backend="triton") for one model: the narrower of them wins. A backend that was asked for and is missing is an
 error. Nothing falls back silently: where pytorch serves because the C++ library is missing, a FallbackWarning says so, once
 per process.
-A new backend is one folder with the six family names and one entry in BACKENDS.
+A new backend is one folder with the seven family names and one entry in BACKENDS.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ENVIRONMENT = "RERANK_KERNELS_BACKEND"
 @dataclass(frozen=True)
 class Backend:
     name: str
-    package: str  # holds the six family modules
+    package: str  # holds the seven family modules
     devices: tuple[str, ...]
     promises: Mapping[str, tuple[str, ...]]  # the modes that it has, by name -> what it promises in each
     missing: Callable[[], str | None]  # why it cannot run here, None if it can

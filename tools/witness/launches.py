@@ -135,6 +135,7 @@ def other_calls() -> Iterator[Any]:
         yield lambda x=x: rk.pool(x, "mean", cu_seqlens=offsets)
         yield lambda x=x: rk.score_head(x, x[:1], x[0, :1])
         yield lambda q=heads: rk.attention(q, q, q, cu_seqlens=offsets)
+        yield lambda q=heads: rk.rotary(q, q[:, 0, :32], q[:, 0, :32])
         for d in (32, 64, 96, 128, 192, 256) if a != torch.float32 else ():
             q = zeros(a, 256, 4, d)
             yield lambda q=q: rk.attention(q, q, q, cu_seqlens=offsets, mode="tensor")

@@ -31,6 +31,7 @@ def calls(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"{t}, gelu", partial(rk.activation, x, "gelu")
             yield t, partial(rk.pool, x, "mean", cu_seqlens=offsets)
             yield t, partial(rk.sigmoid, x)
+            yield t, partial(rk.rotary, x.view(256, 12, 64), x[:, :32], x[:, :32])
             for rows in (few, x):
                 down = weight.t().contiguous()
                 yield f"{t}, {len(rows)} rows, gate", partial(rk.sparse_ffn, rows, weight, down, gate_weight=weight)

@@ -4,7 +4,7 @@
 
 namespace rk {
 
-void activation(int kind, const void* x, Dtype from, void* y, Dtype to, int64_t n, Stream stream);  // portable/linear.cu
+void activation(int kind, const Ref& x, const Ref& up, const Out& y, int64_t n, Stream stream);  // portable/linear.cu
 
 // x [.., M, K] and weight [.., N, K] as the kernels take them, with what the epilogue needs.
 static LinearArgs args_of(const OpCall& call, const char* op, const Tensor& x, const Tensor& weight,
@@ -71,11 +71,12 @@ static Tensor bmm_tensor_cuda(const Tensor& a, const Tensor& b, ScalarType out_d
     return bmm_in(&run_tensor, a, b, out_dtype);
 }
 
-static Tensor activation_cuda(const Tensor& x, int64_t kind, ScalarType out_dtype) {
+static Tensor activation_cuda(const Tensor& x, int64_t kind, const std::optional<Tensor>& up, ScalarType out_dtype) {
     const OpCall call(x);
+    RK_CHECK(!up || up->numel() == x.numel(), "activation", "up must have as many elements as x");
     Tensor y = call.empty(x.sizes(), out_dtype);
-    activation(int(kind), call.read(x), dtype_of(x, "activation", "x"), call.write(y),
-               dtype_of(out_dtype, "activation", "out_dtype"), x.numel(), call.stream());
+    activation(int(kind), ref(call, x, "activation", "x"), ref(call, up, "activation", "up"),
+               out(call, y, "activation", "out_dtype"), x.numel(), call.stream());
     return y;
 }
 

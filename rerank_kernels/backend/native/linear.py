@@ -25,5 +25,5 @@ def linear_tensor(
     return torch.ops.rerank_kernels.linear_tensor(x, contiguous(weight), bias, CODES[activation], residual, out_dtype)
 
 
-def activation(x: Tensor, kind: str) -> Tensor:
-    return torch.ops.rerank_kernels.activation(x, CODES[kind], x.dtype)
+def activation(x: Tensor, kind: str, up: Tensor | None) -> Tensor:
+    return torch.ops.rerank_kernels.activation(x, CODES[kind], up, x.dtype)

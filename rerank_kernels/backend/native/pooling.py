@@ -14,7 +14,7 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str, out_dtype: torch.dtype) -> Te
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    return torch.ops.rerank_kernels.activation(x, CODES["sigmoid"], torch.float32)
+    return torch.ops.rerank_kernels.activation(x, CODES["sigmoid"], None, torch.float32)
 
 
 def score_head(

@@ -1,4 +1,4 @@
-"""The pure-PyTorch backend: no compiler, no GPU, the same six family names as every other backend.
+"""The pure-PyTorch backend: no compiler, no GPU, the same seven family names as every other backend.
 
 Promises, on one machine at one thread count: repeatable, batch-invariant, padding-invariant. It does not promise to be
 thread-invariant or machine-invariant, because the matrix products inside are the BLAS of the installed torch.

@@ -47,7 +47,7 @@ def bmm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     return y
 
 
-def activation(x: Tensor, kind: str) -> Tensor:
+def activation(x: Tensor, kind: str, up: Tensor | None = None) -> Tensor:
     v = x.float()
     if kind == "relu":
         y = torch.relu(v)
@@ -59,7 +59,7 @@ def activation(x: Tensor, kind: str) -> Tensor:
         y = v * stable_sigmoid(v)
     else:
         y = _gelu(v.double(), kind).float()
-    return y.to(x.dtype)
+    return (y if up is None else y * up.float()).to(x.dtype)
 
 
 def stable_sigmoid(x: Tensor) -> Tensor:

@@ -348,7 +348,7 @@ def parts(d: int, arch: int) -> tuple[int, int]:
 
     With mma.sync a part of 64 keys is held in registers, so 128 = 64 + 64; 160 = 128 + 64, since 32 spilled.
     With wgmma it is one part. Two products there that share the weights in registers gave other values of the second part at
-    every run, and wrote outside memory, on an H100 with Triton 3.6 (tests/test_gpu_tensor.py, heads of 40, 80 and 96).
+    every run, and wrote outside memory, on an H100 with Triton 3.6 (tests/backend/test_gpu_tensor.py, heads of 40, 80 and 96).
     """
     if matrix_instruction(arch) == "wgmma":
         return triton.next_power_of_2(max(16, d)), 0

@@ -144,10 +144,12 @@ def _finish(total, bias, gate, residual, y, batch, m, n, M, N, ACTIVATION: tl.co
 
 
 @triton.jit(do_not_specialize=["count"])
-def activation_kernel(x, y, count, KIND: tl.constexpr, ELEMENTS: tl.constexpr):
+def activation_kernel(x, up, y, count, KIND: tl.constexpr, ELEMENTS: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
-    v = tl.load(x + i, mask=i < count, other=0.0).to(tl.float32)
-    tl.store(y + i, activate(v, KIND).to(y.dtype.element_ty), mask=i < count)
+    v = activate(tl.load(x + i, mask=i < count, other=0.0).to(tl.float32), KIND)
+    if up is not None:
+        v = v * tl.load(up + i, mask=i < count, other=0.0).to(tl.float32)
+    tl.store(y + i, v.to(y.dtype.element_ty), mask=i < count)
 
 
 def choose(m: int, n: int) -> int:
@@ -237,11 +239,11 @@ def _start_tensor(
     )  # fmt: skip
 
 
-def activation(x: Tensor, kind: str) -> Tensor:
-    return elementwise(x, kind, x.dtype)
+def activation(x: Tensor, kind: str, up: Tensor | None) -> Tensor:
+    return elementwise(x, kind, x.dtype, up)
 
 
-def elementwise(x: Tensor, kind: str, out_dtype: torch.dtype) -> Tensor:
+def elementwise(x: Tensor, kind: str, out_dtype: torch.dtype, up: Tensor | None = None) -> Tensor:
     y = torch.empty_like(x, dtype=out_dtype)
-    start(activation_kernel, (blocks(x.numel(), ELEMENTS),), x, y, x.numel(), KIND=kind, ELEMENTS=ELEMENTS)
+    start(activation_kernel, (blocks(x.numel(), ELEMENTS),), x, up, y, x.numel(), KIND=kind, ELEMENTS=ELEMENTS)
     return y

@@ -39,7 +39,7 @@ struct Exact {  // a sum of doubles without an error, as numbers that do not ove
 
 // Mode 2. Products and the sum so far are aligned to the largest exponent, a product's being the sum of its operands', cut off
 // 25 bits below it, added without loss, and cut off to float32. That is what an H100 gave, 16 products at a time, in 24,576 of
-// 24,576 sums (tests/test_gpu_tensor.py, test_what_an_mma_gives; no operand was zero).
+// 24,576 sums (tests/backend/test_gpu_tensor.py, test_what_an_mma_gives; no operand was zero).
 static float truncated(const double* p, const int* exponent, int n) {
     int top = -5000;
     bool finite = true;

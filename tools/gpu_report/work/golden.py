@@ -10,10 +10,8 @@ import sys
 import torch
 
 import cases as listed
-import tensor
-import test_golden
-import test_gpu
-import test_gpu_tensor
+import golden
+import gpu
 from rerank_kernels.backend import registry
 from tools.gpu_report.work.cases import cases, say
 
@@ -25,24 +23,24 @@ def main(served_by: str) -> None:
         sys.exit(f"backend {served_by}: {reason}")
     todo = {f"{case}, portable": lambda case=case: portable(case) for case in listed.CASES}
     if served_by == "cuda":
-        todo |= {f"{case}, tensor": lambda case=case: in_tensor_mode(case) for case in test_gpu_tensor.CASES}
+        todo |= {f"{case}, tensor": lambda case=case: in_tensor_mode(case) for case in gpu.TENSOR_CASES}
     with registry.use(served_by):
         for name in cases(list(todo)):
             say(case=name, backend=served_by, **todo[name]())
 
 
 def portable(case: listed.Case) -> dict[str, object]:
-    want = test_golden.read()["cases"].get(str(case), {})
-    got = {str(d)[6:]: test_golden.digest(*test_gpu.on("cuda", case, d)) for d in listed.DTYPES}
+    want = golden.read()["cases"].get(str(case), {})
+    got = {str(d)[6:]: golden.digest(*gpu.on("cuda", case, d)) for d in listed.DTYPES}
     other = [d for d, digest in got.items() if digest != want.get(d)]
     return {"mode": "portable", "equal": len(got) - len(other)} | (
         {"wrong": f"other bits in {', '.join(other)}"} if other else {}
     )
 
 
-def in_tensor_mode(case: test_gpu_tensor.OnGpu) -> dict[str, object]:
-    want = json.loads((test_golden.FILE.with_name("golden_tensor.json")).read_text())["hashes"].get(str(case), {})
-    got = {str(d)[6:]: test_golden.digest(*case.call(case.make_rows(d), case.make_shared(d))) for d in tensor.HALVES}
+def in_tensor_mode(case: gpu.OnGpu) -> dict[str, object]:
+    want = json.loads(gpu.TENSOR_FILE.read_text())["hashes"].get(str(case), {})
+    got = gpu.hashes(case)
     other = [d for d, digest in got.items() if digest != want.get(d)]
     found: dict[str, object] = {"mode": "tensor", "equal": len(got) - len(other)}
     if other and torch.cuda.get_device_capability() == WRITTEN_ON:

@@ -9,9 +9,9 @@ import sys
 import torch
 
 import cases as listed
+import gpu
 import invariants
 import tensor
-import test_gpu_tensor
 from rerank_kernels.backend import registry
 from tools.gpu_report.work.cases import cases, say
 
@@ -44,7 +44,7 @@ def chosen() -> list[tuple[str, listed.Case, tuple[torch.dtype, ...]]]:
         for case in among:
             if case.op not in largest or size(case) > size(largest[case.op]):
                 largest[case.op] = case
-        found += [(mode, test_gpu_tensor.on_gpu(case), dtypes) for case in largest.values()]
+        found += [(mode, gpu.on_gpu(case), dtypes) for case in largest.values()]
     return found
 
 

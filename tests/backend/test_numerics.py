@@ -1,0 +1,253 @@
+"""The primitives of csrc/numerics.h: right to a bound in ulp over every exponent, and the same on every instruction set."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from pathlib import Path
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+
+import rerank_kernels as rk
+
+_host = pytest.importorskip("rerank_kernels._host", reason="the C++ library was not built")
+ISAS = [name for name, there in _host.cpu_features().items() if there]
+ROOT = Path(__file__).parents[2]
+
+
+def sweep(step: int = 4099) -> np.ndarray:
+    """float32 values over all signs and exponents: every `step`-th bit pattern (a prime, so that fractions vary), and edges."""
+    bits = np.arange(0, 2**32, step, dtype=np.uint64).astype(np.uint32)
+    edges = [
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        math.inf,
+        -math.inf,
+        88.72283,
+        88.722839,
+        88.72284,
+        -87.33655,
+        -103.97208,
+        -103.97209,
+        -104.0,
+    ]
+    edges += [0.625, -0.625, 0.62499994, 16.0, -16.0, -14.2, 1e-45, -1e-45, 1.1754944e-38, 3.4028235e38, -3.4028235e38]
+    x = np.concatenate([bits.view(np.float32), np.array(edges, dtype=np.float32)])
+    # and a dense stretch where the functions do their work
+    return np.concatenate([x, np.linspace(-20, 20, 400_001, dtype=np.float32)])
+
+
+def truth(name: str, x: np.ndarray) -> np.ndarray:
+    t = torch.from_numpy(x).double()
+    out = {
+        "exp": lambda: torch.exp(t),
+        "sigmoid": lambda: torch.where(t < 0, torch.exp(t) / (1 + torch.exp(t)), 1 / (1 + torch.exp(-t))),
+        "tanh": lambda: torch.tanh(t),
+        "normcdf": lambda: 0.5 * torch.special.erfc(-t / math.sqrt(2.0)),
+        "gelu": lambda: t * 0.5 * torch.special.erfc(-t / math.sqrt(2.0)),
+        "gelu_tanh": lambda: t * torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (t + 0.044715 * t**3)),
+        "silu": lambda: t * torch.sigmoid(t),
+        "relu": lambda: torch.relu(t),
+    }[name]()
+    return out.numpy()
+
+
+def ulps(got: np.ndarray, want: np.ndarray) -> np.ndarray:
+    """|got - want| in units of the last place of float32 at `want`; 2^-149 for results below the normal range."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        exponent = np.floor(np.log2(np.maximum(np.abs(want), 2.0**-126)))
+        return np.abs(got.astype(np.float64) - want) / np.exp2(np.minimum(exponent, 127) - 23)
+
+
+# name -> (largest error in ulp that NUMERICS.md states, the range of x it holds on)
+BOUNDS = {
+    "exp": (1.0, -104.0, 88.72),
+    "sigmoid": (2.5, -104.0, 104.0),
+    "tanh": (2.0, -100.0, 100.0),
+    "normcdf": (6.0, -14.5, 100.0),
+    "gelu": (6.0, -13.0, 1e30),
+    "silu": (3.5, -87.0, 1e30),
+    "relu": (0.0, -1e38, 1e38),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_error_bound_in_ulp(name: str) -> None:
+    bound, low, high = BOUNDS[name]
+    x = sweep()
+    x = x[np.isfinite(x) & (x >= low) & (x <= high)]
+    got = _host.elementwise(name, x, ISAS[0])
+    error = ulps(got, truth(name, x))
+    worst = int(error.argmax())
+    assert error[worst] <= bound, f"{name}({x[worst]!r}) is off by {error[worst]:.3f} ulp, bound {bound}"
+
+
+def test_gelu_tanh_error_bound() -> None:
+    # the roundings of the sigmoid's argument z are magnified by |z|: bound 8 + 2 |z| ulp
+    x = sweep()
+    x = x[np.isfinite(x) & (x >= -8.5) & (x <= 1e12)]
+    t = x.astype(np.float64)
+    z = np.abs(2 * math.sqrt(2 / math.pi) * (t + 0.044715 * t**3))
+    error = ulps(_host.elementwise("gelu_tanh", x, ISAS[0]), truth("gelu_tanh", x)) / (8.0 + 2.0 * np.minimum(z, 104.0))
+    assert error.max() <= 1.0, (x[error.argmax()], error.max())
+
+
+def test_truth_agrees_with_mpmath() -> None:
+    """The float64 truths are themselves checked, at 40 digits."""
+    mpmath.mp.dps = 40
+    x = np.array([-13.7, -6.5, -1.25, -1e-3, 0.3, 0.624, 0.626, 2.5, 9.0], dtype=np.float32)
+    exact = {
+        "exp": mpmath.exp,
+        "sigmoid": lambda v: 1 / (1 + mpmath.exp(-v)),
+        "tanh": mpmath.tanh,
+        "normcdf": lambda v: mpmath.erfc(-v / mpmath.sqrt(2)) / 2,
+        "gelu": lambda v: v * mpmath.erfc(-v / mpmath.sqrt(2)) / 2,
+        "silu": lambda v: v / (1 + mpmath.exp(-v)),
+    }
+    for name, f in exact.items():
+        want = np.array([float(f(mpmath.mpf(float(v)))) for v in x])
+        np.testing.assert_allclose(truth(name, x), want, rtol=1e-13)
+
+
+@pytest.mark.parametrize("name", [*BOUNDS, "gelu_tanh"])
+def test_portable_elementwise_bits(name: str) -> None:
+    """avx512 = avx2 = scalar, bit for bit, NaN in NaN out, at every position in a register."""
+    x = np.concatenate([sweep(65_537), np.array([np.nan, 3.0, np.nan], dtype=np.float32)])
+    want = _host.elementwise(name, x, "scalar")
+    for isa in ISAS:
+        got = _host.elementwise(name, x, isa)
+        assert np.array_equal(np.isnan(got), np.isnan(want))
+        same = (got.view(np.uint32) == want.view(np.uint32)) | np.isnan(got)
+        assert same.all(), f"{isa}: {name}({x[~same][0]!r}) = {got[~same][0]!r}, scalar {want[~same][0]!r}"
+        shifted = _host.elementwise(name, x[5:].copy(), isa)
+        assert np.array_equal(shifted.view(np.uint32), got[5:].view(np.uint32)), "a value's bits depend on its place"
+
+
+def test_exact_points() -> None:
+    def f(name: str, *values: float) -> list[float]:
+        return _host.elementwise(name, np.array(values, dtype=np.float32), ISAS[0]).tolist()
+
+    assert f("exp", 0.0, -0.0, -math.inf, -104.0, math.inf, 89.0) == [1.0, 1.0, 0.0, 0.0, math.inf, math.inf]
+    assert f("exp", -103.9) == [2.0**-149], "results below 2^-126 are rounded, not flushed"
+    assert f("sigmoid", 0.0, math.inf, -math.inf) == [0.5, 1.0, 0.0]
+    assert f("tanh", math.inf, -math.inf, 0.0) == [1.0, -1.0, 0.0]
+    assert f("normcdf", 0.0, math.inf, -math.inf) == [0.5, 1.0, 0.0]
+    assert all(math.isnan(v) for name in BOUNDS for v in f(name, math.nan))
+
+
+def test_sigmoid_complement_stays_distinct() -> None:
+    """Where fp32 scores have reached 1.0, complements still order the documents."""
+    logits = np.arange(17.0, 80.0, 0.01, dtype=np.float32)
+    score = _host.elementwise("sigmoid", logits, ISAS[0])
+    complement = _host.elementwise("sigmoid", -logits, ISAS[0])
+    assert (score == 1.0).mean() > 0.99
+    assert (np.diff(complement) < 0).all()
+
+
+def test_the_scores_of_the_tei_report() -> None:
+    """Two adjacent fp16 logits give the two scores that users saw for one pair; in fp32 the head keeps the logit."""
+    score = rk.sigmoid(torch.tensor([6.96875, 6.97265625], dtype=torch.float16))
+    assert score.dtype == torch.float32
+    assert [f"{v:.7f}" for v in score.tolist()] == ["0.9990601", "0.9990638"]
+
+
+def test_the_collapse_that_the_readme_quotes() -> None:
+    """What a half-precision head does to 8,001 logits from 6 to 14, and what this one does."""
+    logits = torch.arange(6000, 14001).float() / 1000
+    half = torch.sigmoid(logits.half())
+    assert half.unique().numel() == 6
+    assert round(float((half == 1.0).float().mean()), 2) == 0.71
+    assert "6 values are distinct and 71 % are exactly 1.0" in (ROOT / "docs" / "USE.md").read_text()
+    assert rk.sigmoid(-logits).unique().numel() == 8001, "every complement is distinct"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_half_conversions_are_ieee(isa: str) -> None:
+    """All 65,536 patterns widen exactly; stores round to nearest even, ties, overflow and subnormals included."""
+    patterns = np.arange(65_536, dtype=np.uint16)
+    with np.errstate(invalid="ignore"):
+        want16 = patterns.view(np.float16).astype(np.float32)
+    want_brain = (patterns.astype(np.uint32) << 16).view(np.float32)
+    for brain, want in ((False, want16), (True, want_brain)):
+        got = _host.widen(patterns, brain, isa)
+        same = (got.view(np.uint32) == want.view(np.uint32)) | (np.isnan(got) & np.isnan(want))
+        assert same.all(), f"{isa} brain={brain}: pattern {patterns[~same][0]:#06x}"
+    # every boundary between neighbours: the midpoint, and a float32 step to either side
+    x = []
+    for values in (want16[np.isfinite(want16)], want_brain[np.isfinite(want_brain)]):
+        v = np.unique(values).astype(np.float64)
+        middle = ((v[1:] + v[:-1]) / 2).astype(np.float32)
+        x += [middle, np.nextafter(middle, np.float32(np.inf)), np.nextafter(middle, np.float32(-np.inf))]
+    x.append(
+        np.array([65519.996, 65520.0, 1e6, -1e6, 3.4e38, np.inf, -np.inf, np.nan, 2.98e-8, 2.9802322e-8], dtype=np.float32)
+    )
+    x32 = np.concatenate(x)
+    for brain, dtype in ((False, torch.float16), (True, torch.bfloat16)):
+        got = torch.from_numpy(_host.narrow(x32, brain, isa).astype(np.int16)).view(dtype)
+        want = torch.from_numpy(x32).to(dtype)
+        same = (got.view(torch.int16) == want.view(torch.int16)) | (got.isnan() & want.isnan())
+        assert bool(same.all()), f"{isa} {dtype}: {x32[~same.numpy()][0]!r}"
+
+
+def test_versions_agree() -> None:
+    """numerics.h, the Python constant and NUMERICS.md carry the same numerics version."""
+    assert rk.backends()["linear"]["cpu"] == "yes"  # loads the library
+    assert torch.ops.rerank_kernels.numerics_version() == rk.NUMERICS_VERSION
+    assert f"numerics version {rk.NUMERICS_VERSION}" in (ROOT / "NUMERICS.md").read_text().lower()
+
+
+def test_contract_flags_are_in_force() -> None:
+    """A contracted a * b + c would round once: the probe's product rounds, so the flags' effect is visible in bits."""
+    setup = (ROOT / "setup.py").read_text()
+    assert "-ffp-contract=off" in setup and not re.search(r"(?<!no-)fast-math|-Ofast|-march=native", setup)
+    # silu at x: x * sigmoid(x), two roundings by the contract on every instruction set
+    x = np.array([1.1, 2.3, -0.7], dtype=np.float32)
+    s = _host.elementwise("sigmoid", x, "scalar")
+    for isa in ISAS:
+        assert np.array_equal(_host.elementwise("silu", x, isa), x * s)
+
+
+def fma32(a: float, b: float, c: float) -> float:
+    """fma in float32: exact rational arithmetic, rounded once."""
+    exact = mpmath.mpf(a) * mpmath.mpf(b) + mpmath.mpf(c)
+    with mpmath.workprec(24):
+        rounded = +exact
+    return float(rounded)
+
+
+def test_dot_is_the_stated_chain() -> None:
+    """linear against the chain of NUMERICS.md, in exact arithmetic: chunks of 512, ascending, one rounding per step."""
+    mpmath.mp.prec = 200
+    rng = np.random.default_rng(7)
+    for k in (1, 511, 512, 513, 1300):
+        x = rng.standard_normal(k).astype(np.float32)
+        w = rng.standard_normal(k).astype(np.float32)
+        total = 0.0
+        for k0 in range(0, k, 512):
+            chunk = 0.0
+            for i in range(k0, min(k0 + 512, k)):
+                chunk = fma32(float(x[i]), float(w[i]), chunk)
+            total = float(np.float32(total) + np.float32(chunk))
+        got = rk.linear(torch.from_numpy(x)[None], torch.from_numpy(w)[None]).item()
+        assert struct.pack("f", got) == struct.pack("f", total), (k, got, total)
+
+
+def test_row_sum_is_the_stated_order() -> None:
+    """sum against the 32 lanes of NUMERICS.md, written out."""
+    rng = np.random.default_rng(8)
+    for n in (1, 31, 32, 33, 100, 777):
+        x = rng.standard_normal(n).astype(np.float32)
+        lanes = [np.float32(0.0)] * 32
+        for i, v in enumerate(x):
+            lanes[i % 32] = lanes[i % 32] + v
+        for half in (16, 8, 4, 2, 1):
+            for i in range(half):
+                lanes[i] = lanes[i] + lanes[i + half]
+        got = rk.sum(torch.from_numpy(x), 0).numpy()
+        assert got.view(np.uint32) == np.float32(lanes[0]).view(np.uint32), n

@@ -1,0 +1,179 @@
+"""bench/'s cases for a GPU, at tiny sizes on the CPU: the gate, the cells, and what happens if a worker dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import cases
+import rerank_kernels as rk
+from bench import run
+from bench.cases import models, ops, shapes
+from bench.harness import gpu, worker
+from bench.pages import results, tables
+
+TINY = shapes.Shape("xlm-roberta", 2, 32, 64, 2, 3000, 514)
+WAYS = (("cpu", "portable"), ("pytorch", "portable"))
+
+
+def model(*lengths: int, dtype: str) -> ops.Build:
+    return lambda place: models.Model(place, models.BASE, lengths, dtype).contest()
+
+
+def given(build: ops.Build, *arguments: Any, **more: Any) -> ops.Build:
+    return lambda place: build(place, *arguments, **more)
+
+
+SMALL = {
+    "linear": given(ops.linear, 40, 96, 48),
+    "linear + gelu": given(ops.linear, 40, 96, 48, "fp16", gelu=True),
+    "attention, equal": given(ops.attention, (30,) * 4, 2, 16, "bf16"),
+    "attention, mixed": given(ops.attention, (30, 5, 70, 1), 2, 16),
+    "layer_norm": given(ops.layer_norm, 40, 64, "bf16"),
+    "softmax": given(ops.softmax, 40, 64),
+    "gelu": given(ops.gelu, 40, 64),
+    "bmm": given(ops.bmm, 6, 16, 24, 8, "fp16"),
+    "sparse_ffn": given(ops.sparse_ffn, 16, 64, 200, "bf16", gate=True),
+    "model, mixed": model(16, 40, 9, 30, 8, dtype="fp32"),
+    "model, equal": model(16, 16, 16, dtype="bf16"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setitem(shapes.RERANKERS, models.BASE, TINY)
+    models.forget()
+    yield
+    models.forget()
+
+
+def played(monkeypatch: pytest.MonkeyPatch, table: Mapping[str, ops.Build], **gone: str) -> dict[str, Any]:
+    """Name -> the record of the case, made in this process on the CPU."""
+    monkeypatch.setattr(gpu, "jobs", lambda: {name: (True, build) for name, build in table.items()})
+    monkeypatch.setattr(gpu, "place", lambda device, _: ops.Place(torch.device(device), False, WAYS))
+    with torch.no_grad():
+        return {name: gpu.case(name, gone, "cpu", False, True) for name in table}
+
+
+def test_every_kind_of_case(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = played(monkeypatch, SMALL)
+    json.dumps(found)
+    for name, r in found.items():
+        c = r["contestants"]
+        assert c["cpu portable"]["ms"] > 0 and c["pytorch portable"]["ms"] > 0 and r["flops"] > 0 and r["bytes"] > 0, c
+        theirs = [n for n in c if not c[n]["ours"]]
+        assert theirs and set(results.ratios(c)["cpu portable"]) == set(theirs), name
+    assert found["attention, mixed"]["contestants"].keys() >= {"padded", "one by one"}
+    assert found["model, mixed"]["contestants"].keys() >= {models.PADDED, models.SORTED, models.SINGLE}
+    content = {"results": list(found.values()), "machine": {"torch": "2"}, "not_measured": ["late"], "seconds": 1.0}
+    tables.show_gpu(Console(width=150), content)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in SMALL) and "out of time: late" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "op", "says"),
+    [("linear", "linear", "rows 0:1 alone"), ("attention, mixed", "attention", "sequence"), ("gelu", "activation", "beyond")],
+)
+def test_a_wrong_kernel_has_no_time(monkeypatch: pytest.MonkeyPatch, name: str, op: str, says: str) -> None:
+    right = cases.FUNCTIONS[op]
+
+    def wrong(*args: Any, **kwargs: Any) -> Tensor:
+        y = right(*args, **kwargs)
+        return torch.nextafter(y, y + 1) if len(y) > 20 and op != "activation" else y * (1.001 if op == "activation" else 1)
+
+    monkeypatch.setitem(cases.FUNCTIONS, op, wrong)
+    (result,) = played(monkeypatch, {name: SMALL[name]}).values()
+    for way in ("cpu portable", "pytorch portable"):
+        assert says in result["contestants"][way]["wrong"] and "ms" not in result["contestants"][way]
+    assert results.ratios(result["contestants"]) == {} and "WRONG" in results.line_of(result)
+    assert all("ms" in c for c in result["contestants"].values() if not c["ours"])
+
+
+def test_a_wrong_model_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rk, "patch", lambda model, mode: None)  # stock: its bits depend on the batch
+    (result,) = played(monkeypatch, {"model, mixed": SMALL["model, mixed"]}).values()
+    assert "against in the batch" in result["contestants"]["cpu portable"]["wrong"]
+
+
+def test_the_gate_of_a_gpu_looks_at_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, sequences = (ops.Op("softmax", "", {"x": (4,)}, options={"dim": -1}, count=n) for n in (40, 1))
+    assert torch.equal(rows._some().held["rows"]["x"], rows.held["rows"]["x"][[0, 20, 39]]) and sequences._some().count == 1
+    op = ops.Op("attention", "", dict.fromkeys("qkv", (2, 8)), lengths=(9, 2, 5))
+    some = op._some()
+    assert some.lengths == (5,) and torch.equal(some.held["rows"]["k"], op.held["rows"]["k"][11:])
+    monkeypatch.setattr(ops.Place, "on_gpu", True)
+    op.gate()
+    rows.gate()
+
+
+def test_what_fails_costs_its_own_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.WAYS", (("cpu", "portable"), ("triton", "portable"), ("nobody", "portable")))
+    table = {"broken": given(ops.linear, 0, 0, 0), "linear": SMALL["linear"]}
+    broken, good = played(monkeypatch, table).values()
+    assert "error" in broken["contestants"]["building the case"]
+    cells = {n: "ms" in c for n, c in good["contestants"].items()}
+    assert cells == {"cpu portable": True, "triton portable": False, "nobody portable": False, "F.linear": True}
+    (left,) = played(monkeypatch, {"linear": SMALL["linear"]}, **{"F.linear": "it died"}).values()
+    assert (
+        left["contestants"]["F.linear"] == {"ours": False, "error": "it died"} and "ms" in left["contestants"]["cpu portable"]
+    )
+
+
+def test_the_list() -> None:
+    table = gpu.jobs()
+    quick = [n for n, (of_quick, _) in table.items() if of_quick]
+    assert 15 <= len(quick) <= 30 and len(table) <= 150
+    assert next(iter(table)).startswith("base") and list(table)[-1].endswith("compiled")
+    assert max(map(len, table)) <= 36
+    for m in (1, 16, 128, 1024, 4096, 16384):
+        assert f"linear {m}x768x3072 fp16" in table and f"linear {m}x1024x4096 fp16" in table
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--device", "cuda", "--quick"]) == 2
+    printed = capsys.readouterr().out
+    assert "linear 1x768x3072 fp16: not measured" in printed and ("GPU" in printed or "CUDA" in printed)
+    assert run.main(["--device", "cuda", "--only", "nothing of the kind"]) == 2
+
+
+def dies(name: str, gone: dict[str, str], how: str) -> dict[str, Any]:
+    """In place of a case: "b" dies at its second contestant, as long as nobody says that it is gone."""
+    for contestant in ("one", "two"):
+        worker.step(contestant)
+        if name == "b" and contestant == "two" and contestant not in gone:
+            if how == "hang":
+                time.sleep(60)
+            os.kill(os.getpid(), 11)
+    cells: dict[str, Any] = {c: {"ours": True, "error": why} for c, why in gone.items()}
+    cells["one"] = {"ours": True, "ms": 1.0, "all_ms": [1.0]}
+    return {"case": name, "flops": 1.0, "bytes": 1.0, "contestants": cells}
+
+
+@pytest.mark.parametrize(("how", "says"), [("kill", "ended with -11"), ("hang", "no answer")])
+def test_another_worker_goes_on_behind_what_killed_the_first(monkeypatch: pytest.MonkeyPatch, how: str, says: str) -> None:
+    monkeypatch.setattr(gpu, "STEP", 2.0 if how == "hang" else 50.0)
+    monkeypatch.setattr(gpu, "CASE", f"{__name__}:dies")
+    path = os.pathsep.join(str(p) for p in reversed(Path(__file__).parents[:3]))
+    crew = gpu.Crew(time.time() + 100, environment={"PYTHONPATH": path})
+    records = gpu.run("abc", crew, Console(), how=how)
+    crew.dismiss()
+    assert [r["case"] for r in records] == ["a", "b", "c"] and crew.started == 2
+    assert [list(r["contestants"]) for r in records] == [["one"], ["two", "one"], ["one"]]
+    assert says in records[1]["contestants"]["two"]["error"]
+
+
+def test_a_worker_that_cannot_start_is_not_started_for_ever(capsys: pytest.CaptureFixture[str]) -> None:
+    crew = gpu.Crew(time.time() + 100, program=["-c", "raise SystemExit(1)"])
+    assert gpu.run(["a"], crew, Console()) == [] and crew.started == 1
+    assert "the worker does not start" in capsys.readouterr().out
