@@ -1,8 +1,9 @@
 """patch(model): makes a transformers encoder compute with rerank_kernels, in place; unpatch(model): exactly as it was.
 
-One walk over named_modules, one table of forwards. A module whose exact class stands in FORWARDS gets a stateless forward of
+One walk over named_modules, one table of forwards. A module whose class stands in FORWARDS gets a stateless forward of
 its own; no class, no global, no parameter is changed. What stands in no table is unknown, and unknown is an error: a module
-that keeps PyTorch's arithmetic would break the promise silently.
+that keeps PyTorch's arithmetic would break the promise silently. So is a module inside an encoder that is not what the
+encoder's forward takes it for (models/roles.py).
 
 An encoder runs packed: the valid tokens are gathered at the embedding, [total, D] with cu_seqlens goes through all layers, and
 pooling reads each sequence's own first token. Padding is never computed, so its side, length, id and content cannot change a
@@ -63,7 +64,7 @@ def prepare(model: nn.Module, mode: str | Mode = PORTABLE, strict: bool = True, 
     report, causes = _replacements(model, mode, backend)
     if strict and report.unknown:
         architectures = ", ".join(PREFIXES)
-        leaves = ", ".join(name.rsplit(".", 1)[1] for name in LEAVES)
+        leaves = ", ".join(dict.fromkeys(name.rsplit(".", 1)[1] for name in LEAVES))
         raise PatchError(
             f"patch: {class_of(model)} has modules that cannot be served; nothing was patched:"
             f"{_why(report.unknown, causes)}\n"
