@@ -722,6 +722,69 @@ def forward_wrapped(m: Any) -> str:
 
 
 @mutation
+def forward_of_the_encoder(m: Any) -> str:
+    if not hasattr(m, "classifier"):
+        raise Inapplicable
+    base, own = m.base_model, type(m.base_model).forward
+
+    def doubled(*args: Any, **kwargs: Any) -> Any:
+        out = own(base, *args, **kwargs)
+        out["last_hidden_state"] *= 2.0
+        if out["pooler_output"] is not None:
+            out["pooler_output"] *= 2.0
+        return out
+
+    base.forward = doubled
+    return m.base_model_prefix
+
+
+@mutation
+def chunk_of_an_instance(m: Any) -> str:
+    one = layer(m)
+    one.feed_forward_chunk = lambda x: x * 2.0
+    return "layer.1"
+
+
+@mutation
+def call_of_an_instance(m: Any) -> str:
+    dense = layer(m).output.dense
+    dense._call_impl = lambda x: dense.forward(x) * 2.0
+    return "layer.1.output.dense"
+
+
+@mutation
+def chunk_of_a_class(m: Any) -> str:
+    _replaced(type(layer(m)), lambda self, x: x * 2.0, "feed_forward_chunk")
+    return "layer.0"
+
+
+@mutation
+def positions_of_a_class(m: Any) -> str:
+    cls = type(m.base_model.embeddings)
+    if not hasattr(cls, "create_position_ids_from_input_ids"):
+        raise Inapplicable
+    _replaced(cls, staticmethod(lambda ids, *_: torch.full_like(ids, 5)), "create_position_ids_from_input_ids")
+    return "embeddings"
+
+
+@mutation
+def eager_function(m: Any) -> str:
+    import sys
+
+    own = sys.modules[type(m).__module__]
+    if not hasattr(own, "eager_attention_forward"):
+        raise Inapplicable
+    _replaced(own, lambda _, q, k, v, *a, **kw: (v.transpose(1, 2).contiguous(), None), "eager_attention_forward")
+    return "_attn_implementation"
+
+
+@mutation
+def positions_through_data(m: Any) -> str:
+    _counted(m).data.add_(1)
+    return "position_ids"
+
+
+@mutation
 def class_changed(m: Any) -> str:
     layer(m).output.dense.__class__ = Doubled
     return "layer.1.output.dense"
@@ -745,10 +808,10 @@ def forward_of_linear(m: Any) -> str:
     return "Linear"
 
 
-def _replaced(cls: Any, forward: Callable[..., Any]) -> None:
-    was = cls.__dict__["forward"]
-    cls.forward = forward
-    CLEANUPS.append(lambda: setattr(cls, "forward", was))
+def _replaced(cls: Any, function: Any, name: str = "forward") -> None:
+    was = cls.__dict__[name]
+    setattr(cls, name, function)
+    CLEANUPS.append(lambda: setattr(cls, name, was))
 
 
 @mutation

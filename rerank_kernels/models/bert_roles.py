@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +19,12 @@ ATTENTION = ("eager", "sdpa", "flash_attention", "flex_attention", "paged|", "ke
 
 
 def _stock_attention(name: Any, m: Any) -> bool:
-    if name is None or not str(name).startswith(ATTENTION):
-        return name is None
+    if name is not None and not str(name).startswith(ATTENTION):
+        return False
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    function = ALL_ATTENTION_FUNCTIONS.get(name)  # absent: eager, which is the module's own
+    own = sys.modules[name_of(m).rpartition(".")[0]]
+    function = ALL_ATTENTION_FUNCTIONS.get(name) or getattr(own, "eager_attention_forward", None)  # transformers 4.57 has none
     return function is None or getattr(function, "__module__", "").startswith(("transformers.", "kernels"))
 
 

@@ -6,13 +6,25 @@ the whole check of roles.py, which serves or refuses by name.
 
 from __future__ import annotations
 
+import sys
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.modules import module as torch_modules
 
+from rerank_kernels.models.bound import name_of
 from rerank_kernels.models.roles import Roles, places
+
+
+def _own_classes(cls: Any) -> Any:
+    """cls and its ancestors, up to the one whose forward it has."""
+    for c in cls.__mro__:
+        yield c
+        if "forward" in vars(c):
+            return
+
 
 _ALWAYS = ("_forward_hooks", "_forward_pre_hooks", "_modules", "_parameters", "_buffers")
 
@@ -24,8 +36,10 @@ class Fingerprint:
         read: dict[Any, set[str]] = {}
         for _, _, m, role in places(root, roles):
             if m is not None:
-                attributes = {a.attribute.partition(".")[0] for a in role.assumes} | {"training"}
-                read[m] = read.get(m, set()) | attributes
+                attributes = {a.attribute.partition(".")[0] for a in role.assumes} | {
+                    n.removesuffix("?") for n in role.parameters
+                }
+                read[m] = read.get(m, {"training", "forward"}) | attributes
         self.modules = list(read)
         self.types: list[Any] = list(map(type, self.modules))
         self.dicts = [m.__dict__ for m in self.modules]
@@ -35,19 +49,20 @@ class Fingerprint:
             alike.setdefault((*_ALWAYS, *sorted(names & m.__dict__.keys())), []).append(m.__dict__)
         self.attributes = [(get := itemgetter(*names), dicts, list(map(get, dicts))) for names, dicts in alike.items()]
         # What those attributes hold, where it is written in place.
-        self.live: list[dict[Any, Any]] = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers) if d]
+        self.live: list[Any] = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers) if d]
         configs = [m.__dict__["config"] for m in self.modules if "config" in m.__dict__]
         self.live += {id(c): vars(c) for c in configs if hasattr(c, "__dict__")}.values()
         hooks = [hooks for m in self.modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.unhooked: list[Any] = [h for h in hooks if not h]
         self.live += [h for h in hooks if h]
+        self.live += {c: vars(c) for t in self.types for c in _own_classes(t)}.values()
+        self.live.append(vars(sys.modules[name_of(root).rpartition(".")[0]]))  # the functions that its classes call
         self.copies = [dict(d) for d in self.live]
-        self.classes = list(dict.fromkeys(self.types))
-        self.forwards = [cls.forward for cls in self.classes]
-        # An inference tensor has no version: no write to it is counted.
         buffers = [b for m in self.modules for b in m._buffers.values() if b is not None]
-        self.buffers: list[Tensor] = [b for b in buffers if not b.is_inference()]
-        self.versions = [b._version for b in self.buffers]
+        self.buffers: list[Tensor] = [b for b in buffers if b.device.type == "cpu"]
+        self.values = [b.clone() for b in self.buffers]  # no version counts a write through .data, or under inference_mode
+        self.elsewhere: list[Tensor] = [b for b in buffers if b.device.type != "cpu" and not b.is_inference()]
+        self.versions = [b._version for b in self.elsewhere]
 
     def same(self) -> bool:
         try:
@@ -59,8 +74,8 @@ class Fingerprint:
                 and self.live == self.copies
                 and not any(self.unhooked)
                 and list(map(type, self.modules)) == self.types
-                and [cls.forward for cls in self.classes] == self.forwards
-                and [b._version for b in self.buffers] == self.versions
+                and all(map(torch.equal, self.buffers, self.values))
+                and [b._version for b in self.elsewhere] == self.versions
                 and not torch_modules._global_forward_hooks
                 and not torch_modules._global_forward_pre_hooks
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch.nn.functional as F
 
@@ -29,7 +29,7 @@ def _of_its_weights(shape: Any, m: Any) -> bool:
     return all(p is None or tuple(p.shape) == tuple(shape) for p in (m.weight, m.bias))
 
 
-_EPS = Assumed("eps", "a number >= 0", lambda eps, _: isinstance(eps, float | int) and eps >= 0, needed=True)
+_EPS = Assumed("eps", "a number >= 0", lambda eps, _: isinstance(eps, SupportsFloat) and float(eps) >= 0, needed=True)
 _SHAPE = Assumed("normalized_shape", "that of weight and bias", _of_its_weights, needed=True)
 _LAST = Assumed("normalized_shape", "the last dimension alone", lambda shape, _: len(shape) == 1, needed=True)
 _NO_MAXIMUM = equal("max_norm", None)  # with one, a lookup changes the table

@@ -140,14 +140,28 @@ def wrong(m: Any, role: Role, *, training: bool = False) -> str | None:
 
 def overridden(m: Any) -> str | None:
     """Why what m computes may be something else than what its class is known for."""
-    cls, name = type(m), name_of(m)
-    if name != f"{cls.__module__}.{cls.__qualname__}":  # a subclass
-        served = served_class(cls)
+    served, name = type(m), name_of(m)
+    if name != f"{served.__module__}.{served.__qualname__}":  # a subclass
+        served = served_class(served)
         if name != f"{served.__module__}.{served.__qualname__}":
             return "its class overrides more than when it was first seen"
-    theirs = getattr(cls.forward, "__module__", None) or "unknown origin"
-    if theirs.partition(".")[0] != name.partition(".")[0]:
-        return f"the forward of its class was replaced by one of {theirs}"
+    package = served.__module__.partition(".")[0]
+    for method, value in vars(served).items():
+        theirs = getattr(value, "__module__", None)
+        if callable(value) and isinstance(theirs, str) and theirs.partition(".")[0] != package:
+            return f"{method} of its class was replaced by one of {theirs}"
+    return _shadowing(m)
+
+
+# What may stand in an instance in place of its class's, for no forward calls it: wrappers and loaders put some there.
+_UNREAD = {"forward", "to", "cuda", "cpu", "half", "float", "double", "bfloat16", "train", "eval", "compile", "dequantize"}
+
+
+def _shadowing(m: Any) -> str | None:
+    """A method of its own that m has in its __dict__, besides forward, and that its class's forward may call."""
+    for name, value in m.__dict__.items():
+        if callable(value) and name not in _UNREAD and callable(getattr(type(m), name, None)):
+            return f"has a {name} of its own in its __dict__"
     return None
 
 
