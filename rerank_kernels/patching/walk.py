@@ -26,6 +26,7 @@ from rerank_kernels.models import registry as models
 from rerank_kernels.models.bound import Forward, class_of, name_of
 from rerank_kernels.models.registry import COMPILED, ENCODERS, EXACT, FORWARDS, GUARDS, LEAVES, PREFIXES
 from rerank_kernels.models.roles import FLOAT_CHECKPOINT, own_forward, quantised
+from rerank_kernels.ops.attention import MOST_IN_A_HEAD
 from rerank_kernels.patching.report import Report
 
 
@@ -111,6 +112,12 @@ def _can_ever_serve(model: nn.Module, mode: Mode, backend: str | None) -> None:
             raise PatchError(
                 f"patch: mode {mode.name!r} needs weights in float16 or bfloat16, all in one of them, "
                 f"and {name} is {dtype}{like}; call model.half() or model.bfloat16() first, or take mode='portable'"
+            )
+    for path, m in model.named_modules():
+        if (size := getattr(m, "attention_head_size", 0)) > MOST_IN_A_HEAD:
+            raise PatchError(
+                f"patch: mode {mode.name!r} needs heads of at most {MOST_IN_A_HEAD}, and attention_head_size of {path} is {size}; "
+                "take mode='portable'"
             )
     asked = [backend] if backend is not None else registry.having_mode(mode)
     gaps = {name: registry.without_mode(name, mode) for name in asked}

@@ -352,6 +352,16 @@ def test_weights_on_two_devices():
     assert said.count("bert.encoder.layer.1.output.dense") == 1
 
 
+def test_heads_that_mode_tensor_does_not_take():
+    model = tiny("bert", torch.float16, num_attention_heads=1, hidden_size=320)
+    with pytest.raises(
+        rk.PatchError, match=r"of at most 256, and attention_head_size of \S*layer\.0\S* is 320; take mode='port"
+    ):
+        rk.patch(model, mode="tensor")
+    rk.patch(model)
+    logits(model)
+
+
 def test_masks_that_are_no_mask():
     model = tiny("bert")
     rk.patch(model)
