@@ -150,17 +150,17 @@ def overridden(m: Any) -> str | None:
         theirs = getattr(value, "__module__", None)
         if callable(value) and isinstance(theirs, str) and theirs.partition(".")[0] != package:
             return f"{method} of its class was replaced by one of {theirs}"
-    return _shadowing(m)
+    return _shadowing(m, served)
 
 
-# What may stand in an instance in place of its class's, for no forward calls it: wrappers and loaders put some there.
-_UNREAD = {"forward", "to", "cuda", "cpu", "half", "float", "double", "bfloat16", "train", "eval", "compile", "dequantize"}
+# Inherited ones that a forward of transformers calls, besides those of its own class.
+_CALLED = {"_call_impl", "_wrapped_call_impl", "get_extended_attention_mask", "invert_attention_mask", "get_head_mask"}
 
 
-def _shadowing(m: Any) -> str | None:
+def _shadowing(m: Any, served: Any) -> str | None:
     """A method of its own that m has in its __dict__, besides forward, and that its class's forward may call."""
     for name, value in m.__dict__.items():
-        if callable(value) and name not in _UNREAD and callable(getattr(type(m), name, None)):
+        if callable(value) and name != "forward" and (name in _CALLED or callable(vars(served).get(name))):
             return f"has a {name} of its own in its __dict__"
     return None
 

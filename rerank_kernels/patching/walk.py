@@ -116,8 +116,8 @@ def _can_ever_serve(model: nn.Module, mode: Mode, backend: str | None) -> None:
     for path, m in model.named_modules():
         if (size := getattr(m, "attention_head_size", 0)) > MOST_IN_A_HEAD:
             raise PatchError(
-                f"patch: mode {mode.name!r} needs heads of at most {MOST_IN_A_HEAD}, and attention_head_size of {path} is {size}; "
-                "take mode='portable'"
+                f"patch: mode {mode.name!r} needs heads of at most {MOST_IN_A_HEAD}, and attention_head_size of {path} is "
+                f"{size}; take mode='portable'"
             )
     asked = [backend] if backend is not None else registry.having_mode(mode)
     gaps = {name: registry.without_mode(name, mode) for name in asked}

@@ -253,7 +253,7 @@ MUTANTS = {  # a check taken out, the mutation that shows it, and when
     "no classes' methods": (blind(live=[], copies=[]), "forward_of_a_class", "between calls"),
     "no buffers": (blind(buffers=[], values=[]), "positions_reversed", "between calls"),
     "versions of buffers": (blind(buffers=[], values=[]), "positions_through_data", "between calls"),
-    "methods of instances": (put(roles, "_shadowing", lambda m: None), "chunk_of_an_instance", "before patch"),
+    "methods of instances": (put(roles, "_shadowing", lambda m, served: None), "chunk_of_an_instance", "before patch"),
     "copies see the original": (copied_whole, "scaling", "after a copy"),
     "errors of ops as they are": (put(packing, "refuse", lambda *_: None), "float64_inside", "between calls"),
     "a pooler has tanh": (put(bert, "activation_of", lambda m: "tanh"), "pooler_gelu", "before patch"),
