@@ -16,13 +16,14 @@ from torch import Tensor
 
 from rerank_kernels import check
 from rerank_kernels.models import bert_roles
-from rerank_kernels.models.bound import Forward, class_of, name_of
+from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.heads import ClassificationHead
 from rerank_kernels.models.leaves import activation_of
 from rerank_kernels.models.packing import Table, dense, explained, lookup, norm, pack, positions_of, ready
 from rerank_kernels.models.roles import Assumed, Roles
 from rerank_kernels.models.served import Served
 from rerank_kernels.ops.attention import attention
+from rerank_kernels.ops.opaque import traced
 from rerank_kernels.ops.pooling import pool
 from rerank_kernels.ops.sequences import Sequences
 
@@ -139,8 +140,8 @@ def _table(encoder: Any) -> Table:
 
 def _enter_encoder(m: Any) -> Any:
     """The encoder of a classifier. It does not pass its own forward, but a count of zero must mean it never ran."""
-    forward = m.base_model.__dict__.get("forward")
-    if isinstance(forward, Forward):
+    forward = forward_of(m.base_model)
+    if forward is not None and not traced():
         forward.calls += 1
     return m.base_model
 
@@ -181,7 +182,8 @@ def _layer(layer: Any, x: Tensor, sequences: Sequences) -> Tensor:
     q, k, v = (dense(p, x).view(heads) for p in (own.query, own.key, own.value))
     a = attention(q, k, v, cu_seqlens=sequences).flatten(1)
     x = norm(after.LayerNorm, dense(after.dense, a), x)
-    parts = x.split(TOKENS_AT_ONCE) if x.device.type == "cpu" and x.shape[0] > TOKENS_AT_ONCE else (x,)
+    many = x.device.type == "cpu" and not traced() and x.shape[0] > TOKENS_AT_ONCE
+    parts = x.split(TOKENS_AT_ONCE) if many else (x,)
     act = activation_of(up.intermediate_act_fn)
     done = [norm(down.LayerNorm, dense(down.dense, dense(up.dense, part, act)), part) for part in parts]
     return done[0] if len(done) == 1 else torch.cat(done)

@@ -38,8 +38,8 @@ def _layer_norm(m: Any, x: Tensor) -> Tensor:
     d = len(m.normalized_shape)
     check.shape("LayerNorm.forward", "input", x, *("..." for _ in range(x.dim() - d)), *m.normalized_shape)
     weight = torch.ones(m.normalized_shape, dtype=x.dtype, device=x.device) if m.weight is None else m.weight
-    flat = x.flatten(-d)
-    return layer_norm(flat, weight.flatten(), None if m.bias is None else m.bias.flatten(), m.eps).view(x.shape)
+    flat, bias = x.flatten(-d), None if m.bias is None else m.bias.detach().flatten()
+    return layer_norm(flat, weight.detach().flatten(), bias, m.eps).view(x.shape)
 
 
 def _activation(m: Any, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import bert, leaf_roles, leaves, sentence
-from rerank_kernels.models.bound import Forward, class_of, hooked, name_of
+from rerank_kernels.models.bound import class_of, forward_of, hooked, name_of
 from rerank_kernels.models.heads import embedding
 from rerank_kernels.models.packing import explained, ready, refuse_hooks
 from rerank_kernels.models.roles import Problem, overridden, problems, wrong, wrong_weights
@@ -112,7 +112,7 @@ def _sequences(model: Any, ids: Tensor, cu_seqlens: Tensor) -> Sequences:
 
 def _served(model: nn.Module, classifies: bool) -> Served:
     served = ENCODERS.get(name_of(model))
-    if not isinstance(model.__dict__.get("forward"), Forward) or served is None or (served.head is not None) != classifies:
+    if forward_of(model) is None or served is None or (served.head is not None) != classifies:
         kind = "*ForSequenceClassification" if classifies else "*Model"
         raise PatchError(f"packed entry: model must be a patched {kind}, got {class_of(model)}; call rk.patch(model) first")
     return served
@@ -124,5 +124,7 @@ def _entered(model: nn.Module) -> Iterator[None]:
     ready(model, roles)
     if hooked(model):  # the packed entry does not pass model.__call__, which would run them
         refuse_hooks(model)
-    with model.__dict__["forward"].serving(), explained(model, roles):
+    forward = forward_of(model)
+    assert forward is not None
+    with forward.serving(), explained(model, roles):
         yield

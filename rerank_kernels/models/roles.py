@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from rerank_kernels import check
-from rerank_kernels.models.bound import Forward, class_of, hooked, name_of, served_class
+from rerank_kernels.models.bound import Forward, class_of, held_forward, hooked, name_of, served_class
 
 
 class Assumed(NamedTuple):
@@ -166,11 +166,12 @@ def _shadowing(m: Any, served: Any) -> str | None:
 
 
 def _inside(m: Any, path: str) -> str | None:
-    """What a forward above m, which never calls m, would ignore. The root is called, so its own hooks run."""
-    own = m.__dict__.get("forward")
-    if own is not None and not isinstance(own, Forward):
+    """What a forward above m, which never calls m, would ignore. The root is called, so hooks and wrappers of its own run."""
+    if not path:
+        return None
+    if not isinstance(held_forward(m), Forward | None):
         return own_forward(m)
-    return f"has {HOOKS}" if path and hooked(m) else None
+    return f"has {HOOKS}" if hooked(m) else None
 
 
 def own_forward(m: Any) -> str:

@@ -44,7 +44,7 @@ def pooling_forward(m: Any, features: dict[str, Any], **_: Any) -> dict[str, Any
     mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask != 0
     if not m.include_prompt and "prompt_length" in features:
         length = features["prompt_length"]
-        length = int(length[0]) if isinstance(length, Tensor) else int(length)
+        length = length[0] if isinstance(length, Tensor) else int(length)  # a tensor stays one, for a trace of the forward
         mask = mask & (mask.cumsum(1) > length)
     features["sentence_embedding"] = pool(x, _pooling_mode(m), mask=mask, out_dtype=torch.float32)
     return features

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from rerank_kernels import check
 from rerank_kernels.backend.modes import MODES
 from rerank_kernels.models import registry as models
-from rerank_kernels.models.bound import Forward, serving
+from rerank_kernels.models.bound import forward_of, serving
 from rerank_kernels.ops.softmax import sum as row_sum
 from rerank_kernels.patching import walk
 from rerank_kernels.ranking import descending
@@ -126,8 +126,8 @@ class Reranker:
             check.fail("Reranker", "config.num_labels", "1, one score per pair", labels, "use rk.patch(model) for other heads")
         if dtype is not None or device is not None:
             self.model.to(device=device, dtype=dtype)
-        before = self.model.__dict__.get("forward")
-        if isinstance(before, Forward):
+        before = forward_of(self.model)
+        if before is not None:
             mode, backend = mode or before.mode.name, backend or before.backend
         self.report = walk.patch(self.model.eval(), mode or "portable", backend=backend)
         self.tokenizer = tokenizer

@@ -15,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from rerank_kernels.backend.modes import PROMISES
-from rerank_kernels.models.bound import Forward
+from rerank_kernels.models.bound import forward_of
 from rerank_kernels.models.registry import max_tokens
 from rerank_kernels.patching import walk
 from rerank_kernels.scoring.reranker import Reranker
@@ -60,8 +60,7 @@ def verify(
 
     Raises PatchError for a model that rerank_kernels does not serve, ValueError for fewer than 8 different texts.
     """
-    found = model.__dict__.get("forward")
-    was = found if isinstance(found, Forward) else None
+    was = forward_of(model)
     mode, served_by = mode or (was.mode.name if was else "portable"), was.backend if was else None
     training = model.training
     model.eval()
@@ -79,7 +78,7 @@ def verify(
         setting = Setting.of(model, mode, served_by)
         return _verify(model, tokenizer, texts, stock, pooling, source, setting, 16 if large else 24, progress)
     finally:
-        if was is None or model.__dict__.get("forward") is not was:
+        if was is None or forward_of(model) is not was:
             walk.unpatch(model)
         if was is not None:
             walk.patch(model, was.mode, backend=was.backend)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rerank_kernels.models.bound import Forward
+from rerank_kernels.models.bound import forward_of
 from rerank_kernels.patching.systems.resolved import Resolved, own_methods
 
 SYSTEM = "FlagEmbedding FlagReranker"
@@ -24,7 +24,7 @@ def reranker(obj: Any, cls: type) -> Resolved:
         "it takes any RuntimeError for a lack of memory: an error of ours about the model may show as one of its own"
     )
     found.problems += own_methods(obj, cls, ("compute_score", "compute_score_single_gpu"))
-    patched = isinstance(vars(obj.model).get("forward"), Forward)
+    patched = forward_of(obj.model) is not None
     if getattr(obj, "pool", None) is not None and not patched:
         found.problems.append("its worker processes run already, with the model as it was; call stop_self_pool() first")
     return found
