@@ -16,18 +16,6 @@ def fail(op: str, argument: str, wanted: str, came: object, hint: str = "") -> N
     raise ValueError(f"{op}: {argument} must be {wanted}, got {came}{'; ' + hint if hint else ''}")
 
 
-def integer(op: str, name: str, value: Any, least: int, most: int | None = None, *, also: str = "", why: str = "") -> int:
-    """`value` as an int: of any type that is an integer by itself, as NumPy's are, but no bool."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < least or (most is not None and number > most):
-        wanted = f"an integer >= {least}" if most is None else f"an integer in [{least}, {most}]"
-        fail(op, name, also + wanted + why, repr(value))
-    return number
-
-
 def integers(op: str, name: str, value: Any) -> tuple[int, ...]:
     """One integer or several, of any type that is one by itself."""
     try:

@@ -14,6 +14,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from rerank_kernels.printable import printable
+
 LEAST = 10  # columns of a text beside numbers; a screen that leaves it fewer stacks the rows
 WORD = 20  # letters of a word that is not broken while there is room
 
@@ -38,7 +40,7 @@ class Table:
     rows: list[tuple[Sequence[str], str]] = field(default_factory=list)
 
     def add_row(self, *cells: str, style: str = "") -> None:
-        self.rows.append((cells, style))
+        self.rows.append((tuple(map(printable, cells)), style))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         screen = options.max_width

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rerank_kernels.models.registry import max_tokens
 from rerank_kernels.ops.pooling import pool
 from rerank_kernels.patching.walk import patch, unpatch
+from rerank_kernels.scoring.tokenising import tokenise
 from rerank_kernels.tables import Column, Table
 
 WAYS = ("batches as they come", "batches sorted by length", "one by one")
@@ -128,16 +129,18 @@ def bench(
     device = next(model.parameters()).device
     scores = type(model).__name__.endswith("ForSequenceClassification")
     twins = {"stock": model, "patched": _patched_twin(model, mode)}
-    limit = {"truncation": True, "max_length": max_length or min(max_tokens(twins["patched"]), tokenizer.model_max_length)}
-    # lists: given one pair, transformers drops an empty document and its separators, given a list it keeps them
-    texts = ([q for q, _ in pairs], [d for _, d in pairs]) if scores else ([d for _, d in pairs],)
-    rows = [len(ids) for ids in tokenizer(*texts, **limit)["input_ids"]]
+    cut = max_length or min(max_tokens(twins["patched"]), tokenizer.model_max_length)
+    documents = [document for _, document in pairs]
+    first, second = ([query for query, _ in pairs], documents) if scores else (documents, None)
+    ids, types = tokenise(tokenizer, first, second, cut)
+    rows = [len(one) for one in ids]
 
     def batches(order: Sequence[int], size: int) -> Batches:
         made: Batches = []
         for start in range(0, len(order), size):
             some = list(order[start : start + size])
-            found = tokenizer(*([column[i] for i in some] for column in texts), padding=True, return_tensors="pt", **limit)
+            columns = {"input_ids": ids} | ({} if types is None else {"token_type_ids": types})
+            found = tokenizer.pad({n: [of[i].tolist() for i in some] for n, of in columns.items()}, return_tensors="pt")
             made.append((some, {n: t.to(device) for n, t in found.items()}))
         return made
 

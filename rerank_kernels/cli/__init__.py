@@ -1,7 +1,8 @@
 """The command `rerank-kernels`: score, rank, verify, bench, info, infinity-server.
 
 Exit codes: 0 done; 1 a promise did not hold (verify and bench) or cannot be made (infinity-server, which then does not start);
-2 bad input or an environment that cannot serve; 130 interrupted. A file is written beside its place and renamed into it when
+2 bad input or an environment that cannot serve; 130 interrupted. Logits that are not finite are null, which a warning says,
+and the code is 0. A file is written beside its place and renamed into it when
 it is whole: whatever happens, what stood there before is intact.
 """
 
@@ -29,22 +30,28 @@ def _main(argv: Sequence[str] | None) -> int:
     with interrupt.caught(argv is None):
         from rerank_kernels.cli.errors import message, say
         from rerank_kernels.cli.parser import parser
+        from rerank_kernels.cli.terminal import printable_stderr
         from rerank_kernels.cli.writing import STDOUT, drop_stdout, flush_or_drop_stdout, naming
+        from rerank_kernels.printable import printable
 
-        args = parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
-        args.ours = argv is None
-        args.command = shlex.join(("rerank-kernels", *(sys.argv[1:] if argv is None else argv)))  # for a page to say
-        try:
-            code = int(args.run(args))
-            if sys.stdout is not None:
-                with naming(STDOUT):  # what cannot be written is known now, not when Python has ended
-                    sys.stdout.flush()
-            return code
-        except BrokenPipeError:  # the reader of our output has seen enough
-            drop_stdout()
-            return 0
-        except Exception as error:
-            interrupt.check()  # somebody made another error of it
-            say(message(error))
-            flush_or_drop_stdout()
-            return 2
+        with printable_stderr():
+            args = parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
+            args.ours = argv is None
+            given = shlex.join(("rerank-kernels", *(sys.argv[1:] if argv is None else argv)))
+            args.command = printable(given)  # for a page to say
+            try:
+                code = int(args.run(args))
+                if sys.stdout is not None:
+                    with naming(STDOUT):  # what cannot be written is known now, not when Python has ended
+                        sys.stdout.flush()
+                return code
+            except BrokenPipeError:  # the reader of our output has seen enough
+                drop_stdout()
+                return 0
+            except (KeyboardInterrupt, SystemExit, GeneratorExit):
+                raise
+            except BaseException as error:  # a panic of Rust is no Exception
+                interrupt.check()  # somebody made another error of it
+                say(message(error))
+                flush_or_drop_stdout()
+                return 2

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from datetime import datetime
 
 from rerank_kernels.cli import interrupt, models, reading, terminal, writing
 from rerank_kernels.cli.errors import InputError, fail_with
 from rerank_kernels.cli.options import model_options, positive
+from rerank_kernels.printable import printable
 
 
 def options(sub: argparse.ArgumentParser) -> None:
@@ -62,10 +62,10 @@ def run(args: argparse.Namespace) -> int:
         with writing.naming(writing.STDOUT):
             report.print(terminal.console())
         if out is not None:
-            out.write(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
+            out.write(writing.document(report.as_dict()))
         if page is not None:
             from rerank_kernels.page import bench_page
 
             about, when = environment(Setting.of(loaded.model, args.mode, None)), datetime.now().astimezone()
-            page.write(bench_page(report, environment=about, model=args.model, command=args.command, when=when))
+            page.write(bench_page(report, environment=about, model=printable(args.model), command=args.command, when=when))
     return 0 if report.ok else 1

@@ -17,6 +17,7 @@ from rerank_kernels.cli.errors import InputError
 from rerank_kernels.cli.formats import Format
 from rerank_kernels.cli.reading import Source
 from rerank_kernels.cli.records import Arrow, Cells, Json, Record
+from rerank_kernels.printable import escaped
 
 ROW_GROUP = 1 << 16  # rows of Parquet in a group, which is held in memory
 GROUP_BYTES = 1 << 26
@@ -45,7 +46,7 @@ class Lines:
 
     def line(self, row: Row) -> str:
         numbers = zip(self.names, map(records.number, row[1]), strict=True)
-        return records.spliced(self._text(row[0]), (), numbers)
+        return escaped(records.spliced(self._text(row[0]), (), numbers))
 
     def begin(self) -> bytes:
         return b""

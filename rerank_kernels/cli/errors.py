@@ -9,6 +9,7 @@ import traceback
 from typing import NoReturn
 
 from rerank_kernels.errors import BackendError
+from rerank_kernels.printable import printable
 
 
 class InputError(Exception):
@@ -19,7 +20,7 @@ def fail_with(error: Exception) -> NoReturn:
     raise InputError(str(error)) from error
 
 
-def message(error: Exception) -> str:
+def message(error: BaseException) -> str:
     """One line if the user can act on it. All else is our fault: its traceback goes first, and 1 stays a broken promise."""
     if isinstance(error, MemoryError):
         return "out of memory"
@@ -34,4 +35,4 @@ def message(error: Exception) -> str:
 
 def say(message: str) -> None:
     with contextlib.suppress(OSError):  # where stderr cannot be written the exit code has to do
-        print("rerank-kernels:", " ".join(message.splitlines()), file=sys.stderr, flush=True)
+        print("rerank-kernels:", printable(" ".join(message.splitlines())), file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ LINE = "rerank-kernels: interrupted"
 PATIENT = b"rerank-kernels: stopping when the pairs in work are done; once more to stop at once\n"
 AGAIN = 2.0  # seconds in which a second signal does not disturb the cleaning up after the first
 
+stderr = 2  # where lines go that Python's own stream cannot write now
 files: set[str] = set()  # to be removed by a process that ends at once
 came = False  # a signal was seen
 _held = _patient = 0
@@ -31,7 +32,7 @@ def _handle(number: int, frame: object) -> None:
     first, came = not came, True
     if _patient and first and not _over:
         with contextlib.suppress(OSError):
-            os.write(2, PATIENT)
+            os.write(stderr, PATIENT)
     elif _held or _over or time.monotonic() < _raised + AGAIN:
         pass
     elif _loading:
@@ -47,7 +48,7 @@ def leave() -> None:
         with contextlib.suppress(OSError):
             os.unlink(path)
     with contextlib.suppress(OSError):
-        os.write(2, LINE.encode() + b"\n")
+        os.write(stderr, LINE.encode() + b"\n")
     os._exit(130)
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rerank_kernels.cli import interrupt
+from rerank_kernels.cli import interrupt, terminal
 from rerank_kernels.cli.errors import InputError, fail_with, say
 from rerank_kernels.cli.records import Record
 
@@ -20,9 +20,15 @@ def reranker(args: argparse.Namespace) -> Any:
 
         quiet()
         try:
-            return Reranker(
-                args.model, max_length=args.max_length, dtype=dtype(args.dtype), device=device(args.device), mode=args.mode
-            )
+            with terminal.without_panics():
+                return Reranker(
+                    args.model,
+                    max_length=args.max_length,
+                    dtype=dtype(args.dtype),
+                    device=device(args.device),
+                    mode=args.mode,
+                    trust_remote_code=args.trust_remote_code,
+                )
         except (ValueError, PatchError) as error:
             fail_with(error)
 
@@ -33,20 +39,25 @@ def loaded(args: argparse.Namespace) -> Any:
         from rerank_kernels.verify import load
 
         quiet()
-        found = load(args.model, dtype(args.dtype))
+        with terminal.without_panics():
+            found = load(args.model, dtype(args.dtype), args.trust_remote_code)
         if (where := device(args.device)) is not None:
             found.model.to(where)
         return found
 
 
 @contextlib.contextmanager
-def warned(records: Sequence[Record]) -> Iterator[None]:
-    """A text that is too long is said with its record's place; other warnings stay what they are."""
+def scoring(records: Sequence[Record]) -> Iterator[None]:
+    """A text that is too long is said with its record's place, and what cannot be scored is one line; other warnings stay what
+    they are."""
     from rerank_kernels.scoring.bounding import BoundedWarning
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", BoundedWarning)
-        yield
+        try:
+            yield
+        except ValueError as error:  # what the folder's tokenizer makes of these texts
+            fail_with(error)
     for one in caught:
         if isinstance(one.message, BoundedWarning):
             text = one.message.text
@@ -54,6 +65,12 @@ def warned(records: Sequence[Record]) -> Iterator[None]:
             say(f"warning: {where}: {str(one.message).partition(': ')[2]}")
         else:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+
+def say_not_finite(count: int, total: int) -> None:
+    """NaN and infinity are no numbers of JSON."""
+    if count:
+        say(f"warning: {count:,} of {total:,} logits are not finite; they are null, or empty in a table")
 
 
 def dtype(name: str | None) -> Any:
@@ -77,9 +94,12 @@ def device(name: str | None) -> Any:
 
 
 def quiet() -> None:
-    """transformers' own bars and load reports would appear between the lines of our output."""
+    """transformers' own bars and load reports, and what Rust prints of a panic, would stand between the lines of our output."""
     from transformers.utils import logging as transformers_logging
 
+    from rerank_kernels.scoring import tokenising
+
+    tokenising.around = terminal.without_panics
     logging: Any = transformers_logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()

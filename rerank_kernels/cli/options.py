@@ -10,6 +10,11 @@ def model_options(sub: argparse.ArgumentParser, what: str = "a local model folde
     sub.add_argument(
         "--max-length", type=positive, metavar="N", help="cut each text to N tokens (default: what the model takes)"
     )
+    sub.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that lies in the model's folder, where a model or tokenizer needs it; read it first (default: never)",
+    )
     sub.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="type of the weights (default: as stored)")
     sub.add_argument("--device", metavar="D", help="where the model goes, cuda for instance (default: cpu)")
     sub.add_argument(

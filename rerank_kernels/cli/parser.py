@@ -18,8 +18,8 @@ COMMANDS = {
     "info": "Say what is installed, what can run here, and why the rest cannot.",
 }
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 a promise did not hold (verify and bench) or cannot be made (infinity-server); 2 bad input, or a "
-    "machine or environment that cannot serve; 130 interrupted."
+    "Exit codes: 0 done, also where logits are not finite, which a warning counts; 1 a promise did not hold (verify and "
+    "bench) or cannot be made (infinity-server); 2 bad input, or a machine or environment that cannot serve; 130 interrupted."
 )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import unicodedata
 
 from rerank_kernels.cli import encoding, formats, models, reading, records, terminal, writing
 from rerank_kernels.cli.errors import InputError, say
 from rerank_kernels.cli.options import model_options, positive
+from rerank_kernels.printable import escaped
 
 SNIPPET = 200
 ADDED = ("rank", "index", *writing.NUMBERS)
@@ -51,14 +53,15 @@ def run(args: argparse.Namespace) -> int:
     elif source.format.kind == "text" and reading.looks_like_a_record(found[0].document):
         say(f"warning: {found[0].where}: looks like JSON Lines, but is ranked as plain text; give --format jsonl")
     reranker = models.reranker(args)
-    with models.warned(found):
+    with models.scoring(found):
         ranked = reranker.rank(args.query, [record.document for record in found], args.top_k)
+    models.say_not_finite(sum(not math.isfinite(r.logit) for r in ranked), len(ranked))
     if args.json:
         with writing.writer("-") as out:
             for place, r in enumerate(ranked, 1):
                 first = zip(added[:2], (str(place), str(found[r.index].index)), strict=True)
                 last = zip(added[2:], map(records.number, (r.logit, r.score, r.complement)), strict=True)
-                out.write(records.spliced(found[r.index].fields.json(), first, last) + "\n")
+                out.write(escaped(records.spliced(found[r.index].fields.json(), first, last)) + "\n")
         return 0
     from rerank_kernels.tables import Column, Table
 

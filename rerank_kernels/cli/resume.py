@@ -60,6 +60,7 @@ def resumed(path: str, identity: Mapping[str, str]) -> Iterator[Resumed | None]:
     folder = place.with_name(place.name + ".resume")
     with contextlib.ExitStack() as stack:
         with writing.naming(path):
+            writing.may_write(place)
             folder.mkdir(exist_ok=True)
             journal = stack.enter_context(open(folder / "journal", "a+b"))
             _lock(journal, folder)
@@ -178,10 +179,8 @@ def _short(value: object) -> str:
 
 def _lock(journal: IO[bytes], folder: Path) -> None:
     try:
-        import fcntl
+        writing.lock(journal.fileno())
     except ImportError:  # no such locks here
         return
-    try:
-        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"--resume: another process works in {folder}") from None

@@ -7,6 +7,8 @@ records are scored in windows and written in their order. Stdin is read once.
 from __future__ import annotations
 
 import argparse
+import math
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -69,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     names = tuple(args.prefix + name for name in writing.NUMBERS)
     source = reading.source(args.pairs, args.format, ("query", "document"), names)
     to = formats.of(args.output, args.output_format, "--output-format")
+    if args.output == "-" and (to.gz or to.kind == "parquet") and sys.stdout is not None and sys.stdout.isatty():
+        raise InputError(f"{writing.STDOUT}: is a terminal, and {to} is no text; give -o FILE")
     encoder = encoding.encoder(to, names, source, args.output)
     if args.resume:
         _may_resume(args, source, to)
@@ -109,7 +113,7 @@ def _score(
     begun: bool = False,
 ) -> None:
     """All records but the first `done`, from `source` to `out`."""
-    seen = 0
+    seen = strange = 0
     if not begun:
         out.write(encoding.compressed(encoder.begin(), to))
         out.commit(0)
@@ -123,14 +127,16 @@ def _score(
                 for record in part:
                     encoder.check(record)
             pairs = [(record.query, record.document) for record in part]
-            with models.warned(part):
+            with models.scoring(part):
                 scores = reranker.score(pairs, progress=False, batch_tokens=args.batch_tokens)
+            strange += sum(not math.isfinite(logit) for logit in scores[0])
             rows = [(record, numbers) for record, *numbers in zip(part, *scores, strict=True)]
             out.write(encoding.compressed(encoder.window(seen, rows), to))
             seen += len(part)
             out.commit(seen)
             advance(seen)
     interrupt.check()
+    models.say_not_finite(strange, seen)
     out.write(encoding.compressed(encoder.end(seen), to))
     if not seen:
         say(f"warning: {source.name}: there are no records in it")

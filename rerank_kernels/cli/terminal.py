@@ -5,15 +5,81 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
+from rerank_kernels.cli import interrupt
 from rerank_kernels.cli.errors import say
 from rerank_kernels.cli.writing import set_stdout
+from rerank_kernels.printable import printable
 
 SECONDS = 60.0  # between two lines of progress, where no bar can be seen
+
+
+class Printable:
+    """A stream of text from which nothing steers a terminal, whoever writes to it: we, a warning, a library's logger."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write(printable(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def printable_stderr() -> Iterator[None]:
+    before = sys.stderr
+    if before is not None:
+        sys.stderr = Printable(before)
+    try:
+        yield
+    finally:
+        sys.stderr = before
+
+
+@contextlib.contextmanager
+def without_panics() -> Iterator[None]:
+    """What Rust prints of a panic is no line of ours, and may hold anything: the error that follows says what happened."""
+    if sys.stderr is None or interrupt.stderr != 2:
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+        saved = os.dup(2)
+    except OSError:  # closed by the shell's 2>&-
+        yield
+        return
+    panicked = False
+    with tempfile.TemporaryFile() as kept:
+        try:
+            interrupt.stderr = saved
+            os.dup2(kept.fileno(), 2)
+            yield
+        except BaseException as error:
+            panicked = any(type(one).__name__ == "PanicException" for one in (error, error.__cause__))
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                sys.stderr.flush()
+            os.dup2(saved, 2)
+            interrupt.stderr = 2
+            os.close(saved)
+            if not panicked:  # what others wrote meanwhile
+                kept.seek(0)
+                with contextlib.suppress(OSError):
+                    os.write(2, kept.read())
 
 
 def console() -> Any:
@@ -22,6 +88,9 @@ def console() -> Any:
     class Ours(Console):
         def on_broken_pipe(self) -> None:
             raise  # rich would end with exit code 1, which is a broken promise's
+
+        def print(self, *objects: Any, **how: Any) -> None:
+            super().print(*(printable(one) if isinstance(one, str) else one for one in objects), **how)
 
     # a letter that stdout's encoding does not have is no reason to stop
     set_stdout(errors="replace")
@@ -52,7 +121,8 @@ def progress(what: str, total: float | None, seconds: float | None = None) -> It
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    own = sys.stderr.stream if isinstance(sys.stderr, Printable) else sys.stderr  # the bar does steer the terminal
+    with Progress(*columns, console=Console(file=own), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)
 

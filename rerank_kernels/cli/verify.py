@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from datetime import datetime
 
 from rerank_kernels.cli import interrupt, models, reading, terminal, writing
 from rerank_kernels.cli.errors import InputError, fail_with
 from rerank_kernels.cli.options import model_options, positive
+from rerank_kernels.printable import printable
 
 MORE = " It needs at least 8 different texts, to put in one batch."  # verify.HOME; --help does not wait for an import
 
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
                         limit=args.limit,
                         pooling=loaded.pooling,
                         source=None if args.no_process else args.model,
+                        trust_remote_code=args.trust_remote_code,
                         mode=args.mode,
                         progress=lambda share, before=before: advance((before + share) / len(which)),  # type: ignore[misc]
                     )
@@ -83,10 +84,10 @@ def run(args: argparse.Namespace) -> int:
             writing.drop_stdout()
         if out is not None:
             found = report.as_dict() | ({} if beside is None else {"stock": beside.as_dict()})
-            out.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+            out.write(writing.document(found))
         if page is not None:
             from rerank_kernels.page import verify_page
 
             when = datetime.now().astimezone()
-            page.write(verify_page(report, beside, model=args.model, command=args.command, when=when))
+            page.write(verify_page(report, beside, model=printable(args.model), command=args.command, when=when))
     return 0 if report.ok else 1

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+import json
+import math
 import os
 import stat
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rerank_kernels.cli import interrupt
 from rerank_kernels.cli.errors import InputError
+from rerank_kernels.printable import escaped, printable
 
 STDOUT = "<stdout>"
 NUMBERS = ("logit", "score", "complement")
@@ -34,10 +38,12 @@ class Out:
 
     def __init__(self, file: IO[bytes], name: str) -> None:
         self.file, self.name = file, name
+        self.shown = name == STDOUT and file.isatty()
 
     def write(self, data: str | bytes) -> None:
+        data = data.encode() if isinstance(data, str) else data
         with naming(self.name):
-            self.file.write(data.encode() if isinstance(data, str) else data)
+            self.file.write(printable(data.decode("utf-8", "replace")).encode() if self.shown else data)
 
     def commit(self, records: int) -> None:
         """So many records are whole: who reads stdout has them now."""
@@ -62,9 +68,11 @@ def writer(path: str) -> Iterator[Out]:
             if place.exists() and not place.is_file():  # /dev/null, a pipe: nothing to rename
                 file = open(place, "wb")  # noqa: SIM115  closed below
             else:
+                may_write(place)
                 mode = mode_of(place)
+                remove_left_over(place)
                 with interrupt.held():
-                    handle, beside = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.", suffix=".part")
+                    handle, beside = _beside(place)
                     interrupt.files.add(beside)
                 file = open(handle, "wb")  # noqa: SIM115
                 interrupt.check()
@@ -90,6 +98,52 @@ def writer(path: str) -> Iterator[Out]:
         raise
     finally:
         interrupt.files.discard(beside)
+
+
+def document(found: Any) -> str:
+    """JSON for a file: what is not finite is null."""
+    return escaped(json.dumps(_finite(found), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
+
+
+def _finite(found: Any) -> Any:
+    if isinstance(found, dict):
+        return {key: _finite(value) for key, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [_finite(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
+
+
+def may_write(place: Path) -> None:
+    """A file that open() could not write is not replaced either."""
+    if place.exists():
+        with open(place, "r+b"):
+            pass
+
+
+def _beside(place: Path) -> tuple[int, str]:
+    """A new file beside `place`. A lock says that its process lives; who finds one without it may remove it."""
+    while True:
+        handle, beside = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.", suffix=".part")
+        with contextlib.suppress(OSError, ImportError):  # no locks here: nobody can take one, and nothing is removed
+            lock(handle)
+        if os.path.exists(beside):
+            return handle, beside
+        os.close(handle)  # another process took it for left over before it was locked
+
+
+def remove_left_over(place: Path) -> None:
+    """What a process left beside `place` that ended before it could clean up."""
+    for found in place.parent.glob(f".{glob.escape(place.name)}.*.part"):
+        with contextlib.suppress(OSError, ImportError), open(found, "r+b") as file:
+            lock(file.fileno())
+            os.unlink(found)
+
+
+def lock(handle: int) -> None:
+    """For this process alone, until the file is closed. BlockingIOError if another process has it."""
+    import fcntl  # not on every system
+
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def real(path: str) -> Path:

@@ -92,11 +92,11 @@ class _untraced:
     def __enter__(self) -> None:
         self.state = torch._C._get_tracing_state()
         if self.state is not None:
-            torch._C._set_tracing_state(None)
+            torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
 
     def __exit__(self, *_: object) -> None:
         if self.state is not None:
-            torch._C._set_tracing_state(self.state)
+            torch._C._set_tracing_state(self.state)  # type: ignore[attr-defined]
 
 
 def refuse(m: nn.Module, found: Mapping[str, Problem], error: Exception | None = None) -> None:

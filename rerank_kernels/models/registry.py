@@ -103,6 +103,11 @@ def max_tokens(model: nn.Module) -> int:
     return ENCODERS[name_of(model)].max_tokens(model)
 
 
+def model_types() -> list[str]:
+    """The model types that are served, as config.json names them."""
+    return sorted({name.split(".")[2].replace("_", "-") for name in ENCODERS})
+
+
 def _sequences(model: Any, ids: Tensor, cu_seqlens: Tensor) -> Sequences:
     """Checked here, and by nobody further down."""
     op = class_of(model.base_model)

@@ -7,9 +7,8 @@ tie, and logits do not.
 
 from __future__ import annotations
 
-import os
+import operator
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,22 +28,19 @@ from rerank_kernels.models.bound import forward_of, serving
 from rerank_kernels.ops.softmax import sum as row_sum
 from rerank_kernels.patching import walk
 from rerank_kernels.ranking import descending
-from rerank_kernels.scoring import bounding, folders
+from rerank_kernels.scoring import bounding, folders, settings, tokenising
+from rerank_kernels.scoring.files import Folder
 
 Array = npt.NDArray[np.float32]
 PROGRESS_FROM = 256  # pairs; a shorter list is done before a bar is read
-
-# A fast tokenizer sets truncation on itself for each call: two threads at once give "Already borrowed".
-_TOKENISING = threading.Lock()
-if hasattr(os, "register_at_fork"):  # a thread that is not in the child may have held it
-    os.register_at_fork(after_in_child=_TOKENISING._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 class Scores(NamedTuple):
     """float32 [n] each, in the order of the pairs.
 
     Cross-encoder: logit, score = sigmoid(logit), complement = sigmoid(-logit), which stays distinct where score is 1.0.
-    Embedding model: logit = score = cosine similarity in [-1, 1] (up to rounding), complement = 1 - cosine.
+    Embedding model: logit = score = cosine similarity in [-1, 1] (up to rounding), complement = 1 - cosine. A folder may ask
+    for the dot product instead.
     """
 
     logit: Array
@@ -74,8 +70,10 @@ class Reranker:
     mode: "portable" or, for a half-precision model on a GPU, "tensor" (rk.patch says what they promise). Default: that of a
     model that is patched already, else "portable".
     backend: the one that serves this model, as in rk.patch.
-    kind: "cross-encoder" or "embedding". Default: what the model's architecture says. An embedding model pools as its
-    sentence-transformers files say (mean or cls), by the mean if there are none.
+    kind: "cross-encoder" or "embedding". Default: what the folder or the model's architecture says. An embedding model pools
+    as its sentence-transformers files say (mean or cls), by the mean if there are none. Every other setting of these files
+    is served too, or refused by name (docs/SYSTEMS.md).
+    trust_remote_code: code that lies in the folder may run, for a model or tokenizer that needs it. Read it first.
 
     Raises ValueError or TypeError for arguments and folders that do not fit, PatchError for a model type that is not served.
     """
@@ -91,10 +89,12 @@ class Reranker:
         kind: str | None = None,
         mode: str | None = None,
         backend: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
-        check.choice("Reranker", "kind", kind, (None, *folders.KINDS))
+        check.choice("Reranker", "kind", kind, (None, *settings.KINDS))
         check.choice("Reranker", "dtype", dtype, (None, *check.FLOATS))
-        self.pooling, self.normalise, limit = "mean", True, None
+        check.choice("Reranker", "trust_remote_code", trust_remote_code, (False, True))
+        found: settings.Settings | None = None
         self.model: Any
         if any(c.__name__ == "CrossEncoder" and c.__module__.startswith("sentence_tr") for c in type(model_or_path).__mro__):
             raise TypeError(
@@ -105,19 +105,18 @@ class Reranker:
             if tokenizer is None:
                 raise TypeError("Reranker: tokenizer must be given with a loaded model; or pass the path of its folder")
             has = models.kind(model_or_path)
-            self.model, self.kind = model_or_path, kind or has or folders.kind_of([type(model_or_path).__name__])
+            self.model, self.kind = model_or_path, kind or has or settings.kind_of([type(model_or_path).__name__])
             if has not in (None, self.kind):
                 came = f"{kind!r}; its class is {type(model_or_path).__name__}"
                 check.fail(
                     "Reranker", "kind", f"{has!r}, or left out, for this model", came, "load the class for the other kind"
                 )
         elif isinstance(model_or_path, str | Path):
-            folder = Path(model_or_path)
-            self.kind = kind or folders.kind_of(folders.read_json(folder, "config.json").get("architectures") or [])
-            if self.kind == "embedding":
-                self.pooling, self.normalise, limit = folders.pooling_of(folder)
-            self.model = folders.load_model(folder, self.kind)
-            tokenizer = folders.load_tokenizer(folder) if tokenizer is None else tokenizer
+            found = settings.read(Folder(Path(model_or_path)), kind)
+            self.kind = found.kind
+            self.model = folders.load_model(found.transformer, self.kind, trust_remote_code)
+            if tokenizer is None:
+                tokenizer = folders.load_tokenizer(found.transformer, trust_remote_code, found.lower)
         else:
             came = type(model_or_path).__name__
             raise TypeError(f"Reranker: model_or_path must be a folder or a torch.nn.Module, got {came}")
@@ -131,8 +130,10 @@ class Reranker:
             mode, backend = mode or before.mode.name, backend or before.backend
         self.report = walk.patch(self.model.eval(), mode or "portable", backend=backend)
         self.tokenizer = tokenizer
+        self.settings = found or settings.Settings(self.kind, None)
+        self.pooling, self.normalise = self.settings.pooling, self.settings.normalise
         self._rules: bounding.Rules | None = None
-        self.max_length = self._length(max_length, limit)
+        self.max_length = self._length(max_length, self.settings)
 
     def score(self, pairs: Iterable[tuple[str, str]], *, progress: bool | None = None, batch_tokens: int = 16384) -> Scores:
         """The score of each (query, document), in the order given.
@@ -144,9 +145,13 @@ class Reranker:
         if not queries:
             return Scores(*np.zeros((3, 0), np.float32))
         if self.kind == "embedding":
+            prompts = self.settings.prompts  # as encode_query() and encode_document() of sentence-transformers use them
+            queries = [prompts["query"] + query for query in queries]
+            documents = [prompts["document"] + document for document in documents]
             texts = list(dict.fromkeys((*queries, *documents)))
             row = {text: i for i, text in enumerate(texts)}
-            vectors = torch.from_numpy(self._encode(texts, True, progress, batch_tokens)).to(self._device)
+            unit = self.normalise or self.settings.similarity == "cosine"
+            vectors = torch.from_numpy(self._encode(texts, unit, progress, batch_tokens)).to(self._device)
             pairs_of = [row[q] for q in queries], [row[d] for d in documents]
             with serving(MODES[self.report.mode], self.report.backend):
                 logit = row_sum(vectors[pairs_of[0]] * vectors[pairs_of[1]], -1).cpu().numpy()
@@ -160,21 +165,32 @@ class Reranker:
     def rank(self, query: str, documents: Iterable[str], top_k: int | None = None) -> list[Ranked]:
         """The documents by descending logit, the first top_k if given; equal logits by ascending index, NaN last."""
         if top_k is not None:
-            top_k = check.integer("rank", "top_k", top_k, 0, also="None or ")
+            if (count := _integer(top_k)) is None or count < 0:
+                check.fail("rank", "top_k", "None or an integer >= 0", repr(top_k))
+            top_k = count
         documents = _list("rank", "documents", documents, "str", "pass [document]")
         scores = self.score([(query, document) for document in documents])
         logits = scores.logit.tolist()
         order = descending(logits)[:top_k]
         return [Ranked(i, documents[i], logits[i], float(scores.score[i]), float(scores.complement[i])) for i in order]
 
-    def encode(self, texts: Iterable[str], *, progress: bool | None = None, batch_tokens: int = 16384) -> Array:
-        """Embeddings, float32 [n, D], of an embedding model, of length 1 unless its modules.json has no Normalize."""
+    def encode(
+        self, texts: Iterable[str], *, prompt_name: str | None = None, progress: bool | None = None, batch_tokens: int = 16384
+    ) -> Array:
+        """Embeddings, float32 [n, D], of an embedding model, of length 1 unless its modules.json has no Normalize.
+
+        prompt_name: of a prompt of the folder, which is put before each text. Default: the folder's default_prompt_name.
+        """
         if self.kind != "embedding":
             raise TypeError("encode: the model is a cross-encoder, which has no embedding of a single text; use score or rank")
+        prompts = self.settings.prompts
+        if prompt_name is not None:
+            check.choice("encode", "prompt_name", prompt_name, (None, *prompts))
+        prompt = self.settings.default if prompt_name is None else prompts[prompt_name]
         texts = _list("encode", "texts", texts, "str", "pass [text]")
         if not texts:
             return np.zeros((0, self.model.config.hidden_size), np.float32)
-        checked = [_text(text, f"encode: text {i}") for i, text in enumerate(texts)]
+        checked = [prompt + _text(text, f"encode: text {i}") for i, text in enumerate(texts)]
         return self._encode(checked, self.normalise, progress, batch_tokens)
 
     def _encode(self, texts: list[str], normalise: bool, progress: bool | None, batch_tokens: int) -> Array:
@@ -192,22 +208,24 @@ class Reranker:
         run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     ) -> Array:
         """Rows of run(ids, cu_seqlens, token_types), one per text or pair, in the order given."""
-        batch_tokens = check.integer("score", "batch_tokens", batch_tokens, 1)
+        if (count := _integer(batch_tokens)) is None or count < 1:
+            check.fail("score", "batch_tokens", "an integer >= 1", repr(batch_tokens))
         n = len(first)
         first, second = self._bounded(first, second)
-        with _TOKENISING:
-            tokens = self.tokenizer(
-                first, second, truncation=True, max_length=self.max_length, padding=False, return_attention_mask=False
-            )
-        ids, types = tokens["input_ids"], tokens.get("token_type_ids")
+        ids, types = tokenising.tokenise(self.tokenizer, first, second, self.max_length)
+        config = self.model.config
+        tokenising.in_vocabulary(ids, int(config.vocab_size), "ids of the tokenizer", "vocab_size")
+        if types is not None:
+            tokenising.in_vocabulary(types, int(config.type_vocab_size), "token types of the tokenizer", "type_vocab_size")
         device = self._device
         rows: list[Array | None] = [None] * n
         show = n > PROGRESS_FROM and sys.stderr.isatty() if progress is None else progress
         with _bar(n, show) as advance:
-            for batch in _batches([len(i) for i in ids], batch_tokens):
+            for batch in _batches([len(i) for i in ids], count):
                 cu = torch.tensor([0, *np.cumsum([len(ids[i]) for i in batch])], dtype=torch.int32, device=device)
                 flat, kind = (
-                    None if t is None else torch.tensor([n for i in batch for n in t[i]]).to(device) for t in (ids, types)
+                    None if t is None else torch.from_numpy(np.concatenate([t[i] for i in batch])).long().to(device)
+                    for t in (ids, types)
                 )
                 assert flat is not None
                 for i, row in zip(batch, run(flat, cu, kind).cpu().numpy(), strict=True):
@@ -221,7 +239,7 @@ class Reranker:
         if not long:
             return first, second
         if self._rules is None:
-            with _TOKENISING:
+            with tokenising.LOCK:
                 self._rules = bounding.Rules.of(self.tokenizer)
         columns = [list(first)] if second is None else [list(first), list(second)]
         for i in long:
@@ -243,14 +261,34 @@ class Reranker:
         """Where the model is now: it may be moved between two calls."""
         return next(self.model.parameters()).device
 
-    def _length(self, asked: int | None, stored: int | None) -> int:
-        """Tokens per pair: what was asked for, else the least of what the position table, tokenizer and folder allow."""
+    def _length(self, asked: int | None, found: settings.Settings) -> int:
+        """Tokens per pair: what was asked for, else what the folder says, else what the tokenizer says; never more than the
+        position table holds."""
         table = models.max_tokens(self.model)
         special = self.tokenizer.num_special_tokens_to_add(pair=self.kind == "cross-encoder")
+        stored, name = (
+            (found.limit, found.limit_said) if found.limit is not None else (None, "the tokenizer's model_max_length")
+        )
+        longest = min(self.tokenizer.model_max_length, table) if stored is None else stored  # "no limit" is 10^30
         if asked is None:
-            return min(n for n in (table, stored, self.tokenizer.model_max_length) if n is not None)
-        why = ", from the special tokens to the model's positions"
-        return check.integer("Reranker", "max_length", asked, special + 1, table, why=why)
+            whole = isinstance(longest, int | float) and not isinstance(longest, bool) and longest % 1 == 0
+            if not whole or longest <= special:
+                check.fail(
+                    "Reranker", name, f"an integer from {special + 1} on, more than the special tokens", f"{longest!r:.60}"
+                )
+            return int(min(table, longest))
+        if (count := _integer(asked)) is None or not special < count <= table:
+            wanted = f"an integer in [{special + 1}, {table}], from the special tokens to the model's positions"
+            check.fail("Reranker", "max_length", wanted, repr(asked))
+        return count
+
+
+def _integer(value: Any) -> int | None:
+    """NumPy's and torch's integers too; no truth value."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:

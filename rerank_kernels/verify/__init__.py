@@ -19,6 +19,7 @@ from rerank_kernels.models.bound import forward_of
 from rerank_kernels.models.registry import max_tokens
 from rerank_kernels.patching import walk
 from rerank_kernels.scoring.reranker import Reranker
+from rerank_kernels.scoring.tokenising import tokenise
 from rerank_kernels.verify.checks import FINAL, HOME, Call, Floats, Runner, Texts, Tokens, all_checks, build
 from rerank_kernels.verify.controls import Control, mutant_controls, sighted_controls
 from rerank_kernels.verify.fresh import Finals, FreshProcess, request_for, runner_of, scores
@@ -44,6 +45,7 @@ def verify(
     limit: int | None = LIMIT,
     pooling: str = "mean",
     source: str | None = None,
+    trust_remote_code: bool = False,
     mode: str | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> VerifyReport:
@@ -56,6 +58,7 @@ def verify(
     max_length: each text is cut to so many tokens. limit: the first so many different texts are used.
     pooling: how an embedding model's vector is made, "mean" or "cls".
     source: what models.load gets to have the same model in a fresh process; None leaves out the checks in one.
+    trust_remote_code: there the folder's own code may run.
     progress: called with the share of the work that is done.
 
     Raises PatchError for a model that rerank_kernels does not serve, ValueError for fewer than 8 different texts.
@@ -76,7 +79,8 @@ def verify(
         cut = max_length or (room if pairs is not None else 128 if large else 320)
         texts = _texts(model, tokenizer, default_pairs() if pairs is None else pairs, min(cut, room), room, limit)
         setting = Setting.of(model, mode, served_by)
-        return _verify(model, tokenizer, texts, stock, pooling, source, setting, 16 if large else 24, progress)
+        request = None if source is None else request_for(source, model, pooling, stock, setting, trust_remote_code)
+        return _verify(model, tokenizer, texts, stock, pooling, request, setting, 16 if large else 24, progress)
     finally:
         if was is None or forward_of(model) is not was:
             walk.unpatch(model)
@@ -91,7 +95,7 @@ def _verify(
     texts: Texts,
     stock: bool,
     pooling: str,
-    source: str | None,
+    request: dict[str, Any] | None,
     setting: Setting,
     few: int,
     progress: Callable[[float], None] | None,
@@ -99,9 +103,9 @@ def _verify(
     runner = runner_of(model, pooling, stock)
     routes: dict[str, Callable[[Call], Floats]] = {}
     finals: Finals | None = None
-    if source is not None:
-        routes["process"] = FreshProcess(request_for(source, model, pooling, stock, setting), setting, texts, few).answer
-        finals = Finals(request_for(source, model, pooling, stock, setting), setting, model, texts, few)
+    if request is not None:
+        routes["process"] = FreshProcess(request, setting, texts, few).answer
+        finals = Finals(request, setting, model, texts, few)
         routes[FINAL] = finals.answer
     if not stock:
         if model.config.num_labels == 1 or not scores(model):  # type: ignore[union-attr]
@@ -153,9 +157,8 @@ def _texts(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], cut: in
     kept: list[tuple[str, str]] = []
 
     def row(query: str, document: str | None = None) -> int | None:
-        # lists: given one pair, transformers drops an empty document and its separators, given a list it keeps them
-        found = tokenizer([query], None if document is None else [document], truncation=True, max_length=cut)
-        one = {n: list(found[n][0]) for n in ("input_ids", "token_type_ids") if n in found}
+        ids, types = tokenise(tokenizer, [query], None if document is None else [document], cut)
+        one = {"input_ids": ids[0].tolist()} | ({} if types is None else {"token_type_ids": types[0].tolist()})
         key = (*one["input_ids"], *one.get("token_type_ids", ()))
         if key not in rows:
             if limit is not None and len(tokens) >= limit:

@@ -55,11 +55,13 @@ def runner_of(model: nn.Module, pooling: str, stock: bool) -> Runner:
     return runner
 
 
-def request_for(source: str, model: nn.Module, pooling: str, stock: bool, setting: Setting) -> dict[str, Any]:
+def request_for(
+    source: str, model: nn.Module, pooling: str, stock: bool, setting: Setting, trusted: bool = False
+) -> dict[str, Any]:
     """What a fresh process needs to have the same model."""
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     where = {"mode": setting.mode, "device": str(setting.device)}
-    return {"source": source, "dtype": dtype, "pooling": pooling, "stock": stock, **where}
+    return {"source": source, "trusted": trusted, "dtype": dtype, "pooling": pooling, "stock": stock, **where}
 
 
 def _ask(request: dict[str, Any], setting: Setting, variable: str = "") -> list[Floats]:
@@ -177,7 +179,7 @@ def _listed(inputs: Inputs) -> dict[str, Any]:
 def serve_parent() -> None:
     """The fresh process: a request on stdin, the bits of the answers on stdout."""
     request = json.load(sys.stdin)
-    model, _, _ = load(request["source"], getattr(torch, request["dtype"]))
+    model = load(request["source"], getattr(torch, request["dtype"]), request["trusted"]).model
     model.to(request["device"])
     pooling, stock = request["pooling"], request["stock"]
     if not stock:

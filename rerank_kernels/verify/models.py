@@ -29,17 +29,18 @@ class Loaded(NamedTuple):
     model: Any  # not patched
     tokenizer: Any
     pooling: str  # of an embedding model
+    trusted: bool = False  # the folder's own code may run
 
 
-def load(name: str, dtype: torch.dtype | None = None) -> Loaded:
+def load(name: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Loaded:
     """A model folder, or "shape:NAME" for random weights (the same in every process). ValueError says what is wrong with it."""
     if name.startswith(SHAPE):
         return _shape(name.removeprefix(SHAPE), dtype)
     from rerank_kernels.patching.walk import unpatch
 
-    found = Reranker(Path(name), dtype=dtype)
+    found = Reranker(Path(name), dtype=dtype, trust_remote_code=trust_remote_code)
     unpatch(found.model)
-    return Loaded(found.model, found.tokenizer, found.pooling)
+    return Loaded(found.model, found.tokenizer, found.pooling, trust_remote_code)
 
 
 def _shape(name: str, dtype: torch.dtype | None) -> Loaded:

@@ -236,10 +236,10 @@ def test_minilm_ranks_by_cosine_and_encodes_a_text_once(embedding, monkeypatch):
 
 
 def copy_of_minilm(to, **files):
-    """Links, not 90 MB: the folder of MiniLM with some files written anew; None leaves one out."""
+    """The folder of MiniLM with some files written anew; None leaves one out."""
     for file in minilm().iterdir():
         if file.is_file() and file.name not in files:
-            (to / file.name).symlink_to(file)
+            shutil.copy(file, to)
     (to / "1_Pooling").mkdir()
     for name, content in files.items():
         if content is not None:
@@ -272,16 +272,19 @@ def test_cls_pooling_without_normalize(tmp_path):
 
 
 def test_other_modules_and_prompts_are_refused(tmp_path):
-    modules = [*json.loads((minilm() / "modules.json").read_text()), {"idx": 3, "path": "3_Dense", "type": "a.b.Dense"}]
-    (tmp_path / "a").mkdir()
-    with pytest.raises(ValueError, match=r"modules\.json must be Transformer, Pooling and perhaps Normalize, got Dense"):
+    modules = [
+        *json.loads((minilm() / "modules.json").read_text()),
+        {"idx": 3, "path": "3_Dense", "type": "sentence_transformers.models.Dense"},
+    ]
+    (tmp_path / "a" / "3_Dense").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"modules\.json must be Transformer, Pooling and .*, got .*, Dense"):
         rk.Reranker(copy_of_minilm(tmp_path / "a", **{"modules.json": modules}))
     (tmp_path / "b").mkdir()
     files = {
-        "config_sentence_transformers.json": {"default_prompt_name": "query"},
+        "config_sentence_transformers.json": {"default_prompt_name": "question"},
         "1_Pooling/config.json": {"pooling_mode": "mean"},
     }
-    with pytest.raises(ValueError, match="default_prompt_name must be unset, for no prompt is added here, got 'query'"):
+    with pytest.raises(ValueError, match="default_prompt_name must be one of its prompts, query, document, got 'question'"):
         rk.Reranker(copy_of_minilm(tmp_path / "b", **files))
 
 
