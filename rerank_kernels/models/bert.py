@@ -1,4 +1,4 @@
-"""Encoders built like BERT, packed: BERT, RoBERTa, XLM-RoBERTa, with or without ForSequenceClassification.
+"""Encoders built like BERT, packed: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, with or without ForSequenceClassification.
 
 A model type whose modules carry BERT's names is one row in MODEL_TYPES. What differs from stock transformers: embeddings
 and residuals are summed in float32, positions count valid tokens, hidden states at padding are 0, logits are float32.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import check
-from rerank_kernels.models import bert_roles
+from rerank_kernels.models import bert_roles, lora
 from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.heads import ClassificationHead
 from rerank_kernels.models.leaves import activation_of
@@ -35,24 +35,27 @@ class ModelType:
     prefix: str
     base: str  # what the classifier calls its encoder
     first_position: Callable[[Any], int]  # the encoder -> position id of a sequence's first token
-    head: Callable[[Any], ClassificationHead]
+    head: Callable[[Any], ClassificationHead]  # of a classifier
     head_roles: Callable[[str, str], Roles]  # module and prefix of the classes -> what is read of the head
     embeddings: tuple[Assumed, ...]  # what this type alone assumes of its embeddings
+    output: str = "BaseModelOutputWithPoolingAndCrossAttentions"  # of an encoder, in transformers.modeling_outputs
 
 
 def _bert_head(m: Any) -> ClassificationHead:
-    return ClassificationHead(m.bert.pooler.dense, m.classifier, activation_of(m.bert.pooler.activation))
+    pooler = m.bert.pooler
+    return ClassificationHead(pooler.dense, lora.held(m.classifier), activation_of(pooler.activation))
+
+
+def _own_head(m: Any) -> ClassificationHead:
+    """A module of its own: tanh in RoBERTa's, which calls the function itself, and in ELECTRA's what it holds."""
+    own = lora.held(m.classifier)
+    held = getattr(own, "activation", None)
+    return ClassificationHead(own.dense, own.out_proj, "tanh" if held is None else activation_of(held))
 
 
 def _roberta(prefix: str) -> ModelType:
-    return ModelType(
-        prefix,
-        "roberta",
-        lambda encoder: int(encoder.embeddings.padding_idx) + 1,
-        lambda m: ClassificationHead(m.classifier.dense, m.classifier.out_proj, "tanh"),
-        bert_roles.dense_head,
-        (bert_roles.PADDED,),
-    )
+    first = lambda encoder: int(encoder.embeddings.padding_idx) + 1  # noqa: E731
+    return ModelType(prefix, "roberta", first, _own_head, bert_roles.dense_head, (bert_roles.PADDED,))
 
 
 MODEL_TYPES = {
@@ -61,6 +64,16 @@ MODEL_TYPES = {
     ),
     "transformers.models.roberta.modeling_roberta": _roberta("Roberta"),
     "transformers.models.xlm_roberta.modeling_xlm_roberta": _roberta("XLMRoberta"),
+    "transformers.models.camembert.modeling_camembert": _roberta("Camembert"),
+    "transformers.models.electra.modeling_electra": ModelType(
+        "Electra",
+        "electra",
+        lambda _: 0,
+        _own_head,
+        bert_roles.electra_head,
+        (bert_roles.COUNTED,),
+        "BaseModelOutputWithPastAndCrossAttentions",
+    ),
 }
 
 
@@ -83,18 +96,18 @@ def _roles(module: str, name: str) -> Roles:
 
 
 def encoder_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
-    """BertModel and its like, stock arguments: BaseModelOutputWithPoolingAndCrossAttentions."""
-    from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+    """BertModel and its like, stock arguments: its stock output."""
+    from transformers import modeling_outputs
 
     ready(m, roles_of)
     with explained(m, roles_of):
         batch = pack(m, _table(m), args, kwargs)
-        x, pooled = _encode(m, batch.words, batch.types, batch.positions, batch.sequences, batch.states), None
-        if m.pooler is not None:
+        x = _encode(m, batch.words, batch.types, batch.positions, batch.sequences, batch.states)
+        fields = {"last_hidden_state": batch.sequences.unpack(x)}
+        if getattr(m, "pooler", None) is not None:  # ELECTRA has none, nor a place for its output
             first = pool(x, "cls", cu_seqlens=batch.sequences)
-            pooled = dense(m.pooler.dense, first, activation_of(m.pooler.activation))
-        states = batch.sequences.unpack(x)
-    return batch.output(BaseModelOutputWithPoolingAndCrossAttentions, last_hidden_state=states, pooler_output=pooled)
+            fields["pooler_output"] = dense(m.pooler.dense, first, activation_of(m.pooler.activation))
+    return batch.output(getattr(modeling_outputs, _model_type(m).output), **fields)
 
 
 def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
@@ -161,6 +174,8 @@ def _encode(
     total = words.float() + lookup(op, "token_type_ids", types, e.token_type_embeddings).float()
     total = total + lookup(op, "position_ids", positions, e.position_embeddings).float()
     x = norm(e.LayerNorm, total).to(e.word_embeddings.weight.dtype)
+    if hasattr(encoder, "embeddings_project"):  # ELECTRA's, where words are narrower than the layers
+        x = dense(encoder.embeddings_project, x)
     if states is not None:
         states.append(x)
     for layer in encoder.encoder.layer:

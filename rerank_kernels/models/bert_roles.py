@@ -12,7 +12,7 @@ from torch import Tensor
 from rerank_kernels.models.bound import name_of
 from rerank_kernels.models.leaf_roles import ACTIVATION, DROPOUT, LIST, embedding, layer_norm, linear
 from rerank_kernels.models.leaves import ACTIVATIONS
-from rerank_kernels.models.roles import Assumed, Role, Roles, equal, is_scale, off
+from rerank_kernels.models.roles import PEFT, Assumed, Role, Roles, equal, is_scale, off
 
 # The ways in which transformers computes attention, all of them softmax(q kᵀ scale) v; a name that a user registered is none.
 ATTENTION = ("eager", "sdpa", "flash_attention", "flex_attention", "paged|", "kernels-community/")
@@ -42,11 +42,12 @@ def _is(buffer: Tensor, values: Tensor) -> bool:
     return torch.equal(buffer.cpu(), values.to(buffer.dtype))
 
 
+STOCK_ATTENTION = Assumed("config._attn_implementation", "one of transformers' own (eager, sdpa)", _stock_attention)
 MODEL = (
     off("config.is_decoder"),
     off("config.add_cross_attention"),
     equal("config.position_embedding_type", "absolute"),  # transformers 4 has others
-    Assumed("config._attn_implementation", "one of transformers' own (eager, sdpa)", _stock_attention),
+    STOCK_ATTENTION,
 )
 EMBEDDINGS = (
     equal("position_embedding_type", "absolute"),
@@ -77,6 +78,8 @@ def encoder(module: str, prefix: str, embeddings: tuple[Assumed, ...]) -> Roles:
     Sizes: D, the model's; a, all heads together; f, the feed-forward layer. Pruned layers have their own a and f.
     """
 
+    words = "E" if prefix == "Electra" else "D"  # they may be narrower than the layers
+
     def own(*parts: str, **rest: Any) -> Role:
         return Role(frozenset(f"{module}.{prefix}{part}" for part in parts), **rest)
 
@@ -105,11 +108,12 @@ def encoder(module: str, prefix: str, embeddings: tuple[Assumed, ...]) -> Roles:
     return {
         "": own("Model", assumes=MODEL),
         "embeddings": own("Embeddings", assumes=EMBEDDINGS + embeddings),
-        "embeddings.word_embeddings": embedding("V", "D"),
-        "embeddings.position_embeddings": embedding("P", "D"),
-        "embeddings.token_type_embeddings": embedding("T", "D"),
-        "embeddings.LayerNorm": layer_norm("D"),
+        "embeddings.word_embeddings": embedding("V", words),
+        "embeddings.position_embeddings": embedding("P", words),
+        "embeddings.token_type_embeddings": embedding("T", words),
+        "embeddings.LayerNorm": layer_norm(words),
         "embeddings.dropout": DROPOUT,
+        "embeddings_project": replace(linear("D", "E"), optional=True),  # ELECTRA's
         "encoder": own("Encoder"),
         "encoder.layer": LIST,
         **{f"encoder.layer.*{path}": role for path, role in layer.items()},
@@ -134,10 +138,15 @@ def pooler_head(module: str, prefix: str) -> Roles:
     return {"bert.pooler": pooler, "dropout": DROPOUT, "classifier": linear("L", "H")}
 
 
+def electra_head(module: str, prefix: str) -> Roles:
+    """RoBERTa's with an activation that it holds."""
+    return {**dense_head(module, prefix), "classifier.activation": ACTIVATION}
+
+
 def dense_head(module: str, prefix: str) -> Roles:
     """RoBERTa's: a module of its own on the first token, with tanh in its forward."""
     return {
-        "classifier": Role(frozenset({f"{module}.{prefix}ClassificationHead"})),
+        "classifier": Role(frozenset({f"{module}.{prefix}ClassificationHead"}), adapters=PEFT),
         "classifier.dense": linear("C", "D"),
         "classifier.dropout": DROPOUT,
         "classifier.out_proj": linear("L", "C"),

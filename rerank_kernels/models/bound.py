@@ -297,13 +297,20 @@ _NEUTRAL |= {"__annotations__", "__annotate__", "__annotate_func__", "__annotati
 _NEUTRAL |= {"__firstlineno__", "__static_attributes__", "__parameters__", "__orig_bases__", "__type_params__", "config_class"}
 
 
+# Whose modules hold weights in another form than as floats.
+QUANTISERS = (
+    *("bitsandbytes.", "torchao.", "torch.ao.nn.", "transformers.integr", "optimum.quanto.", "quanto.", "hqq.", "awq."),
+    *("auto_gptq.", "gptqmodel.", "auto_round.", "compressed_tensors.", "eetq.", "aqlm.", "vptq.", "quark.", "fbgemm_gpu."),
+)
+
+
 def served_class(cls: Any) -> Any:
     """The nearest ancestor of cls, or cls itself, whose forward computes what that of cls does.
 
     A subclass is its parent where its body overrides nothing: what it adds are methods under new names, which no forward of
     the parent can call. What its __init__ changed is in the instance, where patch() looks.
     """
-    while issubclass(cls, nn.Module) and cls is not nn.Module:
+    while issubclass(cls, nn.Module) and cls is not nn.Module and not cls.__module__.startswith(("peft.", *QUANTISERS)):
         parent: Any = next((c for c in cls.__bases__ if issubclass(c, nn.Module)), nn.Module)
         inherited = {*dir(parent), *(name for c in parent.__mro__ for name in vars(c).get("__annotations__", ()))}
         own = {name: value for c in cls.__mro__ if c not in parent.__mro__ for name, value in vars(c).items()}
@@ -325,6 +332,11 @@ def _wrapped(value: Any, inherited: object) -> bool:
     """Whether a method is the inherited one, in a wrapper that transformers puts around it in each subclass."""
     theirs = getattr(value, "__globals__", {}).get("__name__", "").startswith("transformers.")
     return theirs and inspect.unwrap(value) is inspect.unwrap(inherited)  # type: ignore[arg-type]
+
+
+def whole_name_of(m: object) -> str:
+    """The class of m itself, with where it is from."""
+    return f"{type(m).__module__}.{type(m).__qualname__}"
 
 
 def class_of(m: object) -> str:

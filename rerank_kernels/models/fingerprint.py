@@ -15,16 +15,7 @@ from torch import Tensor
 from torch.nn.modules import module as torch_modules
 
 from rerank_kernels.models.bound import name_of
-from rerank_kernels.models.roles import Roles, places
-
-
-def _own_classes(cls: Any) -> Any:
-    """cls and its ancestors, up to the one whose forward it has."""
-    for c in cls.__mro__:
-        yield c
-        if "forward" in vars(c):
-            return
-
+from rerank_kernels.models.roles import SWITCHES, Roles, own_classes, places
 
 _ALWAYS = ("_forward_hooks", "_forward_pre_hooks", "_modules", "_parameters", "_buffers")
 
@@ -39,7 +30,7 @@ class Fingerprint:
                 attributes = {a.attribute.partition(".")[0] for a in role.assumes} | {
                     n.removesuffix("?") for n in role.parameters
                 }
-                read[m] = read.get(m, {"training", "forward"}) | attributes
+                read[m] = read.get(m, {"training", "forward", *SWITCHES}) | attributes
         self.modules = list(read)
         self.types: list[Any] = list(map(type, self.modules))
         self.dicts = [m.__dict__ for m in self.modules]
@@ -55,7 +46,7 @@ class Fingerprint:
         hooks = [hooks for m in self.modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.unhooked: list[Any] = [h for h in hooks if not h]
         self.live += [h for h in hooks if h]
-        self.live += {c: vars(c) for t in self.types for c in _own_classes(t)}.values()
+        self.live += {c: vars(c) for t in self.types for c in own_classes(t)}.values()
         self.live.append(vars(sys.modules[name_of(root).rpartition(".")[0]]))  # the functions that its classes call
         self.copies = [dict(d) for d in self.live]
         buffers = [b for m in self.modules for b in m._buffers.values() if b is not None]

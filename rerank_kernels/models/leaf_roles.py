@@ -7,8 +7,8 @@ from typing import Any, SupportsFloat
 import torch.nn.functional as F
 
 from rerank_kernels.models.bound import class_of
-from rerank_kernels.models.leaves import ACTIVATIONS
-from rerank_kernels.models.roles import Assumed, Role, equal
+from rerank_kernels.models.leaves import ACTIVATIONS, SLOPE
+from rerank_kernels.models.roles import PEFT, Assumed, Role, equal
 
 _LINEAR = "torch.nn.modules.linear.Linear"
 _NORM = "torch.nn.modules.normalization.LayerNorm"
@@ -29,14 +29,16 @@ def _of_its_weights(shape: Any, m: Any) -> bool:
     return all(p is None or tuple(p.shape) == tuple(shape) for p in (m.weight, m.bias))
 
 
-_EPS = Assumed("eps", "a number >= 0", lambda eps, _: isinstance(eps, SupportsFloat) and float(eps) >= 0, needed=True)
+NUMBER = Assumed("", "a number >= 0", lambda eps, _: isinstance(eps, SupportsFloat) and float(eps) >= 0, needed=True)
+_EPS = NUMBER._replace(attribute="eps")
 _SHAPE = Assumed("normalized_shape", "that of weight and bias", _of_its_weights, needed=True)
 _LAST = Assumed("normalized_shape", "the last dimension alone", lambda shape, _: len(shape) == 1, needed=True)
 _NO_MAXIMUM = equal("max_norm", None)  # with one, a lookup changes the table
 
 
-def linear(n: str, k: str) -> Role:
-    return Role(frozenset({_LINEAR}), parameters={"weight": (n, k), "bias?": (n,)})
+def linear(n: str, k: str, *, adapters: bool = True) -> Role:
+    """adapters: whether the forward reads it by packing.dense or a head, which take those of PEFT too."""
+    return Role(frozenset({_LINEAR}), parameters={"weight": (n, k), "bias?": (n,)}, adapters=PEFT if adapters else frozenset())
 
 
 def layer_norm(d: str) -> Role:
@@ -52,6 +54,7 @@ ACTIVATION = Role(
     frozenset(ACTIVATIONS),
     (
         Assumed("approximate", "'none' or 'tanh'", lambda value, _: value in ("none", "tanh")),
+        Assumed("negative_slope", repr(SLOPE), lambda slope, _: slope == SLOPE),
         Assumed("act", "the gelu that its class gives it", _plain_act),
     ),
 )
@@ -61,7 +64,7 @@ LIST = Role(frozenset({"torch.nn.modules.container.ModuleList", "torch.nn.module
 # Class -> what is read of it where it is called itself.
 ROLES: dict[str, Role] = {
     **{name: ACTIVATION for name in ACTIVATIONS},
-    _LINEAR: linear("N", "K"),
+    _LINEAR: linear("N", "K", adapters=False),
     _NORM: Role(frozenset({_NORM}), (_EPS, _SHAPE), {"weight?": ("...",), "bias?": ("...",)}),
     _SOFTMAX: Role(frozenset({_SOFTMAX}), (Assumed("dim", "a number", lambda dim, _: isinstance(dim, int), needed=True),)),
     _DROPOUT: Role(frozenset({_DROPOUT}), drops="p"),

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models.bound import class_of, served_by
+from rerank_kernels.models import lora
+from rerank_kernels.models.bound import class_of, name_of, served_by
 from rerank_kernels.models.fingerprint import Fingerprint
 from rerank_kernels.models.roles import HOOKS, Problem, Roles, problems
 from rerank_kernels.ops.linear import linear
@@ -132,6 +133,9 @@ def refuse_hooks(m: nn.Module) -> NoReturn:
 
 
 def dense(m: Any, x: Tensor, act: str | None = None) -> Tensor:
+    if lora.is_lora(m):
+        return lora.product(m, x, act)
+    as_patched(m, nn.Linear)
     return linear(x, m.weight, m.bias, activation=act)
 
 
@@ -140,6 +144,12 @@ def norm(m: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
     if weight is None:  # elementwise_affine=False; a product with 1 is exact
         weight = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
     return layer_norm(x, weight, m.bias, m.eps, residual=residual)
+
+
+def as_patched(m: object, cls: type[nn.Module]) -> None:
+    """For who reads the weights of m as a plain layer's: those of an adapter look the same from here."""
+    if name_of(m) != f"{cls.__module__}.{cls.__qualname__}":
+        raise PatchError(f"a {class_of(m)} stands where nn.{cls.__name__} is read; call rk.unpatch(model)")
 
 
 class Table(NamedTuple):

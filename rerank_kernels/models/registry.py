@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models import bert, leaf_roles, leaves, sentence
+from rerank_kernels.models import bert, decoder, leaf_roles, leaves, lora, sentence
 from rerank_kernels.models.bound import class_of, forward_of, hooked, name_of
 from rerank_kernels.models.heads import embedding
 from rerank_kernels.models.packing import explained, ready, refuse_hooks
-from rerank_kernels.models.roles import Problem, overridden, problems, wrong, wrong_weights
+from rerank_kernels.models.roles import PEFT, Problem, overridden, problems, wrong, wrong_weights
 from rerank_kernels.models.served import Served
 from rerank_kernels.ops.pooling import HeadOutput
 from rerank_kernels.ops.sequences import Sequences
 
 # Whole models: an encoder, or a classifier around one.
-ENCODERS: dict[str, Served] = bert.served()
+ENCODERS: dict[str, Served] = bert.served() | decoder.served()
 # Modules inside an encoder, whose weights its forward reads.
-PARTS: frozenset[str] = bert.parts()
+PARTS: frozenset[str] = bert.parts() | decoder.parts() | {lora.LINEAR, lora.SAVED}
 # What is served wherever it stands.
 LEAVES: dict[str, Callable[..., Any]] = leaves.FORWARDS | sentence.FORWARDS
 FORWARDS: dict[str, Callable[..., Any]] = LEAVES | {name: served.forward for name, served in ENCODERS.items()}
@@ -42,22 +42,23 @@ EXACT = {
     "torch.nn.modules.container.ModuleList",
     "torch.nn.modules.container.Sequential",
     "torch.nn.modules.container.ModuleDict",
+    "torch.nn.modules.container.ParameterDict",
     "torch.nn.modules.flatten.Flatten",
     *sentence.TRANSFORMERS,
     COMPILED,
 }
-PREFIXES = tuple(a.prefix for a in bert.MODEL_TYPES.values())
+PREFIXES = tuple(a.prefix for types in (bert.MODEL_TYPES, decoder.MODEL_TYPES) for a in types.values())
 
 
 def problem(m: Any) -> str | None:
     """Why module m, by itself, cannot be served; "" if its class is in no table, None if it can."""
     name = name_of(m)
     if name in ENCODERS or name in PARTS:
-        return overridden(m)
+        return None if name in PEFT else overridden(m)
     if name in sentence.FORWARDS:
         return sentence.sentence_problem(m)
     if name not in LEAVES and name not in EXACT:
-        return ""
+        return f"{name} is not served; {lora.MERGE}" if name.startswith("peft.") else ""
     role = leaf_roles.ROLES.get(name)  # none: its own forward runs, and has nothing of ours in its place
     return None if role is None else wrong(m, role, training=True) or wrong_weights(m, role, {})
 

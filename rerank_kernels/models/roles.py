@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from rerank_kernels import check
-from rerank_kernels.models.bound import Forward, class_of, held_forward, hooked, name_of, served_class
+from rerank_kernels.models import lora
+from rerank_kernels.models.bound import QUANTISERS, Forward, class_of, held_forward, hooked, name_of, served_class
 
 
 class Assumed(NamedTuple):
@@ -51,6 +52,8 @@ class Role:
     classes: names as name_of gives them; a subclass that overrides nothing counts as its parent.
     parameters: name -> sizes. A size is a number, or a name for what is the same at all places; a name in lower case is the
     same within one member of a list of modules only; "..." is any shape. A parameter whose name ends in "?" may be None.
+    An adapter around a Linear, and PEFT's wrapper around a head, may stand where the role says so (lora.py).
+
     drops: the attribute that says how much is dropped at random in training, for modules that do.
     """
 
@@ -59,8 +62,15 @@ class Role:
     parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     optional: bool = False
     drops: str | None = None
+    adapters: frozenset[str] = frozenset()  # classes of PEFT that may stand around what stands here
+    ask: Callable[[Any], str | None] | None = None  # what else may stand in the way, in its own words
 
 
+PEFT = frozenset({lora.LINEAR, lora.SAVED})
+# A module in one of those: lora.py says at each call which of them count, and reads them then.
+INSIDE = Role(frozenset(), parameters={"weight?": ("...",), "bias?": ("...",)})
+# What says which of them count.
+SWITCHES = ("_active_adapter", "active_adapters", "_disable_adapters", "disable_adapters")
 Roles = Mapping[str, Role]  # path below the model -> role; "*" in a path: every member of a list of modules
 ABSENT = object()
 HOOKS = "forward hooks"  # what a problem with them ends in
@@ -108,19 +118,29 @@ def places(root: Any, roles: Roles) -> Iterator[tuple[str, str, Any, Role]]:
             ]
         for path, scope, m in found:
             yield path, scope, m, role
+            if name_of(m) in PEFT:
+                yield from ((f"{path}.{inner}", scope, module, INSIDE) for inner, module in m.named_modules() if inner)
+                if lora.held(m) is not m:
+                    yield path, scope, lora.held(m), role
 
 
 def _held(m: Any, name: str) -> Any:
     """The module that m's own forward would find: an attribute may hide a module of the same name."""
-    held = getattr(m, name, None)
+    held = getattr(lora.held(m), name, None)
     return held if isinstance(held, nn.Module) else None
 
 
 def wrong(m: Any, role: Role, *, training: bool = False) -> str | None:
     """Why m, its parameters aside, is not what `role` says; None if it is."""
-    if name_of(m) not in role.classes:
+    if role is INSIDE:
+        return None
+    if name_of(m) not in role.classes | role.adapters:
         return f"{_readable(role.classes)} must stand here"
+    if name_of(m) in PEFT:
+        return lora.problem(m) if name_of(m) == lora.LINEAR else lora.saved_problem(m)
     if (why := overridden(m)) is not None:
+        return why
+    if role.ask is not None and (why := role.ask(m)) is not None:
         return why
     for attribute, wanted, holds, needed in role.assumes:
         value: Any = m
@@ -145,11 +165,12 @@ def overridden(m: Any) -> str | None:
         served = served_class(served)
         if name != f"{served.__module__}.{served.__qualname__}":
             return "its class overrides more than when it was first seen"
-    package = served.__module__.partition(".")[0]
-    for method, value in vars(served).items():
-        theirs = getattr(value, "__module__", None)
-        if callable(value) and isinstance(theirs, str) and theirs.partition(".")[0] != package:
-            return f"{method} of its class was replaced by one of {theirs}"
+    for c in own_classes(served):
+        package = c.__module__.partition(".")[0]
+        for method, value in vars(c).items():
+            theirs = getattr(value, "__module__", None)
+            if callable(value) and isinstance(theirs, str) and theirs.partition(".")[0] != package:
+                return f"{method} of its class was replaced by one of {theirs}"
     return _shadowing(m, served)
 
 
@@ -157,10 +178,24 @@ def overridden(m: Any) -> str | None:
 _CALLED = {"_call_impl", "_wrapped_call_impl", "get_extended_attention_mask", "invert_attention_mask", "get_head_mask"}
 
 
+def own_classes(cls: Any) -> Iterator[Any]:
+    """cls and its ancestors, up to the one whose forward it has; not nn.Module, to which libraries add methods of their own."""
+    for c in cls.__mro__:
+        if c is nn.Module:
+            return
+        yield c
+        if "forward" in vars(c):
+            return
+
+
 def _shadowing(m: Any, served: Any) -> str | None:
     """A method of its own that m has in its __dict__, besides forward, and that its class's forward may call."""
     for name, value in m.__dict__.items():
-        if callable(value) and name != "forward" and (name in _CALLED or callable(vars(served).get(name))):
+        if (
+            callable(value)
+            and name != "forward"
+            and (name in _CALLED or any(callable(vars(c).get(name)) for c in own_classes(served)))
+        ):
             return f"has a {name} of its own in its __dict__"
     return None
 
@@ -188,17 +223,12 @@ def own_forward(m: Any) -> str:
 
 ONE_DEVICE = "move all of the model to one device, or load it without device_map"
 FLOAT_CHECKPOINT = "load the float checkpoint of it, or call model.dequantize() where the quantiser can"
-# Whose modules hold weights in another form than as floats.
-_QUANTISERS = (
-    *("bitsandbytes.", "torchao.", "torch.ao.nn.", "transformers.integr", "optimum.quanto.", "quanto.", "hqq.", "awq."),
-    *("auto_gptq.", "gptqmodel.", "auto_round.", "compressed_tensors.", "eetq.", "aqlm.", "vptq.", "quark.", "fbgemm_gpu."),
-)
 
 
 def quantised(m: Any) -> bool:
     """Whether a module whose class stands in no table is a quantiser's."""
     floats = [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-    return name_of(m).startswith(_QUANTISERS) or any(t.dtype in _CODES for t in floats)
+    return name_of(m).startswith(QUANTISERS) or any(t.dtype in _CODES for t in floats)
 
 
 _CODES = {torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2}
@@ -209,6 +239,8 @@ Sizes = dict[tuple[str, str], tuple[int, str]]  # (list member or "", name of a 
 
 def wrong_weights(m: Any, role: Role, sizes: Sizes, scope: str = "", prefix: str = "") -> str | None:
     """Why a parameter of m cannot be read; None if all can."""
+    if name_of(m) in PEFT:
+        m = getattr(m, "base_layer", None) or lora.held(m)
     for key, names in role.parameters.items():
         name = key.removesuffix("?")
         p: Any = getattr(m, name, None)

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rerank_kernels.models.heads import ClassificationHead
 from rerank_kernels.models.roles import Roles
+from rerank_kernels.ops.pooling import HeadOutput
 from rerank_kernels.ops.sequences import Sequences
+
+Head = Callable[[Tensor, Sequences], HeadOutput]  # [total, D] -> logits and scores, float32 [B, L]
 
 
 @dataclass(frozen=True)
@@ -19,4 +21,4 @@ class Served:
     roles: Callable[[Any], Roles]  # the module -> what the forward reads of what is below it
     packed: Callable[[Any, Tensor, Sequences, Tensor | None], Tensor]  # (module, ids, sequences, token types) -> [total, D]
     max_tokens: Callable[[Any], int]  # the module -> the longest sequence it takes
-    head: Callable[[Any], ClassificationHead] | None = None  # the module -> its head; None: an encoder alone
+    head: Callable[[Any], Head] | None = None  # the module -> its head; None: an encoder alone

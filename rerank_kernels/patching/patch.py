@@ -25,11 +25,14 @@ def patch(obj: Any, mode: str = "portable", strict: bool = True, *, backend: str
     methods of the object, and what stays the system's own.
 
     obj: one of
-    - a model of transformers 4.57 or 5, also behind torch.compile: BERT, RoBERTa or XLM-RoBERTa, with or without
-      ForSequenceClassification;
+    - a model of transformers 4.57 or 5, also behind torch.compile: BERT, RoBERTa, XLM-RoBERTa, CamemBERT or ELECTRA,
+      with or without ForSequenceClassification;
+    - such a model with LoRA adapters, or PEFT's PeftModel around it;
     - a container of plain leaves: nn.Linear, nn.LayerNorm, activations;
     - sentence-transformers' CrossEncoder and SentenceTransformer;
-    - FlagEmbedding's FlagReranker;
+    - FlagEmbedding's FlagReranker and FlagModel;
+    - LangChain's HuggingFaceEmbeddings and HuggingFaceCrossEncoder, LlamaIndex's HuggingFaceEmbedding and
+      SentenceTransformerRerank;
     - Haystack's TransformersSimilarityRanker and SentenceTransformersSimilarityRanker, before warm_up() or after it;
     - Infinity's AsyncEngineArray, SyncEngineArray and AsyncEmbeddingEngine.
 

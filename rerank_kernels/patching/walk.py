@@ -222,4 +222,8 @@ NO_MODEL = {
 }
 HELP = "help(rk.patch) names what is taken"
 # patch of patch.py takes these
-HOLDERS = {"SentenceTransformer": "model[0].auto_model", "OptimizedModule": "model._orig_mod"}
+HOLDERS = {
+    "SentenceTransformer": "model[0].auto_model",
+    "PeftModel": "model.base_model.model",
+    "OptimizedModule": "model._orig_mod",
+}

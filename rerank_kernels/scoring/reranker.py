@@ -71,8 +71,8 @@ class Reranker:
     model that is patched already, else "portable".
     backend: the one that serves this model, as in rk.patch.
     kind: "cross-encoder" or "embedding". Default: what the folder or the model's architecture says. An embedding model pools
-    as its sentence-transformers files say (mean or cls), by the mean if there are none. Every other setting of these files
-    is served too, or refused by name (docs/SYSTEMS.md).
+    as its sentence-transformers files say (rk.pool names the modes), by the mean if there are none. Every other setting of
+    these files is served too, or refused by name (docs/SYSTEMS.md).
     trust_remote_code: code that lies in the folder may run, for a model or tokenizer that needs it. Read it first.
 
     Raises ValueError or TypeError for arguments and folders that do not fit, PatchError for a model type that is not served.

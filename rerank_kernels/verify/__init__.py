@@ -56,7 +56,7 @@ def verify(
     stock: measure it unpatched.
     mode: the numeric mode whose promises are checked. Default: that of a model that is patched already, else "portable".
     max_length: each text is cut to so many tokens. limit: the first so many different texts are used.
-    pooling: how an embedding model's vector is made, "mean" or "cls".
+    pooling: how an embedding model's vector is made, one of pool's modes.
     source: what models.load gets to have the same model in a fresh process; None leaves out the checks in one.
     trust_remote_code: there the folder's own code may run.
     progress: called with the share of the work that is done.
