@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+import operator
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,6 +14,18 @@ FLOAT_NAMES = "float32, float16 or bfloat16"
 
 def fail(op: str, argument: str, wanted: str, came: object, hint: str = "") -> NoReturn:
     raise ValueError(f"{op}: {argument} must be {wanted}, got {came}{'; ' + hint if hint else ''}")
+
+
+def integers(op: str, name: str, value: Any) -> tuple[int, ...]:
+    """One integer or several, of any type that is one by itself."""
+    try:
+        return (operator.index(value),)
+    except TypeError:
+        pass
+    try:
+        return tuple(map(operator.index, value))
+    except TypeError:
+        fail(op, name, "an integer, or several", repr(value))
 
 
 def shape_of(t: Tensor) -> str:

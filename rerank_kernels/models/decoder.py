@@ -10,6 +10,7 @@ they have in the whole sequence. The cache holds what stock's would, and zeros a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models import lora, packing, rope
+from rerank_kernels.models import decoder_roles, lora, packing, rope
 from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.caches import Keys, chosen, length, valid
-from rerank_kernels.models.leaves import ACTIVATIONS, activation_of
-from rerank_kernels.models.packing import as_patched, dense, lookup, ready
+from rerank_kernels.models.leaves import activation_of
+from rerank_kernels.models.packing import as_patched, dense, explained, lookup, ready
+from rerank_kernels.models.roles import Roles
 from rerank_kernels.models.served import Served
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import activation
@@ -79,31 +81,34 @@ def decoder_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     """LlamaModel and its like, stock arguments: BaseModelOutputWithPast."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
-    ready(m)
-    batch, _ = _pack(m, m, args, kwargs, cached=True)
-    return _output(m, batch, BaseModelOutputWithPast, last_hidden_state=batch.new.unpack(_decode(m, batch)))
+    ready(m, roles_of)
+    with explained(m, roles_of):
+        batch, _ = _pack(m, m, args, kwargs, cached=True)
+        return _output(m, batch, BaseModelOutputWithPast, last_hidden_state=batch.new.unpack(_decode(m, batch)))
 
 
 def causal_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     """LlamaForCausalLM and its like, stock arguments: CausalLMOutputWithPast with float32 logits."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    ready(m)
-    batch, given = _pack(m, _enter(m), args, kwargs, cached=True)
-    x = batch.new.unpack(_decode(m.base_model, batch))
-    kept = _kept(m, x, given.get("logits_to_keep", 0))
-    logits = dense(lora.held(m.lm_head), kept, out_dtype=torch.float32)
-    return _output(m, batch, CausalLMOutputWithPast, logits=logits)
+    ready(m, roles_of)
+    with explained(m, roles_of):
+        batch, given = _pack(m, _enter(m), args, kwargs, cached=True)
+        x = batch.new.unpack(_decode(m.base_model, batch))
+        kept = _kept(m, x, given.get("logits_to_keep", 0))
+        logits = dense(lora.held(m.lm_head), kept, out_dtype=torch.float32)
+        return _output(m, batch, CausalLMOutputWithPast, logits=logits)
 
 
 def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     """LlamaForSequenceClassification and its like, stock arguments: SequenceClassifierOutputWithPast with float32 logits."""
     from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-    ready(m)
-    batch, _ = _pack(m, _enter(m), args, kwargs, cached=False)
-    logit = _head(m)(_decode(m.base_model, batch), batch.new).logit
-    return _output(m, batch, SequenceClassifierOutputWithPast, logits=logit)
+    ready(m, roles_of)
+    with explained(m, roles_of):
+        batch, _ = _pack(m, _enter(m), args, kwargs, cached=False)
+        logit = _head(m)(_decode(m.base_model, batch), batch.new).logit
+        return _output(m, batch, SequenceClassifierOutputWithPast, logits=logit)
 
 
 def packed_forward(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None) -> Tensor:
@@ -208,7 +213,7 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
     if (ids is None) == (embeds is None):
         raise ValueError(f"{op}: exactly one of input_ids [B, T] and inputs_embeds [B, T, D] must be given")
     if ids is None:
-        check.shape(op, "inputs_embeds", embeds, "B", "T", decoder.embed_tokens.embedding_dim)
+        check.shape(op, "inputs_embeds", embeds, "B", "T", decoder.embed_tokens.weight.shape[1])
     else:
         check.shape(op, "input_ids", ids, "B", "T")
     b, t = (embeds if ids is None else ids).shape[:2]
@@ -314,7 +319,7 @@ def _output(m: Any, batch: Batch, cls: Any, **fields: Any) -> Any:
 
 
 def _type(m: Any) -> ModelType:
-    return MODEL_TYPES[type(m).__module__]
+    return MODEL_TYPES[name_of(m).rpartition(".")[0]]
 
 
 def _norm(kind: ModelType, m: Any, x: Tensor) -> Tensor:
@@ -367,10 +372,10 @@ def _feed_forward(m: Any, x: Tensor, residual: Tensor) -> Tensor:
         )  # fmt: skip
         return (residual.float() + y.float()).to(residual.dtype)
     split = x.device.type == "cpu" and not traced() and x.shape[0] > TOKENS_AT_ONCE
-    parts = zip(x.split(TOKENS_AT_ONCE), residual.split(TOKENS_AT_ONCE), strict=True) if split else ((x, residual),)
+    pieces = zip(x.split(TOKENS_AT_ONCE), residual.split(TOKENS_AT_ONCE), strict=True) if split else ((x, residual),)
     done = [
         dense(m.down_proj, activation(dense(m.gate_proj, part), act, up=dense(m.up_proj, part)), residual=r)
-        for part, r in parts
+        for part, r in pieces
     ]
     return done[0] if len(done) == 1 else torch.cat(done)
 
@@ -385,15 +390,17 @@ def problem(m: Any) -> str | None:
     return rope.problem(m.config)
 
 
-def _mlp_problem(m: Any) -> str | None:
-    return (
-        None
-        if name_of(m.act_fn) in ACTIVATIONS
-        else f"activation {getattr(m.act_fn, '__name__', class_of(m.act_fn))} is unknown"
-    )
+def roles_of(m: Any) -> Roles:
+    """What is read of a decoder, and of what is around it."""
+    return _roles(*name_of(m).rsplit(".", 1))
 
 
-_PARTS = "DecoderLayer Attention RMSNorm RotaryEmbedding TextScaledWordEmbedding"
+@functools.cache
+def _roles(module: str, name: str) -> Roles:
+    a = MODEL_TYPES[module]
+    inside = decoder_roles.decoder(module, a.prefix, a.eps, problem)
+    head = decoder_roles.HEADS.get(name.removeprefix(a.prefix))
+    return inside if head is None else decoder_roles.around(module, name, inside, head)
 
 
 def served() -> dict[str, Served]:
@@ -401,19 +408,21 @@ def served() -> dict[str, Served]:
     found: dict[str, Served] = {}
     for module, a in MODEL_TYPES.items():
         found |= {
-            f"{module}.{a.prefix}Model": Served(decoder_forward, problem, packed_forward, max_tokens),
-            f"{module}.{a.prefix}ForCausalLM": Served(causal_forward, problem, packed_forward, max_tokens),
+            f"{module}.{a.prefix}Model": Served(decoder_forward, roles_of, packed_forward, max_tokens),
+            f"{module}.{a.prefix}ForCausalLM": Served(causal_forward, roles_of, packed_forward, max_tokens),
             f"{module}.{a.prefix}ForSequenceClassification": Served(
-                classifier_forward, problem, packed_forward, max_tokens, _head
+                classifier_forward, roles_of, packed_forward, max_tokens, _head
             ),
         }
     return found
 
 
-def parts() -> dict[str, Callable[[Any], str | None] | None]:
-    """Exact class of a module inside -> what could stand in its way."""
-    found: dict[str, Callable[[Any], str | None] | None] = {}
-    for module, a in MODEL_TYPES.items():
-        found |= dict.fromkeys(f"{module}.{a.prefix}{part}" for part in _PARTS.split())
-        found[f"{module}.{a.prefix}MLP"] = _mlp_problem
-    return found
+def parts() -> frozenset[str]:
+    """Classes of modules inside, which a decoder's forward reads and never calls; nothing by themselves."""
+    return frozenset(
+        name
+        for module, a in MODEL_TYPES.items()
+        for role in _roles(module, f"{a.prefix}Model").values()
+        for name in role.classes
+        if name.startswith(f"{module}.{a.prefix}") and name not in served()
+    )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models.bound import Forward, class_of, hooked, name_of
+from rerank_kernels.models.bound import Forward, class_of, hooked, name_of, whole_name_of
 from rerank_kernels.ops.linear import activation, linear
 from rerank_kernels.ops.opaque import opaque
 
@@ -36,7 +36,7 @@ def is_lora(m: object) -> bool:
 def problem(m: Any) -> str | None:
     """Why a layer of class LINEAR, with the adapters that are active now, cannot be served; None if it can."""
     if type(m.base_layer) is not nn.Linear:
-        return f"its base_layer is a {name_of(m.base_layer)}; {MERGE}"
+        return f"its base_layer is a {whole_name_of(m.base_layer)}; {MERGE}"
     if m.disable_adapters and m.merged:
         return "its adapters are disabled and merged, and the next stock call would unmerge them; call unmerge_adapter() first"
     for name in _active(m):
@@ -47,7 +47,7 @@ def problem(m: Any) -> str | None:
             return f"fan_in_fan_out is set; {MERGE}"
         for inner in (m.lora_A[name], m.lora_B[name]):
             if type(inner) is not nn.Linear:
-                return f"adapter {name!r} holds a {name_of(inner)}; {MERGE}"
+                return f"adapter {name!r} holds a {whole_name_of(inner)}; {MERGE}"
         if m.lora_dropout[name].training and getattr(m.lora_dropout[name], "p", 0.0):
             return f"the dropout of adapter {name!r} is set to train; call model.eval()"
         if any(map(_watched, (m.lora_A[name], m.lora_B[name], m.lora_dropout[name]))):

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rerank_kernels.models.roles import Roles
 from rerank_kernels.ops.pooling import HeadOutput
 from rerank_kernels.ops.sequences import Sequences
 
@@ -17,7 +18,7 @@ Head = Callable[[Tensor, Sequences], HeadOutput]  # [total, D] -> logits and sco
 @dataclass(frozen=True)
 class Served:
     forward: Callable[..., Any]  # the module and the arguments of its stock forward -> its stock output
-    problem: Callable[[Any], str | None]  # the module -> why it cannot be served, None if it can
+    roles: Callable[[Any], Roles]  # the module -> what the forward reads of what is below it
     packed: Callable[[Any, Tensor, Sequences, Tensor | None], Tensor]  # (module, ids, sequences, token types) -> [total, D]
     max_tokens: Callable[[Any], int]  # the module -> the longest sequence it takes
     head: Callable[[Any], Head] | None = None  # the module -> its head; None: an encoder alone

@@ -22,6 +22,8 @@ from rerank_kernels.backend import modes, registry
 from rerank_kernels.ops.opaque import opaque
 from rerank_kernels.ops.sequences import Sequences, taken
 
+MOST_IN_A_HEAD = 256  # in mode tensor
+
 
 @opaque(
     lambda q, *_, **__: q.new_empty(q.shape),
@@ -95,8 +97,8 @@ def attention(
         check.fail("attention", "scale", "finite and not 0 as a float32", scale)
 
     numeric = modes.resolve("attention", mode, q=q, k=k, v=v)
-    if numeric == modes.TENSOR and d > 256:
-        raise ValueError(f"attention: D must be at most 256 in mode 'tensor', got {d}; take mode='portable'")
+    if numeric == modes.TENSOR and d > MOST_IN_A_HEAD:
+        raise ValueError(f"attention: D must be at most {MOST_IN_A_HEAD} in mode 'tensor', got {d}; take mode='portable'")
     serve = registry.select("attention", q.device, numeric)
     if cu_seqlens is not None:
         cu, cu_k = taken("attention", "cu_seqlens", cu_seqlens, q.shape[0], q.device), None

@@ -104,7 +104,13 @@ class Reranker:
         if isinstance(model_or_path, nn.Module):
             if tokenizer is None:
                 raise TypeError("Reranker: tokenizer must be given with a loaded model; or pass the path of its folder")
-            self.model, self.kind = model_or_path, kind or settings.kind_of([type(model_or_path).__name__])
+            has = models.kind(model_or_path)
+            self.model, self.kind = model_or_path, kind or has or settings.kind_of([type(model_or_path).__name__])
+            if has not in (None, self.kind):
+                came = f"{kind!r}; its class is {type(model_or_path).__name__}"
+                check.fail(
+                    "Reranker", "kind", f"{has!r}, or left out, for this model", came, "load the class for the other kind"
+                )
         elif isinstance(model_or_path, str | Path):
             found = settings.read(Folder(Path(model_or_path)), kind)
             self.kind = found.kind
