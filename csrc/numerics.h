@@ -181,7 +181,46 @@ RK_FN F relu_of(F x) {
     return select(lt(x, F(0.0f)), F(0.0f), x);
 }
 
-enum Activation : int { NONE = 0, GELU = 1, GELU_TANH = 2, TANH = 3, RELU = 4, SILU = 5, SIGMOID = 6 };
+// x sigmoid(1.702 x).
+template <class F>
+RK_FN F quick_gelu_of(F x) {
+    return x * sigmoid_of(x * F(0x1.b3b646p+0f));
+}
+
+template <class F>
+RK_FN F relu2_of(F x) {
+    const F r = relu_of(x);
+    return r * r;
+}
+
+// x < 0 -> 0.01 x, else x.
+template <class F>
+RK_FN F leaky_relu_of(F x) {
+    return select(lt(x, F(0.0f)), x * F(0x1.47ae14p-7f), x);
+}
+
+// x tanh(log(1 + exp x)), where tanh is (a^2 - 1) / (a^2 + 1) of a = 1 + exp x, with e = exp(-|x|): for x < 0 it is
+// n / (n + 2), n = e (e + 2), else n / (n + 2 e^2), n = 1 + 2 e. All terms are positive: nothing cancels.
+template <class F>
+RK_FN F mish_of(F x) {
+    const F e = exp_of_negative(F(0.0f) - abs_of(x));
+    const F below = e * (e + F(2.0f)), above = F(1.0f) + (e + e), n = select(lt(x, F(0.0f)), below, above);
+    return x * (n / (n + select(lt(x, F(0.0f)), F(2.0f), (e + e) * e)));
+}
+
+enum Activation : int {
+    NONE = 0,
+    GELU = 1,
+    GELU_TANH = 2,
+    TANH = 3,
+    RELU = 4,
+    SILU = 5,
+    SIGMOID = 6,
+    QUICK_GELU = 7,
+    RELU2 = 8,
+    LEAKY_RELU = 9,
+    MISH = 10
+};
 
 template <class F>
 RK_FN F activate(Activation kind, F x) {
@@ -192,6 +231,10 @@ RK_FN F activate(Activation kind, F x) {
         case RELU: return relu_of(x);
         case SILU: return silu_of(x);
         case SIGMOID: return sigmoid_of(x);
+        case QUICK_GELU: return quick_gelu_of(x);
+        case RELU2: return relu2_of(x);
+        case LEAKY_RELU: return leaky_relu_of(x);
+        case MISH: return mish_of(x);
         default: return x;
     }
 }

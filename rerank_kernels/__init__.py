@@ -5,7 +5,10 @@ A public name loads its module, and with it torch, when it is first asked for: `
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 from rerank_kernels.names import OPS
@@ -74,3 +77,39 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _ready_for_saved_graphs() -> None:
+    """Makes the ops that a graph saved by torch.jit or torch.export calls: importing this package is enough to load one."""
+    for home in {*_HOME.values(), "models.packing"}:
+        if home.startswith(("ops.", "models.")):
+            importlib.import_module(f"{__name__}.{home}")
+    importlib.import_module(f"{__name__}.ops.opaque").register_all()
+
+
+class _WhenTorchIsImported:
+    """On sys.meta_path until torch is imported: this package does not import it, and its graphs have to be ready by then."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "torch":
+            return None
+        sys.meta_path.remove(cls)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None or not hasattr(spec.loader, "exec_module"):
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            with contextlib.suppress(Exception):  # a torch that does not fit must not fail here: our first use says why
+                _ready_for_saved_graphs()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if hasattr(sys.modules.get("torch"), "library"):
+    _ready_for_saved_graphs()
+else:
+    sys.meta_path.insert(0, _WhenTorchIsImported)

@@ -133,7 +133,8 @@ U = 2.0**-24  # half an ulp of 1 in float32
 TINY = 2.0**-149  # the smallest step of float32, for what underflows
 # Errors of act(v) in units of U * |act(v)|, without what v itself brings in. gelu_tanh adds the rounding of exp's argument.
 ACTIVATION_UNITS = {"relu": 0.0, "tanh": 8.0, "sigmoid": 8.0, "silu": 8.0, "gelu": 16.0, "gelu_tanh": 8.0}
-STEEPEST = 1.13  # largest derivative of any activation (gelu)
+ACTIVATION_UNITS |= {"quick_gelu": 8.0, "relu2": 2.0, "leaky_relu": 4.0, "mish": 16.0}
+STEEPEST = 1.13  # largest derivative of any activation (gelu) but relu2
 
 
 class Near(NamedTuple):
@@ -177,8 +178,11 @@ def near_activation(v: Near, kind: str | None) -> Near:
     units = torch.full_like(y, ACTIVATION_UNITS[kind])
     if kind == "gelu_tanh":
         units = units + 8.0 * (v.value + 0.044715 * v.value**3).abs()
+    if kind == "quick_gelu":
+        units = units + 8.0 * v.value.abs()
+    steepest = 2.0 * v.value.abs() + v.slack if kind == "relu2" else STEEPEST
     # below 2^-126 the factor beside v (Φ, σ) has no more than the smallest steps of float32, and v multiplies their error
-    return Near(y, STEEPEST * v.slack + units * U * y.abs() + TINY * (1.0 + v.value.abs()))
+    return Near(y, steepest * v.slack + units * U * y.abs() + TINY * (1.0 + v.value.abs()))
 
 
 def near_add(a: Near, b: Tensor) -> Near:
@@ -287,7 +291,7 @@ def _near_attention(case: Case, a: Tensors) -> tuple[Near, ...]:
 def _near_pool(case: Case, a: Tensors) -> tuple[Near, ...]:
     cu, mode = offsets(case.lengths), case.options["mode"]
     value = TRUTHS["pool"](a["x"], mode, cu_seqlens=cu)
-    if mode == "cls":
+    if mode not in ("mean", "weightedmean"):
         return (exact(value),)
     units = torch.tensor([steps(n) for n in case.lengths], dtype=torch.float64)[:, None]
     return (Near(value, units * U * TRUTHS["pool"](a["x"].abs(), mode, cu_seqlens=cu)),)
@@ -459,6 +463,7 @@ CASES: list[Case] = [
     _linear(1024, 1),
     _linear(1025, 40, "gelu_tanh"),
     _linear(1536, 24, out_dtype=torch.float32),
+    *(_linear(40, 24, kind) for kind in ("quick_gelu", "relu2", "leaky_relu", "mish")),
     _bmm(1, 1, 1),
     _bmm(5, 513, 3),
     _bmm(17, 100, 40),
@@ -483,8 +488,10 @@ CASES: list[Case] = [
     # a chunk; more queries than keys, so that some see none; no queries; no keys; as many of both
     _attention(32, (2, 1), (3, 9, 0, 4, 2), (70, 5, 6, 0, 2), window=(40, 3)),
     _attention(8, (2, 2), (5, 9, 2), (65, 4, 0)),  # cross-attention
-    *(_pool(d, mode) for d in (1, 33, 384) for mode in POOL_MODES),
+    *(_pool(d, mode) for d in (1, 33, 384) for mode in ("cls", "mean")),
     _pool(48, "mean", out_dtype=torch.float32),
+    *(_pool(33, mode) for mode in POOL_MODES[2:]),
+    _pool(7, "weightedmean", (600, 3, 0, 513), torch.float32),  # more than a chunk of 512 tokens
     Case("sigmoid", "33", {"x": (33,)}),
     _score_head(384, 384, 1),
     _score_head(100, 33, 3, "gelu"),

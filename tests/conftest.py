@@ -33,8 +33,8 @@ sys.path.append(str(Path(__file__).parent.parent))
 import browser
 from cases import DTYPES
 from invariants import force_isa
-from ptxsim import served
 from rerank_kernels.backend import registry
+from simulated import served
 
 os.environ.pop("COLUMNS", None)  # pytest-xdist's word, which the commands would take for the user's
 # A shell that starts the tests in the background, or nohup, has them ignore these, and the commands that tests interrupt too.

@@ -15,13 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
+import lora
 import models
 import rerank_kernels as rk
 import systems
 from cases import DTYPES, numbers
-from models import CORPUS, FAMILIES, padded
+from models import CORPUS, DECODERS, FAMILIES, padded
 from rerank_kernels.models import registry as served
+from rerank_kernels.ops.pooling import POOL_MODES
 
 Run = Callable[[], list[Tensor]]
 
@@ -75,6 +78,54 @@ def _forward(family: str, head: bool, dtype: torch.dtype) -> Run:
         else:
             packed = [served.packed_embeddings(own, flat, cu, pooling=pooling) for pooling in ("mean", "cls")]
         return [t for one in (*found, *packed) for t in (one if isinstance(one, tuple) else (one,))]
+
+    return run
+
+
+def _lora(family: str, dtype: torch.dtype) -> Run:
+    """Adapters on layers and in a head of RoBERTa's, two at once; and a head of the adapter's own."""
+    own = lora.adapted(model(family), ("query", "value", "dense"), saves=family == "bert")
+    with torch.no_grad():
+        for name, p in own.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                p.copy_(numbers(name, tuple(p.shape), torch.float32, 2.0**-3))
+    own.to(dtype)
+    rk.patch(own)
+    batch = padded(
+        [ids % (models.VOCABULARY - 8) + 8 for ids in models.rows(LENGTHS)], own.base_model.model.config.pad_token_id
+    )
+
+    def run() -> list[Tensor]:
+        made = []
+        for names in (("default",), ("other",), () if family == "bert" else ("default", "other")):
+            own.set_adapter(*names)
+            made.append(own(**batch).logits)
+        return made
+
+    return run
+
+
+def _decoder(kind: str, dtype: torch.dtype) -> Run:
+    """Whole, cached in chunks and greedily generated; a head; the cache that forgets what a window hides."""
+    own, headed = (models.decoder(kind, cls=cls, num_labels=1) for cls in ("ForCausalLM", "ForSequenceClassification"))
+    for one in (own, headed):
+        with torch.no_grad():
+            for name, p in one.named_parameters():
+                p.copy_(numbers(name, tuple(p.shape), torch.float32, 2.0**-3))
+                if "norm" in name and kind != "gemma":
+                    p.add_(1.0)
+        one.to(dtype)
+        rk.patch(one)
+    rows = models.rows(LENGTHS)
+    flat, cu = torch.cat(rows), torch.tensor([0, *np.cumsum(LENGTHS)], dtype=torch.int32)
+    left, right, long = padded(rows, 0, left=True, to=80), padded(rows, 0), rows[3][None]
+
+    def run() -> list[Tensor]:
+        made = [own(**left, use_cache=False).logits, own(**right, output_hidden_states=True).hidden_states[-1]]
+        cache = DynamicCache(config=own.config)
+        made += [own(input_ids=part, past_key_values=cache).logits for part in long.split(13, 1)]
+        ids = own.generate(**left, max_new_tokens=5, do_sample=False)
+        return [*made, ids.int().view(torch.float32), headed(**right).logits, *served.packed_logits(headed, flat, cu)]
 
     return run
 
@@ -154,6 +205,31 @@ def _flag() -> Run:
     return lambda: _tensors(reranker.compute_score(PAIRS, 7))
 
 
+def _flag_model() -> Run:
+    embedders = [systems.BaseEmbedder(model(head=False), pooling) for pooling in ("cls", "mean")]
+    for one in embedders:
+        rk.patch(one)
+    return lambda: _tensors(*(one.encode(TEXTS, 7, convert_to_numpy=numpy) for one in embedders for numpy in (True, False)))
+
+
+def _wrapped() -> Run:
+    """LangChain and LlamaIndex around sentence-transformers."""
+    ranker, texts = systems.HuggingFaceCrossEncoder(systems.CrossEncoder(model())), systems.HuggingFaceEmbeddings(_embedder())
+    nodes, vectors = (
+        systems.SentenceTransformerRerank(systems.CrossEncoder(model()), 9),
+        systems.HuggingFaceEmbedding(_embedder()),
+    )
+    for one in (ranker, texts, nodes, vectors):
+        rk.patch(one)
+    documents = [systems.Document(str(i), text) for i, text in enumerate(TEXTS)]
+
+    def run() -> list[Tensor]:
+        ranked = [node.score for node in nodes._postprocess_nodes(documents, QUERY)]
+        return _tensors(ranker.score(PAIRS), texts.embed_documents(TEXTS), ranked, vectors._get_text_embeddings(TEXTS))
+
+    return run
+
+
 def _haystack(cls: Any, **options: Any) -> Run:
     ranker = cls(model)
     rk.patch(ranker)
@@ -198,19 +274,31 @@ WAYS: dict[str, Callable[[], Run]] = {
         for dtype in DTYPES
     },
     **{
+        f"{family} with LoRA, {_short(dtype)}": functools.partial(_lora, family, dtype)
+        for family in ("bert", "roberta")
+        for dtype in DTYPES
+    },
+    **{
+        f"{kind} decoder, {_short(dtype)}": functools.partial(_decoder, kind, dtype)
+        for kind in DECODERS
+        for dtype in (torch.float32, torch.bfloat16)
+    },
+    **{
         f"Reranker, {family} cross-encoder, {_short(dtype)}": functools.partial(_cross_encoder, family, dtype)
         for family in FAMILIES
         for dtype in DTYPES[:2]
     },
     **{
         f"Reranker, embeddings, {pooling}, {_short(dtype)}": functools.partial(_embeddings, pooling, dtype)
-        for pooling in ("mean", "cls")
+        for pooling in POOL_MODES
         for dtype in DTYPES[:2]
     },
     "sentence-transformers 3 CrossEncoder": lambda: _sentence_transformers(systems.CrossEncoder3, "activation_fct"),
     "sentence-transformers 6 CrossEncoder": lambda: _sentence_transformers(systems.CrossEncoder, "activation_fn"),
     "sentence-transformers SentenceTransformer": _sentence_transformer,
     "FlagEmbedding FlagReranker": _flag,
+    "FlagEmbedding FlagModel": _flag_model,
+    "LangChain and LlamaIndex": _wrapped,
     "Haystack TransformersSimilarityRanker": lambda: _haystack(
         systems.TransformersSimilarityRanker, calibration_factor=0.3, score_threshold=0.4
     ),

@@ -17,6 +17,7 @@ import hashlib
 import json
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,11 +59,18 @@ def read() -> dict[str, Any]:
     return json.loads(FILE.read_text())
 
 
-def final_inputs() -> str:
+FIRST = finals.FAMILIES[:3]  # one hash for them all; each that came later has one of its own
+
+
+def final_inputs(families: Sequence[str] = FIRST) -> str:
     """The tokens and weights that the served ways begin with: if this differs, a tokenizer or the generator changed."""
-    tensors = [torch.tensor(finals.tokenizer(f)(text)["input_ids"]).int() for f in finals.FAMILIES for text in finals.TEXTS]
-    weights = [p.detach() for f in finals.FAMILIES for head in (True, False) for p in finals.model(f, head=head).parameters()]
+    tensors = [torch.tensor(finals.tokenizer(f)(text)["input_ids"]).int() for f in families for text in finals.TEXTS]
+    weights = [p.detach() for f in families for head in (True, False) for p in finals.model(f, head=head).parameters()]
     return digest(*(t.view(torch.float32) for t in tensors), *weights)
+
+
+def later_inputs() -> dict[str, str]:
+    return {family: final_inputs([family]) for family in finals.FAMILIES if family not in FIRST}
 
 
 def main() -> int:
@@ -80,11 +88,19 @@ def main() -> int:
     before = old.get("finals", {})
     changed = [name for name, hashes in new.items() if old["cases"].get(name, hashes) != hashes]
     changed += [way for way, one in ends.items() if before.get(way, one) != one]
+    later = old.get("later inputs", {})
+    changed += [f"inputs of {family}" for family, one in later_inputs().items() if later.get(family, one) != one]
     if changed and old["numerics_version"] == version and not force:
         print(f"numerics version {version} has other hashes for {', '.join(changed)}: nothing written.")
         print("Raise rerank_kernels.NUMERICS_VERSION, or --force if version", version, "was never released.")
         return 1
-    whole = {"numerics_version": version, "cases": new, "final inputs": final_inputs(), "finals": ends}
+    whole = {
+        "numerics_version": version,
+        "cases": new,
+        "final inputs": final_inputs(),
+        "later inputs": later_inputs(),
+        "finals": ends,
+    }
     FILE.write_text(json.dumps(whole, indent=1) + "\n")
     versions = f"numerics version {old['numerics_version']} -> {version}"
     print(f"{len(new)} cases, {len(ends)} served ways, {len(changed)} changed, {versions}")

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from cases import Case, Tensors, numbers
-from ptxsim import served
 from rerank_kernels.backend import registry
 from rerank_kernels.ops.linear import linear
+from simulated import served
 
 INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 HOSTILE = (float("nan"), float("inf"), -3.0e4)  # what may stand in rows and places that are none of a row's business

@@ -23,7 +23,9 @@ CORPUS = (
     "How long should one boil an egg? Six to eight minutes, depending on taste.",
     "Matrix multiplication dominates the cost of a transformer encoder.",
 )
-FAMILIES = ("bert", "roberta", "xlm-roberta")
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+PREFIX = dict(zip(FAMILIES, ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra"), strict=True))  # of its classes
+PAD = {family: 0 if family in ("bert", "electra") else 1 for family in FAMILIES}
 VOCABULARY = 160
 POSITIONS = 140  # more than two key tiles of 64, so that sequences of several tiles can be made
 
@@ -31,10 +33,11 @@ POSITIONS = 140  # more than two key tiles of 64, so that sequences of several t
 def config(family: str, **changes: Any) -> Any:
     import transformers as tf
 
-    cls = {"bert": tf.BertConfig, "roberta": tf.RobertaConfig, "xlm-roberta": tf.XLMRobertaConfig}[family]
+    cls = getattr(tf, PREFIX[family] + "Config")
     sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, num_labels=1)
     room = dict(vocab_size=VOCABULARY, max_position_embeddings=POSITIONS, type_vocab_size=2, attn_implementation="eager")
-    return cls(**(sizes | room | changes))
+    narrow = {"embedding_size": 48} if family == "electra" else {}  # its words are narrower than its layers
+    return cls(**(sizes | room | narrow | changes))
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, *, head: bool = True, seed: int = 0, **changes: Any) -> Any:
@@ -44,13 +47,38 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, *, head: bool = True, 
     """
     import transformers as tf
 
-    name = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}[family]
-    model = getattr(tf, name + ("ForSequenceClassification" if head else "Model"))(config(family, **changes))
+    model = getattr(tf, PREFIX[family] + ("ForSequenceClassification" if head else "Model"))(config(family, **changes))
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, p in model.named_parameters():
             centre = 1.0 if "LayerNorm.weight" in key else 0.0
             p.copy_(centre + torch.randn(p.shape, generator=draw) * 0.15)
+    return model.to(dtype).eval()
+
+
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+WINDOW = 20  # of every layer of mistral, and of the second of qwen2 and qwen3
+
+
+def decoder(
+    kind: str, dtype: torch.dtype = torch.float32, *, cls: str = "ForCausalLM", layers: int = 2, seed: int = 0, **changes: Any
+) -> Any:
+    """A stock decoder in eval mode, two query heads to a key head, drawn so that tokens and places tell."""
+    import transformers as tf
+
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma"}[kind]
+    sizes = dict(hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96)
+    room = dict(vocab_size=VOCABULARY, max_position_embeddings=256, head_dim=16, pad_token_id=0, attn_implementation="eager")
+    ends = dict(bos_token_id=None, eos_token_id=None)  # generation goes on
+    window: dict[str, Any] = {"mistral": {"sliding_window": WINDOW}}.get(kind, {})
+    if kind.startswith("qwen"):
+        window = dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
+    model = getattr(tf, name + cls)(getattr(tf, f"{name}Config")(**(sizes | room | ends | window | changes)))
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            centre = 1.0 if "norm" in key and kind != "gemma" else 0.0
+            p.copy_(centre + torch.randn(p.shape, generator=draw) * (0.1 if p.dim() == 1 else 0.15))
     return model.to(dtype).eval()
 
 
@@ -76,7 +104,7 @@ def tokenizer(family: str) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if family == "bert":
+    if PAD[family] == 0:
         pad, unk, cls, sep = special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
         single, pair = "[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
     else:
@@ -94,7 +122,7 @@ def tokenizer(family: str) -> Any:
     own = PreTrainedTokenizerFast(
         tokenizer_object=t, pad_token=pad, unk_token=unk, cls_token=cls, sep_token=sep, model_max_length=POSITIONS - 10
     )
-    if family == "bert":
+    if PAD[family] == 0:
         own.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     return own
 

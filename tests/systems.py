@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from models import tiny, tokenizer
+from rerank_kernels.models.sentence import stock_pooling
 
 
 def of(module: str) -> Any:
@@ -185,9 +186,10 @@ class Pooling(nn.Module):
         mask = features["attention_mask"].clone()
         if not self.include_prompt and "prompt_length" in features:
             mask[:, : features["prompt_length"]] = 0
-        x = features["token_embeddings"]
-        mean = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        return {**features, "sentence_embedding": x[:, 0] if self.pooling_mode == "cls" else mean}
+        return {**features, "sentence_embedding": stock_pooling(features["token_embeddings"], mask, self._mode())}
+
+    def _mode(self) -> str:
+        return self.pooling_mode if isinstance(self.pooling_mode, str) else self.pooling_mode[0]
 
 
 @of("sentence_transformers.base.modules.normalize")
@@ -266,6 +268,140 @@ class BaseReranker:
 @of("FlagEmbedding.inference.reranker.decoder_only.base")
 class BaseLLMReranker:
     model = None
+
+
+@of("FlagEmbedding.inference.embedder.encoder_only.base")
+class BaseEmbedder:
+    stopped = 0
+
+    def __init__(self, inner: Any, pooling_method: str = "cls", normalize_embeddings: bool = True) -> None:
+        self.model, self.tokenizer, self.pool = inner, tokenizer("xlm-roberta"), None
+        self.pooling_method, self.normalize_embeddings, self.truncate_dim = pooling_method, normalize_embeddings, None
+
+    def __del__(self) -> None:
+        type(self).stopped += 1  # the real one stops its workers and moves its model
+
+    def encode(self, sentences: Any, batch_size: int = 256, convert_to_numpy: bool = True, **options: Any) -> Any:
+        return self.encode_single_device(sentences, batch_size, convert_to_numpy=convert_to_numpy, device="cpu", **options)
+
+    @torch.no_grad()
+    def encode_single_device(
+        self, sentences: Any, batch_size: int = 256, max_length: int = 512, convert_to_numpy: bool = True, device: Any = None,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        texts = [sentences] if isinstance(sentences, str) else sentences
+        order = np.argsort([-len(text) for text in texts])
+        done: list[Any] = []
+        for start in range(0, len(texts), batch_size):
+            batch = [texts[i] for i in order[start : start + batch_size]]
+            features = self.tokenizer(batch, padding=True, truncation=True, return_tensors="pt", **options)
+            vectors = self.pooling(self.model(**features, return_dict=True).last_hidden_state, features["attention_mask"])
+            vectors = vectors[..., : self.truncate_dim]
+            if self.normalize_embeddings:
+                vectors = nn.functional.normalize(vectors, dim=-1)
+            done.append(vectors.numpy() if convert_to_numpy else vectors)
+        made = np.concatenate(done) if convert_to_numpy else torch.cat(done)
+        made = made[np.argsort(order)]
+        return made[0] if isinstance(sentences, str) else made
+
+    def pooling(self, last_hidden_state: Any, attention_mask: Any = None) -> Any:
+        if self.pooling_method == "cls":
+            return last_hidden_state[:, 0]
+        if self.pooling_method != "mean":
+            raise NotImplementedError(f"pooling method {self.pooling_method} not implemented")
+        kept = attention_mask[..., None].float()
+        return (last_hidden_state * kept).sum(1) / kept.sum(1)
+
+
+@of("FlagEmbedding.inference.embedder.encoder_only.m3")
+class M3Embedder:
+    model = None
+
+
+# ---- LangChain and LlamaIndex -----------------------------------------------------------------------------------------------
+
+
+class Pydantic:
+    """As pydantic's models: private attributes lie outside of __dict__."""
+
+    def __init__(self, **private: Any) -> None:
+        object.__setattr__(self, "__pydantic_private__", private)
+
+    def __getattr__(self, name: str) -> Any:
+        private = vars(self).get("__pydantic_private__", {})
+        if name not in private:
+            raise AttributeError(name)
+        return private[name]
+
+
+class _Embeddings(Pydantic):
+    """LangChain's."""
+
+    encode_kwargs: dict[str, Any]
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        return self._embed(texts, self.encode_kwargs)
+
+    def embed_query(self, text: str) -> list[float]:
+        return self._embed([text], self.encode_kwargs)[0]
+
+    def _embed(self, texts: list[str], encode_kwargs: dict[str, Any]) -> list[list[float]]:
+        client = self._client if hasattr(self, "_client") else self.client
+        return client.encode([text.replace("\n", " ") for text in texts], **encode_kwargs).tolist()
+
+
+@of("langchain_huggingface.embeddings.huggingface")
+class HuggingFaceEmbeddings(_Embeddings):
+    def __init__(self, client: Any, **encode_kwargs: Any) -> None:
+        super().__init__(_client=client)
+        self.encode_kwargs = encode_kwargs
+
+
+@of("langchain_community.embeddings.huggingface")
+class HuggingFaceBgeEmbeddings(_Embeddings):
+    def __init__(self, client: Any, **encode_kwargs: Any) -> None:
+        super().__init__()
+        self.client, self.encode_kwargs = client, encode_kwargs
+
+
+@of("langchain_community.cross_encoders.huggingface")
+class HuggingFaceCrossEncoder(Pydantic):
+    def __init__(self, client: Any) -> None:
+        super().__init__()
+        self.client = client
+
+    def score(self, text_pairs: Any) -> Any:
+        scores = self.client.predict(text_pairs)
+        return [one[1] for one in scores] if len(scores.shape) > 1 else scores
+
+
+@of("llama_index.postprocessor.sbert_rerank.base")
+class SentenceTransformerRerank(Pydantic):
+    def __init__(self, model: Any, top_n: int = 2) -> None:
+        super().__init__(_model=model)
+        self.top_n = top_n
+
+    def _postprocess_nodes(self, nodes: Any, query: str) -> Any:
+        scores = self._model.predict([(query, node.content) for node in nodes])
+        scored = [dataclasses.replace(node, score=float(score)) for node, score in zip(nodes, scores, strict=True)]
+        return sorted(scored, key=lambda node: -node.score if node.score else 0)[: self.top_n]
+
+
+@of("llama_index.embeddings.huggingface.base")
+class HuggingFaceEmbedding(Pydantic):
+    def __init__(self, model: Any, normalize: bool = True) -> None:
+        super().__init__(_model=model)
+        self.normalize, self.embed_batch_size = normalize, 10
+
+    def _embed(self, inputs: list[str]) -> list[list[float]]:
+        made = self._model.encode(inputs, batch_size=self.embed_batch_size, normalize_embeddings=self.normalize)
+        return made.tolist()  # type: ignore[no-any-return]
+
+    def _get_query_embedding(self, query: str) -> list[float]:
+        return self._embed([query])[0]
+
+    def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        return self._embed(texts)
 
 
 # ---- Haystack ---------------------------------------------------------------------------------------------------------------

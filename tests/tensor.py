@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import cases
-from ptxsim import served
 from rerank_kernels.backend import registry
 from rerank_kernels.backend.modes import TENSOR
+from simulated import served
 
 MODELS = {0: "fma in order", 1: "exact sum, rounded once", 2: "aligned and cut off, as an H100 does", 3: "fma in reverse order"}
 H100 = 2  # whose sums are that chip's, bit for bit

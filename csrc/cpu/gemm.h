@@ -207,6 +207,10 @@ RK_INLINE void finish(const LinearArgs& g, const float* sums, int rows, int64_t 
         case RELU: return finish_tile<RELU>(g, sums, rows, m0, n0, columns);
         case SILU: return finish_tile<SILU>(g, sums, rows, m0, n0, columns);
         case SIGMOID: return finish_tile<SIGMOID>(g, sums, rows, m0, n0, columns);
+        case QUICK_GELU: return finish_tile<QUICK_GELU>(g, sums, rows, m0, n0, columns);
+        case RELU2: return finish_tile<RELU2>(g, sums, rows, m0, n0, columns);
+        case LEAKY_RELU: return finish_tile<LEAKY_RELU>(g, sums, rows, m0, n0, columns);
+        case MISH: return finish_tile<MISH>(g, sums, rows, m0, n0, columns);
         default: return finish_tile<NONE>(g, sums, rows, m0, n0, columns);
     }
 }

@@ -127,6 +127,10 @@ static void activate_range(int kind, const Ref& x, const Ref& up, const Out& y, 
         case RELU: return activate_all<RELU>(x, up, y, begin, end);
         case SILU: return activate_all<SILU>(x, up, y, begin, end);
         case SIGMOID: return activate_all<SIGMOID>(x, up, y, begin, end);
+        case QUICK_GELU: return activate_all<QUICK_GELU>(x, up, y, begin, end);
+        case RELU2: return activate_all<RELU2>(x, up, y, begin, end);
+        case LEAKY_RELU: return activate_all<LEAKY_RELU>(x, up, y, begin, end);
+        case MISH: return activate_all<MISH>(x, up, y, begin, end);
         default: return activate_all<NONE>(x, up, y, begin, end);
     }
 }

@@ -23,6 +23,10 @@ __device__ __forceinline__ Four activate_four(int kind, Four x) {
         case RELU: return each(x, relu_of<float>);
         case SILU: return each(x, silu_of<float>);
         case SIGMOID: return each(x, sigmoid_of<float>);
+        case QUICK_GELU: return each(x, quick_gelu_of<float>);
+        case RELU2: return each(x, relu2_of<float>);
+        case LEAKY_RELU: return each(x, leaky_relu_of<float>);
+        case MISH: return each(x, mish_of<float>);
         default: return x;
     }
 }

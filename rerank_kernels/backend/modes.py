@@ -95,6 +95,11 @@ def of_the_model(mode: Mode) -> Iterator[None]:
         _of_the_model.reset(token)
 
 
+def around() -> Mode:
+    """The mode of the patched model whose forward runs, else PORTABLE."""
+    return _of_the_model.get()
+
+
 def resolve(op: str, mode: str | Mode | None, **operands: Tensor) -> Mode:
     """The mode of this call, with the operands of its product checked."""
     found = _of_the_model.get() if mode is None else named(op, mode)

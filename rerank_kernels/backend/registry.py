@@ -80,6 +80,12 @@ def _word() -> tuple[str, str] | None:
     return asked
 
 
+def asked() -> str | None:
+    """The backend that use() or patch(model, backend=...) chose for what runs now, None where neither did."""
+    chosen = _asked.get()
+    return None if chosen is None else chosen[0]
+
+
 def active(device: torch.device | str = "cpu") -> Backend:
     """The backend that serves `device` now."""
     kind = torch.device(device).type

@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from rerank_kernels.models.registry import max_tokens
+from rerank_kernels.models.sentence import stock_pooling
 from rerank_kernels.ops.pooling import pool
 from rerank_kernels.patching.walk import patch, unpatch
 from rerank_kernels.scoring.tokenising import tokenise
@@ -206,7 +207,4 @@ def _result(model: nn.Module, inputs: Inputs, pooling: str, ours: bool) -> Tenso
     hidden: Tensor = out.last_hidden_state
     if ours:
         return pool(hidden, pooling, mask=inputs["attention_mask"], out_dtype=torch.float32)
-    if pooling == "cls":
-        return hidden[:, 0]
-    weight = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
+    return stock_pooling(hidden, inputs["attention_mask"], pooling)

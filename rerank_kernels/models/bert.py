@@ -1,4 +1,4 @@
-"""Encoders built like BERT, packed: BERT, RoBERTa, XLM-RoBERTa, with or without ForSequenceClassification.
+"""Encoders built like BERT, packed: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, with or without ForSequenceClassification.
 
 A model type whose modules carry BERT's names is one row in MODEL_TYPES. What differs from stock transformers: embeddings
 and residuals are summed in float32, positions count valid tokens, hidden states at padding are 0, logits are float32.
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import check
-from rerank_kernels.models.bound import Forward, class_of, name_of
+from rerank_kernels.models import lora
+from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.heads import ClassificationHead
-from rerank_kernels.models.leaves import ACTIVATIONS, activation_of
+from rerank_kernels.models.leaves import ACTIVATIONS, activation_of, activation_problem
 from rerank_kernels.models.packing import Table, dense, lookup, norm, pack, positions_of, ready
 from rerank_kernels.models.served import Served
 from rerank_kernels.ops.attention import attention
+from rerank_kernels.ops.opaque import traced
 from rerank_kernels.ops.pooling import pool
 from rerank_kernels.ops.sequences import Sequences
 
@@ -30,19 +32,33 @@ class ModelType:
 
     prefix: str
     first_position: Callable[[Any], int]  # the encoder -> position id of a sequence's first token
-    head: Callable[[Any], tuple[Any, Any]]  # the classifier -> its (dense, out), with tanh in between, on the first token
+    head: Callable[[Any], ClassificationHead]  # of a classifier
+    output: str = "BaseModelOutputWithPoolingAndCrossAttentions"  # of an encoder, in transformers.modeling_outputs
+
+
+def _bert_head(m: Any) -> ClassificationHead:
+    return ClassificationHead(m.bert.pooler.dense, lora.held(m.classifier))
+
+
+def _own_head(m: Any) -> ClassificationHead:
+    """A module of its own: tanh in RoBERTa's, which calls the function itself, and in ELECTRA's what it holds."""
+    own = lora.held(m.classifier)
+    held = getattr(own, "activation", None)
+    return ClassificationHead(own.dense, own.out_proj, "tanh" if held is None else activation_of(held))
 
 
 def _roberta(prefix: str) -> ModelType:
-    return ModelType(
-        prefix, lambda encoder: int(encoder.embeddings.padding_idx) + 1, lambda m: (m.classifier.dense, m.classifier.out_proj)
-    )
+    return ModelType(prefix, lambda encoder: int(encoder.embeddings.padding_idx) + 1, _own_head)
 
 
 MODEL_TYPES = {
-    "transformers.models.bert.modeling_bert": ModelType("Bert", lambda _: 0, lambda m: (m.bert.pooler.dense, m.classifier)),
+    "transformers.models.bert.modeling_bert": ModelType("Bert", lambda _: 0, _bert_head),
     "transformers.models.roberta.modeling_roberta": _roberta("Roberta"),
     "transformers.models.xlm_roberta.modeling_xlm_roberta": _roberta("XLMRoberta"),
+    "transformers.models.camembert.modeling_camembert": _roberta("Camembert"),
+    "transformers.models.electra.modeling_electra": ModelType(
+        "Electra", lambda _: 0, _own_head, "BaseModelOutputWithPastAndCrossAttentions"
+    ),
 }
 
 
@@ -51,16 +67,16 @@ def _model_type(m: object) -> ModelType:
 
 
 def encoder_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
-    """BertModel and its like, stock arguments: BaseModelOutputWithPoolingAndCrossAttentions."""
-    from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+    """BertModel and its like, stock arguments: its stock output."""
+    from transformers import modeling_outputs
 
     ready(m)
     batch = pack(m, _table(m), args, kwargs)
-    x, pooled = _encode(m, batch.words, batch.types, batch.positions, batch.sequences, batch.states), None
-    if m.pooler is not None:
-        pooled = dense(m.pooler.dense, pool(x, "cls", cu_seqlens=batch.sequences), "tanh")
-    states = batch.sequences.unpack(x)
-    return batch.output(BaseModelOutputWithPoolingAndCrossAttentions, last_hidden_state=states, pooler_output=pooled)
+    x = _encode(m, batch.words, batch.types, batch.positions, batch.sequences, batch.states)
+    fields = {"last_hidden_state": batch.sequences.unpack(x)}
+    if getattr(m, "pooler", None) is not None:  # ELECTRA has none, nor a place for its output
+        fields["pooler_output"] = dense(m.pooler.dense, pool(x, "cls", cu_seqlens=batch.sequences), "tanh")
+    return batch.output(getattr(modeling_outputs, _model_type(m).output), **fields)
 
 
 def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
@@ -98,9 +114,11 @@ def problem(m: Any) -> str | None:
     return None
 
 
-def _intermediate_problem(m: Any) -> str | None:
-    act = m.intermediate_act_fn
-    return None if name_of(act) in ACTIVATIONS else f"activation {getattr(act, '__name__', class_of(act))} is unknown"
+def _activation_problem(m: Any) -> str | None:
+    act = m.intermediate_act_fn if hasattr(m, "intermediate_act_fn") else m.activation
+    if name_of(act) not in ACTIVATIONS:
+        return f"activation {getattr(act, '__name__', class_of(act))} is unknown"
+    return activation_problem(act)
 
 
 def _is_classifier(m: Any) -> bool:
@@ -108,7 +126,7 @@ def _is_classifier(m: Any) -> bool:
 
 
 def _head(m: Any) -> ClassificationHead:
-    return ClassificationHead(*_model_type(m).head(m))
+    return _model_type(m).head(m)
 
 
 def _table(encoder: Any) -> Table:
@@ -118,8 +136,8 @@ def _table(encoder: Any) -> Table:
 
 def _enter_encoder(m: Any) -> Any:
     """The encoder of a classifier. It does not pass its own forward, but a count of zero must mean it never ran."""
-    forward = m.base_model.__dict__.get("forward")
-    if isinstance(forward, Forward):
+    forward = forward_of(m.base_model)
+    if forward is not None and not traced():
         forward.calls += 1
     return m.base_model
 
@@ -139,6 +157,8 @@ def _encode(
     total = words.float() + lookup(op, "token_type_ids", types, e.token_type_embeddings).float()
     total = total + lookup(op, "position_ids", positions, e.position_embeddings).float()
     x = norm(e.LayerNorm, total).to(e.word_embeddings.weight.dtype)
+    if hasattr(encoder, "embeddings_project"):  # ELECTRA's, where words are narrower than the layers
+        x = dense(encoder.embeddings_project, x)
     if states is not None:
         states.append(x)
     for layer in encoder.encoder.layer:
@@ -160,7 +180,8 @@ def _layer(layer: Any, x: Tensor, sequences: Sequences) -> Tensor:
     q, k, v = (dense(p, x).view(heads) for p in (own.query, own.key, own.value))
     a = attention(q, k, v, cu_seqlens=sequences).flatten(1)
     x = norm(after.LayerNorm, dense(after.dense, a), x)
-    parts = x.split(TOKENS_AT_ONCE) if x.device.type == "cpu" and x.shape[0] > TOKENS_AT_ONCE else (x,)
+    many = x.device.type == "cpu" and not traced() and x.shape[0] > TOKENS_AT_ONCE
+    parts = x.split(TOKENS_AT_ONCE) if many else (x,)
     act = activation_of(up.intermediate_act_fn)
     done = [norm(down.LayerNorm, dense(down.dense, dense(up.dense, part, act)), part) for part in parts]
     return done[0] if len(done) == 1 else torch.cat(done)
@@ -186,5 +207,6 @@ def parts() -> dict[str, Callable[[Any], str | None] | None]:
     found: dict[str, Callable[[Any], str | None] | None] = {}
     for module, a in MODEL_TYPES.items():
         found |= dict.fromkeys(f"{module}.{a.prefix}{part}" for part in _PARTS.split())
-        found[f"{module}.{a.prefix}Intermediate"] = _intermediate_problem
+        found[f"{module}.{a.prefix}Intermediate"] = _activation_problem
+    found["transformers.models.electra.modeling_electra.ElectraClassificationHead"] = _activation_problem
     return found

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import CodeType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rerank_kernels.backend import library, registry
 from rerank_kernels.backend.modes import PORTABLE, Mode, of_the_model
+from rerank_kernels.errors import PatchError
+from rerank_kernels.ops.opaque import asking, nothing_around, refuse_onnx, symbolic, traced
 
 NOT_COMPILED = (
-    "a patched model runs as it is, for fused arithmetic has other bits: torch.compile works around it without fullgraph=True; "
-    "the ops alone (rk.linear, ...) compile with fullgraph=True"
+    "a patched model runs as it is, for fused arithmetic has other bits: torch.compile works around it without fullgraph=True, "
+    "torch.export.export() takes it with strict=False; the ops alone (rk.linear, ...) compile with fullgraph=True"
 )
+TRACED_BY = "torch.export.export(model, ..., strict=False) and torch.jit.trace() take it"
 
 
 class Forward:
     """The `forward` of one module: `function`, of models/registry.py, called with the module first; counts its calls.
 
-    It computes in `mode`, served by `backend` where one was chosen, whatever the program around it has set.
+    It computes in `mode`, served by `backend` where one was chosen, whatever the program around it has set. Once it is undone
+    it is the class's own forward, wherever it is still held: a user's wrapper, or accelerate's, calls what it found.
 
     Not a types.MethodType: that pickles as getattr(module, name), and silently comes back as the class's own forward,
     unpatched. This one copies and pickles with its module, and a copy's forward reads the copy's weights.
     """
+
+    undone = False  # also of one that an older version has pickled
 
     def __new__(cls, *args: Any) -> Forward:
         global _serve
@@ -46,6 +54,13 @@ class Forward:
         self.calls = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.module:  # accelerate's unwrap_model() makes a method of what it finds
+            args = args[1:]
+        if self.undone:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        strict = torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling()  # torch.export with strict=True
+        if strict and self.mode.name == PORTABLE.name and self.backend is None and nothing_around():
+            return self.function(self.module, *args, **kwargs)
         return _serve(self, args, kwargs)
 
     @contextlib.contextmanager
@@ -56,9 +71,40 @@ class Forward:
             yield
 
     @property
+    def __code__(self) -> CodeType:
+        """torch.export names the place that it traces by it."""
+        code: CodeType = self.function.__code__
+        return code
+
+    @property
     def __signature__(self) -> inspect.Signature:
         """Callers that filter arguments by inspect.signature(model.forward) see the class's own signature."""
         return inspect.signature(type(self.module).forward.__get__(self.module))
+
+
+class Refusal:
+    """What stands beside a Forward in the __dict__ of its module, where a tracer asks before it reads the class's own forward.
+
+    That is the stock one. torch.jit.script asks for `__prepare_scriptable__`, torch.fx.symbolic_trace calls `_get_name`.
+
+    It is called with nothing, and gives the name of the class unless such a tracer calls. It knows the Forward, which unpatch()
+    has to find where another one stands before it.
+    """
+
+    ASKED: ClassVar = {"__prepare_scriptable__": "torch.jit.script", "_get_name": "torch.fx.symbolic_trace"}
+
+    def __init__(self, forward: Forward, asked: str) -> None:
+        self.forward = forward
+        self.asked = asked
+
+    def __call__(self) -> str:
+        name = type(self.forward.module).__name__
+        if self.asked != "_get_name" or symbolic():
+            raise PatchError(
+                f"{name}: {self.ASKED[self.asked]} reads the source of the class, and not the patched forward; {TRACED_BY}, "
+                "and rk.unpatch(model) gives back the stock one"
+            )
+        return name
 
 
 class Method:
@@ -66,7 +112,11 @@ class Method:
 
     It stands in the __dict__ of its holder, and copies and pickles with it, for the same reason as Forward does. `report` is
     what patch() returned; `patch` is patch() itself with the same choices, for a method after which there is another model.
+    Once it is undone it is the class's own method, wherever it is still held. `lock` is for a method that many threads may
+    call and one has to complete.
     """
+
+    undone = False
 
     def __init__(
         self,
@@ -87,9 +137,16 @@ class Method:
         self.backend = backend
         self.report = report
         self.patch = patch
+        self.lock = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self, *args, **kwargs)
+        return self.original(*args, **kwargs) if self.undone else self.function(self, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.RLock())
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -102,6 +159,51 @@ class Method:
         return inspect.signature(self.original)
 
 
+class Methods(dict[str, Method]):
+    """The Methods of one holder by name, in its __dict__ beside them: unpatch() has to find one that a user has wrapped."""
+
+    KEY = "_rerank_kernels_methods"
+
+    @classmethod
+    def of(cls, holder: Any) -> Methods:
+        """Those of `holder`; a shallow copy brings those of another."""
+        found = vars(holder).get(cls.KEY)
+        mine = isinstance(found, cls) and all(method.holder is holder for method in found.values())
+        return found if mine else cls()
+
+    def put(self, method: Method) -> None:
+        held = vars(method.holder)
+        self[method.name] = held[method.name] = method
+        held[self.KEY] = self
+
+    def take_out(self, name: str) -> None:
+        """Undo the method called `name`; what a user put before it stays."""
+        method = self.pop(name)
+        method.undone = True
+        held = vars(method.holder)
+        if held.get(name) is method:
+            del held[name]
+        if not self:
+            held.pop(self.KEY, None)
+
+
+# Held while models or objects are patched or undone, and while an object that was patched before it had its model gets one.
+CHANGING = threading.RLock()
+
+
+def held_forward(m: nn.Module) -> Any:
+    """What stands as `forward` in the __dict__ of m, None if nothing does; a Forward also where it was made a method of m."""
+    found = m.__dict__.get("forward")
+    inner = getattr(found, "__func__", None)
+    return inner if isinstance(inner, Forward) else found
+
+
+def forward_of(m: nn.Module) -> Forward | None:
+    """The Forward that serves calls of m now."""
+    found = held_forward(m)
+    return found if isinstance(found, Forward) and not found.undone else None
+
+
 @contextlib.contextmanager
 def serving(mode: Mode, backend: str | None) -> Iterator[None]:
     """Ops inside the block compute in `mode`, on `backend` where one was chosen, without gradients."""
@@ -110,22 +212,36 @@ def serving(mode: Mode, backend: str | None) -> Iterator[None]:
             stack.enter_context(registry.use(backend, asked_by=f"patch(model, backend={backend!r})"))
         stack.enter_context(registry.settled())
         stack.enter_context(of_the_model(mode))
-        stack.enter_context(torch.no_grad())
-        if registry.serves_cpu("cpu"):
-            stack.enter_context(library.holding_threads())
+        if not traced():  # a graph would hold neither, or leave gradients off after an error; the ops have none anyway
+            stack.enter_context(torch.no_grad())
+            if registry.serves_cpu("cpu"):
+                stack.enter_context(library.holding_threads())
         yield
 
 
 def _serve_eagerly(self: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if torch.is_grad_enabled():
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.requires_grad:
-                raise RuntimeError(
-                    f"{class_of(self.module)}.forward: an input asks for gradients and rerank_kernels is forward only; "
-                    "run under torch.inference_mode(), or call rk.unpatch(model) to train"
-                )
+    if torch.is_grad_enabled() and asking(enumerate(_tensors((args, kwargs)))) is not None:
+        raise RuntimeError(
+            f"{class_of(self.module)}.forward: an input asks for gradients and rerank_kernels is forward only; "
+            "run under torch.inference_mode(), or call rk.unpatch(model) to train"
+        )
+    if symbolic():
+        raise PatchError(
+            f"{class_of(self.module)}.forward: it has to look at numbers, and torch.fx.symbolic_trace has none; {TRACED_BY}"
+        )
+    if traced():
+        refuse_onnx(f"{class_of(self.module)}.forward")
     with self.serving():
         return self.function(self.module, *args, **kwargs)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in arguments: sentence-transformers' modules take a dict of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(inner)
 
 
 _serve = _serve_eagerly

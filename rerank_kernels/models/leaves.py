@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import check
-from rerank_kernels.models.bound import name_of
+from rerank_kernels.errors import PatchError
+from rerank_kernels.models.bound import class_of, name_of
 from rerank_kernels.ops.linear import activation, linear
 from rerank_kernels.ops.norm import layer_norm
 from rerank_kernels.ops.softmax import softmax
 
 _TORCH = {"GELU": "gelu", "Tanh": "tanh", "ReLU": "relu", "SiLU": "silu", "Sigmoid": "sigmoid"}
-_HF = {"GELUActivation": "gelu", "SiLUActivation": "silu"} | dict.fromkeys(
+_TORCH |= {"LeakyReLU": "leaky_relu", "Mish": "mish"}
+_HF = {"GELUActivation": "gelu", "SiLUActivation": "silu", "MishActivation": "mish"}
+_HF |= {"QuickGELUActivation": "quick_gelu", "ReLUSquaredActivation": "relu2"}
+_HF |= dict.fromkeys(
     ("NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation", "GELUTanh", "PytorchGELUTanh"), "gelu_tanh"
 )
 ACTIVATIONS = {f"torch.nn.modules.activation.{name}": kind for name, kind in _TORCH.items()} | {
@@ -23,8 +27,19 @@ ACTIVATIONS = {f"torch.nn.modules.activation.{name}": kind for name, kind in _TO
 }
 
 
+SLOPE = 0.01  # of leaky_relu
+
+
+def activation_problem(m: Any) -> str | None:
+    """Why m, one of ACTIVATIONS, cannot be served; None if it can."""
+    slope = getattr(m, "negative_slope", SLOPE)
+    return None if slope == SLOPE else f"negative_slope is {slope}, and only {SLOPE} is served"
+
+
 def activation_of(m: Any) -> str:
     """The `activation` of ops.linear that module m is."""
+    if (why := activation_problem(m)) is not None:  # it may have been set after patch()
+        raise PatchError(f"{class_of(m)}: {why}; call rk.unpatch(model)")
     kind = ACTIVATIONS[name_of(m)]
     return "gelu_tanh" if getattr(m, "approximate", "none") == "tanh" else kind
 
@@ -37,8 +52,8 @@ def _layer_norm(m: Any, x: Tensor) -> Tensor:
     d = len(m.normalized_shape)
     check.shape("LayerNorm.forward", "input", x, *("..." for _ in range(x.dim() - d)), *m.normalized_shape)
     weight = torch.ones(m.normalized_shape, dtype=x.dtype, device=x.device) if m.weight is None else m.weight
-    flat = x.flatten(-d)
-    return layer_norm(flat, weight.flatten(), None if m.bias is None else m.bias.flatten(), m.eps).view(x.shape)
+    flat, bias = x.flatten(-d), None if m.bias is None else m.bias.detach().flatten()
+    return layer_norm(flat, weight.detach().flatten(), bias, m.eps).view(x.shape)
 
 
 def _activation(m: Any, x: Tensor) -> Tensor:

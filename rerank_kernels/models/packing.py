@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
+from rerank_kernels.models import lora
 from rerank_kernels.models.bound import class_of, hooked
 from rerank_kernels.ops.linear import linear
 from rerank_kernels.ops.norm import layer_norm
+from rerank_kernels.ops.opaque import opaque, traced
 from rerank_kernels.ops.sequences import Sequences
 
 _NO_CROSS, _WHOLE = "there is no cross-attention in a reranker's encoder", "an encoder sees the whole sequence at once"
@@ -31,6 +33,13 @@ REFUSED = {
     "past_key_values": _WHOLE,
     "use_cache": _WHOLE,
 }
+
+
+class Kept(NamedTuple):
+    """Offsets of the sequences, int32 [B + 1], and where their tokens stand among the places of the batch, int64 [total]."""
+
+    cu_seqlens: Tensor
+    places: Tensor
 
 
 class Batch(NamedTuple):
@@ -78,6 +87,8 @@ def refuse_hooks(m: nn.Module, inner: nn.Module) -> NoReturn:
 
 
 def dense(m: Any, x: Tensor, act: str | None = None) -> Tensor:
+    if lora.is_lora(m):
+        return lora.product(m, x, act)
     as_patched(m, nn.Linear)
     return linear(x, m.weight, m.bias, activation=act)
 
@@ -120,20 +131,17 @@ def pack(m: Any, table: Table, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     else:
         check.shape(op, "input_ids", ids, "B", "T")
         b, t = ids.shape
-    if mask is None:
-        _warn_of_pads(op, ids, m.config.pad_token_id)
-        mask = torch.ones(b, t, dtype=torch.bool, device=(embeds if ids is None else ids).device)
-    if not isinstance(mask, Tensor) or tuple(mask.shape) != (b, t):
-        came = check.shape_of(mask) if isinstance(mask, Tensor) else type(mask).__name__
-        check.fail(op, "attention_mask", f"[B, T] = [{b}, {t}], nonzero where a token is", came, "causal masks are not served")
-    # 0 for tokens and -10000 for padding: `!= 0` would turn it around
-    if mask.dtype != torch.bool and mask.numel() and mask.min() < 0:
-        check.fail(op, "attention_mask", "nonzero where a token is", "negative values", "additive masks are not served")
-    sequences = Sequences.from_mask(mask != 0, (b, t), op=op)
+    asked = embeds if ids is None else ids, mask, None if ids is None else m.config.pad_token_id, op
+    if traced():
+        cu, index = kept(*asked)
+        sequences = Sequences(cu, index.shape[0], (b, t), index, op)
+    else:
+        sequences = _tokens(*asked)
 
     def packed(name: str, x: Tensor | None) -> Tensor | None:
         if x is not None:
-            check.shape(op, name, x, 1 if x.shape[0] == 1 else b, t)
+            if not traced():  # there expand() says it, when it runs
+                check.shape(op, name, x, 1 if x.shape[0] == 1 else b, t)
             x = sequences.pack(x.expand(b, t))
         return x
 
@@ -145,6 +153,34 @@ def pack(m: Any, table: Table, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if own is None:
         own = positions_of(table, sequences)
     return Batch(words, packed("token_type_ids", types), own, sequences, states, as_dict)
+
+
+def _kept_result(like: Tensor, mask: Tensor | None, pad: int | None, op: str) -> tuple[Tensor, Tensor]:
+    cu = like.new_empty(like.shape[0] + 1, dtype=torch.int32)
+    return cu, like.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+@opaque(_kept_result, result=Kept)
+def kept(like: Tensor, mask: Tensor | None, pad: int | None, op: str) -> Kept:
+    """_tokens, where a tracer writes it down: how many there are is known when the graph runs."""
+    sequences = _tokens(like, mask, pad, op)
+    assert sequences.index is not None
+    return Kept(sequences.cu_seqlens, sequences.index)
+
+
+def _tokens(like: Tensor, mask: Tensor | None, pad: int | None, op: str) -> Sequences:
+    """Those of a padded batch, like [B, T, ...]: where mask [B, T] is not 0; every place without a mask."""
+    b, t = like.shape[:2]
+    if mask is None:
+        _warn_of_pads(op, like, pad)
+        mask = torch.ones(b, t, dtype=torch.bool, device=like.device)
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != (b, t):
+        came = check.shape_of(mask) if isinstance(mask, Tensor) else type(mask).__name__
+        check.fail(op, "attention_mask", f"[B, T] = [{b}, {t}], nonzero where a token is", came, "causal masks are not served")
+    # 0 for tokens and -10000 for padding: `!= 0` would turn it around
+    if mask.dtype != torch.bool and mask.numel() and mask.min() < 0:
+        check.fail(op, "attention_mask", "nonzero where a token is", "negative values", "additive masks are not served")
+    return Sequences.from_mask(mask != 0, (b, t), op=op)
 
 
 @functools.cache
@@ -169,6 +205,19 @@ def positions_of(table: Table, sequences: Sequences) -> Tensor:
     it is counted here like every other token.
     """
     op, first, limit = class_of(table.encoder), table.first, table.limit
+    if traced():
+        assert sequences.index is not None
+        return places(sequences.cu_seqlens, sequences.index, first, limit, op)
+    return _counted(sequences, first, limit, op)
+
+
+@opaque(lambda cu_seqlens, index, *_: index.new_empty(index.shape))
+def places(cu_seqlens: Tensor, index: Tensor, first: int, limit: int, op: str) -> Tensor:
+    """positions_of, where a tracer writes it down: of what sequences hold it takes tensors alone."""
+    return _counted(Sequences.from_cu_seqlens(cu_seqlens, index.shape[0], op=op), first, limit, op)
+
+
+def _counted(sequences: Sequences, first: int, limit: int, op: str) -> Tensor:
     # One look, on a GPU too: there wrong offsets would end in an assertion that takes the process's context with it.
     longest, cu, total = sequences.longest, sequences.cu_seqlens, sequences.total
     if longest > limit:
@@ -181,21 +230,28 @@ def positions_of(table: Table, sequences: Sequences) -> Tensor:
 
 
 def lookup(op: str, name: str, ids: Tensor, table: nn.Embedding) -> Tensor:
-    n = table.num_embeddings
+    return looked_up(ids, table.weight, op, name)
+
+
+@opaque(lambda ids, weight, *_: weight.new_empty(*ids.shape, weight.shape[1]))
+def looked_up(ids: Tensor, weight: Tensor, op: str, name: str) -> Tensor:
+    n = weight.shape[0]
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must be int64 or int32, got {ids.dtype}")
     if ids.numel():  # on a GPU too, for the same reason as above
         low, high = torch.stack(torch.aminmax(ids)).tolist()
         if low < 0 or high >= n:
             check.fail(op, name, f"in [0, {n - 1}]", f"values in [{low}, {high}]")
-    return F.embedding(ids, table.weight)
+    return F.embedding(ids, weight)
 
 
 def _options(m: Any, op: str, given: dict[str, Any]) -> tuple[list[Tensor] | None, bool]:
     """(where to collect hidden states, return_dict)."""
     asked = {name: value for name, value in given.items() if value is not None}
     hidden = asked.pop("output_hidden_states", getattr(m.config, "output_hidden_states", False))
-    as_dict = asked.pop("return_dict", getattr(m.config, "return_dict", True))
+    # transformers 4 gives tuples to torch.jit.trace where config.torchscript says so
+    usual = getattr(m.config, "return_dict", True) and not getattr(m.config, "torchscript", False)
+    as_dict = asked.pop("return_dict", usual)
     asked.setdefault("output_attentions", getattr(m.config, "output_attentions", False))
     for name, value in asked.items():
         if value is not False:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models import bert, leaves, sentence
-from rerank_kernels.models.bound import Forward, class_of, hooked, name_of
+from rerank_kernels.models import bert, decoder, leaves, lora, sentence
+from rerank_kernels.models.bound import class_of, forward_of, hooked, name_of
 from rerank_kernels.models.heads import embedding
 from rerank_kernels.models.packing import ready, refuse_hooks
 from rerank_kernels.models.served import Served
@@ -23,9 +23,16 @@ from rerank_kernels.ops.pooling import HeadOutput
 from rerank_kernels.ops.sequences import Sequences
 
 # Whole models: an encoder, or a classifier around one.
-ENCODERS: dict[str, Served] = bert.served()
+ENCODERS: dict[str, Served] = bert.served() | decoder.served()
 # Modules inside an encoder, whose weights its forward reads; a function says what could stand in the way.
-PARTS: dict[str, Callable[[Any], str | None] | None] = bert.parts()
+PARTS: dict[str, Callable[[Any], str | None] | None] = (
+    bert.parts()
+    | decoder.parts()
+    | {
+        lora.LINEAR: lora.problem,
+        lora.SAVED: lora.saved_problem,
+    }
+)
 # What is served wherever it stands.
 LEAVES: dict[str, Callable[..., Any]] = leaves.FORWARDS | sentence.FORWARDS
 FORWARDS: dict[str, Callable[..., Any]] = LEAVES | {name: served.forward for name, served in ENCODERS.items()}
@@ -39,11 +46,12 @@ EXACT = {
     "torch.nn.modules.container.ModuleList",
     "torch.nn.modules.container.Sequential",
     "torch.nn.modules.container.ModuleDict",
+    "torch.nn.modules.container.ParameterDict",
     "torch.nn.modules.flatten.Flatten",
     *sentence.TRANSFORMERS,
     COMPILED,
 }
-PREFIXES = tuple(a.prefix for a in bert.MODEL_TYPES.values())
+PREFIXES = tuple(a.prefix for types in (bert.MODEL_TYPES, decoder.MODEL_TYPES) for a in types.values())
 
 
 def problem(m: Any) -> str | None:
@@ -58,7 +66,11 @@ def problem(m: Any) -> str | None:
         return "dim is None"
     if name in sentence.FORWARDS:
         return sentence.sentence_problem(m)
-    return None if name in LEAVES or name in EXACT else ""
+    if name in leaves.ACTIVATIONS:
+        return leaves.activation_problem(m)
+    if name in LEAVES or name in EXACT:
+        return None
+    return f"{name} is not served; {lora.MERGE}" if name.startswith("peft.") else ""
 
 
 def packed_logits(model: nn.Module, ids: Tensor, cu_seqlens: Tensor, token_types: Tensor | None = None) -> HeadOutput:
@@ -105,7 +117,7 @@ def _sequences(model: Any, ids: Tensor, cu_seqlens: Tensor) -> Sequences:
 
 def _served(model: nn.Module, classifies: bool) -> Served:
     served = ENCODERS.get(name_of(model))
-    if not isinstance(model.__dict__.get("forward"), Forward) or served is None or (served.head is not None) != classifies:
+    if forward_of(model) is None or served is None or (served.head is not None) != classifies:
         kind = "*ForSequenceClassification" if classifies else "*Model"
         raise PatchError(f"packed entry: model must be a patched {kind}, got {class_of(model)}; call rk.patch(model) first")
     return served

@@ -21,8 +21,13 @@ REFUSED = ("cls_token_embeddings", "token_weights_sum", "cu_seq_lens_q")  # feat
 def sentence_problem(m: Any) -> str | None:
     """Why module m, one of FORWARDS, cannot be served; None if it can."""
     name = name_of(m)
-    if name in _POOLING and (mode := _pooling_mode(m)) not in POOL_MODES:
-        return f"pooling mode {mode} is not served; {', '.join(POOL_MODES)} are"
+    if name in _POOLING:
+        if (mode := _pooling_mode(m)) not in POOL_MODES:
+            return f"pooling mode {mode} is not served; {', '.join(POOL_MODES)} are"
+        if (
+            mode == "weightedmean" and not m.include_prompt
+        ):  # its weights count the prompt's tokens, and those of pool would not
+            return "pooling mode weightedmean is not served without the prompt; set include_prompt = True"
     if name in _DENSE and not isinstance(m.activation_function, nn.Module):
         return "its activation_function is no torch.nn.Module"
     return None
@@ -44,10 +49,25 @@ def pooling_forward(m: Any, features: dict[str, Any], **_: Any) -> dict[str, Any
     mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask != 0
     if not m.include_prompt and "prompt_length" in features:
         length = features["prompt_length"]
-        length = int(length[0]) if isinstance(length, Tensor) else int(length)
+        length = length[0] if isinstance(length, Tensor) else int(length)  # a tensor stays one, for a trace of the forward
         mask = mask & (mask.cumsum(1) > length)
     features["sentence_embedding"] = pool(x, _pooling_mode(m), mask=mask, out_dtype=torch.float32)
     return features
+
+
+def stock_pooling(x: Tensor, mask: Tensor, mode: str) -> Tensor:
+    """[B, T, D] -> [B, D] as sentence-transformers has it, for who sets stock beside ours."""
+    if mode == "cls":
+        return x[:, 0]
+    places = torch.arange(1, x.shape[1] + 1, device=x.device)
+    if mode == "lasttoken":
+        return x[torch.arange(x.shape[0], device=x.device), (places * mask).argmax(1)]
+    weight = mask.unsqueeze(-1).to(x.dtype)
+    if mode == "max":
+        return x.masked_fill(weight == 0, -torch.inf).amax(1)
+    if mode == "weightedmean":
+        weight = weight * places.to(x.dtype)[:, None]
+    return (x * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
 
 
 def normalize_forward(m: Any, features: dict[str, Any]) -> dict[str, Any]:

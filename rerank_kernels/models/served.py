@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from rerank_kernels.models.heads import ClassificationHead
+from rerank_kernels.ops.pooling import HeadOutput
 from rerank_kernels.ops.sequences import Sequences
+
+Head = Callable[[Tensor, Sequences], HeadOutput]  # [total, D] -> logits and scores, float32 [B, L]
 
 
 @dataclass(frozen=True)
@@ -18,4 +20,4 @@ class Served:
     problem: Callable[[Any], str | None]  # the module -> why it cannot be served, None if it can
     packed: Callable[[Any, Tensor, Sequences, Tensor | None], Tensor]  # (module, ids, sequences, token types) -> [total, D]
     max_tokens: Callable[[Any], int]  # the module -> the longest sequence it takes
-    head: Callable[[Any], ClassificationHead] | None = None  # the module -> its head; None: an encoder alone
+    head: Callable[[Any], Head] | None = None  # the module -> its head; None: an encoder alone

@@ -17,7 +17,7 @@ from rerank_kernels import check
 from rerank_kernels.backend import modes, registry
 from rerank_kernels.ops.opaque import opaque
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "tanh", "relu", "silu", "sigmoid")
+ACTIVATIONS = ("gelu", "gelu_tanh", "tanh", "relu", "silu", "sigmoid", "quick_gelu", "relu2", "leaky_relu", "mish")
 
 
 def _linear_result(x: Tensor, weight: Tensor, *_: Any, out_dtype: torch.dtype | None = None, **__: Any) -> Tensor:
@@ -39,7 +39,8 @@ def linear(
     """y = act(x · weightᵀ + bias) + residual, rounded once.
 
     x: [..., K], weight: [N, K] as in nn.Linear, bias: [N], residual: [..., N]; float32, float16 or bfloat16 in any mix.
-    activation: None, "gelu" (erf), "gelu_tanh", "tanh", "relu", "silu" or "sigmoid".
+    activation: None, "gelu" (erf), "gelu_tanh", "tanh", "relu", "silu", "sigmoid", "quick_gelu", "relu2", "leaky_relu"
+    (slope 0.01) or "mish".
     out_dtype: dtype of the result, x.dtype if not given. Returns [..., N].
 
     mode: "portable" (default): the sum over K is cut in chunks of 512, k ascending, one fma per step (NUMERICS.md, "dot");
@@ -123,8 +124,14 @@ def activation_truth(x: Tensor, kind: str | None, *, up: Tensor | None = None) -
     if kind == "gelu_tanh":
         # (1 + tanh u) / 2 = σ(2u), which keeps its digits where 1 + tanh u cancels
         return x * torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))
-    if kind == "silu":
-        return x * torch.sigmoid(x)
+    if kind in ("silu", "quick_gelu"):
+        return x * torch.sigmoid(x if kind == "silu" else 1.702 * x)
+    if kind == "relu2":
+        return torch.relu(x) ** 2
+    if kind == "leaky_relu":
+        return torch.where(x < 0, 0.01 * x, x)
+    if kind == "mish":
+        return x * torch.tanh(torch.log1p(torch.exp(x)))
     return {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid}[kind](x)
 
 

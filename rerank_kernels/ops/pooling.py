@@ -14,11 +14,12 @@ from torch import Tensor
 
 from rerank_kernels import check
 from rerank_kernels.backend import registry
-from rerank_kernels.ops.linear import ACTIVATIONS, linear_truth
+from rerank_kernels.ops.linear import ACTIVATIONS, bmm, linear_truth
 from rerank_kernels.ops.opaque import opaque
 from rerank_kernels.ops.sequences import Sequences, taken
 
-POOL_MODES = ("cls", "mean")
+# Everything that names a mode reads this: a kernel has the first two, and the others are made of them, of bmm and of a choice.
+POOL_MODES = ("cls", "mean", "max", "lasttoken", "weightedmean")
 
 
 class HeadOutput(NamedTuple):
@@ -55,11 +56,13 @@ def pool(
     mask: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """One vector per sequence: its first token ("cls") or the mean over its tokens ("mean").
+    """One vector per sequence.
 
     x: [total, D] with cu_seqlens [B + 1] or Sequences, or [B, T, D] with an optional mask [B, T]. Returns [B, D] in out_dtype
     (x.dtype).
-    The mean is one ascending chain per feature over valid tokens, divided by their number. A sequence of no tokens gives 0.
+    mode: "cls", the first token; "lasttoken", the last one; "mean", one ascending chain per feature over valid tokens, divided
+    by their number; "max", the largest of each feature; "weightedmean", where the first token has weight 1, the next one 2 and
+    so on. A sequence of no tokens gives 0.
     """
     check.floating("pool", x=x)
     check.choice("pool", "mode", mode, POOL_MODES)
@@ -69,8 +72,12 @@ def pool(
         raise ValueError("pool: cu_seqlens and mask exclude each other; cu_seqlens is for packed, mask for padded input")
     if cu_seqlens is not None:
         check.shape("pool", "x", x, "total", "D")
-        cu = taken("pool", "cu_seqlens", cu_seqlens, x.shape[0], x.device)
-        rows = x
+        rows, total, device = x, x.shape[0], x.device
+        cu = taken("pool", "cu_seqlens", cu_seqlens, total, device)
+        if isinstance(cu_seqlens, Sequences):
+            sequences = cu_seqlens
+        elif mode in _MADE:
+            sequences = Sequences.from_cu_seqlens(cu, total, device, op="pool")
     else:
         check.shape("pool", "x", x, "B", "T", "D")
         b, t = x.shape[:2]
@@ -80,7 +87,49 @@ def pool(
             check.on_device("pool", "mask", mask, "x", x.device)
             sequences = Sequences.from_mask(mask, (b, t), op="pool")
         rows, cu = sequences.pack(x), sequences.cu_seqlens
+    if mode in _MADE:
+        return _MADE[mode](rows, sequences.lengths).to(out_dtype)
     return registry.select("pool", x.device)(rows.contiguous(), cu, mode, out_dtype)
+
+
+def _last(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    index = [end - 1 for end, n in zip(itertools.accumulate(lengths), lengths, strict=True) if n]
+    return _one_each(rows.index_select(0, torch.tensor(index, dtype=torch.int64, device=rows.device)), lengths)
+
+
+def _largest(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    if held := tuple(n for n in lengths if n):
+        # which of two zeros is taken is PyTorch's to say: +0 here
+        rows = _padded(rows, held, -float("inf")).amax(1).float() + 0.0
+    return _one_each(rows, lengths)
+
+
+def _one_each(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """The kernel's "cls" of one row for each sequence that has tokens: that row, and 0 for the others."""
+    cu = list(itertools.accumulate((int(n > 0) for n in lengths), initial=0))
+    offsets = torch.tensor(cu, dtype=torch.int32, device=rows.device)
+    return registry.select("pool", rows.device)(rows.contiguous(), offsets, "cls", torch.float32)
+
+
+def _weighted_mean(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    longest = max(lengths, default=0)
+    if not longest:
+        return rows.new_zeros(len(lengths), rows.shape[1], dtype=torch.float32)
+    weights = torch.arange(1.0, longest + 1.0, device=rows.device).expand(len(lengths), 1, longest)
+    # padding is +0 behind the sequence, which changes no sum; portable also in a model of another mode, like every pooling
+    summed = bmm(weights, _padded(rows, lengths, 0.0), out_dtype=torch.float32, mode="portable")[:, 0]
+    return summed / torch.tensor([max(n * (n + 1) / 2, 1.0) for n in lengths], device=rows.device)[:, None]
+
+
+def _padded(rows: Tensor, lengths: tuple[int, ...], fill: float) -> Tensor:
+    """[total, D] -> [B, longest, D], `fill` behind each sequence."""
+    longest = max(lengths)
+    places = torch.arange(longest, device=rows.device) < torch.tensor(lengths, device=rows.device)[:, None]
+    out = rows.new_full((len(lengths) * longest, rows.shape[1]), fill)
+    return out.index_copy_(0, places.flatten().nonzero().squeeze(1), rows).view(len(lengths), longest, rows.shape[1])
+
+
+_MADE = {"max": _largest, "lasttoken": _last, "weightedmean": _weighted_mean}
 
 
 @opaque(lambda x: x.new_empty(x.shape, dtype=torch.float32))
@@ -132,7 +181,16 @@ def pool_truth(x: Tensor, mode: str, *, cu_seqlens: Tensor) -> Tensor:
     offsets = cu_seqlens.tolist()
     rows = [x[a:b].double() for a, b in itertools.pairwise(offsets)]
     zero = torch.zeros(x.shape[1], dtype=torch.float64)
-    return torch.stack([zero if not len(r) else r[0] if mode == "cls" else r.mean(0) for r in rows])
+
+    def of(r: Tensor) -> Tensor:
+        if mode in ("cls", "lasttoken"):
+            return r[0 if mode == "cls" else -1]
+        if mode == "max":
+            return r.amax(0)
+        weights = torch.arange(1, len(r) + 1, dtype=torch.float64) if mode == "weightedmean" else torch.ones_like(r[:, 0])
+        return weights @ r / weights.sum()
+
+    return torch.stack([of(r) if len(r) else zero for r in rows])
 
 
 def sigmoid_truth(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from rerank_kernels.backend import registry
 from rerank_kernels.backend.modes import Mode, named
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models.bound import Method, class_of
+from rerank_kernels.models.bound import CHANGING, Method, Methods, class_of
 from rerank_kernels.patching import walk
 from rerank_kernels.patching.report import Report
 from rerank_kernels.patching.systems.resolved import Resolved, joined
@@ -25,11 +25,14 @@ def patch(obj: Any, mode: str = "portable", strict: bool = True, *, backend: str
     methods of the object, and what stays the system's own.
 
     obj: one of
-    - a model of transformers 4.57 or 5, also behind torch.compile: BERT, RoBERTa or XLM-RoBERTa, with or without
-      ForSequenceClassification;
+    - a model of transformers 4.57 or 5, also behind torch.compile: BERT, RoBERTa, XLM-RoBERTa, CamemBERT or ELECTRA,
+      with or without ForSequenceClassification;
+    - such a model with LoRA adapters, or PEFT's PeftModel around it;
     - a container of plain leaves: nn.Linear, nn.LayerNorm, activations;
     - sentence-transformers' CrossEncoder and SentenceTransformer;
-    - FlagEmbedding's FlagReranker;
+    - FlagEmbedding's FlagReranker and FlagModel;
+    - LangChain's HuggingFaceEmbeddings and HuggingFaceCrossEncoder, LlamaIndex's HuggingFaceEmbedding and
+      SentenceTransformerRerank;
     - Haystack's TransformersSimilarityRanker and SentenceTransformersSimilarityRanker, before warm_up() or after it;
     - Infinity's AsyncEngineArray, SyncEngineArray and AsyncEmbeddingEngine.
 
@@ -50,6 +53,11 @@ def patch(obj: Any, mode: str = "portable", strict: bool = True, *, backend: str
     PatchError for all else that stands in the way.
     """
     numeric = named("patch", mode)
+    with CHANGING:
+        return _patch(obj, numeric, strict, backend)
+
+
+def _patch(obj: Any, numeric: Mode, strict: bool, backend: str | None) -> Report:
     found = resolve(obj)
     if found is None:
         report = walk.prepare(obj, numeric, strict, backend=backend)
@@ -64,25 +72,31 @@ def patch(obj: Any, mode: str = "portable", strict: bool = True, *, backend: str
     for one in reports.values():
         walk.bind(one)
     for override in found.overrides.values():
-        held = vars(override.holder)
-        if override.name not in held or held[override.name].holder is not override.holder:  # copy.copy took it from another
-            again = functools.partial(patch, mode=mode, strict=strict, backend=backend)
-            held[override.name] = Method(
-                override.holder, override.name, override.function, numeric, strict, backend, report, again
-            )
+        methods = Methods.of(override.holder)
+        if override.name not in methods:  # one that copy.copy took from another is not there
+            again = functools.partial(patch, mode=numeric.name, strict=strict, backend=backend)
+            methods.put(Method(override.holder, override.name, override.function, numeric, strict, backend, report, again))
     return report
 
 
 def unpatch(obj: Any) -> None:
-    """Undo patch: every module and method of `obj` gets its class's own back, and nothing else was ever changed."""
-    found = resolve(obj)
-    if found is None:
-        return walk.unpatch(obj)
-    for module in found.modules.values():
-        walk.unpatch(module)
-    for holder in found.holders:
-        for name in [name for name, value in vars(holder).items() if isinstance(value, Method)]:
-            del vars(holder)[name]
+    """Undo patch: every module and method of `obj` gets its class's own back, and nothing else was ever changed.
+
+    A `forward` or method that was put before ours since then (a wrapper, accelerate's prepare()) stays, and what it calls is
+    the class's own from now on. Calls on their way in other threads end as patched or as stock.
+    """
+    with CHANGING:
+        found = resolve(obj)
+        if found is None:
+            return walk.unpatch(obj)
+        for holder in found.holders:
+            methods = Methods.of(holder)
+            for name in list(methods):
+                methods.take_out(name)
+            for name in [name for name, value in list(vars(holder).items()) if isinstance(value, Method | Methods)]:
+                del vars(holder)[name]  # of a shallow copy
+        for module in found.modules.values():
+            walk.unpatch(module)
 
 
 def _as_before(found: Resolved, mode: Mode, backend: str | None) -> None:

@@ -22,7 +22,7 @@ from rerank_kernels.backend import registry
 from rerank_kernels.backend.modes import PORTABLE, Mode, named
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import registry as models
-from rerank_kernels.models.bound import Forward, class_of, hooked, name_of
+from rerank_kernels.models.bound import CHANGING, Forward, Refusal, class_of, forward_of, held_forward, hooked, name_of
 from rerank_kernels.models.registry import COMPILED, ENCODERS, EXACT, FORWARDS, LEAVES, PREFIXES
 from rerank_kernels.patching.report import Report
 
@@ -32,15 +32,19 @@ def patch(model: nn.Module, mode: str | Mode = PORTABLE, strict: bool = True, *,
     for cls in type(model).__mro__:
         if cls.__name__ in HOLDERS:
             raise PatchError(f"model is a {cls.__name__}, a wrapper around the model to take; pass {HOLDERS[cls.__name__]}")
-    report = prepare(model, mode, strict, backend=backend)
-    bind(report)
+    with CHANGING:
+        report = prepare(model, mode, strict, backend=backend)
+        bind(report)
     return report
 
 
 def bind(report: Report) -> None:
     """Put the forwards of a report in place."""
     for forward in report.forwards.values():
-        forward.module.__dict__["forward"] = forward
+        held = forward.module.__dict__
+        for asked in Refusal.ASKED:
+            held[asked] = Refusal(forward, asked)
+        held["forward"] = forward
 
 
 def prepare(model: nn.Module, mode: str | Mode = PORTABLE, strict: bool = True, *, backend: str | None = None) -> Report:
@@ -78,19 +82,32 @@ def unknown(model: nn.Module) -> dict[str, str]:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undo patch: every module of `model` gets its class's own forward back, and nothing else was ever changed."""
+    """Undo patch: every module of `model` gets its class's own forward back, and nothing else was ever changed.
+
+    A forward that was put before ours since then stays, and what it calls is the class's own from now on.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unpatch: model must be a torch.nn.Module, got {type(model).__name__}")
-    for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), Forward):
-            del module.__dict__["forward"]
+    with CHANGING:
+        for module in model.modules():
+            held = module.__dict__
+            ours: dict[str, Forward | Refusal] = {
+                name: value for name, value in list(held.items()) if isinstance(value, Refusal)
+            }
+            if isinstance(forward := held_forward(module), Forward):
+                ours["forward"] = forward
+            for name, value in ours.items():
+                forward = value.forward if isinstance(value, Refusal) else value
+                if forward.module is module:  # a shallow copy holds another's
+                    forward.undone = True
+                held.pop(name, None)
 
 
 def _as_before(model: nn.Module, mode: Mode, backend: str | None) -> None:
     """Two forwards of one model in two modes would give bits of neither mode."""
     for path, module in model.named_modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, Forward) and (forward.mode, forward.backend) != (mode, backend):
+        forward = forward_of(module)
+        if forward is not None and (forward.mode, forward.backend) != (mode, backend):
             was, asked = (f"mode {m.name!r}" + (f", backend {b!r}" if b else "") for m, b in
                           ((forward.mode, forward.backend), (mode, backend)))  # fmt: skip
             raise PatchError(
@@ -147,7 +164,7 @@ def _replacements(model: nn.Module, mode: Mode, backend: str | None) -> tuple[Re
         elif path in covered or name in LEAVES:
             report.replaced[path] = cls
             if path in served or path not in covered:
-                report.forwards[path] = m.__dict__.get("forward") or Forward(m, FORWARDS[name], mode, backend)
+                report.forwards[path] = forward_of(m) or Forward(m, FORWARDS[name], mode, backend)
         elif name in ENCODERS:
             report.unknown[path] = f"{cls} (holds the unknown modules)"
         else:
@@ -157,7 +174,7 @@ def _replacements(model: nn.Module, mode: Mode, backend: str | None) -> tuple[Re
 
 def _problem(m: Any) -> str | None:
     """Why module m, by itself, cannot be served; "" if its class is in no table, None if it can."""
-    if not isinstance(m.__dict__.get("forward", None), Forward | None) and name_of(m) != COMPILED:
+    if not isinstance(held_forward(m), Forward | None) and name_of(m) != COMPILED:
         return "has a forward of its own in its __dict__"
     return models.problem(m)
 
@@ -178,4 +195,8 @@ NO_MODEL = {
 }
 HELP = "help(rk.patch) names what is taken"
 # patch of patch.py takes these
-HOLDERS = {"SentenceTransformer": "model[0].auto_model", "OptimizedModule": "model._orig_mod"}
+HOLDERS = {
+    "SentenceTransformer": "model[0].auto_model",
+    "PeftModel": "model.base_model.model",
+    "OptimizedModule": "model._orig_mod",
+}

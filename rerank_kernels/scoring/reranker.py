@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rerank_kernels import check
 from rerank_kernels.backend.modes import MODES
 from rerank_kernels.models import registry as models
-from rerank_kernels.models.bound import Forward, serving
+from rerank_kernels.models.bound import forward_of, serving
 from rerank_kernels.ops.softmax import sum as row_sum
 from rerank_kernels.patching import walk
 from rerank_kernels.ranking import descending
@@ -71,8 +71,8 @@ class Reranker:
     model that is patched already, else "portable".
     backend: the one that serves this model, as in rk.patch.
     kind: "cross-encoder" or "embedding". Default: what the folder or the model's architecture says. An embedding model pools
-    as its sentence-transformers files say (mean or cls), by the mean if there are none. Every other setting of these files
-    is served too, or refused by name (docs/SYSTEMS.md).
+    as its sentence-transformers files say (rk.pool names the modes), by the mean if there are none. Every other setting of
+    these files is served too, or refused by name (docs/SYSTEMS.md).
     trust_remote_code: code that lies in the folder may run, for a model or tokenizer that needs it. Read it first.
 
     Raises ValueError or TypeError for arguments and folders that do not fit, PatchError for a model type that is not served.
@@ -119,8 +119,8 @@ class Reranker:
             check.fail("Reranker", "config.num_labels", "1, one score per pair", labels, "use rk.patch(model) for other heads")
         if dtype is not None or device is not None:
             self.model.to(device=device, dtype=dtype)
-        before = self.model.__dict__.get("forward")
-        if isinstance(before, Forward):
+        before = forward_of(self.model)
+        if before is not None:
             mode, backend = mode or before.mode.name, backend or before.backend
         self.report = walk.patch(self.model.eval(), mode or "portable", backend=backend)
         self.tokenizer = tokenizer

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from rerank_kernels import check
+from rerank_kernels.ops.pooling import POOL_MODES
 from rerank_kernels.scoring.files import Folder
 
 KINDS = ("cross-encoder", "embedding")
-POOLINGS = ("mean", "cls")
 SIMILARITIES = ("cosine", "dot")
 ACTIVATIONS = {"Sigmoid": "sigmoid", "Identity": "identity"}
 MODEL_TYPES = {"CrossEncoder": KINDS[0], "SentenceTransformer": KINDS[1]}
@@ -174,9 +174,9 @@ def _pooling(folder: Folder) -> str:
         on = [key.removesuffix("_tokens").removesuffix("_token") for key, value in legacy.items() if value]
         modes = on or ("mean" if not legacy else "none")
     modes = [modes] if isinstance(modes, str) else modes
-    if not isinstance(modes, list) or len(modes) != 1 or modes[0] not in POOLINGS:
+    if not isinstance(modes, list) or len(modes) != 1 or modes[0] not in POOL_MODES:
         came = " + ".join(map(str, modes)) if isinstance(modes, list) else repr(modes)
-        check.fail("Reranker", f"{name}'s pooling mode", " or ".join(POOLINGS), f"{came:.60}")
+        check.fail("Reranker", f"{name}'s pooling mode", " or ".join(POOL_MODES), f"{came:.60}")
     if config.pop("include_prompt", True) is not True:
         check.fail("Reranker", f"{name}'s include_prompt", "true, for tokens of a prompt are pooled as the others", "false")
     config.pop("word_embedding_dimension", None), config.pop("embedding_dimension", None)

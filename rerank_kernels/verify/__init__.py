@@ -15,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from rerank_kernels.backend.modes import PROMISES
-from rerank_kernels.models.bound import Forward
+from rerank_kernels.models.bound import forward_of
 from rerank_kernels.models.registry import max_tokens
 from rerank_kernels.patching import walk
 from rerank_kernels.scoring.reranker import Reranker
@@ -56,15 +56,14 @@ def verify(
     stock: measure it unpatched.
     mode: the numeric mode whose promises are checked. Default: that of a model that is patched already, else "portable".
     max_length: each text is cut to so many tokens. limit: the first so many different texts are used.
-    pooling: how an embedding model's vector is made, "mean" or "cls".
+    pooling: how an embedding model's vector is made, one of pool's modes.
     source: what models.load gets to have the same model in a fresh process; None leaves out the checks in one.
     trust_remote_code: there the folder's own code may run.
     progress: called with the share of the work that is done.
 
     Raises PatchError for a model that rerank_kernels does not serve, ValueError for fewer than 8 different texts.
     """
-    found = model.__dict__.get("forward")
-    was = found if isinstance(found, Forward) else None
+    was = forward_of(model)
     mode, served_by = mode or (was.mode.name if was else "portable"), was.backend if was else None
     training = model.training
     model.eval()
@@ -83,7 +82,7 @@ def verify(
         request = None if source is None else request_for(source, model, pooling, stock, setting, trust_remote_code)
         return _verify(model, tokenizer, texts, stock, pooling, request, setting, 16 if large else 24, progress)
     finally:
-        if was is None or model.__dict__.get("forward") is not was:
+        if was is None or forward_of(model) is not was:
             walk.unpatch(model)
         if was is not None:
             walk.patch(model, was.mode, backend=was.backend)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rerank_kernels.backend import registry
+from rerank_kernels.models.sentence import stock_pooling
 from rerank_kernels.ops.pooling import pool
 from rerank_kernels.patching import walk
 from rerank_kernels.scoring.reranker import Reranker
@@ -45,12 +46,9 @@ def runner_of(model: nn.Module, pooling: str, stock: bool) -> Runner:
             hidden: Tensor = out.last_hidden_state
             mask = inputs.get("attention_mask")
             mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device) if mask is None else mask
-            if not stock:
-                return pool(hidden, pooling, mask=mask, out_dtype=torch.float32)
-            if pooling == "cls":
-                return hidden[:, 0].float()
-            weight = mask.unsqueeze(-1).to(hidden.dtype)  # sentence-transformers' mean
-            return ((hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9)).float()
+            if stock:
+                return stock_pooling(hidden, mask, pooling).float()
+            return pool(hidden, pooling, mask=mask, out_dtype=torch.float32)
 
     return runner
 

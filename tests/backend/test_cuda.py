@@ -27,7 +27,7 @@ from invariants import all_same, same
 from rerank_kernels.backend import registry
 from rerank_kernels.backend.native import linear as native
 
-simulated = pytest.importorskip("ptxsim.simulated")
+simulated = pytest.importorskip("simulated.cuda")
 CASES = cases.CASES
 SOURCES = sorted((Path(__file__).parents[2] / "csrc" / "cuda").rglob("*.cu"))
 
@@ -257,6 +257,21 @@ def test_a_whole_model(family: str) -> None:
         got, want = both(lambda: model(**batch).logits)
     same(got, want, "logits, cuda against cpu")
     assert len(set(want.flatten().tolist())) == 4
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma"])
+def test_a_whole_decoder(kind: str) -> None:
+    """A prompt and one token more from the cache; rotary, a window, gated feed-forward layers, offset norms."""
+    model, ids = models.decoder(kind), torch.stack(models.rows((40, 40)))
+    rk.patch(model)
+
+    def call() -> torch.Tensor:
+        out = model(input_ids=ids[:, :39])
+        (cache,) = (value for name, value in out.items() if name != "logits")  # its name differs between versions
+        return torch.cat([out.logits, model(input_ids=ids[:, 39:], past_key_values=cache).logits], 1)
+
+    with torch.inference_mode():
+        same(*both(call), "logits, cuda against cpu")
 
 
 @pytest.mark.parametrize("lengths", [(14, 6), pytest.param((200, 130, 3), marks=pytest.mark.exhaustive)])

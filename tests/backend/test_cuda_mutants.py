@@ -22,7 +22,7 @@ from conftest import ran
 from invariants import all_same
 from rerank_kernels.backend import registry
 
-simulated = pytest.importorskip("ptxsim.simulated")
+simulated = pytest.importorskip("simulated.cuda")
 Edit = simulated.Edit
 
 

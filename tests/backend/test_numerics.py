@@ -54,6 +54,10 @@ def truth(name: str, x: np.ndarray) -> np.ndarray:
         "gelu_tanh": lambda: t * torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (t + 0.044715 * t**3)),
         "silu": lambda: t * torch.sigmoid(t),
         "relu": lambda: torch.relu(t),
+        "quick_gelu": lambda: t * torch.sigmoid(float(np.float32(1.702)) * t),
+        "relu2": lambda: torch.relu(t) ** 2,
+        "leaky_relu": lambda: torch.where(t < 0, float(np.float32(0.01)) * t, t),
+        "mish": lambda: t * torch.tanh(torch.log1p(torch.exp(t))),
     }[name]()
     return out.numpy()
 
@@ -74,6 +78,9 @@ BOUNDS = {
     "gelu": (6.0, -13.0, 1e30),
     "silu": (3.5, -87.0, 1e30),
     "relu": (0.0, -1e38, 1e38),
+    "relu2": (0.5, -1e38, 1e19),
+    "leaky_relu": (0.5, -1e38, 1e38),
+    "mish": (6.0, -87.0, 1e30),
 }
 
 
@@ -98,6 +105,15 @@ def test_gelu_tanh_error_bound() -> None:
     assert error.max() <= 1.0, (x[error.argmax()], error.max())
 
 
+def test_quick_gelu_error_bound() -> None:
+    # the rounding of the sigmoid's argument z is magnified by |z|: bound 4 + |z| ulp
+    x = sweep()
+    x = x[np.isfinite(x) & (x >= -51.0) & (x <= 1e30)]
+    z = np.minimum(np.abs(1.702 * x.astype(np.float64)), 104.0)
+    error = ulps(_host.elementwise("quick_gelu", x, ISAS[0]), truth("quick_gelu", x)) / (4.0 + z)
+    assert error.max() <= 1.0, (x[error.argmax()], error.max())
+
+
 def test_truth_agrees_with_mpmath() -> None:
     """The float64 truths are themselves checked, at 40 digits."""
     mpmath.mp.dps = 40
@@ -109,13 +125,14 @@ def test_truth_agrees_with_mpmath() -> None:
         "normcdf": lambda v: mpmath.erfc(-v / mpmath.sqrt(2)) / 2,
         "gelu": lambda v: v * mpmath.erfc(-v / mpmath.sqrt(2)) / 2,
         "silu": lambda v: v / (1 + mpmath.exp(-v)),
+        "mish": lambda v: v * mpmath.tanh(mpmath.log(1 + mpmath.exp(v))),
     }
     for name, f in exact.items():
         want = np.array([float(f(mpmath.mpf(float(v)))) for v in x])
         np.testing.assert_allclose(truth(name, x), want, rtol=1e-13)
 
 
-@pytest.mark.parametrize("name", [*BOUNDS, "gelu_tanh"])
+@pytest.mark.parametrize("name", [*BOUNDS, "gelu_tanh", "quick_gelu"])
 def test_portable_elementwise_bits(name: str) -> None:
     """avx512 = avx2 = scalar, bit for bit, NaN in NaN out, at every position in a register."""
     x = np.concatenate([sweep(65_537), np.array([np.nan, 3.0, np.nan], dtype=np.float32)])

@@ -19,7 +19,7 @@ from rerank_kernels.ops.linear import linear
 
 def launches(kernel: str, call: Callable[[], object]) -> list[tuple[tuple[int, ...], int, int | None]]:
     """Grid, threads and shared memory of the launch that `call` makes, for each way that the launcher can be told to take."""
-    from ptxsim import simulated
+    from simulated import cuda as simulated
 
     made = []
     for way in range(simulated.launchers()[kernel]):

@@ -21,7 +21,7 @@ from invariants import all_same, same
 from prefill import steps_against_prefill
 from tensor import HALVES, MODELS
 
-simulated = pytest.importorskip("ptxsim.simulated")
+simulated = pytest.importorskip("simulated.cuda")
 NAN = float("nan")
 LAUNCHER = "attention_tensor"
 

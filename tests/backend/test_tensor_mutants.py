@@ -26,7 +26,7 @@ from conftest import ran
 from invariants import all_same
 from rerank_kernels.backend.native import sparse_ffn
 
-simulated = pytest.importorskip("ptxsim.simulated")
+simulated = pytest.importorskip("simulated.cuda")
 Edit = simulated.Edit
 Check = Callable[[Case, torch.dtype], None]
 HALF = torch.float16

@@ -21,7 +21,7 @@ import tensor
 from conftest import ran
 from prefill import steps_against_prefill
 
-simulated = pytest.importorskip("ptxsim.simulated")
+simulated = pytest.importorskip("simulated.cuda")
 Edit = simulated.Edit
 HALF = torch.float16
 

@@ -24,10 +24,10 @@ from cases import Case, numbers, offsets
 from conftest import ran
 from invariants import all_same, same
 from prefill import steps_against_prefill
-from ptxsim import simulated_triton as simulated
 from ptxsim.open_bits import open_bits
-from ptxsim.simulated_triton import Edit, simulated_triton
 from rerank_kernels.backend import registry
+from simulated import triton as simulated
+from simulated.triton import Edit, simulated_triton
 
 CASES = cases.CASES
 ROOT = Path(__file__).parents[2]

@@ -100,6 +100,20 @@ def test_every_test_has_a_room() -> None:
     assert sorted(set(names)) == sorted(names)
 
 
+def test_the_simulator_stands_alone() -> None:
+    """What it says of a kernel cannot depend on the code that it judges: its files import NumPy, pytest and one another."""
+    there = {p.relative_to(ROOT): ast.parse(p.read_text()) for p in (ROOT / "tests" / "ptxsim").rglob("*.py")}
+    known = {"numpy", "pytest", "ptxsim", *sys.stdlib_module_names}
+    named = {(str(path), name) for path, tree in there.items() for node in ast.walk(tree) for name in _absolute(node)}
+    assert sorted((path, name) for path, name in named if name.split(".")[0] not in known) == []
+
+
+def _absolute(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+
+
 # From the bottom up. A room imports its own files, and rooms further down; what stands in line with it, it does not.
 ROOMS = (
     ("version", "names", "errors", "check", "ranking", "printable"),

@@ -20,7 +20,7 @@ from torch import nn
 
 import rerank_kernels as rk
 from conftest import require
-from models import FAMILIES, POSITIONS, config, minilm, padded, rows, tiny
+from models import FAMILIES, PAD, POSITIONS, config, minilm, padded, rows, tiny
 from rerank_kernels.models import bert
 from rerank_kernels.models.bound import Forward
 from rerank_kernels.models.packing import ready
@@ -28,8 +28,9 @@ from rerank_kernels.models.registry import packed_embeddings, packed_logits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LENGTHS = (7, 1, 70, 23, 64, 2, 65, 23)  # around one key tile of 64, and equal ones
-PAD = {"bert": 0, "roberta": 1, "xlm-roberta": 1}
-HASHES = {"bert": "6606d6874a67e6ed", "roberta": "baa9ec9efcce8a5b", "xlm-roberta": "baa9ec9efcce8a5b"}
+HASHES = {"bert": "6606d6874a67e6ed", "electra": "6ba195796a762157"} | dict.fromkeys(
+    ("roberta", "xlm-roberta", "camembert"), "baa9ec9efcce8a5b"
+)
 
 
 def bits(t):
@@ -83,15 +84,19 @@ def test_close_to_stock_in_float32(family, heads, hidden):
     rk.patch(model)
     out = model(**batch, output_hidden_states=True)
     kept = batch["attention_mask"].bool()
-    assert type(out) is type(stock) and len(out.hidden_states) == len(stock.hidden_states) == 3
+    assert type(out) is type(stock) and list(out) == list(stock) and len(out.hidden_states) == len(stock.hidden_states) == 3
     for ours, theirs in zip(out.hidden_states, stock.hidden_states, strict=True):
         torch.testing.assert_close(ours[kept], theirs[kept], rtol=0, atol=2e-5)
         assert not ours[~kept].any(), "padding must be 0"
-    torch.testing.assert_close(out.pooler_output, stock.pooler_output, rtol=0, atol=2e-5)
+    if "pooler_output" in stock:
+        torch.testing.assert_close(out.pooler_output, stock.pooler_output, rtol=0, atol=2e-5)
     assert_same_bits(out.last_hidden_state, out.hidden_states[-1])
 
 
-@pytest.mark.parametrize("act", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh"])
+LATER = ("quick_gelu", "relu2", "leaky_relu", "mish")
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh", *LATER])
 def test_activations(act):
     model = tiny("bert", hidden_act=act)
     batch = padded(rows(LENGTHS), 0)
@@ -99,6 +104,19 @@ def test_activations(act):
         stock = model(**batch).logits
     rk.patch(model)
     torch.testing.assert_close(model(**batch).logits, stock, rtol=0, atol=2e-5)
+
+
+def test_another_slope_is_refused():
+    model = tiny("bert", hidden_act="leaky_relu")
+    act = model.bert.encoder.layer[1].intermediate.intermediate_act_fn
+    act.negative_slope = 0.2
+    with pytest.raises(rk.PatchError, match=r"LeakyReLU \(negative_slope is 0\.2, and only 0\.01 is served\) at bert\.enc"):
+        rk.patch(model)
+    act.negative_slope = 0.01
+    rk.patch(model)
+    act.negative_slope = 0.2
+    with pytest.raises(rk.PatchError, match=r"LeakyReLU: negative_slope is 0\.2, and only 0\.01 is served; call rk\.unpatch"):
+        model(**padded(rows((5,)), 0))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -117,6 +135,48 @@ def test_positions_and_embeddings_given(family):
     mask = batch["attention_mask"]
     assert_same_bits(model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).logits, logits)
     assert_same_bits(model(inputs_embeds=embeds, attention_mask=mask).logits, model(**batch).logits)
+
+
+def heads_follow_their_activation():
+    """ELECTRA's head holds a gelu where RoBERTa's calls tanh itself."""
+    for held in (None, nn.Tanh(), nn.ReLU()):
+        model = tiny("electra", num_labels=3)
+        if held is not None:
+            model.classifier.activation = held
+        batch = padded(rows(LENGTHS), 0)
+        with torch.no_grad():
+            truth = copy.deepcopy(model).double()(**batch).logits
+        rk.patch(model)
+        assert (model(**batch).logits - truth).abs().max() < BOUND[torch.float32], f"{held}"
+
+
+def test_a_head_computes_the_activation_that_it_holds(monkeypatch):
+    heads_follow_their_activation()
+    monkeypatch.setattr(bert, "activation_of", lambda m: "tanh")
+    with pytest.raises(AssertionError):
+        heads_follow_their_activation()
+
+
+@pytest.mark.parametrize("held", [torch.sin, nn.Softplus()], ids=["function", "module"])
+def test_a_head_with_an_unknown_activation_is_refused(held):
+    model = tiny("electra")
+    del model.classifier.activation
+    model.classifier.activation = held
+    with pytest.raises(
+        rk.PatchError, match=r"ElectraClassificationHead \(activation (sin|Softplus) is unknown\) at classifier"
+    ):
+        rk.patch(model)
+
+
+def test_words_as_wide_as_the_layers():
+    """An ELECTRA of that shape has no projection."""
+    model = tiny("electra", embedding_size=64)
+    assert not hasattr(model.electra, "embeddings_project")
+    batch = padded(rows(LENGTHS), 0)
+    with torch.no_grad():
+        truth = copy.deepcopy(model).double()(**batch).logits
+    rk.patch(model)
+    assert (model(**batch).logits - truth).abs().max() < BOUND[torch.float32]
 
 
 # ---- the same ---------------------------------------------------------------------------------------------------------------
@@ -446,11 +506,11 @@ def test_a_refusal_has_one_line_a_class_and_the_causes_only():
 
 
 def test_a_refusal_begins_with_the_cause():
-    model = tiny("bert", num_hidden_layers=12, hidden_act="quick_gelu")
+    model = tiny("bert", num_hidden_layers=12, hidden_act="laplace")
     at = "x 12, e.g. bert.encoder.layer.0.intermediate"
     assert refusal(model) == [
-        f"BertIntermediate (activation QuickGELUActivation is unknown) {at}",
-        f"QuickGELUActivation {at}.intermediate_act_fn",
+        f"BertIntermediate (activation LaplaceActivation is unknown) {at}",
+        f"LaplaceActivation {at}.intermediate_act_fn",
     ]
     assert rk.patch(model, strict=False).unknown["bert"] == "BertModel (holds the unknown modules)", "the report keeps all"
     model = foreign("custom").eval()
@@ -476,8 +536,8 @@ def test_not_strict_leaves_the_unknown_and_the_encoder_around_it():
 
 
 def test_unknown_activations_are_refused():
-    model = tiny("roberta", head=False, hidden_act="quick_gelu")
-    with pytest.raises(rk.PatchError, match=r"QuickGELUActivation x 2, e\.g\. encoder\.layer\.0\.intermediate\.int"):
+    model = tiny("roberta", head=False, hidden_act="laplace")
+    with pytest.raises(rk.PatchError, match=r"LaplaceActivation x 2, e\.g\. encoder\.layer\.0\.intermediate\.int"):
         rk.patch(model)
     model = tiny("roberta", head=False)
     del model.encoder.layer[1].intermediate.intermediate_act_fn

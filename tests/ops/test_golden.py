@@ -11,7 +11,7 @@ import conftest
 import finals
 import rerank_kernels
 from cases import Case
-from golden import HOW, digest, final_inputs, inputs, outputs, read
+from golden import HOW, digest, final_inputs, inputs, later_inputs, outputs, read
 from invariants import force_isa
 from rerank_kernels.backend import registry
 from rerank_kernels.backend.registry import Backend
@@ -42,6 +42,7 @@ def test_golden(backend: Backend, case: Case, dtype: torch.dtype) -> None:
 
 def test_final_inputs() -> None:
     assert read()["final inputs"] == final_inputs(), "not the inputs that were hashed; " + HOW
+    assert read()["later inputs"] == later_inputs(), "not the inputs that were hashed; " + HOW
 
 
 @pytest.mark.parametrize("way", finals.WAYS)

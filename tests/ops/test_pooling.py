@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 import cases
 import invariants
 from cases import numbers, offsets
 from invariants import same
 from rerank_kernels.backend.registry import Backend
+from rerank_kernels.ops import pooling as made
 from rerank_kernels.ops.linear import linear
-from rerank_kernels.ops.pooling import pool, score_head, sigmoid
+from rerank_kernels.ops.pooling import POOL_MODES, pool, score_head, sigmoid
 
 CASES = cases.of("pooling")
 NAN, INF = float("nan"), float("inf")
@@ -34,6 +38,66 @@ def test_mean_is_one_ascending_chain(backend: Backend, dtype: torch.dtype) -> No
 def test_cls_is_the_first_token(backend: Backend, dtype: torch.dtype) -> None:
     x = numbers("x", (9, 5), dtype)
     same(pool(x, "cls", cu_seqlens=offsets((4, 0, 5))), torch.stack([x[0], torch.zeros(5, dtype=dtype), x[4]]), "cls")
+
+
+def test_last_and_largest(backend: Backend, dtype: torch.dtype) -> None:
+    x = numbers("x", (9, 5), dtype)
+    nothing = torch.zeros(5, dtype=dtype)
+    same(pool(x, "lasttoken", cu_seqlens=offsets((4, 0, 5))), torch.stack([x[3], nothing, x[8]]), "lasttoken")
+    largest = torch.stack([torch.stack([max(column) for column in rows.t()]) for rows in (x[:4], x[4:])])
+    same(pool(x, "max", cu_seqlens=offsets((4, 0, 5)))[[0, 2]], largest, "max")
+    same(pool(x, "max", cu_seqlens=offsets((4, 0, 5)))[1], nothing, "max of no token")
+
+
+def test_largest_of_special_values(backend: Backend) -> None:
+    zeros = torch.tensor([[0.0, -0.0, -0.0], [-0.0, 0.0, -0.0]])
+    same(pool(zeros, "max", cu_seqlens=offsets((2,)))[0], torch.zeros(3), "+0 in any order")
+    x = torch.tensor([[1.0, -INF, NAN, -INF], [NAN, 2.0, 3.0, -INF], [9.0, 9.0, 9.0, 9.0]])
+    same(pool(x, "max", cu_seqlens=offsets((2, 1)))[0], torch.tensor([NAN, 2.0, NAN, -INF]), "a NaN passes")
+
+
+def test_weighted_mean_is_the_stated_sum(backend: Backend, dtype: torch.dtype) -> None:
+    """linear, which others hold to the contract, of the weights 1, 2, ... and one division."""
+    x = numbers("x", (603, 7), dtype)
+    weights = torch.arange(1.0, 601.0)
+    dot = linear(weights[None], x[:600].t().contiguous(), out_dtype=torch.float32)[0]
+    got = pool(x, "weightedmean", cu_seqlens=offsets((600, 3)), out_dtype=torch.float32)
+    same(got[0], dot / torch.tensor(180300.0), "over more than one chunk")
+    same(got[1:], pool(x[600:], "weightedmean", cu_seqlens=offsets((3,)), out_dtype=torch.float32), "beside a long one")
+
+
+def padding_counts(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    return made._padded(rows, lengths, 0.0).amax(1).float()
+
+
+def last_row(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    return made._padded(rows, lengths, 0.0)[:, -1].float()
+
+
+def by_the_longest(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Weights that count from the end of the longest sequence."""
+    weights = torch.arange(float(max(lengths)), 0.0, -1.0)[None, :, None]
+    return (made._padded(rows, lengths, 0.0).float() * weights).sum(1) / weights.sum()
+
+
+@pytest.mark.parametrize("mode, mutant", [("max", padding_counts), ("lasttoken", last_row), ("weightedmean", by_the_longest)])
+@pytest.mark.parametrize("promise", [invariants.right, invariants.batch_invariant])
+def test_a_wrong_pooling_is_caught(mode: str, mutant: Any, promise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These modes are made of ops, of which mutants.py has the mutants."""
+    case = cases.get(f"pool-33-{mode}")
+    promise(case, torch.float32)
+    monkeypatch.setitem(made._MADE, mode, mutant)
+    with pytest.raises(AssertionError, match=r"differ|beyond the bound"):
+        promise(case, torch.float32)
+
+
+@pytest.mark.parametrize("mode", POOL_MODES)
+def test_nothing_to_pool(backend: Backend, mode: str) -> None:
+    for lengths in ((), (0, 0)):
+        same(pool(torch.zeros(0, 4), mode, cu_seqlens=offsets(lengths)), torch.zeros(len(lengths), 4), f"{mode} of {lengths}")
+    padded, mask = numbers("x", (2, 4, 5), torch.float32), torch.tensor([[0, 1, 1, 0], [0, 0, 0, 1]])
+    packed = torch.cat([padded[0, 1:3], padded[1, 3:]])
+    same(pool(padded, mode, mask=mask), pool(packed, mode, cu_seqlens=offsets((2, 1))), "padded and packed")
 
 
 def test_padded_first_token(backend: Backend) -> None:
@@ -86,8 +150,8 @@ def test_head_is_its_parts(backend: Backend, activation: str | None, dtype: torc
 def test_errors(backend: Backend) -> None:
     x = torch.zeros(6, 4)
     cu = offsets((6,))
-    with pytest.raises(ValueError, match=r"pool: mode must be one of 'cls', 'mean', got 'max'"):
-        pool(x, "max", cu_seqlens=cu)
+    with pytest.raises(ValueError, match=r"pool: mode must be one of 'cls', 'mean', 'max', 'lasttoken', .*, got 'first'"):
+        pool(x, "first", cu_seqlens=cu)
     with pytest.raises(ValueError, match="pool: cu_seqlens and mask exclude each other"):
         pool(x, "cls", cu_seqlens=cu, mask=torch.ones(1, 6))
     with pytest.raises(ValueError, match=r"pool: x must be \[B, T, D\], got \[6, 4\]"):

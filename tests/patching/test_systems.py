@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+import lora
 import rerank_kernels as rk
 import systems
 from models import CORPUS, tiny, tokenizer
@@ -453,7 +454,10 @@ def test_normalize_embeddings():
         model.encode(TEXTS, normalize_embeddings=True, precision="int8")
 
 
-@pytest.mark.parametrize("mode, include_prompt", [("cls", True), ("mean", False), (("mean",), True)])
+@pytest.mark.parametrize(
+    "mode, include_prompt",
+    [("cls", True), ("mean", False), (("mean",), True), ("max", False), ("lasttoken", True), ("weightedmean", True)],
+)
 def test_pooling(mode, include_prompt):
     model = embedder(mode=mode, include_prompt=include_prompt)
     stock = model.encode(TEXTS, prompt="query: ", batch_size=1)
@@ -474,15 +478,27 @@ def test_dense(dtype):
     assert report.calls()["2.linear"] > 0 and report.calls()["2.activation_function"] > 0
 
 
-@pytest.mark.parametrize("mode, shown", [("max", "max"), (("cls", "mean"), r"cls\+mean")])
+@pytest.mark.parametrize("mode, shown", [("mean_sqrt_len_tokens", "mean_sqrt_len_tokens"), (("cls", "mean"), r"cls\+mean")])
 def test_other_poolings_are_refused(mode, shown):
-    with pytest.raises(rk.PatchError, match=rf"Pooling \(pooling mode {shown} is not served; cls, mean are\)"):
+    with pytest.raises(rk.PatchError, match=rf"Pooling \(pooling mode {shown} is not served; cls, mean, .*weightedmean are\)"):
         rk.patch(embedder(mode=mode))
     model = embedder()
     rk.patch(model)
     model[1].pooling_mode = mode
     with pytest.raises(ValueError, match=rf"Pooling: pooling mode {shown} is not served"):
         model.encode(TEXTS)
+
+
+def test_weights_that_count_a_prompt_left_out_are_refused():
+    model = embedder(mode="weightedmean", include_prompt=False)
+    with pytest.raises(rk.PatchError, match="weightedmean is not served without the prompt; set include_prompt = True"):
+        rk.patch(model)
+    model[1].include_prompt = True
+    rk.patch(model)
+    assert model.encode(TEXTS, prompt="query: ").shape == (len(TEXTS), 64)
+    model[1].include_prompt = False
+    with pytest.raises(ValueError, match="weightedmean is not served without the prompt"):
+        model.encode(TEXTS, prompt="query: ")
 
 
 def test_modules_of_a_sentence_transformer_that_are_refused():
@@ -525,6 +541,65 @@ def test_flag_reranker_with_stock_workers_is_refused():
     rk.unpatch(reranker)
     with pytest.raises(rk.PatchError, match=r"worker processes run already, .* call stop_self_pool\(\) first"):
         rk.patch(reranker)
+
+
+def flag_embeds_as_the_reranker(pooling_method="cls", half=False):
+    model = tiny_encoder().half() if half else tiny_encoder()
+    honest = rk.Reranker(copy.deepcopy(model), tokenizer("xlm-roberta"), kind="embedding", max_length=130)
+    honest.pooling = pooling_method
+    want = honest.encode(TEXTS)
+    embedder = systems.BaseEmbedder(model, pooling_method)
+    rk.patch(embedder)
+    for size in (1, 7, 32):
+        same(embedder.encode(TEXTS, size), want, f"batches of {size}")
+        same(embedder.encode(TEXTS, batch_size=size, convert_to_numpy=False), want, f"tensors, batches of {size}")
+    same(embedder.encode(TEXTS[3]), want[3], "a text alone")
+    embedder.tokenizer.padding_side = "left"
+    same(embedder.encode(TEXTS), want, "padded on the left")
+    return embedder, want
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+@pytest.mark.parametrize("pooling_method", ["cls", "mean"])
+def test_flag_model(pooling_method, half):
+    embedder, want = flag_embeds_as_the_reranker(pooling_method, half)
+    with systems.installed():
+        twin = pickle.loads(pickle.dumps(embedder))
+    same(twin.encode(TEXTS), want, "in a worker")
+    stopped = type(embedder).stopped
+    embedder.truncate_dim, embedder.normalize_embeddings = 20, False
+    raw = embedder.encode(TEXTS)
+    embedder.normalize_embeddings = True
+    same(embedder.encode(TEXTS), rk.normalize(torch.from_numpy(raw)), "cut, then of length 1")
+    assert type(embedder).stopped == stopped, "one that ends stops its workers: no copy of it may be made for a call"
+    rk.unpatch(embedder)
+    assert clean(embedder, embedder.model)
+
+
+def test_stock_flag_model_does_not():
+    embedder = systems.BaseEmbedder(tiny_encoder())
+    one, many = (embedder.encode(TEXTS, size) for size in (1, 32))
+    assert (bits(one) != bits(many)).any()
+    embedder.tokenizer.padding_side = "left"
+    assert np.abs(embedder.encode(TEXTS) - one).max() > 0.1, "stock takes padding for the first token"
+
+
+def test_flag_model_s_own_errors_and_workers():
+    embedder = systems.BaseEmbedder(tiny_encoder(), "last_token")
+    rk.patch(embedder)
+    with pytest.raises(NotImplementedError, match="pooling method last_token not implemented"):
+        embedder.encode(TEXTS)
+    rk.unpatch(embedder)
+    embedder.pool = {"processes": []}
+    with pytest.raises(rk.PatchError, match=r"call stop_self_pool\(\) first"):
+        rk.patch(embedder)
+    with pytest.raises(rk.PatchError, match=r"BGE-M3's sparse and multi-vector heads are not served; .*kind='embedding'"):
+        rk.patch(systems.M3Embedder())
+
+
+def tiny_encoder():
+    own = tokenizer("xlm-roberta")
+    return tiny("xlm-roberta", head=False, vocab_size=len(own), pad_token_id=own.pad_token_id)
 
 
 def test_decoders_wait():
@@ -726,6 +801,80 @@ def test_infinity_engines_that_are_refused():
     assert clean(good, good._model_replicas[0].model), "all or nothing"
 
 
+# ---- LangChain and LlamaIndex -----------------------------------------------------------------------------------------------
+
+WRAPPED = {
+    "langchain_huggingface": lambda: systems.HuggingFaceEmbeddings(embedder(), normalize_embeddings=True),
+    "langchain_community": lambda: systems.HuggingFaceBgeEmbeddings(embedder(systems.Normalize())),
+    "llama_index": lambda: systems.HuggingFaceEmbedding(embedder()),
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_wrapped_embedders(wrapped):
+    held = WRAPPED[wrapped]()
+    inner = held._model if wrapped == "llama_index" else held._client if hasattr(held, "_client") else held.client
+    want = rk.Reranker(copy.deepcopy(inner[0].model), inner.tokenizer, kind="embedding", max_length=130).encode(TEXTS)
+    texts, query = (held._get_text_embeddings, held._get_query_embedding) if wrapped == "llama_index" else (
+        held.embed_documents, held.embed_query)  # fmt: skip
+    stock = [query(text) for text in TEXTS], texts(TEXTS)
+    assert (bits(stock[0]) != bits(stock[1])).any(), "stock does not"
+    report = rk.patch(held)
+    same(texts(TEXTS), want, "texts")
+    same([query(text) for text in TEXTS], want, "a query each")
+    assert all(report.calls().values()) and all(path.startswith(("_client", "client", "_model")) for path in report.calls())
+    assert clean(held), "nothing of the wrapper is changed"
+    rk.unpatch(held)
+    assert clean(inner)
+
+
+def test_wrapped_cross_encoders(version):
+    encoder = VERSIONS[version](systems.model())
+    want = reference(encoder.model).score(PAIRS).score
+    langchain = systems.HuggingFaceCrossEncoder(encoder)
+    report = rk.patch(langchain)
+    same(langchain.score(PAIRS), want, "LangChain")
+    same([langchain.score([pair])[0] for pair in PAIRS], want, "LangChain, a pair each")
+    assert report.system == "LangChain HuggingFaceCrossEncoder" and set(report.overrides) == {"client.predict", "client.rank"}
+    rk.unpatch(langchain)
+    assert clean(encoder, encoder.model, langchain)
+    llama = systems.SentenceTransformerRerank(encoder, top_n=len(TEXTS))
+    rk.patch(llama)
+    alone = [llama._postprocess_nodes([one], QUERY)[0].score for one in DOCUMENTS]
+    ranked = llama._postprocess_nodes(DOCUMENTS, QUERY)
+    same([one.score for one in ranked], sorted(alone, reverse=True), "LlamaIndex")
+
+
+def test_the_advice_for_wrappers_that_sort_by_score():
+    """Their notes name what sorts by logit; it is tried here."""
+    encoder = systems.CrossEncoder(saturated(systems.model()), nn.Identity())
+    want = [one.document for one in reference(encoder.model).rank(QUERY, TEXTS)]
+    llama = systems.SentenceTransformerRerank(encoder, top_n=len(TEXTS))
+    assert any("'activation_fn': torch.nn.Identity()" in note for note in rk.patch(llama).notes)
+    assert [node.content for node in llama._postprocess_nodes(DOCUMENTS, QUERY)] == want
+    langchain = systems.HuggingFaceCrossEncoder(systems.CrossEncoder(saturated(systems.model())))
+    langchain.client.activation_fn = nn.Identity()
+    assert any("set client.activation_fn to torch.nn.Identity()" in note for note in rk.patch(langchain).notes)
+    scores = langchain.score([(QUERY, text) for text in TEXTS])
+    assert [TEXTS[i] for i in sorted(range(len(TEXTS)), key=lambda i: -scores[i])] == want
+
+
+def test_wrappers_around_something_else_are_refused():
+    for obj, path in (
+        (systems.HuggingFaceEmbeddings(nn.Linear(2, 2)), "_client"),
+        (systems.HuggingFaceCrossEncoder(nn.Linear(2, 2)), "client"),
+        (systems.SentenceTransformerRerank(nn.Linear(2, 2)), "_model"),
+    ):
+        with pytest.raises(
+            rk.PatchError, match=rf"its {path} is a Linear, and only sentence-transformers' \w+ is served there"
+        ):
+            rk.patch(obj)
+    held = systems.HuggingFaceCrossEncoder(systems.CrossEncoder(systems.model()))
+    held.score = print
+    with pytest.raises(rk.PatchError, match="HuggingFaceCrossEncoder has a score of its own"):
+        rk.patch(held)
+
+
 # ---- settings of the process ------------------------------------------------------------------------------------------------
 
 
@@ -791,6 +940,8 @@ MUTANTS = [
     ("sentence_transformers.rank", stock, lambda: ranked_by_logit("6", saturated(systems.model()))),
     ("sentence_transformers.rank", by_score, lambda: ranked_by_logit("6", systems.model())),
     ("sentence_transformers.encode", stock, lambda: embeds_as_the_reranker()),
+    ("flagembedding.pooling", stock, flag_embeds_as_the_reranker),
+    ("flagembedding.encode_single_device", stock, flag_embeds_as_the_reranker),
     ("haystack.run", stock, lambda: haystack_ranks_by_logit("model", saturated(systems.model()))),
     ("haystack.run", unstable, lambda: haystack_ranks_by_logit("model", saturated(systems.model()))),
     ("haystack.warm_up", stock, lambda: haystack_ranks_by_logit("model", systems.model())),
@@ -825,13 +976,16 @@ def test_every_override_has_a_mutant():
 
 
 def test_every_system_has_its_row():
-    """The table finds each class of systems.py, and a class of another package with the same name is none of them."""
+    """The table finds each class of systems.py and lora.py; one of another package with the same name is none of them."""
     found = {(cls.__module__.partition(".")[0], cls.__qualname__) for cls in systems.FAKES}
-    assert found & set(table.SYSTEMS) == set(table.SYSTEMS) - {
+    assert lora.PeftModel in systems.FAKES and found & set(table.SYSTEMS) == set(table.SYSTEMS) - {
+        ("FlagEmbedding", "BaseLLMEmbedder"),
+        ("FlagEmbedding", "ICLLLMEmbedder"),
         ("FlagEmbedding", "LayerWiseLLMReranker"),
         ("FlagEmbedding", "LightweightLLMReranker"),
         ("haystack", "SentenceTransformersSimilarityRanker"),
         ("infinity_emb", "SyncEngineArray"),
+        ("langchain_community", "HuggingFaceEmbeddings"),
     }
     stranger = type("CrossEncoder", (), {"__module__": "elsewhere"})()
     stranger.model = systems.model()

@@ -235,6 +235,11 @@ def test_minilm_ranks_by_cosine_and_encodes_a_text_once(embedding, monkeypatch):
     assert all(r.score == r.logit and r.complement == np.float32(1) - np.float32(r.logit) for r in ranked)
 
 
+def flagged(mode):
+    """As before version 5.4 of sentence-transformers."""
+    return {f"pooling_mode_{mode}{'' if mode == 'lasttoken' else '_tokens'}": True, "pooling_mode_mean_tokens": False}
+
+
 def copy_of_minilm(to, **files):
     """The folder of MiniLM with some files written anew; None leaves one out."""
     for file in minilm().iterdir():
@@ -250,15 +255,32 @@ def copy_of_minilm(to, **files):
 @pytest.mark.parametrize(
     "pooling, message",
     [
-        ({"pooling_mode_max_tokens": True}, "1_Pooling's pooling mode must be mean or cls, got max"),
+        (
+            {"pooling_mode_mean_sqrt_len_tokens": True},
+            "1_Pooling's pooling mode must be cls or .* or max or .*, got mean_sqrt_len",
+        ),
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, r"got cls \+ mean"),
-        ({"pooling_mode": "lasttoken"}, "got lasttoken"),
-        ({"pooling_mode_lasttoken": True}, "got lasttoken"),
+        ({"pooling_mode": ["max", "mean"]}, r"got max \+ mean"),
     ],
 )
 def test_other_poolings_are_refused(tmp_path, pooling, message):
     with pytest.raises(ValueError, match=message):
         rk.Reranker(copy_of_minilm(tmp_path, **{"1_Pooling/config.json": pooling}))
+
+
+@pytest.mark.parametrize("mode", ["max", "lasttoken", "weightedmean"])
+@pytest.mark.parametrize("written", [lambda mode: {"pooling_mode": mode}, flagged], ids=["name", "flag"])
+def test_pooling_as_the_folder_says(tmp_path, mode, written):
+    """As sentence-transformers' own module of that mode, in float64."""
+    pooling = pytest.importorskip("sentence_transformers.models", reason="sentence-transformers is not installed").Pooling
+    reranker = rk.Reranker(copy_of_minilm(tmp_path, **{"1_Pooling/config.json": written(mode)}))
+    assert reranker.pooling == mode
+    batch = reranker.tokenizer(CORPUS, padding=True, return_tensors="pt")
+    states = reranker.model(**batch).last_hidden_state.double()
+    stock = pooling(states.shape[-1], pooling_mode=mode)
+    truth = stock({"token_embeddings": states, "attention_mask": batch["attention_mask"]})["sentence_embedding"]
+    np.testing.assert_allclose(reranker.encode(CORPUS), truth / truth.norm(dim=1, keepdim=True), rtol=0, atol=1e-6)
+    assert same([reranker.encode([text])[0] for text in CORPUS], reranker.encode(CORPUS))
 
 
 def test_cls_pooling_without_normalize(tmp_path):

@@ -418,7 +418,7 @@ def test_a_case_that_bench_has_not_passes_its_gate(op: str) -> None:
 
 
 def test_every_launcher_with_several_ways_has_a_case() -> None:
-    from ptxsim import simulated
+    from simulated import cuda as simulated
 
     if reason := simulated.missing():
         pytest.skip(reason)

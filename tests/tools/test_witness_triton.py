@@ -11,8 +11,8 @@ import torch
 
 import rerank_kernels as rk
 from conftest import ran
-from ptxsim import simulated_triton as simulated
-from ptxsim.simulated_triton import Edit, simulated_triton
+from simulated import triton as simulated
+from simulated.triton import Edit, simulated_triton
 from tools.witness.triton_kernels import witnessed
 
 pytestmark = pytest.mark.exhaustive

@@ -18,6 +18,7 @@ from models import CORPUS, tiny, tokenizer
 from rerank_kernels.backend import registry
 from rerank_kernels.backend.modes import PORTABLE
 from rerank_kernels.models.bound import Forward
+from rerank_kernels.ops.pooling import POOL_MODES
 from rerank_kernels.ops.sequences import Sequences
 from rerank_kernels.verify import VerifyReport, controls, default_pairs, fresh, verify
 from rerank_kernels.verify.checks import FINAL, HOME, MIXED, SETTINGS, Call, Check, Texts, all_checks, build, home
@@ -78,7 +79,7 @@ def test_an_embedding_model_and_a_model_that_was_patched_before() -> None:
     own = tokenizer("bert")
     model = tiny("bert", head=False, vocab_size=len(own))
     rk.patch(model)
-    for pooling in ("mean", "cls"):
+    for pooling in POOL_MODES:
         report = run(model, own, pooling=pooling)
         assert report.ok and report.kind == "embedding", printed(report)
     assert isinstance(model.__dict__["forward"], Forward)

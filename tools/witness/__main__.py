@@ -47,8 +47,8 @@ def of_cuda(args: argparse.Namespace) -> int:
 
 
 def of_triton(args: argparse.Namespace) -> int:
-    from ptxsim import simulated_triton as simulated
     from rerank_kernels.backend import library
+    from simulated import triton as simulated
 
     if reason := simulated.missing() or library.missing():  # the library holds the layouts of weights
         print("witness: triton:", reason)

@@ -1,4 +1,4 @@
-"""What the launchers ask for, from themselves: the library of ptxsim/, whose kernels here only note their launch."""
+"""What the launchers ask for, from themselves: the library of tests/simulated, whose kernels here only note their launch."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Launch:
 @contextlib.contextmanager
 def recording() -> Iterator[tuple[Any, list[Launch]]]:
     """Inside the block ops on CPU tensors are served by csrc/cuda's launchers, and launches are noted instead of run: outputs
-    hold no numbers. Gives ptxsim.simulated and the growing list.
+    hold no numbers. Gives simulated.cuda and the growing list.
     """
-    from ptxsim import simulated
     from rerank_kernels.backend.library import missing
+    from simulated import cuda as simulated
 
     if reason := missing():  # it holds the ops' signatures
         raise RuntimeError(f"launches cannot be noted: {reason}")

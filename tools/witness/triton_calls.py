@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import rerank_kernels as rk
-from ptxsim import simulated_triton as simulated
 from rerank_kernels.backend.triton import attention, linear
+from simulated import triton as simulated
 
 
 def calls(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:

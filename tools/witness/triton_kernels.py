@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptxsim import simulated_triton as simulated
+from simulated import triton as simulated
 from tools.witness.kernels import listed
 from tools.witness.machine import Code, machine_kernels
 from tools.witness.ptx import dyed, outside_contract

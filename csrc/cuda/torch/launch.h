@@ -5,7 +5,7 @@
 #include "../../tensors.h"
 #include "../kernels.h"
 
-#ifdef RK_SIMULATED_CALL  // tests/ptxsim: an OpCall and a dispatch key for CPU tensors
+#ifdef RK_SIMULATED_CALL  // tests/simulated: an OpCall and a dispatch key for CPU tensors
 #include RK_SIMULATED_CALL
 #else
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

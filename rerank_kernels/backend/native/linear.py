@@ -9,6 +9,7 @@ from rerank_kernels.backend.weights import contiguous
 
 # enum Activation in csrc/numerics.h
 CODES = {None: 0, "gelu": 1, "gelu_tanh": 2, "tanh": 3, "relu": 4, "silu": 5, "sigmoid": 6}
+CODES |= {"quick_gelu": 7, "relu2": 8, "leaky_relu": 9, "mish": 10}
 
 
 def linear(

@@ -57,6 +57,14 @@ def activation(x: Tensor, kind: str, up: Tensor | None = None) -> Tensor:
         y = stable_sigmoid(v)
     elif kind == "silu":
         y = v * stable_sigmoid(v)
+    elif kind == "quick_gelu":
+        y = v * stable_sigmoid(v * 1.702)
+    elif kind == "relu2":
+        y = torch.relu(v) * torch.relu(v)
+    elif kind == "leaky_relu":
+        y = torch.where(v < 0, v * 0.01, v)
+    elif kind == "mish":
+        y = _mish(v)
     else:
         y = _gelu(v.double(), kind).float()
     return (y if up is None else y * up.float()).to(x.dtype)
@@ -66,6 +74,13 @@ def stable_sigmoid(x: Tensor) -> Tensor:
     """With e = exp(-|x|): 1 / (1 + e) for x >= 0, e / (1 + e) below. 1 - 1 / (1 + e) would lose the digits of small scores."""
     e = torch.exp(-x.abs())
     return torch.where(x < 0, e, torch.ones_like(e)) / (1.0 + e)
+
+
+def _mish(x: Tensor) -> Tensor:
+    """x tanh(log(1 + exp x)), of terms that are all positive."""
+    e = torch.exp(-x.abs())
+    n = torch.where(x < 0, e * (e + 2.0), 1.0 + 2.0 * e)
+    return x * (n / (n + torch.where(x < 0, torch.full_like(e, 2.0), 2.0 * e * e)))
 
 
 def _gelu(x: Tensor, kind: str) -> Tensor:

@@ -1,6 +1,6 @@
 """The one place where a kernel is started, and the options that its bits depend on.
 
-tests/ptxsim puts a simulator in the place of `run`; it compiles with the very same options.
+tests/simulated puts a simulator in the place of `run`; it compiles with the very same options.
 """
 
 from __future__ import annotations

@@ -57,6 +57,9 @@ P1 = _hex("-0x1.310816p-2")
 G1 = _hex("0x1.2444f2p-4")
 G0 = _hex("0x1.988454p+0")
 
+QUICK = _hex("0x1.b3b646p+0")  # quick_gelu
+SLOPE = _hex("0x1.47ae14p-7")  # leaky_relu
+
 
 @triton.jit
 def fmadd(a, b, c):
@@ -178,6 +181,29 @@ def relu_of(x):
 
 
 @triton.jit
+def quick_gelu_of(x):
+    return x * sigmoid_of(x * QUICK)
+
+
+@triton.jit
+def relu2_of(x):
+    r = relu_of(x)
+    return r * r
+
+
+@triton.jit
+def leaky_relu_of(x):
+    return tl.where(x < 0.0, x * SLOPE, x)
+
+
+@triton.jit
+def mish_of(x):
+    e = exp_of_negative(0.0 - tl.abs(x))
+    n = tl.where(x < 0.0, e * (e + 2.0), 1.0 + (e + e))
+    return x * tl.div_rn(n, n + tl.where(x < 0.0, 2.0, (e + e) * e))
+
+
+@triton.jit
 def activate(x, KIND: tl.constexpr):
     if KIND == "gelu":
         return gelu_of(x)
@@ -191,6 +217,14 @@ def activate(x, KIND: tl.constexpr):
         return silu_of(x)
     elif KIND == "sigmoid":
         return sigmoid_of(x)
+    elif KIND == "quick_gelu":
+        return quick_gelu_of(x)
+    elif KIND == "relu2":
+        return relu2_of(x)
+    elif KIND == "leaky_relu":
+        return leaky_relu_of(x)
+    elif KIND == "mish":
+        return mish_of(x)
     else:
         return x
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rerank_kernels.models.bound import Method, serving
+from rerank_kernels.models.bound import CHANGING, Method, Methods, serving
 from rerank_kernels.ops.pooling import sigmoid
 from rerank_kernels.patching.systems import sentence_transformers
 from rerank_kernels.patching.systems.resolved import Resolved, ancestor, own_methods, see_patched
@@ -37,6 +37,7 @@ def cross_encoder_ranker(obj: Any, cls: type) -> Resolved:
     if obj._cross_encoder is not None:
         inner = obj._cross_encoder
         found.take("_cross_encoder", sentence_transformers.cross_encoder(inner, ancestor(inner, "CrossEncoder")))
+    found.override(cls, "run", run_cross_encoder, "its own, once the model is there and patched")
     return found
 
 
@@ -47,18 +48,50 @@ def _ranker(obj: Any, cls: type) -> Resolved:
     return found
 
 
+def _attribute(ranker: Any) -> str:
+    """Where a ranker keeps its model."""
+    return next(name for cls in type(ranker).__mro__ if (name := MODEL.get(cls.__qualname__)) is not None)
+
+
 def warm_up(method: Method) -> None:
-    ranker = method.holder
-    method.original()
-    del vars(ranker)["warm_up"]
-    try:
-        report = method.patch(ranker)
-    except Exception:
-        # With a model in place, run() would not come here again, and rank with stock arithmetic.
-        vars(ranker)["warm_up"] = method
-        setattr(ranker, next(name for c in type(ranker).__mro__ if (name := MODEL.get(c.__qualname__))), None)
-        raise
-    vars(method.report).update(vars(report))
+    """Many threads may come here at once: one loads, where no other sees the model before it is patched, and the rest wait."""
+    ranker, attribute = method.holder, _attribute(method.holder)
+    with method.lock:
+        loaded, before = None, dict(vars(ranker))
+        if not method.undone and before[attribute] is None:
+            loaded = copy.copy(ranker)
+            for name in [name for name, value in before.items() if isinstance(value, Method | Methods)]:
+                vars(loaded).pop(name, None)
+            type(ranker).warm_up(loaded)
+        with CHANGING:
+            if not method.undone:  # by another thread, or by unpatch()
+                report = method.patch(ranker if loaded is None else loaded)
+                if loaded is not None:
+                    made = {name: value for name, value in vars(loaded).items() if before.get(name, _ABSENT) is not value}
+                    made = {name: value for name, value in made.items() if not isinstance(value, Method | Methods)}
+                    own = made.pop(attribute)
+                    vars(ranker).update(made)
+                    vars(ranker)[attribute] = own  # last: who sees it takes all else for ready
+                Methods.of(ranker).take_out("warm_up")
+                vars(method.report).update(vars(report))
+                return
+    ranker.warm_up()  # its own, or that of a later patch()
+
+
+_ABSENT = object()
+
+
+def _ready(method: Method) -> None:
+    """What was put off till warm_up() is done, whoever began it."""
+    if "warm_up" in Methods.of(method.holder) or getattr(method.holder, _attribute(method.holder)) is None:
+        method.holder.warm_up()
+
+
+def run_cross_encoder(method: Method, *args: Any, **kwargs: Any) -> Any:
+    """Its own, with a model that is patched: its warm_up() may have begun before patch(), in another thread."""
+    _ready(method)
+    see_patched(method, method.holder._cross_encoder.model)
+    return method.original(*args, **kwargs)
 
 
 def run(
@@ -71,8 +104,7 @@ def run(
     score_threshold: float | None = None,
 ) -> Any:
     ranker = method.holder
-    if ranker.model is None:
-        ranker.warm_up()
+    _ready(method)
     see_patched(method, ranker.model)
     # As its own run reads them: `or`, so that 0 and False mean "as the component has it".
     count = top_k or ranker.top_k

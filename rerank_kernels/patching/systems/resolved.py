@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models.bound import Forward, Method, class_of
+from rerank_kernels.models.bound import CHANGING, Method, class_of, forward_of
 
 
 class Override(NamedTuple):
@@ -36,11 +36,12 @@ class Resolved:
     overrides: dict[str, Override] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    inside: list[Any] = field(default_factory=list)
 
     @property
     def holders(self) -> list[Any]:
         """Every object that may carry methods of ours, now or before."""
-        return [self.obj, *(override.holder for override in self.overrides.values())]
+        return [self.obj, *self.inside]
 
     def override(self, cls: type, name: str, function: Callable[..., Any], about: str) -> None:
         """Put `function` in place of the method that `obj` has from `cls`; a subclass's own, a problem by then, stays."""
@@ -49,6 +50,7 @@ class Resolved:
 
     def take(self, path: str, inner: Resolved) -> None:
         """What was found in the object at `path`."""
+        self.inside += inner.holders
         self.modules |= {joined(path, p): module for p, module in inner.modules.items()}
         self.overrides |= {joined(path, p): override for p, override in inner.overrides.items()}
         self.problems += [f"{path}: {problem}" for problem in inner.problems]
@@ -76,8 +78,15 @@ def _has_its_own(obj: Any, cls: type, name: str) -> bool:
 
 
 def see_patched(method: Method, *models: nn.Module) -> None:
-    """Raise if a model was put in after patch(), or unpatched by itself: ours around it would look like the whole promise."""
-    if method.strict and not all(any(isinstance(vars(m).get("forward"), Forward) for m in model.modules()) for model in models):
+    """Raise if a model was put in after patch(), or unpatched by itself: ours around it would look like the whole promise.
+
+    Not where unpatch() of the whole came while this call was on its way: it goes on, as stock's would.
+    """
+    if not method.strict or all(any(forward_of(m) is not None for m in model.modules()) for model in models):
+        return
+    with CHANGING:  # the methods are undone first, then the modules
+        undone = method.undone
+    if not undone:
         raise PatchError(
             f"{class_of(method.holder)}: its model is not the one that rk.patch() saw, or was unpatched by itself; "
             "call rk.unpatch() and rk.patch() with the whole object again"

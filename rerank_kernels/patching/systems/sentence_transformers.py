@@ -73,6 +73,17 @@ def find_modules(obj: Any, found: Resolved) -> None:
         found.problems.append("keep_in_fp32_modules: call set_keep_in_fp32_modules([]), for a patched head is float32 anyway")
 
 
+def held(found: Resolved, path: str, inner: Any, name: str) -> None:
+    """Take the CrossEncoder or SentenceTransformer, by `name`, that another system's object holds at `path`."""
+    ours = [
+        c for c in type(inner).__mro__ if (c.__module__.partition(".")[0], c.__qualname__) == ("sentence_transformers", name)
+    ]
+    if ours:
+        found.take(path, {"CrossEncoder": cross_encoder, "SentenceTransformer": embedder}[name](inner, ours[0]))
+    else:
+        found.problems.append(f"its {path} is a {class_of(inner)}, and only sentence-transformers' {name} is served there")
+
+
 # ---- the activation ---------------------------------------------------------------------------------------------------------
 
 

@@ -15,13 +15,25 @@ from typing import Any
 
 from rerank_kernels.models.bound import name_of
 from rerank_kernels.models.registry import COMPILED
-from rerank_kernels.patching.systems import flagembedding, haystack, infinity, sentence_transformers
+from rerank_kernels.patching.systems import (
+    flagembedding,
+    haystack,
+    infinity,
+    langchain,
+    llama_index,
+    peft,
+    sentence_transformers,
+)
 from rerank_kernels.patching.systems.resolved import Resolved
 
 SYSTEMS: dict[tuple[str, str], Callable[[Any, type], Resolved]] = {
     ("sentence_transformers", "CrossEncoder"): sentence_transformers.cross_encoder,
     ("sentence_transformers", "SentenceTransformer"): sentence_transformers.embedder,
     ("FlagEmbedding", "BaseReranker"): flagembedding.reranker,
+    ("FlagEmbedding", "BaseEmbedder"): flagembedding.embedder,
+    ("FlagEmbedding", "M3Embedder"): flagembedding.m3,
+    ("FlagEmbedding", "BaseLLMEmbedder"): flagembedding.decoder,
+    ("FlagEmbedding", "ICLLLMEmbedder"): flagembedding.decoder,
     ("FlagEmbedding", "BaseLLMReranker"): flagembedding.decoder,
     ("FlagEmbedding", "LayerWiseLLMReranker"): flagembedding.decoder,
     ("FlagEmbedding", "LightweightLLMReranker"): flagembedding.decoder,
@@ -31,6 +43,13 @@ SYSTEMS: dict[tuple[str, str], Callable[[Any, type], Resolved]] = {
     ("infinity_emb", "AsyncEngineArray"): infinity.array,
     ("infinity_emb", "SyncEngineArray"): infinity.sync_array,
     ("infinity_emb", "AsyncEmbeddingEngine"): infinity.engine,
+    ("langchain_huggingface", "HuggingFaceEmbeddings"): langchain.embeddings,
+    ("langchain_community", "HuggingFaceEmbeddings"): langchain.embeddings,
+    ("langchain_community", "HuggingFaceBgeEmbeddings"): langchain.embeddings,
+    ("langchain_community", "HuggingFaceCrossEncoder"): langchain.cross_encoder,
+    ("peft", "PeftModel"): peft.model,
+    ("llama_index", "SentenceTransformerRerank"): llama_index.rerank,
+    ("llama_index", "HuggingFaceEmbedding"): llama_index.embedding,
 }
 
 

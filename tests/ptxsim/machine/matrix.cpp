@@ -44,22 +44,26 @@ static float truncated(const double* p, const int* exponent, int n) {
     int top = -5000;
     bool finite = true;
     for (int i = 0; i < n; i++) {
-        if (!std::isfinite(p[i])) finite = false;
-        if (p[i] != 0) top = std::max(top, exponent[i]);
+        finite &= (bits_of(p[i]) >> 52 & 0x7ff) != 0x7ff;
+        top = std::max(top, p[i] != 0 ? exponent[i] : -5000);
     }
-    double sum = 0;
     if (!finite) {
+        double sum = 0;
         for (int i = 0; i < n; i++) sum += p[i];
         return float(sum);
     }
     if (top == -5000) return 0.0f;
-    const double unit = std::ldexp(1.0, top - 25);
-    for (int i = 0; i < n; i++) sum += std::trunc(p[i] / unit);
-    return float_directed(sum * unit, RZ);
+    // Powers of two: no product loses a bit but those that are cut off, and no sum does. A product is below 2^(top + 2).
+    const double one = as_double(u64(1023 + 25 - top) << 52), unit = as_double(u64(1023 + top - 25) << 52);
+    s64 sum = 0;
+    for (int i = 0; i < n; i++) sum += s32(p[i] * one);
+    const double whole = double(sum) * unit, size = std::fabs(whole);
+    if (size < 0x1p-126 || size >= 0x1p128) return float_directed(whole, RZ);
+    return float(as_double(bits_of(whole) >> 29 << 29));
 }
 
-// `least`: of its format, which subnormal numbers have too.
-static int exponent_of(float x, int least) { return x == 0 || !std::isfinite(x) ? least : std::max(std::ilogb(x), least); }
+// `least`: of its format, which subnormal numbers have too, and zeros. What is not finite needs none.
+static int exponent_of(float x, int least) { return std::max(int(bits_of(x) >> 23 & 255) - 127, least); }
 
 // c + sum of a[i] * b[i]; `step`: how many products mode 2 takes at a time; `least`: the operands' smallest exponent
 static float accumulate(int mode, float c, const float* a, const float* b, int n, int step, int least) {

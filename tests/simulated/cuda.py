@@ -5,7 +5,7 @@
 
 csrc/cuda/*/*.cu are compiled by nvcc and linked with cudart.cpp in place of the CUDA runtime, csrc/cuda/torch/*.cpp by g++ for
 CPU tensors (call.h). So Python, registration, launcher, grid, shared memory and arguments are the ones that a GPU would get;
-only ptxas and the chip are left out. README.md says what that proves and what it does not.
+only ptxas and the chip are left out. ptxsim/README.md says what that proves and what it does not.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class Edit:
     file: str
     old: str
     new: str
-    dtype: torch.dtype | None = None  # the kernels of LONGEST for other dtypes are left out
+    dtype: torch.dtype | None = None  # of the kernels of LONGEST only those for it and, in attention, for heads of 64 are left
 
     def only(self, dtype: torch.dtype) -> Edit:
         return dataclasses.replace(self, dtype=dtype)
 
 
-# Where the kernels that nvcc compiles longest get their dtype, and what is left of it in a mutant that sees one dtype only. A
-# kernel that was left out and is started all the same is a LookupError, which is no way to be caught.
+# Where the kernels that nvcc compiles longest get their dtype and their width, and what is left of it in a mutant that sees one
+# only. A kernel that was left out and is started all the same is a LookupError, which is no way to be caught.
 _LINEAR = """if (g.x.dtype == Dtype::F32) w_half ? start(No(), Yes()) : start(No(), No());
     else w_half ? start(Yes(), Yes()) : start(Yes(), No());"""
 _ATTENTION = """if (args.dtype == Dtype::F32) start(attention_rows<float>);
@@ -73,17 +73,24 @@ _ATTENTION = """if (args.dtype == Dtype::F32) start(attention_rows<float>);
 _LINEAR_TENSOR = "g.x.dtype == Dtype::F16 ? linear_tensor_tile<T, f16> : linear_tensor_tile<T, bf16>"
 _ATTENTION_TENSOR = """if (args.dtype == Dtype::F16) start(attention_tensor_rows<WIDTH, f16>);
     else start(attention_tensor_rows<WIDTH, bf16>);"""
+_ATTENTION_WIDTH = """args.D <= 32    ? start_attention<32>
+                       : args.D <= 64  ? start_attention<64>
+                       : args.D <= 96  ? start_attention<96>
+                       : args.D <= 128 ? start_attention<128>
+                       : args.D <= 192 ? start_attention<192>
+                                       : start_attention<256>;"""
 LONGEST = {
-    torch.float32: {
-        "portable/linear.cu": (_LINEAR, "start(No(), No());"),
-        "portable/attention.cu": (_ATTENTION, "start(attention_rows<float>);"),
-    },
-    torch.float16: {
-        "portable/linear.cu": (_LINEAR, "start(Yes(), Yes());"),
-        "portable/attention.cu": (_ATTENTION, "start(attention_rows<f16>);"),
-        "sm80/linear.cu": (_LINEAR_TENSOR, "linear_tensor_tile<T, f16>"),
-        "sm80/attention.cu": (_ATTENTION_TENSOR, "start(attention_tensor_rows<WIDTH, f16>);"),
-    },
+    torch.float32: [
+        ("portable/linear.cu", _LINEAR, "start(No(), No());"),
+        ("portable/attention.cu", _ATTENTION, "start(attention_rows<float>);"),
+    ],
+    torch.float16: [
+        ("portable/linear.cu", _LINEAR, "start(Yes(), Yes());"),
+        ("portable/attention.cu", _ATTENTION, "start(attention_rows<f16>);"),
+        ("sm80/linear.cu", _LINEAR_TENSOR, "linear_tensor_tile<T, f16>"),
+        ("sm80/attention.cu", _ATTENTION_TENSOR, "start(attention_tensor_rows<WIDTH, f16>);"),
+        ("sm80/attention.cu", _ATTENTION_WIDTH, "start_attention<64>;"),
+    ],
 }
 
 
@@ -227,7 +234,7 @@ def module(source: str, arch: str, edit: Edit | None = None) -> Module:
 def _edited(edit: Edit) -> Path:
     """A copy of csrc/cuda with one line of it changed, and without the kernels that it does not need."""
     changed: dict[str, str] = {}
-    for file, (old, new) in [(edit.file, (edit.old, edit.new)), *(LONGEST[edit.dtype].items() if edit.dtype else ())]:
+    for file, old, new in [(edit.file, edit.old, edit.new), *(LONGEST[edit.dtype] if edit.dtype else ())]:
         text = changed.get(file) or (CUDA / file).read_text()
         assert text.count(old) == 1, f"{file} holds {text.count(old)} times: {old}"
         changed[file] = text.replace(old, new)

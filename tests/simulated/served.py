@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-# backend -> (the file with its context manager, of the same name, and its `missing`; what runs)
+# backend -> (its context manager in the file that is named for it, beside `missing`; what runs)
 SIMULATED = {
     "cuda": ("simulated", "nvcc's PTX for compute_80"),
     "triton": ("simulated_triton", "Triton's PTX for compute_80"),
@@ -15,9 +15,8 @@ SIMULATED = {
 
 def missing(name: str) -> str | None:
     """Why a backend cannot be simulated here, None if it can."""
-    return importlib.import_module(f"ptxsim.{SIMULATED[name][0]}").missing()
+    return importlib.import_module(f"simulated.{name}").missing()
 
 
 def simulator(name: str) -> Callable[..., AbstractContextManager[None]]:
-    file = SIMULATED[name][0]
-    return getattr(importlib.import_module(f"ptxsim.{file}"), file)
+    return getattr(importlib.import_module(f"simulated.{name}"), SIMULATED[name][0])

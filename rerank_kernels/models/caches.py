@@ -1,0 +1,133 @@
+"""Key-value caches of transformers: which are served, and the keys of each layer once new ones are stored.
+
+A cache holds padded keys [B, H_kv, S, D]; attention takes packed ones. A sequence's keys are its valid ones, cached and new,
+and its new queries are the last of them. A layer with a window may have dropped the first keys. Then places without a key stand
+before the others, as many as leave each key's place mod 64 as it was. The window hides them, and no sum changes its order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rerank_kernels import check
+from rerank_kernels.models.bound import class_of, name_of
+from rerank_kernels.ops.sequences import Sequences
+
+CACHES = ("transformers.cache_utils.DynamicCache", "transformers.cache_utils.StaticCache")
+GROWING, FIXED, ROLLING = (
+    f"transformers.cache_utils.{n}" for n in ("DynamicLayer", "StaticLayer", "DynamicSlidingWindowLayer")
+)
+CHUNK = 64  # keys: a multiple of what any sum over keys is cut in (NUMERICS.md, "attention")
+
+
+def chosen(op: str, given: list[Any], wanted: bool) -> Any:
+    """The caller's cache, a new one if it is `wanted`, or None."""
+    if len(given) > 1:
+        raise ValueError(f"{op}: cache and past_key_values are one argument under two names; give one of them")
+    if not given:
+        if not wanted:
+            return None
+        from transformers import DynamicCache
+
+        return DynamicCache()
+    cache = given[0]
+    if name_of(cache) not in CACHES:
+        served = "a DynamicCache or StaticCache of transformers"
+        check.fail(op, "past_key_values", served, class_of(cache), "leave it out, or make a DynamicCache()")
+    for layer in getattr(cache, "layers", ()):
+        if name_of(layer) not in (GROWING, FIXED, ROLLING) or getattr(layer, "record_past", False):
+            check.fail(
+                op, "past_key_values", "a cache of plain layers", f"layers of {class_of(layer)}", "make a DynamicCache()"
+            )
+    return cache
+
+
+def length(op: str, cache: Any, batch: int, layers: int, heads: int, d: int, dtype: torch.dtype) -> int:
+    """The places that a cache has seen; an error where it is another model's or another batch's."""
+    past = 0 if cache is None else int(cache.get_seq_length())
+    if past == 0:
+        return 0
+    for i in range(layers):
+        if i >= len(cache.layers) or cache.layers[i].keys is None:
+            check.fail(op, "past_key_values", f"keys and values of {layers} layers", f"none of layer {i}", HINT)
+        layer, keys, values = cache.layers[i], cache.layers[i].keys, cache.layers[i].values
+        wanted = (batch, heads, keys.shape[2] if name_of(layer) != GROWING else past, d)
+        if keys.shape != wanted or values.shape != wanted:
+            came = f"{check.shape_of(keys)} and {check.shape_of(values)}"
+            check.fail(op, "past_key_values", f"keys and values {list(wanted)} of layer {i}", came, HINT)
+        if keys.dtype != dtype:
+            check.fail(op, "past_key_values", f"{dtype} as the model", keys.dtype, HINT)
+        if name_of(layer) == ROLLING and keys.shape[2] != min(past, layer.sliding_window - 1):
+            check.fail(op, "past_key_values", f"the last {layer.sliding_window - 1} keys of layer {i}", keys.shape[2], HINT)
+    return past
+
+
+HINT = "a cache belongs to one model and one batch; make a new one"
+
+
+def valid(op: str, mask: Any, cache: Any, b: int, past: int, t: int, device: torch.device) -> Tensor:
+    """bool [B, past + T], True where a token is."""
+    if isinstance(mask, dict):  # what generate() makes for a StaticCache
+        mask = mask.get("full_attention")
+    if mask is None:
+        return torch.ones(b, past + t, dtype=torch.bool, device=device)
+    if isinstance(mask, Tensor) and mask.dim() == 4 and cache is not None and name_of(cache) == CACHES[1]:
+        if mask.shape[0] != b or mask.shape[2] != t or mask.shape[3] < past + t:
+            check.fail(op, "attention_mask", f"[{b}, 1, {t}, at least {past + t}]", check.shape_of(mask))
+        last = mask[:, 0, -1, : past + t]  # under a causal mask the last query sees every key that is one
+        return last if last.dtype == torch.bool else last == 0
+    if not isinstance(mask, Tensor) or mask.shape != (b, past + t):
+        came = check.shape_of(mask) if isinstance(mask, Tensor) else type(mask).__name__
+        behind = f", the {past} places of the cache first" if past else ""
+        wanted = f"[B, T] = [{b}, {past + t}], nonzero where a token is{behind}"
+        check.fail(op, "attention_mask", wanted, came, "a mask of its own for each query is not served")
+    if mask.dtype != torch.bool and mask.numel() and mask.min() < 0:
+        check.fail(op, "attention_mask", "nonzero where a token is", "negative values", "additive masks are not served")
+    return mask != 0
+
+
+class Keys:
+    """The keys of a forward's new tokens: stored in the cache, and with what it held as packed tensors."""
+
+    def __init__(self, op: str, cache: Any, there: Tensor, new: Sequences, past: int) -> None:
+        self.cache, self.new, self.past = cache, new, past
+        self._op, self._there = op, there
+        self._whole: Sequences | None = None
+        self._rolled: dict[int, tuple[Sequences, int]] = {}  # window -> its keys, places of no key in front
+
+    def stored(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Sequences | None]:
+        """k and v [total, H_kv, D] of the new tokens -> those of all keys, and whose they are; None: the new tokens' own."""
+        kept = self.cache.update(*(self.new.unpack(t).transpose(1, 2) for t in (k, v)), layer)
+        if self.past == 0:
+            return k, v, None
+        width = self._there.shape[1]
+        of = self.cache.layers[layer]
+        if name_of(of) == ROLLING and kept[0].shape[2] < width:
+            keys, empty = self._rolling(of.sliding_window, kept[0].shape[2])
+            kept = [torch.nn.functional.pad(t, (0, 0, empty, 0)) for t in kept]
+        else:
+            keys, kept = self.whole, [t[:, :, :width] for t in kept]
+        k, v = (keys.pack(t.transpose(1, 2)) for t in kept)
+        return k, v, keys
+
+    @property
+    def whole(self) -> Sequences:
+        """Of every key that the batch has had."""
+        if self._whole is None:
+            self._whole = self.new if self.past == 0 else Sequences.from_mask(self._there, op=self._op)
+        return self._whole
+
+    def _rolling(self, window: int, width: int) -> tuple[Sequences, int]:
+        if window not in self._rolled:
+            there = self._there[:, -width:]
+            dropped = self._there[:, :-width].sum(1)
+            first = there.shape[1] - self.new.padded[1]  # type: ignore[index]  # of the new tokens
+            if bool(((dropped > 0) & ~there[:, :first].all(1)).any()):
+                check.fail(self._op, "attention_mask", "without padding behind a sequence's first token", "padding there",
+                           "a layer with a window has dropped keys that are still seen; pad on the left")  # fmt: skip
+            places = torch.arange(CHUNK - 1, -1, -1, device=there.device) < (dropped % CHUNK)[:, None]
+            self._rolled[window] = Sequences.from_mask(torch.cat([places, there], 1), op=self._op), CHUNK
+        return self._rolled[window]

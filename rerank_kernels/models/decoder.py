@@ -1,0 +1,370 @@
+"""Decoders built like Llama, packed: Llama, Mistral, Qwen2, Qwen3 and Gemma, bare, with logits or with a classification head.
+
+A model type whose modules carry Llama's names is one row in MODEL_TYPES. What differs from stock transformers: residuals are
+added in float32 inside the product before them, angles are those of ops/rotary.py, positions count valid tokens unless they are
+given, hidden states at padding are 0, logits are float32.
+
+With a cache of transformers, new queries are the last ones of their keys. NUMERICS.md, "attention", gives them the bits that
+they have in the whole sequence. The cache holds what stock's would, and zeros at padding, which nothing reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rerank_kernels import check
+from rerank_kernels.models import packing, rope
+from rerank_kernels.models.bound import Forward, class_of, name_of
+from rerank_kernels.models.caches import Keys, chosen, length, valid
+from rerank_kernels.models.leaves import ACTIVATIONS, activation_of
+from rerank_kernels.models.packing import as_patched, dense, lookup, ready
+from rerank_kernels.models.served import Served
+from rerank_kernels.ops.attention import attention
+from rerank_kernels.ops.linear import activation, linear
+from rerank_kernels.ops.norm import rms_norm
+from rerank_kernels.ops.pooling import HeadOutput, score_head
+from rerank_kernels.ops.rotary import rotary
+from rerank_kernels.ops.sequences import Sequences
+from rerank_kernels.ops.sparse_ffn import sparse_ffn
+
+
+@dataclass(frozen=True)
+class ModelType:
+    """Classes of transformers whose modules carry Llama's names, only behind another prefix."""
+
+    prefix: str
+    window: Callable[[Any, int], int | None] = lambda config, layer: None  # keys that a query of a layer sees, itself included
+    eps: str = "variance_epsilon"  # of the norms
+    offset: int = 0  # added to the norms' weights
+    cast: str = "before"
+    scaled: bool = False  # embeddings are multiplied by the root of the model's width
+
+
+def _by_layer(config: Any, layer: int) -> int | None:
+    return config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
+
+
+MODEL_TYPES = {
+    "transformers.models.llama.modeling_llama": ModelType("Llama"),
+    "transformers.models.mistral.modeling_mistral": ModelType("Mistral", lambda config, layer: config.sliding_window),
+    "transformers.models.qwen2.modeling_qwen2": ModelType("Qwen2", _by_layer),
+    "transformers.models.qwen3.modeling_qwen3": ModelType("Qwen3", _by_layer),
+    "transformers.models.gemma.modeling_gemma": ModelType("Gemma", eps="eps", offset=1, cast="after", scaled=True),
+}
+
+
+class Batch(NamedTuple):
+    """The valid new tokens of a batch, packed: [total] each; and what the caller asked for."""
+
+    words: Tensor  # [total, D], word embeddings
+    cos: Tensor  # float32 [total, P]
+    sin: Tensor
+    new: Sequences  # of the new tokens
+    keys: Keys | None  # where their keys are stored; None: nowhere, the whole sequences are here
+    states: list[Tensor] | None  # packed hidden states, collected if output_hidden_states
+    as_dict: bool
+
+
+# ---- forwards ---------------------------------------------------------------------------------------------------------------
+
+
+def decoder_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
+    """LlamaModel and its like, stock arguments: BaseModelOutputWithPast."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    ready(m)
+    batch, _ = _pack(m, m, args, kwargs, cached=True)
+    return _output(m, batch, BaseModelOutputWithPast, last_hidden_state=batch.new.unpack(_decode(m, batch)))
+
+
+def causal_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
+    """LlamaForCausalLM and its like, stock arguments: CausalLMOutputWithPast with float32 logits."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    ready(m)
+    batch, given = _pack(m, _enter(m), args, kwargs, cached=True)
+    x = batch.new.unpack(_decode(m.base_model, batch))
+    kept = _kept(m, x, given.get("logits_to_keep", 0))
+    as_patched(m.lm_head, nn.Linear)
+    logits = linear(kept, m.lm_head.weight, m.lm_head.bias, out_dtype=torch.float32)
+    return _output(m, batch, CausalLMOutputWithPast, logits=logits)
+
+
+def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
+    """LlamaForSequenceClassification and its like, stock arguments: SequenceClassifierOutputWithPast with float32 logits."""
+    from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+    ready(m)
+    batch, _ = _pack(m, _enter(m), args, kwargs, cached=False)
+    logit = LastTokenHead(m.score)(_decode(m.base_model, batch), batch.new).logit
+    return _output(m, batch, SequenceClassifierOutputWithPast, logits=logit)
+
+
+def packed_forward(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None) -> Tensor:
+    """[total, D] of any of the three: ids [total], no padding."""
+    decoder = m.base_model if m.base_model is m else _enter(m)
+    if types is not None:
+        raise ValueError(f"{class_of(decoder)}: token_types are not served, a decoder has none; leave them out")
+    op, cu = class_of(decoder), sequences.cu_seqlens
+    lengths = (cu[1:] - cu[:-1]).long()
+    positions = torch.arange(ids.shape[0], device=cu.device)
+    positions = positions - torch.repeat_interleave(cu[:-1].long(), lengths, output_size=ids.shape[0])
+    cos, sin = _angles(decoder, op, positions, sequences, lengths)
+    return _decode(decoder, Batch(_words(decoder, op, ids), cos, sin, sequences, None, None, True))
+
+
+def max_tokens(m: Any) -> int:
+    return int(m.config.max_position_embeddings)
+
+
+@dataclass(frozen=True)
+class LastTokenHead:
+    """score(the last token of each sequence): the classifier's module, read at each call."""
+
+    score: nn.Linear
+
+    def __call__(self, x: Tensor, sequences: Sequences) -> HeadOutput:
+        """[total, D] -> float32 [B, L] each: logit, score, complement. A sequence without tokens is a vector of zeros."""
+        as_patched(self.score, nn.Linear)
+        return score_head(_last(x, sequences), self.score.weight, self.score.bias)
+
+
+@dataclass(frozen=True)
+class AnswerHead:
+    """The log-odds of one word of the vocabulary beside another, at the last token of each sequence.
+
+    The two rows of the language head are subtracted in float32 before the one dot: two logits that are rounded first lose what
+    they have in common, some 0.07 at a logit of 18 in bfloat16.
+    """
+
+    words: nn.Linear  # the language head
+    yes: int
+    no: int | None = None  # None: the logit of `yes` alone
+
+    def __call__(self, x: Tensor, sequences: Sequences) -> HeadOutput:
+        """[total, D] -> float32 [B, 1] each: logit, score, complement."""
+        as_patched(self.words, nn.Linear)
+        row, bias = self.words.weight[self.yes].float(), None
+        if self.words.bias is not None:
+            bias = self.words.bias[self.yes, None].float()
+        if self.no is not None:
+            row = row - self.words.weight[self.no].float()
+            bias = None if bias is None else bias - self.words.bias[self.no].float()
+        return score_head(_last(x, sequences), row[None], bias)
+
+
+def _last(x: Tensor, sequences: Sequences) -> Tensor:
+    """[total, D] -> [B, D]: the last token of each sequence, zeros for one without tokens."""
+    cu = sequences.cu_seqlens.long()
+    if not x.shape[0]:
+        return x.new_zeros(sequences.count, x.shape[1])
+    rows = x.index_select(0, (cu[1:] - 1).clamp(min=0))
+    return rows.masked_fill((cu[1:] == cu[:-1])[:, None], 0.0)
+
+
+def _head(m: Any) -> LastTokenHead:
+    return LastTokenHead(m.score)
+
+
+def _enter(m: Any) -> Any:
+    """The decoder of m. It does not pass its own forward, but a count of zero must mean it never ran."""
+    forward = m.base_model.__dict__.get("forward")
+    if isinstance(forward, Forward):
+        forward.calls += 1
+    return m.base_model
+
+
+# ---- arguments and outputs --------------------------------------------------------------------------------------------------
+
+
+def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, cached: bool) -> tuple[Batch, dict[str, Any]]:
+    """Stock arguments to packed tokens, and those that are left for the head. cached: a cache is made where config.use_cache
+    says so, as stock does; else where the caller does."""
+    op, given = f"{class_of(m)}.forward", packing._signature(m.__class__).bind(None, *args, **kwargs).arguments
+    given.pop("self")
+    given |= given.pop("kwargs", {})
+    ids, mask, embeds, positions = (
+        given.pop(name, None) for name in ("input_ids", "attention_mask", "inputs_embeds", "position_ids")
+    )
+    caches = [c for name in ("cache", "past_key_values") if (c := given.pop(name, None)) is not None]
+    use_cache, places = given.pop("use_cache", None), given.pop("cache_position", None)
+    ours = {"logits_to_keep": given.pop("logits_to_keep")} if "logits_to_keep" in given else {}
+    states, as_dict = packing._options(m, op, given)
+    if (ids is None) == (embeds is None):
+        raise ValueError(f"{op}: exactly one of input_ids [B, T] and inputs_embeds [B, T, D] must be given")
+    if ids is None:
+        check.shape(op, "inputs_embeds", embeds, "B", "T", decoder.embed_tokens.embedding_dim)
+    else:
+        check.shape(op, "input_ids", ids, "B", "T")
+    b, t = (embeds if ids is None else ids).shape[:2]
+    cache = chosen(op, caches, bool(decoder.config.use_cache and cached) if use_cache is None else use_cache)
+    d, dtype = decoder.layers[0].self_attn.head_dim, decoder.embed_tokens.weight.dtype
+    past = length(op, cache, b, decoder.config.num_hidden_layers, decoder.config.num_key_value_heads, d, dtype)
+    if places is not None and (not isinstance(places, Tensor) or places.shape != (t,) or int(places[0]) != past):
+        check.fail(op, "cache_position", f"the {t} places behind the {past} that the cache holds", places)
+    there = valid(op, mask, cache, b, past, t, (embeds if ids is None else ids).device)
+    new = Sequences.from_mask(there[:, past:], (b, t), op=op)
+    keys, counted = Keys(op, cache, there, new, past), there.long().cumsum(1)
+    if positions is None:
+        own = new.pack(counted[:, past:] - 1)
+    else:
+        check.shape(op, "position_ids", positions, 1 if positions.shape[0] == 1 else b, t)
+        own = new.pack(positions.expand(b, t)).long()
+    cos, sin = _angles(decoder, op, own, keys.whole, None if past else counted[:, -1])
+    words = new.pack(embeds) if ids is None else _words(decoder, op, new.pack(ids))
+    return Batch(words, cos, sin, new, None if cache is None else keys, states, as_dict), ours
+
+
+def _words(decoder: Any, op: str, ids: Tensor) -> Tensor:
+    words = lookup(op, "input_ids", ids, decoder.embed_tokens)
+    if not _type(decoder).scaled:
+        return words
+    scale = torch.tensor(decoder.config.hidden_size**0.5, dtype=words.dtype, device=words.device)
+    return (words.float() * scale.float()).to(words.dtype)  # a product of halves is exact in float32: stock's bits
+
+
+def _angles(decoder: Any, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """cos and sin of the new tokens; lengths: of whole sequences, None where a cache holds a part of them."""
+    longest, limit = keys.longest, max_tokens(decoder)
+    if longest > limit:
+        wanted = f"at most {limit} tokens a sequence, for config.max_position_embeddings"
+        check.fail(op, "input_ids", wanted, longest, f"tokenise with truncation=True, max_length={limit}")
+    own = None
+    if lengths is not None and longest > rope.turning_point(decoder.config):
+        own = torch.repeat_interleave(lengths, lengths, output_size=positions.shape[0])
+    return rope.rows(decoder.config, positions, longest, own, op=op)
+
+
+def _kept(m: Any, x: Tensor, keep: Any) -> Tensor:
+    """The rows of [B, T, D] whose logits are asked for, as stock's logits_to_keep says."""
+    if isinstance(keep, Tensor):
+        if keep.dim() == 1 and not keep.dtype.is_floating_point and keep.dtype != torch.bool:
+            return x[:, keep]
+    elif isinstance(keep, int) and keep >= 0:
+        return x[:, x.shape[1] - keep :] if 0 < keep <= x.shape[1] else x
+    check.fail(f"{class_of(m)}.forward", "logits_to_keep", "a number >= 0, or a 1-D tensor of places", keep)
+
+
+def _output(m: Any, batch: Batch, cls: Any, **fields: Any) -> Any:
+    states = None if batch.states is None else tuple(batch.new.unpack(x) for x in batch.states)
+    name = "cache" if "cache" in packing._signature(m.__class__).parameters else "past_key_values"
+    out = cls(hidden_states=states, **{name: batch.keys.cache if batch.keys else None}, **fields)
+    return out if batch.as_dict else out.to_tuple()
+
+
+# ---- layers -----------------------------------------------------------------------------------------------------------------
+
+
+def _type(m: Any) -> ModelType:
+    return MODEL_TYPES[type(m).__module__]
+
+
+def _norm(kind: ModelType, m: Any, x: Tensor) -> Tensor:
+    return rms_norm(x, m.weight, getattr(m, kind.eps), offset=kind.offset, cast=kind.cast)
+
+
+def _decode(decoder: Any, batch: Batch) -> Tensor:
+    """[total, D] through all layers and the last norm; collects what stock's hidden_states are."""
+    kind, x = _type(decoder), batch.words
+    for i, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
+        if batch.states is not None:
+            batch.states.append(x)
+        x = _attend(kind, decoder.config, i, layer, x, batch)
+        x = _feed_forward(layer.mlp, _norm(kind, layer.post_attention_layernorm, x), x)
+    x = _norm(kind, decoder.norm, x)
+    if batch.states is not None:
+        batch.states.append(x)
+    return x
+
+
+def _attend(kind: ModelType, config: Any, i: int, layer: Any, x: Tensor, batch: Batch) -> Tensor:
+    own, normed = layer.self_attn, _norm(kind, layer.input_layernorm, x)
+    q, k, v = (dense(p, normed).unflatten(-1, (-1, own.head_dim)) for p in (own.q_proj, own.k_proj, own.v_proj))
+    if hasattr(own, "q_norm"):
+        q, k = _norm(kind, own.q_norm, q), _norm(kind, own.k_norm, k)
+    q, k = rotary(q, batch.cos, batch.sin), rotary(k, batch.cos, batch.sin)
+    k, v, keys = (k, v, None) if batch.keys is None else batch.keys.stored(i, k, v)
+    window = kind.window(config, i)
+    a = attention(
+        q, k, v, cu_seqlens=batch.new, cu_seqlens_k=keys, causal=True,
+        window=None if window is None else (window - 1, -1), scale=own.scaling,
+    )  # fmt: skip
+    as_patched(own.o_proj, nn.Linear)
+    return linear(a.flatten(1), own.o_proj.weight, own.o_proj.bias, residual=x)
+
+
+# A CPU takes so many tokens through the feed-forward layer at a time, for the same reason as in bert.py.
+TOKENS_AT_ONCE = 1024
+
+
+def _feed_forward(m: Any, x: Tensor, residual: Tensor) -> Tensor:
+    """residual + down(act(gate(x)) · up(x)); where act is relu, only what active neurons touch."""
+    act = activation_of(m.act_fn)
+    for part in (m.gate_proj, m.up_proj, m.down_proj):
+        as_patched(part, nn.Linear)
+    if act == "relu":
+        y = sparse_ffn(
+            x, m.up_proj.weight, m.down_proj.weight, gate_weight=m.gate_proj.weight,
+            up_bias=m.up_proj.bias, gate_bias=m.gate_proj.bias, down_bias=m.down_proj.bias,
+        )  # fmt: skip
+        return (residual.float() + y.float()).to(residual.dtype)
+    at_once = TOKENS_AT_ONCE if x.device.type == "cpu" else max(x.shape[0], 1)
+    done = [
+        linear(
+            activation(dense(m.gate_proj, part), act, up=dense(m.up_proj, part)),
+            m.down_proj.weight,
+            m.down_proj.bias,
+            residual=r,
+        )
+        for part, r in zip(x.split(at_once), residual.split(at_once), strict=True)
+    ]
+    return done[0] if len(done) == 1 else torch.cat(done)
+
+
+# ---- the registry's rows ----------------------------------------------------------------------------------------------------
+
+
+def problem(m: Any) -> str | None:
+    """Why a decoder, by its config, cannot be served; None if it can."""
+    if getattr(m.config, "use_bidirectional_attention", False):
+        return "config.use_bidirectional_attention is set"
+    return rope.problem(m.config)
+
+
+def _mlp_problem(m: Any) -> str | None:
+    return (
+        None
+        if name_of(m.act_fn) in ACTIVATIONS
+        else f"activation {getattr(m.act_fn, '__name__', class_of(m.act_fn))} is unknown"
+    )
+
+
+_PARTS = "DecoderLayer Attention RMSNorm RotaryEmbedding TextScaledWordEmbedding"
+
+
+def served() -> dict[str, Served]:
+    """Exact class -> how it is served."""
+    found: dict[str, Served] = {}
+    for module, a in MODEL_TYPES.items():
+        found |= {
+            f"{module}.{a.prefix}Model": Served(decoder_forward, problem, packed_forward, max_tokens),
+            f"{module}.{a.prefix}ForCausalLM": Served(causal_forward, problem, packed_forward, max_tokens),
+            f"{module}.{a.prefix}ForSequenceClassification": Served(
+                classifier_forward, problem, packed_forward, max_tokens, _head
+            ),
+        }
+    return found
+
+
+def parts() -> dict[str, Callable[[Any], str | None] | None]:
+    """Exact class of a module inside -> what could stand in its way."""
+    found: dict[str, Callable[[Any], str | None] | None] = {}
+    for module, a in MODEL_TYPES.items():
+        found |= dict.fromkeys(f"{module}.{a.prefix}{part}" for part in _PARTS.split())
+        found[f"{module}.{a.prefix}MLP"] = _mlp_problem
+    return found

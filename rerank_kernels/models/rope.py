@@ -1,0 +1,188 @@
+"""Angles of rotary position embeddings, from a model's config: inverse frequencies and the rows of cos and sin.
+
+transformers takes powers in float32, whose last bits differ from machine to machine. Here they are decimal numbers of 40
+digits, the same everywhere, and rounded once to float32. The formulas are those of transformers' modeling_rope_utils.
+
+Where transformers chooses frequencies by the longest sequence of a batch (dynamic, longrope), a sequence's own length decides
+here, so that no other sequence is in its bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from decimal import Context, Decimal, localcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rerank_kernels import check
+from rerank_kernels.ops.rotary import rotary_table
+
+TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+DIGITS = Context(prec=40)
+PI = Decimal("3.141592653589793238462643383279502884197")
+
+Parameters = tuple[tuple[str, Any], ...]  # sorted and hashable
+
+
+class Frequencies(NamedTuple):
+    inv_freq: Tensor  # float32 [P], on the CPU
+    scaling: float  # of cos and sin
+
+
+def parameters(config: Any) -> Parameters:
+    """What the config says of its angles, with the sizes that they depend on."""
+    said = getattr(config, "rope_parameters", None)  # transformers 5
+    if said is None:
+        said = {"rope_theta": config.rope_theta, **(getattr(config, "rope_scaling", None) or {})}
+    said = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(said).items() if v is not None}
+    said["rope_type"] = said.get("rope_type", said.pop("type", "default"))
+    if (share := said.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))) is None:
+        share = 1.0
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    said |= {"features": int(head * share), "longest": config.max_position_embeddings}
+    if said["rope_type"] in ("yarn", "llama3", "longrope"):
+        said.setdefault(
+            "original_max_position_embeddings",
+            getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings,
+        )
+    return tuple(sorted(said.items()))
+
+
+def problem(config: Any) -> str | None:
+    """Why the angles of a config cannot be served, None if they can."""
+    if any(isinstance(v, dict) for v in (getattr(config, "rope_parameters", None) or {}).values()):
+        return "config.rope_parameters differ from layer to layer"
+    said = dict(parameters(config))
+    if said["rope_type"] not in TYPES:
+        return f"config's rope type is {said['rope_type']!r}, and served are {', '.join(TYPES)}"
+    if said["features"] < 2 or said["features"] % 2:
+        return f"rotary position embeddings of {said['features']} features, and an even number is needed"
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def frequencies(said: Parameters, length: int = 0) -> Frequencies:
+    """Of a sequence of `length` tokens, which matters to longrope alone."""
+    p = dict(said)
+    with localcontext(DIGITS):
+        exact, scaling = _FORMULAS[p["rope_type"]](p, _plain(p), length)
+        return Frequencies(torch.tensor([float(f) for f in exact], dtype=torch.float64).float(), float(scaling))
+
+
+def _plain(p: dict[str, Any]) -> list[Decimal]:
+    theta, n = Decimal(float(p["rope_theta"])), Decimal(p["features"])
+    return [1 / theta ** (Decimal(i) / n) for i in range(0, p["features"], 2)]
+
+
+def _default(p: dict[str, Any], plain: list[Decimal], length: int) -> tuple[list[Decimal], Decimal]:
+    return plain, Decimal(1)
+
+
+def _linear(p: dict[str, Any], plain: list[Decimal], length: int) -> tuple[list[Decimal], Decimal]:
+    return [f / Decimal(float(p["factor"])) for f in plain], Decimal(1)
+
+
+def _llama3(p: dict[str, Any], plain: list[Decimal], length: int) -> tuple[list[Decimal], Decimal]:
+    factor, low, high = (Decimal(float(p[k])) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    trained, found = Decimal(p["original_max_position_embeddings"]), []
+    for f in plain:
+        wave = 2 * PI / f
+        smooth = (trained / wave - low) / (high - low)
+        if wave < trained / high:
+            found.append(f)
+        elif wave > trained / low:
+            found.append(f / factor)
+        else:
+            found.append((1 - smooth) * f / factor + smooth * f)
+    return found, Decimal(1)
+
+
+def _yarn(p: dict[str, Any], plain: list[Decimal], length: int) -> tuple[list[Decimal], Decimal]:
+    n, trained = p["features"], Decimal(p["original_max_position_embeddings"])
+    factor = Decimal(float(p["factor"])) if "factor" in p else Decimal(p["longest"]) / trained
+
+    def grown(by: float = 1.0) -> Decimal:
+        return Decimal(1) if factor <= 1 else Decimal("0.1") * Decimal(float(by)) * factor.ln() + 1
+
+    if "attention_factor" in p:
+        scaling = Decimal(float(p["attention_factor"]))
+    elif p.get("mscale") and p.get("mscale_all_dim"):
+        scaling = grown(p["mscale"]) / grown(p["mscale_all_dim"])
+    else:
+        scaling = grown()
+
+    def place(turns: float) -> Decimal:  # of the pair that turns so often within the trained length
+        base = Decimal(float(p["rope_theta"]))
+        return n * (trained / (Decimal(float(turns)) * 2 * PI)).ln() / (2 * base.ln())
+
+    low, high = place(p.get("beta_fast") or 32), place(p.get("beta_slow") or 1)
+    if p.get("truncate", True):
+        low, high = low.to_integral_value("ROUND_FLOOR"), high.to_integral_value("ROUND_CEILING")
+    low, high = max(low, Decimal(0)), min(high, Decimal(n - 1))
+    high = high + Decimal("0.001") if low == high else high
+    ramp = [min(max((i - low) / (high - low), Decimal(0)), Decimal(1)) for i in range(n // 2)]
+    return [f / factor * r + f * (1 - r) for f, r in zip(plain, ramp, strict=True)], scaling
+
+
+def _longrope(p: dict[str, Any], plain: list[Decimal], length: int) -> tuple[list[Decimal], Decimal]:
+    trained = Decimal(p["original_max_position_embeddings"])
+    factor = Decimal(float(p["factor"])) if "factor" in p else Decimal(p["longest"]) / trained
+    scaling = Decimal(1) if factor <= 1 else (1 + factor.ln() / trained.ln()).sqrt()
+    if "attention_factor" in p:
+        scaling = Decimal(float(p["attention_factor"]))
+    stretched = p["long_factor"] if length > trained else p["short_factor"]
+    return [f / Decimal(float(s)) for f, s in zip(plain, stretched, strict=True)], scaling
+
+
+_FORMULAS = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _default,  # as long as no sequence is longer than the trained length: rows() refuses others
+    "yarn": _yarn,
+    "llama3": _llama3,
+    "longrope": _longrope,
+}
+
+
+def turning_point(config: Any) -> int:
+    """The longest sequence whose frequencies are those of a short one."""
+    said = dict(parameters(config))
+    by_length = {"dynamic": "longest", "longrope": "original_max_position_embeddings"}
+    return int(said[by_length[said["rope_type"]]]) if said["rope_type"] in by_length else 2**62
+
+
+def rows(config: Any, positions: Tensor, longest: int, lengths: Tensor | None, *, op: str) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [total, P], of packed tokens at `positions`.
+
+    longest: of the batch's sequences, in tokens, those in a cache included; lengths: int64 [total], that of each token's own
+    sequence, or None where `longest` says enough.
+    """
+    said, turn = parameters(config), turning_point(config)
+    last = int(positions.max()) if positions.numel() else 0
+    if positions.numel() and int(positions.min()) < 0:
+        check.fail(op, "position_ids", "at least 0", int(positions.min()))
+    cos, sin = (t.index_select(0, positions) for t in _table(said, 0, _room(last), positions.device))
+    if longest > turn:
+        kind = dict(said)["rope_type"]
+        if kind == "dynamic" or lengths is None:
+            why = "beyond it the angles of cached keys would change; pass the whole sequence with use_cache=False"
+            why = "beyond it all angles of a sequence change with each token; cut the text" if kind == "dynamic" else why
+            check.fail(op, "input_ids", f"at most {turn} tokens a sequence, for rope type {kind!r}", longest, why)
+        far = (lengths > turn)[:, None]
+        long = (t.index_select(0, positions) for t in _table(said, longest, _room(last), positions.device))
+        cos, sin = (torch.where(far, b, a) for a, b in zip((cos, sin), long, strict=True))
+    return cos, sin
+
+
+def _room(last: int) -> int:
+    """Of a table that holds place `last`: doubled, so that a growing sequence makes few of them."""
+    return max(256, 1 << last.bit_length())
+
+
+@functools.lru_cache(maxsize=16)
+def _table(said: Parameters, length: int, room: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    f = frequencies(said, length)
+    with torch.inference_mode(False), torch.no_grad():
+        return tuple(t.to(device) for t in rotary_table(f.inv_freq, torch.arange(room), f.scaling))  # type: ignore[return-value]
