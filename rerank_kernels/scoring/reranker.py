@@ -215,7 +215,7 @@ class Reranker:
         ids, types = tokenising.tokenise(self.tokenizer, first, second, self.max_length)
         config = self.model.config
         tokenising.in_vocabulary(ids, int(config.vocab_size), "ids of the tokenizer", "vocab_size")
-        if types is not None:
+        if types is not None and hasattr(config, "type_vocab_size"):
             tokenising.in_vocabulary(types, int(config.type_vocab_size), "token types of the tokenizer", "type_vocab_size")
         device = self._device
         rows: list[Array | None] = [None] * n
