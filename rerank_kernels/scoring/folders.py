@@ -34,12 +34,14 @@ ALWAYS_FOUND = ("tokenizer_file", "tokenizer_config_file", "special_tokens_map_f
 
 def load_model(folder: Folder, kind: str, trust: bool = False) -> Any:
     """The model in `folder`, of that kind, not patched. trust: the folder's own code may run."""
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     folder.check()
     raw = folder.json("config.json")
     _config(folder, raw, kind, trust)
-    auto = AutoModelForSequenceClassification if kind == KINDS[0] else AutoModel
+    auto: Any = AutoModelForSequenceClassification if kind == KINDS[0] else AutoModel
+    if kind == KINDS[0] and any(str(name).endswith("ForCausalLM") for name in raw.get("architectures") or ()):
+        auto = AutoModelForCausalLM
     own = {"local_files_only": True, "trust_remote_code": trust}
     with _named(f"no model could be loaded from {folder.path}"), _no_bar():
         config: Any = AutoConfig.from_pretrained(folder.path, **own)
@@ -122,13 +124,21 @@ def _config(folder: Folder, config: dict[str, Any], kind: str, trust: bool) -> N
     if not isinstance(act, str) or act not in ACT2FN:
         fail("hidden_act", "the name of an activation of transformers")
     usual: Any = AutoConfig.for_model(kind_of_model)  # for what it does not say
-    size = {key: int(config.get(key, getattr(usual, key))) for key in SIZES.split()}
+    size = {key: int(config.get(key, getattr(usual, key, 0))) for key in SIZES.split()}
     if size["hidden_size"] % size["num_attention_heads"]:
         fail("num_attention_heads", f"a divisor of hidden_size {size['hidden_size']}")
     wide, inner = size["hidden_size"], size["intermediate_size"]
     inputs = _whole(config.get("embedding_size", wide))
     wanted = (size["vocab_size"] + size["max_position_embeddings"] + size["type_vocab_size"]) * max(inputs, 1)
-    wanted += size["num_hidden_layers"] * (4 * wide * wide + 2 * wide * inner)
+    heads = 2 * wide * wide
+    if "num_key_value_heads" in config or hasattr(usual, "num_key_value_heads"):  # a decoder: angles in place of positions
+        size = {key: value for key, value in size.items() if key not in ("max_position_embeddings", "type_vocab_size")}
+        wanted = size["vocab_size"] * wide
+        heads = 2 * wide * size["num_attention_heads"] * _whole(config.get("head_dim") or wide // size["num_attention_heads"])
+        inner = inner * 3 // 2  # a gate beside the other two; keys and values, which heads share, are left out
+    else:
+        heads += 2 * wide * wide
+    wanted += size["num_hidden_layers"] * (heads + 2 * wide * inner)
     held = _held(folder)
     if wanted > held:
         said = ", ".join(f"{key} {value:,}" for key, value in size.items())
