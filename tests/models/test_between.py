@@ -65,7 +65,7 @@ EXACT = {
     "isnan",
     "argmax",
     "allclose",
-}  # answers about floats that are no floats
+}  # about floats, and no floats
 # Layouts of weights, of which no bit is in a result: they say which neurons are off, with bounds that hold for any rounding.
 LAYOUTS = re.compile(r"backend/weights\.py:\d+ in (_screened|finite|rounding)\b")
 # cos and sin: float64 in steps that are held by hashes of whole tables (tests/ops/test_rotary.py)
