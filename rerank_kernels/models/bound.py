@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import threading
 from collections.abc import Callable, Iterator
 from types import CodeType
@@ -132,6 +133,28 @@ class Refusal:
         return name
 
 
+class Lock:
+    """A threading.RLock that a forked child finds open, whoever held it in the parent, and that a copy has of its own."""
+
+    def __init__(self) -> None:
+        self._renew()
+
+    def _renew(self) -> None:
+        self._process, self._lock = os.getpid(), threading.RLock()
+
+    def __enter__(self) -> None:
+        if self._process != os.getpid():
+            self._renew()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        if self._process == os.getpid():  # else this is the child of a thread that was inside
+            self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Lock, ()
+
+
 class Method:
     """A method of an object that holds a model, in place of its class's own: `function`, called with this first.
 
@@ -162,16 +185,10 @@ class Method:
         self.backend = backend
         self.report = report
         self.patch = patch
-        self.lock = threading.RLock()
+        self.lock = Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.original(*args, **kwargs) if self.undone else self.function(self, *args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, lock=threading.RLock())
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -213,7 +230,7 @@ class Methods(dict[str, Method]):
 
 
 # Held while models or objects are patched or undone, and while an object that was patched before it had its model gets one.
-CHANGING = threading.RLock()
+CHANGING = Lock()
 
 
 def held_forward(m: nn.Module) -> Any:

@@ -132,11 +132,14 @@ def refuse_hooks(m: nn.Module) -> NoReturn:
     )
 
 
-def dense(m: Any, x: Tensor, act: str | None = None) -> Tensor:
+def dense(
+    m: Any, x: Tensor, act: str | None = None, *, residual: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """linear of module m, with LoRA's adapters or without."""
     if lora.is_lora(m):
-        return lora.product(m, x, act)
+        return lora.product(m, x, act, out_dtype, residual)
     as_patched(m, nn.Linear)
-    return linear(x, m.weight, m.bias, activation=act)
+    return linear(x, m.weight, m.bias, activation=act, residual=residual, out_dtype=out_dtype)
 
 
 def norm(m: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -149,7 +152,8 @@ def norm(m: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
 def as_patched(m: object, cls: type[nn.Module]) -> None:
     """For who reads the weights of m as a plain layer's: those of an adapter look the same from here."""
     if name_of(m) != f"{cls.__module__}.{cls.__qualname__}":
-        raise PatchError(f"a {class_of(m)} stands where nn.{cls.__name__} is read; call rk.unpatch(model)")
+        came = name_of(m) if class_of(m) == cls.__name__ else class_of(m)  # a class of another package may have the same name
+        raise PatchError(f"a {came} stands where nn.{cls.__name__} is read; call rk.unpatch(model)")
 
 
 class Table(NamedTuple):

@@ -1,7 +1,7 @@
 """attention: softmax(q · kᵀ * scale) · v inside each sequence; bidirectional or causal, sliding window, grouped heads.
 
 Packed: q [total, H, D], k and v [total, H_kv, D], cu_seqlens [B + 1] -> [total, H, D].
-Padded: q [B, T, H, D], k and v [B, T, H_kv, D], mask [B, T] -> [B, T, H, D]; the tokens are packed first, so that side and
+Padded: q [B, T, H, D], k and v [B, T, H_kv, D], mask [B, T] -> [B, T, H, D]. The tokens are packed first, so that side and
 length of the padding, and whatever the padded places hold (NaN included), cannot reach a result.
 
 Keys may have lengths of their own, T_k beside T_q queries, by cu_seqlens_k or by a k that is padded to its own length. Then the
