@@ -28,6 +28,7 @@ from invariants import all_same, same
 from models import decoder, padded, rows, tiny
 from rerank_kernels.backend import modes
 from rerank_kernels.models import bert, bound, packing
+from rerank_kernels.models import decoder as decoders
 from rerank_kernels.models.bound import PatchError
 from rerank_kernels.ops import opaque
 
@@ -489,6 +490,14 @@ def test_a_mask_that_is_looked_at_while_it_is_traced_is_seen(monkeypatch: pytest
     warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
     with pytest.raises(Exception):  # noqa: B017  whichever comes first: PyTorch's own error, or other bits
         test_jit_trace("bert", True)
+
+
+def test_angles_that_are_made_while_it_is_traced_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the traced row's length would serve every other."""
+    monkeypatch.setattr(decoders, "traced", lambda: False)
+    warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+    with pytest.raises(Exception):  # noqa: B017  as above
+        test_angles_that_depend_on_the_length()
 
 
 def test_stock_arithmetic_in_a_graph_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
