@@ -10,6 +10,7 @@ they have in the whole sequence. The cache holds what stock's would, and zeros a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,17 +20,18 @@ from torch import Tensor, nn
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models import packing, rope
+from rerank_kernels.models import decoder_roles, lora, packing, rope
 from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.caches import Keys, chosen, length, valid
-from rerank_kernels.models.leaves import ACTIVATIONS, activation_of
-from rerank_kernels.models.packing import as_patched, dense, lookup, ready
+from rerank_kernels.models.heads import LastTokenHead
+from rerank_kernels.models.leaves import activation_of
+from rerank_kernels.models.packing import as_patched, dense, explained, lookup, ready
+from rerank_kernels.models.roles import Roles
 from rerank_kernels.models.served import Served
 from rerank_kernels.ops.attention import attention
-from rerank_kernels.ops.linear import activation, linear
+from rerank_kernels.ops.linear import activation
 from rerank_kernels.ops.norm import rms_norm
 from rerank_kernels.ops.opaque import opaque, traced
-from rerank_kernels.ops.pooling import HeadOutput, score_head
 from rerank_kernels.ops.rotary import rotary
 from rerank_kernels.ops.sequences import Sequences
 from rerank_kernels.ops.sparse_ffn import sparse_ffn
@@ -79,32 +81,34 @@ def decoder_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     """LlamaModel and its like, stock arguments: BaseModelOutputWithPast."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
-    ready(m)
-    batch, _ = _pack(m, m, args, kwargs, cached=True)
-    return _output(m, batch, BaseModelOutputWithPast, last_hidden_state=batch.new.unpack(_decode(m, batch)))
+    ready(m, roles_of)
+    with explained(m, roles_of):
+        batch, _ = _pack(m, m, args, kwargs, cached=True)
+        return _output(m, batch, BaseModelOutputWithPast, last_hidden_state=batch.new.unpack(_decode(m, batch)))
 
 
 def causal_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     """LlamaForCausalLM and its like, stock arguments: CausalLMOutputWithPast with float32 logits."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    ready(m)
-    batch, given = _pack(m, _enter(m), args, kwargs, cached=True)
-    x = batch.new.unpack(_decode(m.base_model, batch))
-    kept = _kept(m, x, given.get("logits_to_keep", 0))
-    as_patched(m.lm_head, nn.Linear)
-    logits = linear(kept, m.lm_head.weight, m.lm_head.bias, out_dtype=torch.float32)
-    return _output(m, batch, CausalLMOutputWithPast, logits=logits)
+    ready(m, roles_of)
+    with explained(m, roles_of):
+        batch, given = _pack(m, _enter(m), args, kwargs, cached=True)
+        x = batch.new.unpack(_decode(m.base_model, batch))
+        kept = _kept(m, x, given.get("logits_to_keep", 0))
+        logits = dense(lora.held(m.lm_head), kept, out_dtype=torch.float32)
+        return _output(m, batch, CausalLMOutputWithPast, logits=logits)
 
 
 def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     """LlamaForSequenceClassification and its like, stock arguments: SequenceClassifierOutputWithPast with float32 logits."""
     from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-    ready(m)
-    batch, _ = _pack(m, _enter(m), args, kwargs, cached=False)
-    logit = LastTokenHead(m.score)(_decode(m.base_model, batch), batch.new).logit
-    return _output(m, batch, SequenceClassifierOutputWithPast, logits=logit)
+    ready(m, roles_of)
+    with explained(m, roles_of):
+        batch, _ = _pack(m, _enter(m), args, kwargs, cached=False)
+        logit = _head(m)(_decode(m.base_model, batch), batch.new).logit
+        return _output(m, batch, SequenceClassifierOutputWithPast, logits=logit)
 
 
 def packed_forward(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None) -> Tensor:
@@ -124,58 +128,8 @@ def max_tokens(m: Any) -> int:
     return int(m.config.max_position_embeddings)
 
 
-@dataclass(frozen=True)
-class LastTokenHead:
-    """score(the last token of each sequence): the classifier's module, read at each call."""
-
-    score: nn.Linear
-
-    def __call__(self, x: Tensor, sequences: Sequences) -> HeadOutput:
-        """[total, D] -> float32 [B, L] each: logit, score, complement. A sequence without tokens is a vector of zeros."""
-        as_patched(self.score, nn.Linear)
-        return score_head(_last(x, sequences), self.score.weight, self.score.bias)
-
-
-@dataclass(frozen=True)
-class AnswerHead:
-    """The log-odds of one word of the vocabulary beside another, at the last token of each sequence.
-
-    The two rows of the language head are subtracted in float32 before the one dot: two logits that are rounded first lose what
-    they have in common, some 0.07 at a logit of 18 in bfloat16.
-    """
-
-    words: nn.Linear  # the language head
-    yes: int
-    no: int | None = None  # None: the logit of `yes` alone
-
-    def __call__(self, x: Tensor, sequences: Sequences) -> HeadOutput:
-        """[total, D] -> float32 [B, 1] each: logit, score, complement."""
-        as_patched(self.words, nn.Linear)
-        row, bias = self.words.weight[self.yes].float(), None
-        if self.words.bias is not None:
-            bias = self.words.bias[self.yes, None].float()
-        if self.no is not None:
-            row = row - self.words.weight[self.no].float()
-            bias = None if bias is None else bias - self.words.bias[self.no].float()
-        return score_head(_last(x, sequences), row[None], bias)
-
-
-def _last(x: Tensor, sequences: Sequences) -> Tensor:
-    """[total, D] -> [B, D]: the last token of each sequence, zeros for one without tokens."""
-    return last_rows(x, sequences.cu_seqlens)
-
-
-@opaque(lambda x, cu_seqlens: x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1]))
-def last_rows(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    cu = cu_seqlens.long()
-    if not x.shape[0]:
-        return x.new_zeros(cu.shape[0] - 1, x.shape[1])
-    rows = x.index_select(0, (cu[1:] - 1).clamp(min=0))
-    return rows.masked_fill((cu[1:] == cu[:-1])[:, None], 0.0)
-
-
 def _head(m: Any) -> LastTokenHead:
-    return LastTokenHead(m.score)
+    return LastTokenHead(lora.held(m.score))
 
 
 def _enter(m: Any) -> Any:
@@ -205,7 +159,7 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
     if (ids is None) == (embeds is None):
         raise ValueError(f"{op}: exactly one of input_ids [B, T] and inputs_embeds [B, T, D] must be given")
     if ids is None:
-        check.shape(op, "inputs_embeds", embeds, "B", "T", decoder.embed_tokens.embedding_dim)
+        check.shape(op, "inputs_embeds", embeds, "B", "T", decoder.embed_tokens.weight.shape[1])
     else:
         check.shape(op, "input_ids", ids, "B", "T")
     b, t = (embeds if ids is None else ids).shape[:2]
@@ -311,7 +265,7 @@ def _output(m: Any, batch: Batch, cls: Any, **fields: Any) -> Any:
 
 
 def _type(m: Any) -> ModelType:
-    return MODEL_TYPES[type(m).__module__]
+    return MODEL_TYPES[name_of(m).rpartition(".")[0]]
 
 
 def _norm(kind: ModelType, m: Any, x: Tensor) -> Tensor:
@@ -344,8 +298,7 @@ def _attend(kind: ModelType, config: Any, i: int, layer: Any, x: Tensor, batch: 
         q, k, v, cu_seqlens=batch.new, cu_seqlens_k=keys, causal=True,
         window=None if window is None else (window - 1, -1), scale=own.scaling,
     )  # fmt: skip
-    as_patched(own.o_proj, nn.Linear)
-    return linear(a.flatten(1), own.o_proj.weight, own.o_proj.bias, residual=x)
+    return dense(own.o_proj, a.flatten(1), residual=x)
 
 
 # A CPU takes so many tokens through the feed-forward layer at a time, for the same reason as in bert.py.
@@ -355,24 +308,20 @@ TOKENS_AT_ONCE = 1024
 def _feed_forward(m: Any, x: Tensor, residual: Tensor) -> Tensor:
     """residual + down(act(gate(x)) · up(x)); where act is relu, only what active neurons touch."""
     act = activation_of(m.act_fn)
-    for part in (m.gate_proj, m.up_proj, m.down_proj):
-        as_patched(part, nn.Linear)
-    if act == "relu":
+    parts = (m.gate_proj, m.up_proj, m.down_proj)
+    if act == "relu" and not any(map(lora.is_lora, parts)):
+        for part in parts:
+            as_patched(part, nn.Linear)
         y = sparse_ffn(
             x, m.up_proj.weight, m.down_proj.weight, gate_weight=m.gate_proj.weight,
             up_bias=m.up_proj.bias, gate_bias=m.gate_proj.bias, down_bias=m.down_proj.bias,
         )  # fmt: skip
         return (residual.float() + y.float()).to(residual.dtype)
     split = x.device.type == "cpu" and not traced() and x.shape[0] > TOKENS_AT_ONCE
-    parts = zip(x.split(TOKENS_AT_ONCE), residual.split(TOKENS_AT_ONCE), strict=True) if split else ((x, residual),)
+    pieces = zip(x.split(TOKENS_AT_ONCE), residual.split(TOKENS_AT_ONCE), strict=True) if split else ((x, residual),)
     done = [
-        linear(
-            activation(dense(m.gate_proj, part), act, up=dense(m.up_proj, part)),
-            m.down_proj.weight,
-            m.down_proj.bias,
-            residual=r,
-        )
-        for part, r in parts
+        dense(m.down_proj, activation(dense(m.gate_proj, part), act, up=dense(m.up_proj, part)), residual=r)
+        for part, r in pieces
     ]
     return done[0] if len(done) == 1 else torch.cat(done)
 
@@ -387,15 +336,17 @@ def problem(m: Any) -> str | None:
     return rope.problem(m.config)
 
 
-def _mlp_problem(m: Any) -> str | None:
-    return (
-        None
-        if name_of(m.act_fn) in ACTIVATIONS
-        else f"activation {getattr(m.act_fn, '__name__', class_of(m.act_fn))} is unknown"
-    )
+def roles_of(m: Any) -> Roles:
+    """What is read of a decoder, and of what is around it."""
+    return _roles(*name_of(m).rsplit(".", 1))
 
 
-_PARTS = "DecoderLayer Attention RMSNorm RotaryEmbedding TextScaledWordEmbedding"
+@functools.cache
+def _roles(module: str, name: str) -> Roles:
+    a = MODEL_TYPES[module]
+    inside = decoder_roles.decoder(module, a.prefix, a.eps, problem)
+    head = decoder_roles.HEADS.get(name.removeprefix(a.prefix))
+    return inside if head is None else decoder_roles.around(module, name, inside, head)
 
 
 def served() -> dict[str, Served]:
@@ -403,19 +354,23 @@ def served() -> dict[str, Served]:
     found: dict[str, Served] = {}
     for module, a in MODEL_TYPES.items():
         found |= {
-            f"{module}.{a.prefix}Model": Served(decoder_forward, problem, packed_forward, max_tokens),
-            f"{module}.{a.prefix}ForCausalLM": Served(causal_forward, problem, packed_forward, max_tokens),
+            f"{module}.{a.prefix}Model": Served(decoder_forward, roles_of, packed_forward, max_tokens),
+            f"{module}.{a.prefix}ForCausalLM": Served(
+                causal_forward, roles_of, packed_forward, max_tokens, lambda m: m.lm_head
+            ),
             f"{module}.{a.prefix}ForSequenceClassification": Served(
-                classifier_forward, problem, packed_forward, max_tokens, _head
+                classifier_forward, roles_of, packed_forward, max_tokens, head=_head
             ),
         }
     return found
 
 
-def parts() -> dict[str, Callable[[Any], str | None] | None]:
-    """Exact class of a module inside -> what could stand in its way."""
-    found: dict[str, Callable[[Any], str | None] | None] = {}
-    for module, a in MODEL_TYPES.items():
-        found |= dict.fromkeys(f"{module}.{a.prefix}{part}" for part in _PARTS.split())
-        found[f"{module}.{a.prefix}MLP"] = _mlp_problem
-    return found
+def parts() -> frozenset[str]:
+    """Classes of modules inside, which a decoder's forward reads and never calls; nothing by themselves."""
+    return frozenset(
+        name
+        for module, a in MODEL_TYPES.items()
+        for role in _roles(module, f"{a.prefix}Model").values()
+        for name in role.classes
+        if name.startswith(f"{module}.{a.prefix}") and name not in served()
+    )
