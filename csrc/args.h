@@ -5,10 +5,12 @@
 
 namespace rk {
 
-// An array that a kernel reads. Where data is null the argument is absent, and its dtype is never looked at.
+// An array that a kernel reads. Whether the argument was given is a word of its own: the data of an empty tensor are null too.
+// What is absent is not looked at.
 struct Ref {
     const void* data = nullptr;
     Dtype dtype = Dtype::F32;
+    bool given = false;
 };
 // One that it writes.
 struct Out {
@@ -35,6 +37,7 @@ struct LinearArgs {
     int64_t M, N, K;
     int activation;  // numerics.h, enum Activation
 };
+constexpr int64_t ACTIVATIONS = 11;  // how many that enum has
 
 struct RotaryArgs {
     Ref x;  // [tokens, H, D]; strides in elements, features side by side

@@ -1,4 +1,4 @@
-// tensors.h: what the launchers of every backend take from torch: tensors, dtypes, sizes. Not seen by kernels.
+// tensors.h: what the launchers of every backend take from torch: checked arguments, results. Not seen by kernels.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -16,29 +16,19 @@
 
 namespace rk {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+// A result, which an op has made: nothing of it needs a check but a dtype that the caller named.
+inline Out out(const Tensor& t, const char* op) { return {t.mutable_data_ptr(), dtype_of(t.scalar_type(), op, "out_dtype")}; }
 
-inline Dtype dtype_of(ScalarType t, const char* op, const char* name) {
-    if (t == ScalarType::Float) return Dtype::F32;
-    if (t == ScalarType::Half) return Dtype::F16;
-    if (t == ScalarType::BFloat16) return Dtype::BF16;
-    RK_CHECK(false, op, name, " must be float32, float16 or bfloat16");
-    return Dtype::F32;
+constexpr ScalarType scalar_type(Dtype t) {
+    return t == Dtype::F32 ? ScalarType::Float : t == Dtype::F16 ? ScalarType::Half : ScalarType::BFloat16;
 }
-inline Dtype dtype_of(const Tensor& t, const char* op, const char* name) { return dtype_of(t.scalar_type(), op, name); }
-
-// An argument that may be absent: its dtype is then never looked at.
-inline Dtype dtype_of(const std::optional<Tensor>& t, const char* op, const char* name) {
-    return t ? dtype_of(*t, op, name) : Dtype::F32;
-}
-
-inline Ref ref(const Tensor& t, const char* op, const char* name) { return {t.const_data_ptr(), dtype_of(t, op, name)}; }
-inline Ref ref(const std::optional<Tensor>& t, const char* op, const char* name) { return t ? ref(*t, op, name) : Ref{}; }
-inline Out out(const Tensor& t, const char* op, const char* name) { return {t.mutable_data_ptr(), dtype_of(t, op, name)}; }
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
     return torch::stable::new_empty(like, std::vector<int64_t>(shape), dtype);
+}
+// A result of the shape [R, D] and the dtype that an argument had when it was checked.
+inline Tensor like(const Tensor& t, const View& rows) {
+    return empty(t, {rows.size[0], rows.size[1]}, scalar_type(rows.dtype));
 }
 
 }  // namespace rk

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+import operator
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,6 +14,18 @@ FLOAT_NAMES = "float32, float16 or bfloat16"
 
 def fail(op: str, argument: str, wanted: str, came: object, hint: str = "") -> NoReturn:
     raise ValueError(f"{op}: {argument} must be {wanted}, got {came}{'; ' + hint if hint else ''}")
+
+
+def integers(op: str, name: str, value: Any) -> tuple[int, ...]:
+    """One integer or several, of any type that is one by itself."""
+    try:
+        return (operator.index(value),)
+    except TypeError:
+        pass
+    try:
+        return tuple(map(operator.index, value))
+    except TypeError:
+        fail(op, name, "an integer, or several", repr(value))
 
 
 def shape_of(t: Tensor) -> str:
@@ -31,10 +44,29 @@ def floating(op: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} must be {FLOAT_NAMES}, got {t.dtype}; convert it with .float()")
         if t.layout != torch.strided:
             raise TypeError(f"{op}: {name} must be a dense tensor, got layout {t.layout}; use .to_dense()")
+        try:
+            if t.untyped_storage().nbytes() < t.nbytes:  # or a few values that are shown as many
+                stored(op, name, t)
+        except NotImplementedError:  # torch.func's wrappers have none: the op is called again with what they hold
+            pass
         if device is None:
             device, first = t.device, name
         else:
             on_device(op, name, t, first, device)
+
+
+def stored(op: str, name: str, t: Tensor) -> None:
+    """Its storage holds what its sizes and strides say. PyTorch does not look before it copies; our library does."""
+    try:
+        held = t.untyped_storage().nbytes()
+    except NotImplementedError:  # torch.func's wrappers have none
+        return
+    if t.numel() == 0:
+        return
+    last = t.storage_offset() + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    if held < (last + 1) * t.element_size():
+        wanted = f"a tensor with memory for its {t.numel()} elements"
+        fail(op, name, wanted, f"a storage of {held} bytes", "it was freed or made smaller: give a tensor that has its values")
 
 
 def shape(op: str, name: str, t: Tensor, *want: int | str) -> None:

@@ -1,6 +1,6 @@
 """Tables that fit their screen: numbers keep every digit, text folds or ends in an ellipsis, no line is wider than the screen.
 
-Where a screen cannot hold all the numbers side by side, a row becomes a block of lines: its texts first, then each number
+Where a screen cannot hold all the numbers side by side, a row becomes a block of lines. Its texts come first, then each number
 behind its name, as many to a line as there is room for.
 """
 

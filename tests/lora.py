@@ -157,13 +157,14 @@ def adapted(model: Any, targets: Sequence[str] = ("query", "value"), *, saves: b
             holder, _, name = path.rpartition(".")
             setattr(model.get_submodule(holder), name, layer)
     if saves:
-        wrapper = ModulesToSaveWrapper(model.classifier)
+        head = "score" if hasattr(model, "score") else "classifier"
+        wrapper = ModulesToSaveWrapper(getattr(model, head))
         for adapter in ("default", "other"):
-            wrapper.modules_to_save[adapter] = copy.deepcopy(model.classifier)
+            wrapper.modules_to_save[adapter] = copy.deepcopy(getattr(model, head))
             with torch.no_grad():
                 for p in wrapper.modules_to_save[adapter].parameters():
                     p.copy_(torch.randn(p.shape, generator=draw) * 0.15)
-        model.classifier = wrapper
+        setattr(model, head, wrapper)
     made = PeftModelForSequenceClassification(LoraModel(model)).eval()
     made.set_adapter("default")
     return made

@@ -26,6 +26,9 @@ def of(module: str) -> Any:
 
     def mark(cls: type) -> type:
         cls.__module__ = module
+        for method in vars(cls).values():
+            if isinstance(method, types.FunctionType):
+                method.__module__ = module
         FAKES.append(cls)
         return cls
 

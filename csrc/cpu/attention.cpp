@@ -6,6 +6,7 @@
 
 #ifndef RK_ISA
 #define RK_FILE "attention.cpp"
+#include "../attention.h"
 #include "each_isa.h"
 #include "launch.h"
 
@@ -13,33 +14,20 @@ namespace rk {
 
 static Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
                         const std::optional<Tensor>& cu_seqlens_k, int64_t left, int64_t right, double scale) {
-    const int64_t H = q.size(1), D = q.size(2), H_kv = k.size(1), B = cu_seqlens.size(0) - 1;
-    Tensor out = empty(q, {q.size(0), H, D}, q.scalar_type());
-    const int32_t* cu = checked_offsets(cu_seqlens, q.size(0), "attention");
-    const int32_t* cu_k = cu;
-    if (cu_seqlens_k) {
-        cu_k = checked_offsets(*cu_seqlens_k, k.size(0), "attention");
-        RK_CHECK(cu_seqlens_k->size(0) == B + 1, "attention", "cu_seqlens_k must have as many sequences as cu_seqlens");
-    }
-    RK_CHECK(k.size(0) == cu_k[B] && v.size(0) == cu_k[B], "attention",
-             "k and v must have as many tokens as their offsets say");
-    const AttentionArgs args{.q = q.const_data_ptr(),
-                             .k = k.const_data_ptr(),
-                             .v = v.const_data_ptr(),
-                             .q_token = q.stride(0),
-                             .q_head = q.stride(1),
-                             .k_token = k.stride(0),
-                             .k_head = k.stride(1),
-                             .v_token = v.stride(0),
-                             .v_head = v.stride(1),
-                             .dtype = dtype_of(q, "attention", "q"),
-                             .out = out.mutable_data_ptr(),
-                             .H = H,
-                             .H_kv = H_kv,
-                             .D = D,
-                             .left = left,
-                             .right = right,
-                             .scale = float(scale)};
+    const Arguments in("attention", q);
+    const CheckedAttention given = checked_attention(in, q, k, v, left, right, scale);
+    const int64_t total = given.total, total_k = given.total_k;
+    AttentionArgs args = given.args;
+    const std::vector<int32_t> cu = checked_offsets(in, "cu_seqlens", cu_seqlens, total);
+    std::vector<int32_t> own;
+    if (cu_seqlens_k) own = checked_offsets(in, "cu_seqlens_k", *cu_seqlens_k, total_k);
+    RK_CHECK(!cu_seqlens_k || own.size() == cu.size(), "attention", "cu_seqlens_k must have as many sequences as cu_seqlens");
+    RK_CHECK(cu_seqlens_k || total_k == total, "attention", "k and v must have as many tokens as q, or offsets of their own");
+    const std::vector<int32_t>& cu_k = cu_seqlens_k ? own : cu;
+    const int64_t B = int64_t(cu.size()) - 1, H_kv = args.H_kv, D = args.D;
+    Tensor out = empty(q, {total, args.H, D}, given.dtype);
+    if (total == 0) return out;
+    args.out = out.mutable_data_ptr();
     for_each_task(B * H_kv, [&](int64_t task) {
         const int64_t b = task / H_kv, T_q = cu[b + 1] - cu[b], T_k = cu_k[b + 1] - cu_k[b];
         if (T_q == 0) return;

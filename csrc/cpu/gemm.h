@@ -179,15 +179,15 @@ RK_INLINE void dot_few_of(int rows, const float* a, int64_t lda, const T* const*
 template <Activation KIND>
 static void finish_tile(const LinearArgs& g, const float* sums, int rows, int64_t m0, int64_t n0, int columns) {
     const auto end = [&](Vec y, int64_t at, int some) __attribute__((always_inline)) {
-        if (g.residual.data) y = y + load_some_as(g.residual.dtype, g.residual.data, at, some);
+        if (g.residual.given) y = y + load_some_as(g.residual.dtype, g.residual.data, at, some);
         store_some_as(g.out.dtype, g.out.data, at, y, some);
     };
     for (int c = 0; c < columns; c += W) {
         const int some = columns - c < W ? columns - c : W;
-        const Vec bias = g.bias.data ? load_some_as(g.bias.dtype, g.bias.data, n0 + c, some) : all(0.0f);
+        const Vec bias = g.bias.given ? load_some_as(g.bias.dtype, g.bias.data, n0 + c, some) : all(0.0f);
         const auto sum_of = [&](int r) __attribute__((always_inline)) {
             const Vec y = load(sums + r * PANEL + c);
-            return g.bias.data ? y + bias : y;
+            return g.bias.given ? y + bias : y;
         };
         int r = 0;
         for (; r + SOME <= rows; r += SOME) {

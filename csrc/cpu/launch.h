@@ -3,12 +3,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <exception>
 #include <memory>
 #include <new>
 #include <optional>
 #include <string>
+#include <vector>
 
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -78,6 +80,7 @@ inline float* scratch(size_t floats) {
     if (size < floats) {
         size = 0;
         kept.reset();  // before the new one is there: the old contents are nobody's
+        if (floats > size_t(PTRDIFF_MAX) / sizeof(float) - 64) throw std::bad_alloc();
         kept.reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
         if (!kept) throw std::bad_alloc();
         size = floats;
@@ -85,15 +88,13 @@ inline float* scratch(size_t floats) {
     return kept.get();
 }
 
-// The offsets of packed sequences: kernels trust them.
-inline const int32_t* checked_offsets(const Tensor& cu_seqlens, int64_t total, const char* op) {
-    RK_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_contiguous() && cu_seqlens.size(0) > 0, op,
-             "cu_seqlens must be a contiguous int32 tensor [B + 1]");
-    const int32_t* cu = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
-    const int64_t B = cu_seqlens.size(0) - 1;
-    bool ascending = cu[0] == 0 && cu[B] == total;
-    for (int64_t b = 0; b < B; ++b) ascending = ascending && cu[b] <= cu[b + 1];
-    RK_CHECK(ascending, op, "cu_seqlens must ascend from 0 to the number of tokens");
+// The offsets of packed sequences, which kernels trust: a copy, and the copy is checked. The caller's memory may be shared, and
+// change at any time.
+inline std::vector<int32_t> checked_offsets(const Arguments& in, const char* name, const Tensor& cu_seqlens, int64_t total) {
+    const View given = in.offsets(name, cu_seqlens);
+    std::vector<int32_t> cu(given.as<int32_t>(), given.as<int32_t>() + given.numel);
+    const bool ascending = cu.front() == 0 && cu.back() == total && std::is_sorted(cu.begin(), cu.end());
+    RK_CHECK(ascending, in.op(), name, " must ascend from 0 to ", total, ", the number of tokens");
     return cu;
 }
 

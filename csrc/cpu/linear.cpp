@@ -31,34 +31,40 @@ void run_linear(const LinearArgs& g) {
 
 static Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t activation,
                      const std::optional<Tensor>& residual, ScalarType out_dtype) {
-    Tensor y = empty(x, {x.size(0), weight.size(0)}, out_dtype);
-    LinearArgs g = linear_args("linear", x, weight, bias, activation, y);
-    g.residual = ref(residual, "linear", "residual");
+    const Arguments in("linear", x);
+    const View rows = in.floats("x", x, {{"M"}, {"K"}});
+    const View w = checked_weight(in, "weight", weight, rows.size[1]);
+    const int64_t M = rows.size[0], N = w.size[0];
+    Tensor y = empty(x, {M, N}, out_dtype);
+    LinearArgs g = linear_args(in, rows, w, in.floats("bias", bias, {{"N", N}}), activation, y);
+    g.residual = in.floats("residual", residual, {{"M", M}, {"N", N}}).ref();
     run_linear(g);
     return y;
 }
 
 // a [B, M, K], b [B, N, K] -> [B, M, N]: entry by entry what linear computes with b[i] as the weight.
 static Tensor bmm(const Tensor& a, const Tensor& b, ScalarType out_dtype) {
-    const int64_t B = a.size(0), M = a.size(1), K = a.size(2), N = b.size(1);
-    RK_CHECK(b.dim() == 3 && b.size(0) == B && b.size(2) == K && K > 0 && N > 0, "bmm", "b must be [B, N, K] with N, K > 0");
-    RK_CHECK(a.is_contiguous() && b.is_contiguous(), "bmm", "a and b must be contiguous");
+    const Arguments in("bmm", a);
+    const View left = in.floats("a", a, {{"B"}, {"M"}, {"K"}});
+    const View right = in.floats("b", b, {{"B", left.size[0]}, {"N"}, {"K", left.size[2]}});
+    const int64_t B = left.size[0], M = left.size[1], K = left.size[2], N = right.size[1];
+    RK_CHECK(K > 0 && N > 0, "bmm", "N and K must be > 0");
     Tensor y = empty(a, {B, M, N}, out_dtype);
-    const Dtype from = dtype_of(a, "bmm", "a"), with = dtype_of(b, "bmm", "b");
-    const Dtype to_dtype = dtype_of(out_dtype, "bmm", "out_dtype");
-    const auto *left = static_cast<const char*>(a.const_data_ptr()), *right = static_cast<const char*>(b.const_data_ptr());
-    auto* to = static_cast<char*>(y.mutable_data_ptr());
-    if (M == 0) return y;
+    const Out to = out(y, "bmm");
+    if (B == 0 || M == 0) return y;
     const int64_t panels = ceil_div(N, PANEL), threads = rk::threads(), rows = block_rows(M);
-    const int64_t shares = std::min(panels, std::max(B > 0 ? ceil_div(4 * threads, B) : 1, ceil_div(panels, 24)));
+    const int64_t shares = std::min(panels, std::max(ceil_div(4 * threads, B), ceil_div(panels, 24)));
     for_each_task(B * shares, [&](int64_t task) {
         const int64_t entry = task / shares, share = task % shares;
         const int64_t p = panels * share / shares, p_end = panels * (share + 1) / shares;
-        const LinearArgs g{.x = {left + entry * M * K * bytes_of(from), from},
-                           .weight = {right + entry * N * K * bytes_of(with), with},
+        const auto nth = [&](const View& of, int64_t rows) {
+            return Ref{of.as<char>() + entry * rows * K * bytes_of(of.dtype), of.dtype, true};
+        };
+        const LinearArgs g{.x = nth(left, M),
+                           .weight = nth(right, N),
                            .bias = {},
                            .residual = {},
-                           .out = {to + entry * M * N * bytes_of(to_dtype), to_dtype},
+                           .out = {static_cast<char*>(to.data) + entry * M * N * bytes_of(to.dtype), to.dtype},
                            .M = M,
                            .N = N,
                            .K = K,
@@ -70,14 +76,17 @@ static Tensor bmm(const Tensor& a, const Tensor& b, ScalarType out_dtype) {
 }
 
 static Tensor activation(const Tensor& x, int64_t kind, const std::optional<Tensor>& up, ScalarType out_dtype) {
-    const int64_t n = x.numel();
-    RK_CHECK(!up || up->numel() == n, "activation", "up must have as many elements as x");
+    const Arguments in("activation", x);
+    const View from = in.floats("x", x, {}), factor = in.floats("up", up, {});
+    in.activation(kind);
+    const int64_t n = from.numel;
+    RK_CHECK(!factor.given || factor.numel == n, "activation", "up must have as many elements as x");
     Tensor y = torch::stable::new_empty(x, x.sizes(), out_dtype);
-    const Ref from = ref(x, "activation", "x"), factor = ref(up, "activation", "up");
-    const Out to = out(y, "activation", "out_dtype");
+    RK_CHECK(y.numel() == n, "activation", "x must keep its shape while it is read");
+    const Out to = out(y, "activation");
     constexpr int64_t block = 8192;
     for_each_task(ceil_div(n, block), [&](int64_t task) {
-        RK_CALL(activate_range, int(kind), from, factor, to, task * block, std::min((task + 1) * block, n));
+        RK_CALL(activate_range, int(kind), from.ref(), factor.ref(), to, task * block, std::min((task + 1) * block, n));
     });
     return y;
 }
@@ -103,7 +112,7 @@ namespace RK_ISA {
 
 template <Activation KIND>
 static void activate_all(const Ref& x, const Ref& up, const Out& y, int64_t begin, int64_t end) {
-    const bool gated = up.data != nullptr;
+    const bool gated = up.given;
     int64_t i = begin;
     for (; i + SOME * W <= end; i += SOME * W) {
         Some v = activate(KIND, each<Vec>([&](int j) { return load_some_as(x.dtype, x.data, i + j * W, W); }));
@@ -118,6 +127,8 @@ static void activate_all(const Ref& x, const Ref& up, const Out& y, int64_t begi
         store_some_as(y.dtype, y.data, i, v, some);
     }
 }
+
+static_assert(MISH + 1 == ACTIVATIONS);
 
 static void activate_range(int kind, const Ref& x, const Ref& up, const Out& y, int64_t begin, int64_t end) {
     switch (kind) {

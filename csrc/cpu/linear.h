@@ -8,20 +8,25 @@
 
 namespace rk {
 
-// Arguments without a residual; x [M, K], weight [N, K], y [M, N].
-inline LinearArgs linear_args(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                              int64_t activation, const Tensor& y) {
-    RK_CHECK(weight.dim() == 2 && weight.size(0) == y.size(1) && weight.size(1) == x.size(1) && weight.is_contiguous(), op,
-             "the weight must be [N, K] and contiguous");
-    RK_CHECK(weight.size(0) > 0 && weight.size(1) > 0, op, "N and K must be > 0");
-    return {.x = ref(x, op, "x"),
-            .weight = ref(weight, op, "weight"),
-            .bias = ref(bias, op, "bias"),
+// A weight as nn.Linear holds it, for rows of K.
+inline View checked_weight(const Arguments& in, const char* name, const Tensor& weight, int64_t K) {
+    const View w = in.floats(name, weight, {{"N"}, {"K", K}});
+    RK_CHECK(w.size[0] > 0 && w.size[1] > 0, in.op(), "N and K must be > 0");
+    return w;
+}
+
+// Arguments without a residual; x [M, K], weight [N, K], bias [N] or absent, y [M, N], the result.
+inline LinearArgs linear_args(const Arguments& in, const View& x, const View& weight, const View& bias, int64_t activation,
+                              const Tensor& y) {
+    in.activation(activation);
+    return {.x = x.ref(),
+            .weight = weight.ref(),
+            .bias = bias.ref(),
             .residual = {},
-            .out = out(y, op, "out_dtype"),
-            .M = x.size(0),
-            .N = weight.size(0),
-            .K = x.size(1),
+            .out = out(y, in.op()),
+            .M = x.size[0],
+            .N = weight.size[0],
+            .K = weight.size[1],
             .activation = int(activation)};
 }
 

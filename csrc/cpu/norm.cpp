@@ -11,15 +11,22 @@
 
 namespace rk {
 
-static NormArgs norm_args(const char* op, const Tensor& x, const Tensor& weight, double eps,
+static NormArgs norm_args(const Arguments& in, const View& x, const Tensor& weight, double eps,
                           const std::optional<Tensor>& residual, const Tensor& y) {
-    return {.x = ref(x, op, "x"),
-            .residual = ref(residual, op, "residual"),
-            .weight = ref(weight, op, "weight"),
+    const int64_t R = x.size[0], D = x.size[1];
+    return {.x = x.ref(),
+            .residual = in.floats("residual", residual, {{"R", R}, {"D", D}}).ref(),
+            .weight = in.floats("weight", weight, {{"D", D}}).ref(),
             .bias = {},
             .y = y.mutable_data_ptr(),
-            .D = x.size(1),
+            .D = D,
             .eps = float(eps)};
+}
+
+static View rows_of(const Arguments& in, const Tensor& x) {
+    const View rows = in.floats("x", x, {{"R"}, {"D"}});
+    RK_CHECK(rows.size[1] > 0, in.op(), "x must be [R, D] with D > 0");
+    return rows;
 }
 
 // f(begin, end) for all rows, in blocks.
@@ -31,10 +38,12 @@ static void for_rows(int64_t rows, int64_t d, const F& f) {
 
 static Tensor layer_norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps,
                          const std::optional<Tensor>& residual) {
-    Tensor y = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
-    NormArgs args = norm_args("layer_norm", x, weight, eps, residual, y);
-    args.bias = ref(bias, "layer_norm", "bias");
-    for_rows(x.size(0), args.D, [&](int64_t begin, int64_t end) {
+    const Arguments in("layer_norm", x);
+    const View rows = rows_of(in, x);
+    Tensor y = like(x, rows);
+    NormArgs args = norm_args(in, rows, weight, eps, residual, y);
+    args.bias = in.floats("bias", bias, {{"D", args.D}}).ref();
+    for_rows(rows.size[0], args.D, [&](int64_t begin, int64_t end) {
         RK_CALL(layer_norm_rows, args, begin, end, scratch(size_t(3 * (args.D + PANEL))));
     });
     return y;
@@ -42,22 +51,23 @@ static Tensor layer_norm(const Tensor& x, const Tensor& weight, const std::optio
 
 static Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, bool plus_one, bool rounded,
                        const std::optional<Tensor>& residual) {
-    Tensor y = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
-    const NormArgs args = norm_args("rms_norm", x, weight, eps, residual, y);
-    for_rows(x.size(0), args.D, [&](int64_t begin, int64_t end) {
+    const Arguments in("rms_norm", x);
+    const View rows = rows_of(in, x);
+    Tensor y = like(x, rows);
+    const NormArgs args = norm_args(in, rows, weight, eps, residual, y);
+    for_rows(rows.size[0], args.D, [&](int64_t begin, int64_t end) {
         RK_CALL(rms_norm_rows, args, plus_one, rounded, begin, end, scratch(size_t(3 * (args.D + PANEL))));
     });
     return y;
 }
 
 static Tensor normalize(const Tensor& x, double eps) {
-    const int64_t rows = x.size(0), d = x.size(1);
-    const Dtype dtype = dtype_of(x, "normalize", "x");
-    Tensor y = empty(x, {rows, d}, x.scalar_type());
-    const void* from = x.const_data_ptr();
+    const View rows = rows_of({"normalize", x}, x);
+    const int64_t d = rows.size[1];
+    Tensor y = like(x, rows);
     void* to = y.mutable_data_ptr();
-    for_rows(rows, d, [&](int64_t begin, int64_t end) {
-        RK_CALL(normalize_rows, from, dtype, d, float(eps), begin, end, to, scratch(size_t(d + PANEL)));
+    for_rows(rows.size[0], d, [&](int64_t begin, int64_t end) {
+        RK_CALL(normalize_rows, rows.data, rows.dtype, d, float(eps), begin, end, to, scratch(size_t(d + PANEL)));
     });
     return y;
 }
@@ -103,7 +113,8 @@ template <class T>
 RK_INLINE float sum_of_row(const NormArgs& a, int64_t row, float* in) {
     const int64_t D = a.D, size = bytes_of(a.residual.dtype);
     const T* x = static_cast<const T*>(a.x.data) + row * D;
-    const char* residual = a.residual.data ? static_cast<const char*>(a.residual.data) + row * D * size : nullptr;
+    const bool added = a.residual.given;
+    const char* residual = added ? static_cast<const char*>(a.residual.data) + row * D * size : nullptr;
     const Dtype dtype = a.residual.dtype;
     Lanes sum = zero_lanes();
     for (int64_t i = 0; i < D; i += LANES)
@@ -115,13 +126,13 @@ RK_INLINE float sum_of_row(const NormArgs& a, int64_t row, float* in) {
             if (some == W) {
                 __builtin_prefetch(x + at + D);
                 s = load(x + at);
-                if (residual) {
+                if (added) {
                     __builtin_prefetch(residual + (at + D) * size);
                     s = s + load_some_as(dtype, residual, at, W);
                 }
             } else if (some > 0) {
                 s = load_some(x + at, some);
-                if (residual) s = s + load_some_as(dtype, residual, at, some);
+                if (added) s = s + load_some_as(dtype, residual, at, some);
             }
             store(in + at, s);
             sum.v[v] = sum.v[v] + s;
@@ -145,9 +156,9 @@ static void norm_rows_of(const NormArgs& a, bool plus_one, bool round_first, int
     widen(a.weight.dtype, a.weight.data, 0, D, weight);
     if (plus_one)
         for (int64_t i = 0; i < D; ++i) weight[i] = weight[i] + 1.0f;
-    if (a.bias.data) widen(a.bias.dtype, a.bias.data, 0, D, bias);
+    if (a.bias.given) widen(a.bias.dtype, a.bias.data, 0, D, bias);
     const float count = float(D);
-    const bool biased = a.bias.data != nullptr;
+    const bool biased = a.bias.given;
     for (int64_t row = begin; row < end; ++row) {
         const float sum = sum_of_row<T>(a, row, in), mean = RMS ? 0.0f : sum / count;
         const float var = squares(in, D, mean) / count;

@@ -3,26 +3,19 @@
 
 #ifndef RK_ISA
 #define RK_FILE "rotary.cpp"
+#include "../rotary.h"
 #include "each_isa.h"
 #include "launch.h"
 
 namespace rk {
 
 static Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved) {
-    const int64_t tokens = x.size(0), H = x.size(1), D = x.size(2), P = cos.size(1);
-    RK_CHECK(cos.size(0) == tokens && sin.size(0) == tokens && sin.size(1) == P && 2 * P <= D, "rotary",
-             "cos and sin must have a row per token of x, and 2 P <= D");
-    Tensor y = empty(x, {tokens, H, D}, x.scalar_type());
-    const RotaryArgs args{.x = ref(x, "rotary", "x"),
-                          .x_token = x.stride(0),
-                          .x_head = x.stride(1),
-                          .cos = ref(cos, "rotary", "cos"),
-                          .sin = ref(sin, "rotary", "sin"),
-                          .y = y.mutable_data_ptr(),
-                          .H = H,
-                          .D = D,
-                          .P = P,
-                          .interleaved = interleaved};
+    const CheckedRotary given = checked_rotary(Arguments("rotary", x), x, cos, sin, interleaved);
+    RotaryArgs args = given.args;
+    const int64_t tokens = given.tokens, H = args.H, D = args.D, P = args.P;
+    Tensor y = empty(x, {tokens, H, D}, given.dtype);
+    if (given.empty) return y;
+    args.y = y.mutable_data_ptr();
     const int64_t block = 1 + 16384 / (H * D + 1);
     for_each_task(ceil_div(tokens, block), [&](int64_t task) {
         RK_CALL(turn_tokens, args, task * block, std::min((task + 1) * block, tokens), scratch(size_t(2 * P + 2 * D + 64)));

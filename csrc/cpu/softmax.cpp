@@ -9,29 +9,28 @@
 namespace rk {
 
 static Tensor softmax(const Tensor& x) {
-    const int64_t rows = x.size(0), d = x.size(1);
-    const Dtype dtype = dtype_of(x, "softmax", "x");
-    Tensor y = empty(x, {rows, d}, x.scalar_type());
-    const void* from = x.const_data_ptr();
+    const View from = Arguments("softmax", x).floats("x", x, {{"R"}, {"D"}});
+    const int64_t rows = from.size[0], d = from.size[1];
+    Tensor y = like(x, from);
+    if (from.numel == 0) return y;
     void* to = y.mutable_data_ptr();
     const int64_t block = 1 + 8192 / (d + 1);
     for_each_task(ceil_div(rows, block), [&](int64_t task) {
         const int64_t end = (task + 1) * block < rows ? (task + 1) * block : rows;
-        RK_CALL(softmax_rows, from, dtype, d, task * block, end, to, scratch(size_t(d) + 2 * PANEL));
+        RK_CALL(softmax_rows, from.data, from.dtype, d, task * block, end, to, scratch(size_t(d) + 2 * PANEL));
     });
     return y;
 }
 
 static Tensor row_sum(const Tensor& x, bool mean) {
-    const int64_t rows = x.size(0), d = x.size(1);
-    const Dtype dtype = dtype_of(x, "sum", "x");
-    Tensor y = empty(x, {rows}, x.scalar_type());
-    const void* from = x.const_data_ptr();
+    const View from = Arguments(mean ? "mean" : "sum", x).floats("x", x, {{"R"}, {"D"}});
+    const int64_t rows = from.size[0], d = from.size[1];
+    Tensor y = empty(x, {rows}, scalar_type(from.dtype));
     void* to = y.mutable_data_ptr();
     const int64_t block = 1 + 16384 / (d + 1);
     for_each_task(ceil_div(rows, block), [&](int64_t task) {
         const int64_t end = (task + 1) * block < rows ? (task + 1) * block : rows;
-        RK_CALL(sum_rows, from, dtype, d, task * block, end, mean, to);
+        RK_CALL(sum_rows, from.data, from.dtype, d, task * block, end, mean, to);
     });
     return y;
 }

@@ -22,10 +22,12 @@ namespace rk {
 
 // nn.Linear's [D, F] as [F, D]: the weights of one neuron side by side.
 static Tensor transpose_weight(const Tensor& weight) {
-    const int64_t d = weight.size(0), f = weight.size(1), row = weight.stride(0), column = weight.stride(1);
-    const bool wide = bytes_of(dtype_of(weight, "sparse_ffn", "down_weight")) == 4;
-    Tensor out = empty(weight, {f, d}, weight.scalar_type());
-    const void* from = weight.const_data_ptr();
+    const View given = Arguments("transpose_weight", weight).floats("weight", weight, {{"D"}, {"F"}}, Lies::ANYHOW);
+    const int64_t d = given.size[0], f = given.size[1], row = given.stride[0], column = given.stride[1];
+    const bool wide = bytes_of(given.dtype) == 4;
+    Tensor out = empty(weight, {f, d}, scalar_type(given.dtype));
+    if (given.numel == 0) return out;
+    const void* from = given.data;
     void* to = out.mutable_data_ptr();
     constexpr int64_t block = 64;
     for_each_task(ceil_div(f, block), [&](int64_t task) {
@@ -39,11 +41,8 @@ static Tensor transpose_weight(const Tensor& weight) {
     return out;
 }
 
-static RowsArgs rows_args(const float* x, const Tensor& weight, const std::optional<Tensor>& bias) {
-    return {.x = {x, Dtype::F32},
-            .weight = ref(weight, "sparse_ffn", "weight"),
-            .bias = ref(bias, "sparse_ffn", "bias"),
-            .K = weight.size(1)};
+static RowsArgs rows_args(const float* x, const View& weight, const View& bias) {
+    return {.x = {x, Dtype::F32, true}, .weight = weight.ref(), .bias = bias.ref(), .K = weight.size[1]};
 }
 
 // values[i] = dot(x, weight[neurons[i]]) + bias: the exact pre-activations of some neurons.
@@ -69,12 +68,14 @@ struct Screen {
     }
 };
 
-// Neurons of row m that may be active, ascending, into neurons; x [K], about [F] their coarse sums, bias [F] or null.
-static int64_t may_be_active(const Screen& screen, const float* x, float norm, const float* about, const float* bias, int64_t F,
+// Neurons of row m that may be active, ascending, into neurons; x [K], about [F] their coarse sums, bias [F] or absent,
+// float32.
+static int64_t may_be_active(const Screen& screen, const float* x, float norm, const float* about, const Ref& bias, int64_t F,
                              int64_t K, std::vector<int32_t>& neurons, std::vector<float>& values) {
+    const float* const biases = static_cast<const float*>(bias.data);
     int64_t count = 0;
     for (int64_t f = 0; f < F; ++f) {
-        const float value = screen.bounds[4 * f] * about[f], biased = bias ? value + bias[f] : value;
+        const float value = screen.bounds[4 * f] * about[f], biased = bias.given ? value + biases[f] : value;
         neurons[count] = int32_t(f);
         values[count] = value;
         count += !screen.off(f, 1, biased, norm);
@@ -91,19 +92,20 @@ static int64_t may_be_active(const Screen& screen, const float* x, float norm, c
     int64_t left = 0;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t f = neurons[i];
-        const float value = values[i] + screen.bounds[4 * f + 2] * sums[i], biased = bias ? value + bias[f] : value;
+        const float value = values[i] + screen.bounds[4 * f + 2] * sums[i], biased = bias.given ? value + biases[f] : value;
         neurons[left] = int32_t(f);
         left += !screen.off(f, 3, biased, norm);
     }
     return left;
 }
 
-static Tensor as_float(const Tensor& x) {
-    if (x.scalar_type() == ScalarType::Float) return x;
-    Tensor wide = torch::stable::new_empty(x, x.sizes(), ScalarType::Float);
-    RK_CALL(widen_all, dtype_of(x, "sparse_ffn", "x"), x.const_data_ptr(), x.numel(),
-            static_cast<float*>(wide.mutable_data_ptr()));
-    return wide;
+// x as float32: itself, or a copy that `kept` holds.
+static Ref as_float(const View& x, const Tensor& like, std::optional<Tensor>& kept) {
+    if (!x.given || x.dtype == Dtype::F32) return x.ref();
+    kept = empty(like, {x.numel}, ScalarType::Float);
+    auto* const wide = static_cast<float*>(kept->mutable_data_ptr());
+    RK_CALL(widen_all, x.dtype, x.data, x.numel, wide);
+    return {wide, Dtype::F32, true};
 }
 
 static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std::optional<Tensor>& first_bias,
@@ -111,41 +113,40 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
                          const std::optional<Tensor>& bounds, const std::optional<Tensor>& up_weight,
                          const std::optional<Tensor>& up_bias, const Tensor& down_rows,
                          const std::optional<Tensor>& down_bias) {
-    const int64_t M = x.size(0), K = x.size(1), F = down_rows.size(0), D = down_rows.size(1);
-    RK_CHECK(F > 0 && D > 0, "sparse_ffn", "F and D must be > 0");
-    for (const Tensor* weight : {&first_weight, up_weight ? &*up_weight : &first_weight})
-        RK_CHECK(weight->dim() == 2 && weight->size(0) == F && weight->size(1) == K && weight->is_contiguous(), "sparse_ffn",
-                 "the first weight and up_weight must be [F, K] and contiguous");
+    const Arguments in("sparse_ffn", x);
+    const View tokens = in.floats("x", x, {{"M"}, {"K"}});
+    const View down = in.floats("down_rows", down_rows, {{"F"}, {"D"}});
+    const int64_t M = tokens.size[0], K = tokens.size[1], F = down.size[0], D = down.size[1];
+    RK_CHECK(K > 0 && F > 0 && D > 0 && F <= INT32_MAX, "sparse_ffn", "K, F and D must be > 0, and F at most 2^31 - 1");
+    const View first_rows = in.floats("first_weight", first_weight, {{"F", F}, {"K", K}});
+    const View bias = in.floats("first_bias", first_bias, {{"F", F}});
+    const View up_rows = up_weight ? in.floats("up_weight", *up_weight, {{"F", F}, {"K", K}}) : View{};
+    const View up_biases = in.floats("up_bias", up_bias, {{"F", F}}),
+               down_biases = in.floats("down_bias", down_bias, {{"D", D}});
+    RK_CHECK(up_weight || !up_bias, "sparse_ffn", "up_bias must be left out without up_weight");
     const bool screened = coarse && rest && bounds;
     RK_CHECK(screened || (!coarse && !rest && !bounds), "sparse_ffn", "coarse, rest and bounds go together");
-    if (screened)
-        for (const Tensor* copy : {&*coarse, &*rest})
-            RK_CHECK(copy->scalar_type() == ScalarType::Char && copy->numel() == F * K && copy->is_contiguous(), "sparse_ffn",
-                     "coarse and rest must be int8 [F, K]");
-    RK_CHECK(!screened || (bounds->scalar_type() == ScalarType::Float && bounds->numel() == 4 * F && bounds->is_contiguous()),
-             "sparse_ffn", "bounds must be float32 [F, 4]");
-    const ContractFloats floats;
-    const Tensor wide = as_float(x);
-    const auto* rows = static_cast<const float*>(wide.const_data_ptr());
-    Tensor first = empty(x, {M, F}, ScalarType::Float), y = empty(x, {M, D}, x.scalar_type());
-    auto* const sums = static_cast<float*>(first.mutable_data_ptr());
     Screen screen{};
-    std::optional<Tensor> bias;
+    if (screened)
+        screen = {in.typed("coarse", *coarse, ScalarType::Char, 1, {{"F", F}, {"K", K}}).as<int8_t>(),
+                  in.typed("rest", *rest, ScalarType::Char, 1, {{"F", F}, {"K", K}}).as<int8_t>(),
+                  in.typed("bounds", *bounds, ScalarType::Float, 4, {{"F", F}, {"4", 4}}).as<float>()};
+    const ContractFloats floats;
+    std::optional<Tensor> wide, wide_bias;
+    const auto* rows = static_cast<const float*>(as_float(tokens, x, wide).data);
+    Tensor first = empty(x, {M, F}, ScalarType::Float), y = empty(x, {M, D}, scalar_type(tokens.dtype));
+    auto* const sums = static_cast<float*>(first.mutable_data_ptr());
+    Ref biases;  // in float32, for the screen
     if (screened) {
-        screen = {static_cast<const int8_t*>(coarse->const_data_ptr()), static_cast<const int8_t*>(rest->const_data_ptr()),
-                  static_cast<const float*>(bounds->const_data_ptr())};
-        if (first_bias) bias = as_float(*first_bias);
+        biases = as_float(bias, x, wide_bias);
         constexpr int64_t block = 32;
         for_each_task(ceil_div(F, block), [&](int64_t task) {
             RK_CALL(about_all, rows, M, K, screen.coarse, task * block, std::min((task + 1) * block, F), sums, F);
         });
     } else {
-        run_linear(linear_args("sparse_ffn", x, first_weight, first_bias, 0, first));
+        run_linear(linear_args(in, tokens, first_rows, bias, 0, first));
     }
-    const AxpyArgs args{.down = ref(down_rows, "sparse_ffn", "down_weight"),
-                        .down_bias = ref(down_bias, "sparse_ffn", "down_bias"),
-                        .out = out(y, "sparse_ffn", "x"),
-                        .D = D};
+    const AxpyArgs args{.down = down.ref(), .down_bias = down_biases.ref(), .out = out(y, "sparse_ffn"), .D = D};
     // Kept from call to call: no allocation in the steady state. Tasks of other threads get pointers into them.
     thread_local std::vector<int32_t> neurons;
     thread_local std::vector<float> h, up;
@@ -157,9 +158,8 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
         int64_t count = F;
         if (screened) {
             const float norm = RK_CALL(norm_of, token, K);
-            const float* biases = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
             count = may_be_active(screen, token, norm, row, biases, F, K, neurons, h);
-            some_rows(rows_args(token, first_weight, first_bias), neurons.data(), count, h.data());
+            some_rows(rows_args(token, first_rows, bias), neurons.data(), count, h.data());
         } else {
             for (int64_t f = 0; f < F; ++f) {
                 neurons[f] = int32_t(f);
@@ -174,7 +174,7 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
             active += !(value <= 0.0f);
         }
         if (up_weight) {
-            some_rows(rows_args(token, *up_weight, up_bias), neurons.data(), active, up.data());
+            some_rows(rows_args(token, up_rows, up_biases), neurons.data(), active, up.data());
             for (int64_t i = 0; i < active; ++i) h[i] = h[i] * up[i];
         }
         // Wide shares of the columns: a neuron's weights are read as long runs of memory.
@@ -279,8 +279,8 @@ static void rows_dot(const RowsArgs& a, const int32_t* neurons, int n, float* va
     else rows_dot_of<bf16>(a, neurons, n, sums);
     for (int c = 0; c < n; ++c) {
         float bias = 0.0f;
-        if (a.bias.data) widen(a.bias.dtype, a.bias.data, neurons[c], 1, &bias);
-        values[c] = a.bias.data ? sums[c] + bias : sums[c];
+        if (a.bias.given) widen(a.bias.dtype, a.bias.data, neurons[c], 1, &bias);
+        values[c] = a.bias.given ? sums[c] + bias : sums[c];
     }
 }
 
@@ -333,7 +333,7 @@ static void axpy_block_of(const AxpyArgs& a, int64_t m, int64_t begin, int64_t e
     for (int64_t d = 0; d < columns; d += W) {
         const int some = int(columns - d < W ? columns - d : W);
         Vec y = load(total + d);
-        if (a.down_bias.data) y = y + load_some_as(a.down_bias.dtype, a.down_bias.data, begin + d, some);
+        if (a.down_bias.given) y = y + load_some_as(a.down_bias.dtype, a.down_bias.data, begin + d, some);
         store_some_as(a.out.dtype, a.out.data, m * a.D + begin + d, y, some);
     }
 }

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "../checks.h"
 #include "../library.h"
 #include "openmp.h"
 #include "pool.h"
@@ -21,6 +22,7 @@ static int64_t hold_threads(int64_t count) {
     static const auto set = openmp<void (*)(int)>("omp_set_num_threads");
     if (count < 0) return threads();
     if (count > 0) {
+        RK_CHECK(set != nullptr && count <= INT32_MAX, "hold_threads", "count must be what began the hold, got ", count);
         held = 0;
         set(int(count));
         return 0;

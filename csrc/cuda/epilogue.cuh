@@ -72,7 +72,7 @@ __device__ __forceinline__ void store_group_as(Dtype dtype, void* p, int64_t i, 
 inline bool in_groups_of(int count, const LinearArgs& g) {
     const auto fits = [&](const auto& array) {
         const int64_t bytes = count * bytes_of(array.dtype);
-        return !array.data || aligned(array.data, unsigned(bytes < 16 ? bytes : 16));
+        return aligned(array.data, unsigned(bytes < 16 ? bytes : 16));  // so are the null ones of what is absent
     };
     return g.N % count == 0 && fits(g.bias) && fits(g.residual) && fits(g.out);
 }
@@ -88,7 +88,7 @@ __device__ __forceinline__ void finish(const LinearArgs& g, bool whole, int64_t 
         for (int e = 0; e < 4 * Q; ++e)
             if (e < some) v[e / 4].v[e % 4] = load_as(from, i + e);
     };
-    if (g.bias.data) {
+    if (g.bias.given) {
         Four b[Q] = {};
         load(g.bias, n, b);
 #pragma unroll
@@ -96,7 +96,7 @@ __device__ __forceinline__ void finish(const LinearArgs& g, bool whole, int64_t 
     }
 #pragma unroll
     for (int q = 0; q < Q; ++q) y[q] = activate_four(g.activation, y[q]);
-    if (g.residual.data) {
+    if (g.residual.given) {
         Four r[Q] = {};
         load(g.residual, at, r);
 #pragma unroll

@@ -1,7 +1,7 @@
-"""What mode "tensor" does on which GPU: for an op, its features, an architecture and a backend the matrix instruction, how many
-of them make one sum, and the tiles that the launcher chooses from. A pure function; it needs no GPU.
+"""What mode "tensor" does on which GPU, for an op, its features, an architecture and a backend: the matrix instruction, how
+many of them make one sum, and the tiles that the launcher chooses from. A pure function; it needs no GPU.
 
-All tiles of a row of this table take the same instructions in the same order for an output, so the choice is in no bit. CUDA
+All tiles of a row of this table take the same instructions in the same order for an output. So the choice is in no bit. CUDA
 C++ is the same on every architecture; its tiles are those of csrc/cuda/sm80/tiles.h, which the C++ library holds without CUDA
 too. Triton's are its own tables, read where Triton is installed.
 """

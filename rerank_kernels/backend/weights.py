@@ -4,9 +4,9 @@ Kernels read a weight as nn.Linear holds it, so there are few other layouts. spa
 values side by side. On the CPU it has two copies of the first matrix in 8 bits, which show which neurons are off. A weight that
 is not contiguous has a contiguous copy.
 
-A weight is recognised by its identity, memory, version, and a sample of its bits: an optimiser step, load_state_dict, .half()
+A weight is recognised by its identity, memory, version, and a sample of its bits. An optimiser step, load_state_dict, .half()
 or .to() lead to a new layout at the next call. PyTorch's version counter does not see writes through `weight.data` and fused
-optimisers. The sample of up to 1024 values, on the CPU only, sees them unless they leave all of its values as they were: then
+optimisers. The sample, up to 1024 values and on the CPU only, sees them unless they leave all of its values as they were. Then
 call rk.forget(model).
 """
 

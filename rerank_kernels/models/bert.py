@@ -6,6 +6,7 @@ and residuals are summed in float32, positions count valid tokens, hidden states
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import check
-from rerank_kernels.models import lora
+from rerank_kernels.models import bert_roles, lora
 from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.heads import ClassificationHead
-from rerank_kernels.models.leaves import ACTIVATIONS, activation_of, activation_problem
-from rerank_kernels.models.packing import Table, dense, lookup, norm, pack, positions_of, ready
+from rerank_kernels.models.leaves import activation_of
+from rerank_kernels.models.packing import Table, dense, explained, lookup, norm, pack, positions_of, ready
+from rerank_kernels.models.roles import Assumed, Roles
 from rerank_kernels.models.served import Served
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.opaque import traced
@@ -31,13 +33,17 @@ class ModelType:
     """Classes of transformers whose modules carry BERT's names, only behind another prefix."""
 
     prefix: str
+    base: str  # what the classifier calls its encoder
     first_position: Callable[[Any], int]  # the encoder -> position id of a sequence's first token
     head: Callable[[Any], ClassificationHead]  # of a classifier
+    head_roles: Callable[[str, str], Roles]  # module and prefix of the classes -> what is read of the head
+    embeddings: tuple[Assumed, ...]  # what this type alone assumes of its embeddings
     output: str = "BaseModelOutputWithPoolingAndCrossAttentions"  # of an encoder, in transformers.modeling_outputs
 
 
 def _bert_head(m: Any) -> ClassificationHead:
-    return ClassificationHead(m.bert.pooler.dense, lora.held(m.classifier))
+    pooler = m.bert.pooler
+    return ClassificationHead(pooler.dense, lora.held(m.classifier), activation_of(pooler.activation))
 
 
 def _own_head(m: Any) -> ClassificationHead:
@@ -48,34 +54,59 @@ def _own_head(m: Any) -> ClassificationHead:
 
 
 def _roberta(prefix: str) -> ModelType:
-    return ModelType(prefix, lambda encoder: int(encoder.embeddings.padding_idx) + 1, _own_head)
+    first = lambda encoder: int(encoder.embeddings.padding_idx) + 1  # noqa: E731
+    return ModelType(prefix, "roberta", first, _own_head, bert_roles.dense_head, (bert_roles.PADDED,))
 
 
 MODEL_TYPES = {
-    "transformers.models.bert.modeling_bert": ModelType("Bert", lambda _: 0, _bert_head),
+    "transformers.models.bert.modeling_bert": ModelType(
+        "Bert", "bert", lambda _: 0, _bert_head, bert_roles.pooler_head, (bert_roles.COUNTED,)
+    ),
     "transformers.models.roberta.modeling_roberta": _roberta("Roberta"),
     "transformers.models.xlm_roberta.modeling_xlm_roberta": _roberta("XLMRoberta"),
     "transformers.models.camembert.modeling_camembert": _roberta("Camembert"),
     "transformers.models.electra.modeling_electra": ModelType(
-        "Electra", lambda _: 0, _own_head, "BaseModelOutputWithPastAndCrossAttentions"
+        "Electra",
+        "electra",
+        lambda _: 0,
+        _own_head,
+        bert_roles.electra_head,
+        (bert_roles.COUNTED,),
+        "BaseModelOutputWithPastAndCrossAttentions",
     ),
 }
 
 
 def _model_type(m: object) -> ModelType:
-    return MODEL_TYPES[type(m).__module__]
+    return MODEL_TYPES[name_of(m).rpartition(".")[0]]
+
+
+def roles_of(m: Any) -> Roles:
+    """What is read of an encoder or classifier."""
+    return _roles(*name_of(m).rsplit(".", 1))
+
+
+@functools.cache
+def _roles(module: str, name: str) -> Roles:
+    a = MODEL_TYPES[module]
+    inside = bert_roles.encoder(module, a.prefix, a.embeddings)
+    if not name.endswith("ForSequenceClassification"):
+        return inside
+    return bert_roles.classifier(module, a.prefix, a.base, inside, a.head_roles(module, a.prefix))
 
 
 def encoder_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     """BertModel and its like, stock arguments: its stock output."""
     from transformers import modeling_outputs
 
-    ready(m)
-    batch = pack(m, _table(m), args, kwargs)
-    x = _encode(m, batch.words, batch.types, batch.positions, batch.sequences, batch.states)
-    fields = {"last_hidden_state": batch.sequences.unpack(x)}
-    if getattr(m, "pooler", None) is not None:  # ELECTRA has none, nor a place for its output
-        fields["pooler_output"] = dense(m.pooler.dense, pool(x, "cls", cu_seqlens=batch.sequences), "tanh")
+    ready(m, roles_of)
+    with explained(m, roles_of):
+        batch = pack(m, _table(m), args, kwargs)
+        x = _encode(m, batch.words, batch.types, batch.positions, batch.sequences, batch.states)
+        fields = {"last_hidden_state": batch.sequences.unpack(x)}
+        if getattr(m, "pooler", None) is not None:  # ELECTRA has none, nor a place for its output
+            first = pool(x, "cls", cu_seqlens=batch.sequences)
+            fields["pooler_output"] = dense(m.pooler.dense, first, activation_of(m.pooler.activation))
     return batch.output(getattr(modeling_outputs, _model_type(m).output), **fields)
 
 
@@ -83,11 +114,13 @@ def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     """BertForSequenceClassification and its like, stock arguments: SequenceClassifierOutput with float32 logits."""
     from transformers.modeling_outputs import SequenceClassifierOutput
 
-    ready(m)
-    encoder = _enter_encoder(m)
-    batch = pack(m, _table(encoder), args, kwargs)
-    x = _encode(encoder, batch.words, batch.types, batch.positions, batch.sequences, batch.states)
-    return batch.output(SequenceClassifierOutput, logits=_head(m)(x, batch.sequences).logit)
+    ready(m, roles_of)
+    with explained(m, roles_of):
+        encoder = _enter_encoder(m)
+        batch = pack(m, _table(encoder), args, kwargs)
+        x = _encode(encoder, batch.words, batch.types, batch.positions, batch.sequences, batch.states)
+        logits = _head(m)(x, batch.sequences).logit
+    return batch.output(SequenceClassifierOutput, logits=logits)
 
 
 def packed_forward(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None) -> Tensor:
@@ -105,24 +138,8 @@ def max_tokens(m: Any) -> int:
     return _table(m.base_model).limit
 
 
-def problem(m: Any) -> str | None:
-    """Why an encoder or classifier, by its config or activation, cannot be served; None if it can."""
-    if m.config.is_decoder or getattr(m.config, "add_cross_attention", False):
-        return "config.is_decoder or config.add_cross_attention is set"
-    if (kind := getattr(m.config, "position_embedding_type", "absolute")) != "absolute":
-        return f"config.position_embedding_type is {kind!r}, and only 'absolute' is served"  # transformers 4 has others
-    return None
-
-
-def _activation_problem(m: Any) -> str | None:
-    act = m.intermediate_act_fn if hasattr(m, "intermediate_act_fn") else m.activation
-    if name_of(act) not in ACTIVATIONS:
-        return f"activation {getattr(act, '__name__', class_of(act))} is unknown"
-    return activation_problem(act)
-
-
 def _is_classifier(m: Any) -> bool:
-    return type(m).__qualname__.endswith("ForSequenceClassification")
+    return name_of(m).endswith("ForSequenceClassification")
 
 
 def _head(m: Any) -> ClassificationHead:
@@ -131,7 +148,7 @@ def _head(m: Any) -> ClassificationHead:
 
 def _table(encoder: Any) -> Table:
     e, first = encoder.embeddings, _model_type(encoder).first_position(encoder)
-    return Table(encoder, e.word_embeddings, first, int(e.position_embeddings.num_embeddings) - first)
+    return Table(encoder, e.word_embeddings, first, e.position_embeddings.weight.shape[0] - first)
 
 
 def _enter_encoder(m: Any) -> Any:
@@ -187,26 +204,22 @@ def _layer(layer: Any, x: Tensor, sequences: Sequences) -> Tensor:
     return done[0] if len(done) == 1 else torch.cat(done)
 
 
-# Read by an encoder's forward, which takes their weights and never calls them; nothing by themselves.
-_PARTS = "Embeddings Encoder Layer Attention SelfAttention SelfOutput Output Pooler ClassificationHead"
-_PARTS += " SdpaSelfAttention"  # transformers 4 has a class for each way of stock attention; the weights are the same
-
-
 def served() -> dict[str, Served]:
     """Exact class -> how it is served."""
     found: dict[str, Served] = {}
     for module, a in MODEL_TYPES.items():
-        encoder = Served(encoder_forward, problem, packed_forward, max_tokens)
-        classifier = Served(classifier_forward, problem, packed_forward, max_tokens, _head)
+        encoder = Served(encoder_forward, roles_of, packed_forward, max_tokens)
+        classifier = Served(classifier_forward, roles_of, packed_forward, max_tokens, head=_head)
         found |= {f"{module}.{a.prefix}Model": encoder, f"{module}.{a.prefix}ForSequenceClassification": classifier}
     return found
 
 
-def parts() -> dict[str, Callable[[Any], str | None] | None]:
-    """Exact class of a module inside -> what could stand in its way."""
-    found: dict[str, Callable[[Any], str | None] | None] = {}
-    for module, a in MODEL_TYPES.items():
-        found |= dict.fromkeys(f"{module}.{a.prefix}{part}" for part in _PARTS.split())
-        found[f"{module}.{a.prefix}Intermediate"] = _activation_problem
-    found["transformers.models.electra.modeling_electra.ElectraClassificationHead"] = _activation_problem
-    return found
+def parts() -> frozenset[str]:
+    """Classes of modules inside, which an encoder's forward reads and never calls; nothing by themselves."""
+    return frozenset(
+        name
+        for module, a in MODEL_TYPES.items()
+        for role in _roles(module, f"{a.prefix}ForSequenceClassification").values()
+        for name in role.classes
+        if name.startswith(f"{module}.{a.prefix}") and name not in served()
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import os
 import threading
 from collections.abc import Callable, Iterator
 from types import CodeType
@@ -52,6 +54,8 @@ class Forward:
         self.mode = mode
         self.backend = backend
         self.calls = 0
+        self.seen: Any = None  # what a forward that reads other modules saw of them at its last call (fingerprint.py)
+        self._know_class()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is self.module:  # accelerate's unwrap_model() makes a method of what it finds
@@ -62,6 +66,28 @@ class Forward:
         if strict and self.mode.name == PORTABLE.name and self.backend is None and nothing_around():
             return self.function(self.module, *args, **kwargs)
         return _serve(self, args, kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("seen", "cls", "stock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.seen = None
+        self._know_class()
+
+    def _know_class(self) -> None:
+        self.cls = type(self.module)
+        self.stock = self.cls.forward
+
+    def see_class(self) -> None:
+        """Raise if the module is of another class by now, or its class has another forward: ours stands for the old one."""
+        cls = type(self.module)
+        if cls is not self.cls or cls.forward is not self.stock:
+            changed = f"is of class {cls.__qualname__} now" if cls is not self.cls else "has another forward in its class now"
+            raise PatchError(
+                f"{self.cls.__qualname__}.forward: the module {changed}, and rk.patch() saw another; undo that, or call "
+                "rk.unpatch(model), after which its class's own forward runs"
+            )
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
@@ -107,6 +133,28 @@ class Refusal:
         return name
 
 
+class Lock:
+    """A threading.RLock that a forked child finds open, whoever held it in the parent, and that a copy has of its own."""
+
+    def __init__(self) -> None:
+        self._renew()
+
+    def _renew(self) -> None:
+        self._process, self._lock = os.getpid(), threading.RLock()
+
+    def __enter__(self) -> None:
+        if self._process != os.getpid():
+            self._renew()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        if self._process == os.getpid():  # else this is the child of a thread that was inside
+            self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Lock, ()
+
+
 class Method:
     """A method of an object that holds a model, in place of its class's own: `function`, called with this first.
 
@@ -137,16 +185,10 @@ class Method:
         self.backend = backend
         self.report = report
         self.patch = patch
-        self.lock = threading.RLock()
+        self.lock = Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.original(*args, **kwargs) if self.undone else self.function(self, *args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, lock=threading.RLock())
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -188,7 +230,7 @@ class Methods(dict[str, Method]):
 
 
 # Held while models or objects are patched or undone, and while an object that was patched before it had its model gets one.
-CHANGING = threading.RLock()
+CHANGING = Lock()
 
 
 def held_forward(m: nn.Module) -> Any:
@@ -202,6 +244,12 @@ def forward_of(m: nn.Module) -> Forward | None:
     """The Forward that serves calls of m now."""
     found = held_forward(m)
     return found if isinstance(found, Forward) and not found.undone else None
+
+
+def served_by(m: nn.Module) -> Forward | None:
+    """The Forward that patch() made for m, also where a user's wrapper stands before it."""
+    found = m.__dict__.get("_get_name")
+    return found.forward if isinstance(found, Refusal) and found.forward.module is m else forward_of(m)
 
 
 @contextlib.contextmanager
@@ -231,6 +279,7 @@ def _serve_eagerly(self: Forward, args: tuple[Any, ...], kwargs: dict[str, Any])
         )
     if traced():
         refuse_onnx(f"{class_of(self.module)}.forward")
+    self.see_class()
     with self.serving():
         return self.function(self.module, *args, **kwargs)
 
@@ -248,7 +297,62 @@ _serve = _serve_eagerly
 
 
 def name_of(m: object) -> str:
-    """The exact class as a string: absent classes need no import, subclasses do not match."""
+    """The class of m as a string, so that absent classes need no import. A subclass that overrides nothing is its parent."""
+    cls: Any = type(m)
+    return _name_of(cls)
+
+
+@functools.lru_cache(maxsize=1024)
+def _name_of(cls: Any) -> str:
+    served = served_class(cls)
+    return f"{served.__module__}.{served.__qualname__}"
+
+
+# What a class body may hold without a change to what an instance computes.
+_NEUTRAL = {"__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__init__", "__repr__", "__str__", "extra_repr"}
+_NEUTRAL |= {"__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__classdictcell__"}
+_NEUTRAL |= {"__firstlineno__", "__static_attributes__", "__parameters__", "__orig_bases__", "__type_params__", "config_class"}
+
+
+# Whose modules hold weights in another form than as floats.
+QUANTISERS = (
+    *("bitsandbytes.", "torchao.", "torch.ao.nn.", "transformers.integr", "optimum.quanto.", "quanto.", "hqq.", "awq."),
+    *("auto_gptq.", "gptqmodel.", "auto_round.", "compressed_tensors.", "eetq.", "aqlm.", "vptq.", "quark.", "fbgemm_gpu."),
+)
+
+
+def served_class(cls: Any) -> Any:
+    """The nearest ancestor of cls, or cls itself, whose forward computes what that of cls does.
+
+    A subclass is its parent where its body overrides nothing: what it adds are methods under new names, which no forward of
+    the parent can call. What its __init__ changed is in the instance, where patch() looks.
+    """
+    while issubclass(cls, nn.Module) and cls is not nn.Module and not cls.__module__.startswith(("peft.", *QUANTISERS)):
+        parent: Any = next((c for c in cls.__bases__ if issubclass(c, nn.Module)), nn.Module)
+        inherited = {*dir(parent), *(name for c in parent.__mro__ for name in vars(c).get("__annotations__", ()))}
+        own = {name: value for c in cls.__mro__ if c not in parent.__mro__ for name, value in vars(c).items()}
+        if parent is nn.Module or not all(
+            name in _NEUTRAL or (_wrapped(value, getattr(parent, name, None)) if name in inherited else _plain(name, value))
+            for name, value in own.items()
+        ):
+            break
+        cls = parent
+    return cls
+
+
+def _plain(name: str, value: object) -> bool:
+    """Whether a new name in a class body can only be a method that nobody calls, or a constant: no descriptor, no dunder."""
+    return not (name.startswith("__") and name.endswith("__")) and not hasattr(type(value), "__set__")
+
+
+def _wrapped(value: Any, inherited: object) -> bool:
+    """Whether a method is the inherited one, in a wrapper that transformers puts around it in each subclass."""
+    theirs = getattr(value, "__globals__", {}).get("__name__", "").startswith("transformers.")
+    return theirs and inspect.unwrap(value) is inspect.unwrap(inherited)  # type: ignore[arg-type]
+
+
+def whole_name_of(m: object) -> str:
+    """The class of m itself, with where it is from."""
     return f"{type(m).__module__}.{type(m).__qualname__}"
 
 

@@ -10,6 +10,7 @@ they have in the whole sequence. The cache holds what stock's would, and zeros a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,16 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from rerank_kernels import check
-from rerank_kernels.models import packing, rope
-from rerank_kernels.models.bound import Forward, class_of, name_of
+from rerank_kernels.errors import PatchError
+from rerank_kernels.models import decoder_roles, lora, packing, rope
+from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.caches import Keys, chosen, length, valid
-from rerank_kernels.models.leaves import ACTIVATIONS, activation_of
-from rerank_kernels.models.packing import as_patched, dense, lookup, ready
+from rerank_kernels.models.heads import LastTokenHead
+from rerank_kernels.models.leaves import activation_of
+from rerank_kernels.models.packing import as_patched, dense, explained, lookup, ready
+from rerank_kernels.models.roles import Roles
 from rerank_kernels.models.served import Served
 from rerank_kernels.ops.attention import attention
-from rerank_kernels.ops.linear import activation, linear
+from rerank_kernels.ops.linear import activation
 from rerank_kernels.ops.norm import rms_norm
-from rerank_kernels.ops.pooling import HeadOutput, score_head
+from rerank_kernels.ops.opaque import opaque, traced
 from rerank_kernels.ops.rotary import rotary
 from rerank_kernels.ops.sequences import Sequences
 from rerank_kernels.ops.sparse_ffn import sparse_ffn
@@ -77,32 +81,34 @@ def decoder_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     """LlamaModel and its like, stock arguments: BaseModelOutputWithPast."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
-    ready(m)
-    batch, _ = _pack(m, m, args, kwargs, cached=True)
-    return _output(m, batch, BaseModelOutputWithPast, last_hidden_state=batch.new.unpack(_decode(m, batch)))
+    ready(m, roles_of)
+    with explained(m, roles_of):
+        batch, _ = _pack(m, m, args, kwargs, cached=True)
+        return _output(m, batch, BaseModelOutputWithPast, last_hidden_state=batch.new.unpack(_decode(m, batch)))
 
 
 def causal_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     """LlamaForCausalLM and its like, stock arguments: CausalLMOutputWithPast with float32 logits."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    ready(m)
-    batch, given = _pack(m, _enter(m), args, kwargs, cached=True)
-    x = batch.new.unpack(_decode(m.base_model, batch))
-    kept = _kept(m, x, given.get("logits_to_keep", 0))
-    as_patched(m.lm_head, nn.Linear)
-    logits = linear(kept, m.lm_head.weight, m.lm_head.bias, out_dtype=torch.float32)
-    return _output(m, batch, CausalLMOutputWithPast, logits=logits)
+    ready(m, roles_of)
+    with explained(m, roles_of):
+        batch, given = _pack(m, _enter(m), args, kwargs, cached=True)
+        x = batch.new.unpack(_decode(m.base_model, batch))
+        kept = _kept(m, x, given.get("logits_to_keep", 0))
+        logits = dense(lora.held(m.lm_head), kept, out_dtype=torch.float32)
+        return _output(m, batch, CausalLMOutputWithPast, logits=logits)
 
 
 def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     """LlamaForSequenceClassification and its like, stock arguments: SequenceClassifierOutputWithPast with float32 logits."""
     from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-    ready(m)
-    batch, _ = _pack(m, _enter(m), args, kwargs, cached=False)
-    logit = LastTokenHead(m.score)(_decode(m.base_model, batch), batch.new).logit
-    return _output(m, batch, SequenceClassifierOutputWithPast, logits=logit)
+    ready(m, roles_of)
+    with explained(m, roles_of):
+        batch, _ = _pack(m, _enter(m), args, kwargs, cached=False)
+        logit = _head(m)(_decode(m.base_model, batch), batch.new).logit
+        return _output(m, batch, SequenceClassifierOutputWithPast, logits=logit)
 
 
 def packed_forward(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None) -> Tensor:
@@ -122,59 +128,14 @@ def max_tokens(m: Any) -> int:
     return int(m.config.max_position_embeddings)
 
 
-@dataclass(frozen=True)
-class LastTokenHead:
-    """score(the last token of each sequence): the classifier's module, read at each call."""
-
-    score: nn.Linear
-
-    def __call__(self, x: Tensor, sequences: Sequences) -> HeadOutput:
-        """[total, D] -> float32 [B, L] each: logit, score, complement. A sequence without tokens is a vector of zeros."""
-        as_patched(self.score, nn.Linear)
-        return score_head(_last(x, sequences), self.score.weight, self.score.bias)
-
-
-@dataclass(frozen=True)
-class AnswerHead:
-    """The log-odds of one word of the vocabulary beside another, at the last token of each sequence.
-
-    The two rows of the language head are subtracted in float32 before the one dot: two logits that are rounded first lose what
-    they have in common, some 0.07 at a logit of 18 in bfloat16.
-    """
-
-    words: nn.Linear  # the language head
-    yes: int
-    no: int | None = None  # None: the logit of `yes` alone
-
-    def __call__(self, x: Tensor, sequences: Sequences) -> HeadOutput:
-        """[total, D] -> float32 [B, 1] each: logit, score, complement."""
-        as_patched(self.words, nn.Linear)
-        row, bias = self.words.weight[self.yes].float(), None
-        if self.words.bias is not None:
-            bias = self.words.bias[self.yes, None].float()
-        if self.no is not None:
-            row = row - self.words.weight[self.no].float()
-            bias = None if bias is None else bias - self.words.bias[self.no].float()
-        return score_head(_last(x, sequences), row[None], bias)
-
-
-def _last(x: Tensor, sequences: Sequences) -> Tensor:
-    """[total, D] -> [B, D]: the last token of each sequence, zeros for one without tokens."""
-    cu = sequences.cu_seqlens.long()
-    if not x.shape[0]:
-        return x.new_zeros(sequences.count, x.shape[1])
-    rows = x.index_select(0, (cu[1:] - 1).clamp(min=0))
-    return rows.masked_fill((cu[1:] == cu[:-1])[:, None], 0.0)
-
-
 def _head(m: Any) -> LastTokenHead:
-    return LastTokenHead(m.score)
+    return LastTokenHead(lora.held(m.score))
 
 
 def _enter(m: Any) -> Any:
     """The decoder of m. It does not pass its own forward, but a count of zero must mean it never ran."""
-    forward = m.base_model.__dict__.get("forward")
-    if isinstance(forward, Forward):
+    forward = forward_of(m.base_model)
+    if forward is not None and not traced():
         forward.calls += 1
     return m.base_model
 
@@ -198,11 +159,13 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
     if (ids is None) == (embeds is None):
         raise ValueError(f"{op}: exactly one of input_ids [B, T] and inputs_embeds [B, T, D] must be given")
     if ids is None:
-        check.shape(op, "inputs_embeds", embeds, "B", "T", decoder.embed_tokens.embedding_dim)
+        check.shape(op, "inputs_embeds", embeds, "B", "T", decoder.embed_tokens.weight.shape[1])
     else:
         check.shape(op, "input_ids", ids, "B", "T")
     b, t = (embeds if ids is None else ids).shape[:2]
     cache = chosen(op, caches, bool(decoder.config.use_cache and cached) if use_cache is None else use_cache)
+    if traced():
+        return _traced(decoder, op, ids, embeds, mask, positions, cache, places, states, as_dict), ours
     d, dtype = decoder.layers[0].self_attn.head_dim, decoder.embed_tokens.weight.dtype
     past = length(op, cache, b, decoder.config.num_hidden_layers, decoder.config.num_key_value_heads, d, dtype)
     if places is not None and (not isinstance(places, Tensor) or places.shape != (t,) or int(places[0]) != past):
@@ -220,24 +183,65 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
     return Batch(words, cos, sin, new, None if cache is None else keys, states, as_dict), ours
 
 
+def _traced(
+    decoder: Any, op: str, ids: Any, embeds: Any, mask: Any, positions: Any, cache: Any, places: Any, states: Any, as_dict: bool
+) -> Batch:
+    """The batch where a tracer writes it down: what looks at numbers is an op, and there is no cache."""
+    if cache is not None or places is not None:
+        what, cure = ("a cache", "use_cache=False") if cache is not None else ("cache_position", "none")
+        raise PatchError(f"{op}: {what} cannot be traced or exported; pass {cure}, or set model.config.use_cache = False")
+    b, t = (embeds if ids is None else ids).shape[:2]
+    cu, index = packing.kept(embeds if ids is None else ids, mask, None, op)
+    new, limit = Sequences(cu, index.shape[0], (b, t), index, op), max_tokens(decoder)
+    own = packing.places(cu, index, 0, limit, op)
+    if positions is not None:
+        own = new.pack(positions.expand(b, t)).long()
+    said = rope.parameters(decoder.config)
+    cos, sin = angles(cu, own, dict(said)["features"] // 2, rope.written(said), limit, op)
+    words = new.pack(embeds) if ids is None else _words(decoder, op, new.pack(ids))
+    return Batch(words, cos, sin, new, None, states, as_dict)
+
+
+def _angles_result(cu_seqlens: Tensor, positions: Tensor, pairs: int, *_: Any) -> tuple[Tensor, Tensor]:
+    cos, sin = (positions.new_empty(positions.shape[0], pairs, dtype=torch.float32) for _ in range(2))
+    return cos, sin
+
+
+@opaque(
+    _angles_result,
+    result=lambda cos, sin: (cos, sin),
+    schema="(Tensor cu_seqlens, Tensor positions, int pairs, str said, int limit, str op) -> (Tensor, Tensor)",
+)
+def angles(cu_seqlens: Tensor, positions: Tensor, pairs: int, said: str, limit: int, op: str) -> tuple[Tensor, Tensor]:
+    """_angles of whole sequences, where a tracer writes it down; said: the angles' parameters as a text."""
+    keys = Sequences.from_cu_seqlens(cu_seqlens, positions.shape[0], op=op)
+    return _turned(rope.read(said), limit, op, positions, keys, (cu_seqlens[1:] - cu_seqlens[:-1]).long())
+
+
 def _words(decoder: Any, op: str, ids: Tensor) -> Tensor:
     words = lookup(op, "input_ids", ids, decoder.embed_tokens)
     if not _type(decoder).scaled:
         return words
-    scale = torch.tensor(decoder.config.hidden_size**0.5, dtype=words.dtype, device=words.device)
+    scale = words.new_full((), decoder.config.hidden_size**0.5)
     return (words.float() * scale.float()).to(words.dtype)  # a product of halves is exact in float32: stock's bits
 
 
 def _angles(decoder: Any, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """cos and sin of the new tokens; lengths: of whole sequences, None where a cache holds a part of them."""
-    longest, limit = keys.longest, max_tokens(decoder)
+    return _turned(rope.parameters(decoder.config), max_tokens(decoder), op, positions, keys, lengths)
+
+
+def _turned(
+    said: rope.Parameters, limit: int, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    longest = keys.longest
     if longest > limit:
         wanted = f"at most {limit} tokens a sequence, for config.max_position_embeddings"
         check.fail(op, "input_ids", wanted, longest, f"tokenise with truncation=True, max_length={limit}")
     own = None
-    if lengths is not None and longest > rope.turning_point(decoder.config):
+    if lengths is not None and longest > rope.turning_point(said):
         own = torch.repeat_interleave(lengths, lengths, output_size=positions.shape[0])
-    return rope.rows(decoder.config, positions, longest, own, op=op)
+    return rope.rows(said, positions, longest, own, op=op)
 
 
 def _kept(m: Any, x: Tensor, keep: Any) -> Tensor:
@@ -261,7 +265,7 @@ def _output(m: Any, batch: Batch, cls: Any, **fields: Any) -> Any:
 
 
 def _type(m: Any) -> ModelType:
-    return MODEL_TYPES[type(m).__module__]
+    return MODEL_TYPES[name_of(m).rpartition(".")[0]]
 
 
 def _norm(kind: ModelType, m: Any, x: Tensor) -> Tensor:
@@ -294,8 +298,7 @@ def _attend(kind: ModelType, config: Any, i: int, layer: Any, x: Tensor, batch: 
         q, k, v, cu_seqlens=batch.new, cu_seqlens_k=keys, causal=True,
         window=None if window is None else (window - 1, -1), scale=own.scaling,
     )  # fmt: skip
-    as_patched(own.o_proj, nn.Linear)
-    return linear(a.flatten(1), own.o_proj.weight, own.o_proj.bias, residual=x)
+    return dense(own.o_proj, a.flatten(1), residual=x)
 
 
 # A CPU takes so many tokens through the feed-forward layer at a time, for the same reason as in bert.py.
@@ -305,23 +308,20 @@ TOKENS_AT_ONCE = 1024
 def _feed_forward(m: Any, x: Tensor, residual: Tensor) -> Tensor:
     """residual + down(act(gate(x)) · up(x)); where act is relu, only what active neurons touch."""
     act = activation_of(m.act_fn)
-    for part in (m.gate_proj, m.up_proj, m.down_proj):
-        as_patched(part, nn.Linear)
-    if act == "relu":
+    parts = (m.gate_proj, m.up_proj, m.down_proj)
+    if act == "relu" and not any(map(lora.is_lora, parts)):
+        for part in parts:
+            as_patched(part, nn.Linear)
         y = sparse_ffn(
             x, m.up_proj.weight, m.down_proj.weight, gate_weight=m.gate_proj.weight,
             up_bias=m.up_proj.bias, gate_bias=m.gate_proj.bias, down_bias=m.down_proj.bias,
         )  # fmt: skip
         return (residual.float() + y.float()).to(residual.dtype)
-    at_once = TOKENS_AT_ONCE if x.device.type == "cpu" else max(x.shape[0], 1)
+    split = x.device.type == "cpu" and not traced() and x.shape[0] > TOKENS_AT_ONCE
+    pieces = zip(x.split(TOKENS_AT_ONCE), residual.split(TOKENS_AT_ONCE), strict=True) if split else ((x, residual),)
     done = [
-        linear(
-            activation(dense(m.gate_proj, part), act, up=dense(m.up_proj, part)),
-            m.down_proj.weight,
-            m.down_proj.bias,
-            residual=r,
-        )
-        for part, r in zip(x.split(at_once), residual.split(at_once), strict=True)
+        dense(m.down_proj, activation(dense(m.gate_proj, part), act, up=dense(m.up_proj, part)), residual=r)
+        for part, r in pieces
     ]
     return done[0] if len(done) == 1 else torch.cat(done)
 
@@ -336,15 +336,17 @@ def problem(m: Any) -> str | None:
     return rope.problem(m.config)
 
 
-def _mlp_problem(m: Any) -> str | None:
-    return (
-        None
-        if name_of(m.act_fn) in ACTIVATIONS
-        else f"activation {getattr(m.act_fn, '__name__', class_of(m.act_fn))} is unknown"
-    )
+def roles_of(m: Any) -> Roles:
+    """What is read of a decoder, and of what is around it."""
+    return _roles(*name_of(m).rsplit(".", 1))
 
 
-_PARTS = "DecoderLayer Attention RMSNorm RotaryEmbedding TextScaledWordEmbedding"
+@functools.cache
+def _roles(module: str, name: str) -> Roles:
+    a = MODEL_TYPES[module]
+    inside = decoder_roles.decoder(module, a.prefix, a.eps, problem)
+    head = decoder_roles.HEADS.get(name.removeprefix(a.prefix))
+    return inside if head is None else decoder_roles.around(module, name, inside, head)
 
 
 def served() -> dict[str, Served]:
@@ -352,19 +354,23 @@ def served() -> dict[str, Served]:
     found: dict[str, Served] = {}
     for module, a in MODEL_TYPES.items():
         found |= {
-            f"{module}.{a.prefix}Model": Served(decoder_forward, problem, packed_forward, max_tokens),
-            f"{module}.{a.prefix}ForCausalLM": Served(causal_forward, problem, packed_forward, max_tokens),
+            f"{module}.{a.prefix}Model": Served(decoder_forward, roles_of, packed_forward, max_tokens),
+            f"{module}.{a.prefix}ForCausalLM": Served(
+                causal_forward, roles_of, packed_forward, max_tokens, lambda m: m.lm_head
+            ),
             f"{module}.{a.prefix}ForSequenceClassification": Served(
-                classifier_forward, problem, packed_forward, max_tokens, _head
+                classifier_forward, roles_of, packed_forward, max_tokens, head=_head
             ),
         }
     return found
 
 
-def parts() -> dict[str, Callable[[Any], str | None] | None]:
-    """Exact class of a module inside -> what could stand in its way."""
-    found: dict[str, Callable[[Any], str | None] | None] = {}
-    for module, a in MODEL_TYPES.items():
-        found |= dict.fromkeys(f"{module}.{a.prefix}{part}" for part in _PARTS.split())
-        found[f"{module}.{a.prefix}MLP"] = _mlp_problem
-    return found
+def parts() -> frozenset[str]:
+    """Classes of modules inside, which a decoder's forward reads and never calls; nothing by themselves."""
+    return frozenset(
+        name
+        for module, a in MODEL_TYPES.items()
+        for role in _roles(module, f"{a.prefix}Model").values()
+        for name in role.classes
+        if name.startswith(f"{module}.{a.prefix}") and name not in served()
+    )

@@ -64,9 +64,20 @@ def _softmax(m: Any, x: Tensor) -> Tensor:
     return softmax(x, m.dim)
 
 
+def _dropout(m: Any, x: Tensor) -> Tensor:
+    if m.training and m.p != 0.0:
+        raise PatchError(
+            f"{class_of(m)}.forward: it is set to train, and drops {m.p} of its input at random; call model.eval(), or "
+            "rk.unpatch(model) to train"
+        )
+    return x
+
+
 FORWARDS: dict[str, Callable[..., Any]] = {
     "torch.nn.modules.linear.Linear": _linear,
     "torch.nn.modules.normalization.LayerNorm": _layer_norm,
     "torch.nn.modules.activation.Softmax": _softmax,
     **dict.fromkeys(ACTIVATIONS, _activation),
 }
+# They compute nothing where they are served, and have a forward that refuses the rest.
+GUARDS: dict[str, Callable[..., Any]] = {"torch.nn.modules.dropout.Dropout": _dropout}

@@ -12,12 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models.bound import class_of, name_of
+from rerank_kernels.models.bound import Forward, class_of, hooked, name_of, whole_name_of
 from rerank_kernels.ops.linear import activation, linear
+from rerank_kernels.ops.opaque import opaque
 
 LINEAR = "peft.tuners.lora.layer.Linear"
 SAVED = "peft.utils.other.ModulesToSaveWrapper"  # around a head that was trained whole
 MERGE = "merge it first: model = peft_model.merge_and_unload(), then rk.patch(model)"
+
+
+_WATCHED = "what stands in it has hooks or a forward of its own, which do not run; remove them"
+
+
+def _watched(m: Any) -> bool:
+    """Whether a module that is never called has what would run if it were."""
+    return hooked(m) or not isinstance(vars(m).get("forward"), Forward | None)
 
 
 def is_lora(m: object) -> bool:
@@ -27,7 +36,7 @@ def is_lora(m: object) -> bool:
 def problem(m: Any) -> str | None:
     """Why a layer of class LINEAR, with the adapters that are active now, cannot be served; None if it can."""
     if type(m.base_layer) is not nn.Linear:
-        return f"its base_layer is a {name_of(m.base_layer)}; {MERGE}"
+        return f"its base_layer is a {whole_name_of(m.base_layer)}; {MERGE}"
     if m.disable_adapters and m.merged:
         return "its adapters are disabled and merged, and the next stock call would unmerge them; call unmerge_adapter() first"
     for name in _active(m):
@@ -36,12 +45,14 @@ def problem(m: Any) -> str | None:
             return f"adapter {name!r} is no plain LoRA ({'DoRA' if variant is None else class_of(variant)}); {MERGE}"
         if m.fan_in_fan_out:
             return f"fan_in_fan_out is set; {MERGE}"
-        for held in (m.lora_A[name], m.lora_B[name]):
-            if type(held) is not nn.Linear:
-                return f"adapter {name!r} holds a {name_of(held)}; {MERGE}"
+        for inner in (m.lora_A[name], m.lora_B[name]):
+            if type(inner) is not nn.Linear:
+                return f"adapter {name!r} holds a {whole_name_of(inner)}; {MERGE}"
         if m.lora_dropout[name].training and getattr(m.lora_dropout[name], "p", 0.0):
             return f"the dropout of adapter {name!r} is set to train; call model.eval()"
-    return None
+        if any(map(_watched, (m.lora_A[name], m.lora_B[name], m.lora_dropout[name]))):
+            return _WATCHED
+    return _WATCHED if _watched(m.base_layer) else None
 
 
 def saved_problem(m: Any) -> str | None:
@@ -59,20 +70,29 @@ def held(m: Any) -> Any:
     return m.modules_to_save[names[0]] if names else m.original_module
 
 
-def product(m: Any, x: Tensor, act: str | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+def product(
+    m: Any, x: Tensor, act: str | None = None, out_dtype: torch.dtype | None = None, residual: Tensor | None = None
+) -> Tensor:
     """What `linear` of a plain layer is, for one of class LINEAR."""
     if (why := problem(m)) is not None:
         raise PatchError(f"LoRA: a layer of the patched model cannot be served as it is now: {why}")
     base, names = m.base_layer, _active(m)
     if not names:
-        return linear(x, base.weight, base.bias, activation=act, out_dtype=out_dtype)
+        return linear(x, base.weight, base.bias, activation=act, residual=residual, out_dtype=out_dtype)
     y = linear(x, base.weight, base.bias, out_dtype=torch.float32)
     for name in names:
         a, b = m.lora_A[name], m.lora_B[name]
         # adapters are float32 beside a half body, which mode tensor does not take
         low = linear(x, a.weight, a.bias, out_dtype=torch.float32, mode="portable")
-        y = y + linear(low, b.weight, b.bias, out_dtype=torch.float32, mode="portable") * m.scaling[name]
-    return (y if act is None else activation(y, act)).to(out_dtype or x.dtype)
+        y = added(y, linear(low, b.weight, b.bias, out_dtype=torch.float32, mode="portable"), float(m.scaling[name]))
+    y = y if act is None else activation(y, act)
+    return (y if residual is None else y + residual.float()).to(out_dtype or x.dtype)
+
+
+@opaque(lambda y, update, scale: y.new_empty(y.shape))
+def added(y: Tensor, update: Tensor, scale: float) -> Tensor:
+    """y + update · scale, rounded twice; an op, for a compiler that a model was exported to would make one fma of it."""
+    return y + update * scale
 
 
 def _active(m: Any) -> list[str]:

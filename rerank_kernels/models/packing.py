@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -18,7 +20,9 @@ from torch import Tensor, nn
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import lora
-from rerank_kernels.models.bound import class_of, hooked
+from rerank_kernels.models.bound import class_of, name_of, served_by
+from rerank_kernels.models.fingerprint import Fingerprint
+from rerank_kernels.models.roles import HOOKS, Problem, Roles, problems
 from rerank_kernels.ops.linear import linear
 from rerank_kernels.ops.norm import layer_norm
 from rerank_kernels.ops.opaque import opaque, traced
@@ -33,6 +37,7 @@ REFUSED = {
     "past_key_values": _WHOLE,
     "use_cache": _WHOLE,
 }
+TENSORS = ("input_ids", "attention_mask", "inputs_embeds", "token_type_ids", "position_ids")
 
 
 class Kept(NamedTuple):
@@ -58,52 +63,97 @@ class Batch(NamedTuple):
         return out if self.as_dict else out.to_tuple()
 
 
-def ready(m: Any) -> None:
-    """Refuse what the forward of encoder or classifier m would silently ignore: dropout, and hooks of the modules in m.
+def ready(m: Any, roles_of: Callable[[Any], Roles]) -> None:
+    """Refuse what the forward of encoder or classifier m would silently get wrong: it reads the modules in m and calls none.
 
-    Both can come after patch(), which saw neither. So this walks m at each call, in a fraction of a millisecond.
+    All of it can come after patch(), which did not see it. So a fingerprint is compared at each call, in some microseconds;
+    where it differs, all that patch() checked is checked again.
     """
     if m.training or m.base_model.training:
         raise RuntimeError(
             f"{class_of(m)}.forward: the model is set to train, and rerank_kernels is forward only, without dropout; "
             "call model.eval(), or rk.unpatch(model) to train"
         )
-    below, seen = list(m._modules.values()), {m, None}
-    while below:  # and not m.modules(), which makes names too and takes three times as long
-        inner = below.pop()
-        if inner not in seen:
-            if hooked(inner):
-                refuse_hooks(m, inner)
-            seen.add(inner)
-            below += inner._modules.values()
+    if torch.compiler.is_dynamo_compiling():  # torch.export with strict=True runs this as data, and cannot look at modules
+        return
+    with _untraced():
+        forward = served_by(m)
+        seen = None if forward is None else forward.seen
+        if seen is None or not seen.same():
+            roles = roles_of(m)
+            seen = Fingerprint(m, roles)  # first, so that what another thread changes meanwhile is found at the next call
+            refuse(m, problems(m, roles))
+            if forward is not None:
+                forward.seen = seen
 
 
-def refuse_hooks(m: nn.Module, inner: nn.Module) -> NoReturn:
-    path = next(path for path, module in m.named_modules() if module is inner)
+class _untraced:
+    """Inside the block torch.jit.trace writes nothing down, and shapes are numbers; a class, for it is entered at each call."""
+
+    def __enter__(self) -> None:
+        self.state = torch._C._get_tracing_state()
+        if self.state is not None:
+            torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+
+    def __exit__(self, *_: object) -> None:
+        if self.state is not None:
+            torch._C._set_tracing_state(self.state)  # type: ignore[attr-defined]
+
+
+def refuse(m: nn.Module, found: Mapping[str, Problem], error: Exception | None = None) -> None:
+    """Raise for the first problem inside m, by its place, with what would work."""
+    for path, (module, why) in found.items():
+        if why.endswith(HOOKS):
+            cure = ", and hooks inside a patched encoder do not run; remove them (handle.remove()), or call rk.unpatch(model)"
+        elif "; " in why:
+            cure = ", or call rk.unpatch(model)"
+        else:
+            cure = ", and rk.patch() saw something else; undo the change, or call rk.unpatch(model)"
+        place = f"{class_of(m)}: {path or 'the model'} ({class_of(module)})"
+        raise PatchError(f"{place}{' ' if why.startswith(('is ', 'has ')) else ': '}{why}{cure}") from error
+
+
+@contextmanager
+def explained(m: nn.Module, roles_of: Callable[[Any], Roles]) -> Iterator[None]:
+    """An error of an op inside the block names the parameter of m that it comes from, if one is not what it has to be."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, PatchError):
+            refuse(m, problems(m, roles_of(m)), error)
+        raise
+
+
+def refuse_hooks(m: nn.Module) -> NoReturn:
+    """Of a model whose packed entry does not pass m.__call__, which would run them."""
     raise PatchError(
-        f"{class_of(m)}: {path or 'the model'} ({class_of(inner)}) has forward hooks, and hooks inside a patched encoder do "
+        f"{class_of(m)}: the model ({class_of(m)}) has forward hooks, and hooks inside a patched encoder do "
         "not run; remove them (handle.remove()), or call rk.unpatch(model)"
     )
 
 
-def dense(m: Any, x: Tensor, act: str | None = None) -> Tensor:
+def dense(
+    m: Any, x: Tensor, act: str | None = None, *, residual: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """linear of module m, with LoRA's adapters or without."""
     if lora.is_lora(m):
-        return lora.product(m, x, act)
+        return lora.product(m, x, act, out_dtype, residual)
     as_patched(m, nn.Linear)
-    return linear(x, m.weight, m.bias, activation=act)
+    return linear(x, m.weight, m.bias, activation=act, residual=residual, out_dtype=out_dtype)
 
 
 def norm(m: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    as_patched(m, nn.LayerNorm)
-    return layer_norm(x, m.weight, m.bias, m.eps, residual=residual)
+    weight = m.weight
+    if weight is None:  # elementwise_affine=False; a product with 1 is exact
+        weight = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
+    return layer_norm(x, weight, m.bias, m.eps, residual=residual)
 
 
 def as_patched(m: object, cls: type[nn.Module]) -> None:
-    """An adapter put in after patch() would be ignored silently: its base weights look the same from here."""
-    if type(m) is not cls:
-        raise PatchError(
-            f"a {class_of(m)} stands where patch() saw nn.{cls.__name__}; call rk.unpatch(model), then patch it again"
-        )
+    """For who reads the weights of m as a plain layer's: those of an adapter look the same from here."""
+    if name_of(m) != f"{cls.__module__}.{cls.__qualname__}":
+        came = name_of(m) if class_of(m) == cls.__name__ else class_of(m)  # a class of another package may have the same name
+        raise PatchError(f"a {came} stands where nn.{cls.__name__} is read; call rk.unpatch(model)")
 
 
 class Table(NamedTuple):
@@ -120,13 +170,16 @@ def pack(m: Any, table: Table, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     op, given = f"{class_of(m)}.forward", _signature(m.__class__).bind(None, *args, **kwargs).arguments
     given.pop("self")
     given |= given.pop("kwargs", {})
-    ids, mask, embeds = (given.pop(name, None) for name in ("input_ids", "attention_mask", "inputs_embeds"))
-    types, positions = given.pop("token_type_ids", None), given.pop("position_ids", None)
+    ids, mask, embeds, types, positions = (given.pop(name, None) for name in TENSORS)
     states, as_dict = _options(m, op, given)
+    for name, value in zip(TENSORS, (ids, mask, embeds, types, positions), strict=True):
+        if value is not None and not isinstance(value, Tensor):
+            cure = f"pass torch.as_tensor({name})"
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}; {cure}")
     if (ids is None) == (embeds is None):
         raise ValueError(f"{op}: exactly one of input_ids [B, T] and inputs_embeds [B, T, D] must be given")
     if ids is None:
-        check.shape(op, "inputs_embeds", embeds, "B", "T", table.words.embedding_dim)
+        check.shape(op, "inputs_embeds", embeds, "B", "T", table.words.weight.shape[1])
         b, t = embeds.shape[:2]
     else:
         check.shape(op, "input_ids", ids, "B", "T")
@@ -174,9 +227,9 @@ def _tokens(like: Tensor, mask: Tensor | None, pad: int | None, op: str) -> Sequ
     if mask is None:
         _warn_of_pads(op, like, pad)
         mask = torch.ones(b, t, dtype=torch.bool, device=like.device)
-    if not isinstance(mask, Tensor) or tuple(mask.shape) != (b, t):
-        came = check.shape_of(mask) if isinstance(mask, Tensor) else type(mask).__name__
-        check.fail(op, "attention_mask", f"[B, T] = [{b}, {t}], nonzero where a token is", came, "causal masks are not served")
+    if tuple(mask.shape) != (b, t):
+        hint = "masks of one value per pair of tokens, such as causal ones, are not served" if mask.dim() > 2 else ""
+        check.fail(op, "attention_mask", f"[B, T] = [{b}, {t}], nonzero where a token is", check.shape_of(mask), hint)
     # 0 for tokens and -10000 for padding: `!= 0` would turn it around
     if mask.dtype != torch.bool and mask.numel() and mask.min() < 0:
         check.fail(op, "attention_mask", "nonzero where a token is", "negative values", "additive masks are not served")

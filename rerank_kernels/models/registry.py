@@ -1,41 +1,37 @@
 """The registry of models: from the exact class of a module, as a string, to the forward that serves it.
 
 A new model type is a file beside this one with its forward, and its rows in ENCODERS and PARTS below. Classes are strings: an
-absent class needs no import, and a subclass, which may compute something else, does not match.
+absent class needs no import, and a subclass matches only where its body overrides nothing (bound.py, served_class).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models import bert, decoder, leaves, lora, sentence
+from rerank_kernels.models import bert, decoder, leaf_roles, leaves, lora, sentence
 from rerank_kernels.models.bound import class_of, forward_of, hooked, name_of
-from rerank_kernels.models.heads import embedding
-from rerank_kernels.models.packing import ready, refuse_hooks
+from rerank_kernels.models.heads import AnswerHead, embedding
+from rerank_kernels.models.packing import explained, ready, refuse_hooks
+from rerank_kernels.models.roles import PEFT, Problem, overridden, problems, wrong, wrong_weights
 from rerank_kernels.models.served import Served
 from rerank_kernels.ops.pooling import HeadOutput
 from rerank_kernels.ops.sequences import Sequences
 
 # Whole models: an encoder, or a classifier around one.
 ENCODERS: dict[str, Served] = bert.served() | decoder.served()
-# Modules inside an encoder, whose weights its forward reads; a function says what could stand in the way.
-PARTS: dict[str, Callable[[Any], str | None] | None] = (
-    bert.parts()
-    | decoder.parts()
-    | {
-        lora.LINEAR: lora.problem,
-        lora.SAVED: lora.saved_problem,
-    }
-)
+# Modules inside an encoder, whose weights its forward reads.
+PARTS: frozenset[str] = bert.parts() | decoder.parts() | {lora.LINEAR, lora.SAVED}
 # What is served wherever it stands.
 LEAVES: dict[str, Callable[..., Any]] = leaves.FORWARDS | sentence.FORWARDS
 FORWARDS: dict[str, Callable[..., Any]] = LEAVES | {name: served.forward for name, served in ENCODERS.items()}
+# What is exact as long as a forward of ours sees that it is.
+GUARDS = leaves.GUARDS
 # torch.compile's: it runs the forward below it, and takes compiled code for it only while that forward is the one it compiled.
 COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
 # Nothing to compute, or a plain copy: the same bits anyway.
@@ -57,29 +53,38 @@ PREFIXES = tuple(a.prefix for types in (bert.MODEL_TYPES, decoder.MODEL_TYPES) f
 def problem(m: Any) -> str | None:
     """Why module m, by itself, cannot be served; "" if its class is in no table, None if it can."""
     name = name_of(m)
-    if name in ENCODERS:
-        return ENCODERS[name].problem(m)
-    if name in PARTS:
-        ask = PARTS[name]
-        return None if ask is None else ask(m)
-    if name == "torch.nn.modules.activation.Softmax" and m.dim is None:
-        return "dim is None"
+    if name in ENCODERS or name in PARTS:
+        return None if name in PEFT else overridden(m)
     if name in sentence.FORWARDS:
         return sentence.sentence_problem(m)
-    if name in leaves.ACTIVATIONS:
-        return leaves.activation_problem(m)
-    if name in LEAVES or name in EXACT:
-        return None
-    return f"{name} is not served; {lora.MERGE}" if name.startswith("peft.") else ""
+    if name not in LEAVES and name not in EXACT:
+        return f"{name} is not served; {lora.MERGE}" if name.startswith("peft.") else ""
+    role = leaf_roles.ROLES.get(name)  # none: its own forward runs, and has nothing of ours in its place
+    return None if role is None else wrong(m, role, training=True) or wrong_weights(m, role, {})
+
+
+def role_problems(m: Any) -> dict[str, Problem]:
+    """Path inside encoder or classifier m -> why what stands there is not what the forward of m reads."""
+    return problems(m, ENCODERS[name_of(m)].roles(m))
 
 
 def packed_logits(model: nn.Module, ids: Tensor, cu_seqlens: Tensor, token_types: Tensor | None = None) -> HeadOutput:
     """Logits and scores, float32 [B, L], of a patched classifier; ids and token_types [total], no padding."""
-    served = _served(model, True)
+    served = _served(model, "logits")
     with _entered(model):
         assert served.head is not None
         sequences = _sequences(model, ids, cu_seqlens)
         return served.head(model)(served.packed(model, ids, sequences, token_types), sequences)
+
+
+def packed_answers(model: nn.Module, ids: Tensor, cu_seqlens: Tensor, yes: int, no: int | None) -> HeadOutput:
+    """Log-odds and scores, float32 [B, 1], of the word `yes` beside `no` behind each prompt, of a patched *ForCausalLM. Without
+    `no` it is the logit of `yes`."""
+    served = _served(model, "words")
+    with _entered(model):
+        assert served.words is not None
+        sequences = _sequences(model, ids, cu_seqlens)
+        return AnswerHead(served.words(model), yes, no)(served.packed(model, ids, sequences, None), sequences)
 
 
 def packed_embeddings(
@@ -92,10 +97,16 @@ def packed_embeddings(
     normalise: bool = True,
 ) -> Tensor:
     """Embeddings, float32 [B, D], of a patched encoder; heads.embedding says what they are."""
-    served = _served(model, False)
+    served = _served(model, "states")
     with _entered(model):
         sequences = _sequences(model, ids, cu_seqlens)
         return embedding(served.packed(model, ids, sequences, token_types), sequences, pooling, normalise)
+
+
+def kind(model: nn.Module) -> str | None:
+    """What a served model is: a cross-encoder, if it has a head, or an embedding model; None if it is not served."""
+    served = ENCODERS.get(name_of(model))
+    return None if served is None else "embedding" if served.gives == "states" else "cross-encoder"
 
 
 def max_tokens(model: nn.Module) -> int:
@@ -115,17 +126,24 @@ def _sequences(model: Any, ids: Tensor, cu_seqlens: Tensor) -> Sequences:
     return Sequences.from_cu_seqlens(cu_seqlens, ids.shape[0], ids.device, op=op)
 
 
-def _served(model: nn.Module, classifies: bool) -> Served:
+CLASSES = {"logits": "*ForSequenceClassification", "words": "*ForCausalLM", "states": "*Model"}
+
+
+def _served(model: nn.Module, gives: str) -> Served:
     served = ENCODERS.get(name_of(model))
-    if forward_of(model) is None or served is None or (served.head is not None) != classifies:
-        kind = "*ForSequenceClassification" if classifies else "*Model"
-        raise PatchError(f"packed entry: model must be a patched {kind}, got {class_of(model)}; call rk.patch(model) first")
+    if forward_of(model) is None or served is None or served.gives != gives:
+        kind, came = CLASSES[gives], class_of(model)
+        raise PatchError(f"packed entry: model must be a patched {kind}, got {came}; call rk.patch(model) first")
     return served
 
 
-def _entered(model: nn.Module) -> AbstractContextManager[None]:
-    ready(model)
+@contextmanager
+def _entered(model: nn.Module) -> Iterator[None]:
+    roles = ENCODERS[name_of(model)].roles
+    ready(model, roles)
     if hooked(model):  # the packed entry does not pass model.__call__, which would run them
-        refuse_hooks(model, model)
-    serving: AbstractContextManager[None] = model.__dict__["forward"].serving()
-    return serving
+        refuse_hooks(model)
+    forward = forward_of(model)
+    assert forward is not None
+    with forward.serving(), explained(model, roles):
+        yield

@@ -10,6 +10,7 @@ here, so that no other sequence is in its bits.
 from __future__ import annotations
 
 import functools
+import json
 from decimal import Context, Decimal, localcontext
 from typing import Any, NamedTuple
 
@@ -146,20 +147,30 @@ _FORMULAS = {
 }
 
 
-def turning_point(config: Any) -> int:
+def written(said: Parameters) -> str:
+    """Parameters as a text, for a graph that holds no others."""
+    return json.dumps(dict(said))
+
+
+def read(text: str) -> Parameters:
+    """What `written` wrote."""
+    return tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in json.loads(text).items()))
+
+
+def turning_point(parameters: Parameters) -> int:
     """The longest sequence whose frequencies are those of a short one."""
-    said = dict(parameters(config))
+    said = dict(parameters)
     by_length = {"dynamic": "longest", "longrope": "original_max_position_embeddings"}
     return int(said[by_length[said["rope_type"]]]) if said["rope_type"] in by_length else 2**62
 
 
-def rows(config: Any, positions: Tensor, longest: int, lengths: Tensor | None, *, op: str) -> tuple[Tensor, Tensor]:
+def rows(said: Parameters, positions: Tensor, longest: int, lengths: Tensor | None, *, op: str) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [total, P], of packed tokens at `positions`.
 
     longest: of the batch's sequences, in tokens, those in a cache included; lengths: int64 [total], that of each token's own
     sequence, or None where `longest` says enough.
     """
-    said, turn = parameters(config), turning_point(config)
+    turn = turning_point(said)
     last = int(positions.max()) if positions.numel() else 0
     if positions.numel() and int(positions.min()) < 0:
         check.fail(op, "position_ids", "at least 0", int(positions.min()))

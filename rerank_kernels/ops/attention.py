@@ -1,7 +1,7 @@
 """attention: softmax(q · kᵀ * scale) · v inside each sequence; bidirectional or causal, sliding window, grouped heads.
 
 Packed: q [total, H, D], k and v [total, H_kv, D], cu_seqlens [B + 1] -> [total, H, D].
-Padded: q [B, T, H, D], k and v [B, T, H_kv, D], mask [B, T] -> [B, T, H, D]; the tokens are packed first, so that side and
+Padded: q [B, T, H, D], k and v [B, T, H_kv, D], mask [B, T] -> [B, T, H, D]. The tokens are packed first, so that side and
 length of the padding, and whatever the padded places hold (NaN included), cannot reach a result.
 
 Keys may have lengths of their own, T_k beside T_q queries, by cu_seqlens_k or by a k that is padded to its own length. Then the
@@ -21,6 +21,8 @@ from rerank_kernels import check
 from rerank_kernels.backend import modes, registry
 from rerank_kernels.ops.opaque import opaque
 from rerank_kernels.ops.sequences import Sequences, taken
+
+MOST_IN_A_HEAD = 256  # in mode tensor
 
 
 @opaque(
@@ -95,8 +97,8 @@ def attention(
         check.fail("attention", "scale", "finite and not 0 as a float32", scale)
 
     numeric = modes.resolve("attention", mode, q=q, k=k, v=v)
-    if numeric == modes.TENSOR and d > 256:
-        raise ValueError(f"attention: D must be at most 256 in mode 'tensor', got {d}; take mode='portable'")
+    if numeric == modes.TENSOR and d > MOST_IN_A_HEAD:
+        raise ValueError(f"attention: D must be at most {MOST_IN_A_HEAD} in mode 'tensor', got {d}; take mode='portable'")
     serve = registry.select("attention", q.device, numeric)
     if cu_seqlens is not None:
         cu, cu_k = taken("attention", "cu_seqlens", cu_seqlens, q.shape[0], q.device), None

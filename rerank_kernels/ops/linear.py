@@ -1,8 +1,8 @@
 """linear: y = act(x · weightᵀ + bias) + residual; bmm: a product of each entry of a batch; and the activations alone.
 
-x [..., K], weight [N, K], bias [N], residual [..., N] -> y [..., N]. Arithmetic in float32 as NUMERICS.md, "linear";
-each y[m, n] is one expression of row x[m] and row weight[n]: no other row, no M, no thread count is in it.
-bmm: a [B, M, K], b [B, K, N] -> y [B, M, N]; y[i, m, n] is one expression of row a[i, m] and column b[i, :, n].
+x [..., K], weight [N, K], bias [N], residual [..., N] -> y [..., N]. Arithmetic in float32 as NUMERICS.md, "linear".
+Each y[m, n] is one expression of row x[m] and row weight[n]: no other row, no M, no thread count is in it.
+bmm: a [B, M, K], b [B, K, N] -> y [B, M, N]. y[i, m, n] is one expression of row a[i, m] and column b[i, :, n].
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""layer_norm: y = (s - mean) / sqrt(var + eps) * weight + bias with s = x + residual, over the last dimension;
-rms_norm: y = s / sqrt(mean(s²) + eps) * weight; normalize: y = x / max(|x|, eps), likewise.
+"""layer_norm: y = (s - mean) / sqrt(var + eps) * weight + bias with s = x + residual, over the last dimension.
+rms_norm: y = s / sqrt(mean(s²) + eps) * weight. normalize: y = x / max(|x|, eps), likewise.
 
 x [..., D] -> y [..., D]. Means and sums of squares by `row_sum` (NUMERICS.md), in float32; s is never rounded to
 half in between.

@@ -1,6 +1,6 @@
 """pool, sigmoid and score_head: from hidden states to one vector per sequence, and from a vector to logit and score.
 
-The head computes and returns float32 whatever the body's dtype: two adjacent float16 logits already give the two scores
+The head computes and returns float32 whatever the body's dtype. Two adjacent float16 logits already give the two scores
 0.9990601 and 0.9990638 that users report for one pair. Rank by logit, never by score: near 1.0 scores tie, logits do not.
 """
 

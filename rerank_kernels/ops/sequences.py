@@ -1,6 +1,6 @@
 """Sequences: which rows of a packed tensor belong to which sequence. Checked once, then carried through a whole forward.
 
-Packed tensors are [total, ...], the tokens of B sequences one after the other; cu_seqlens holds the B + 1 offsets of the
+Packed tensors are [total, ...], the tokens of B sequences one after the other. cu_seqlens holds the B + 1 offsets of the
 sequences in it, as FlashAttention has them.
 """
 
@@ -61,6 +61,7 @@ class Sequences:
             came = f"{mask.dtype} {check.shape_of(mask)}" if isinstance(mask, Tensor) else type(mask).__name__
             sizes = "" if shape is None else f" = [{shape[0]}, {shape[1]}]"
             check.fail(op, name, f"bool or integer [B, T]{sizes}, nonzero where a token is", came)
+        check.stored(op, name, mask)
         valid = mask != 0
         cu = torch.zeros(valid.shape[0] + 1, dtype=torch.int32, device=mask.device)
         cu[1:] = valid.sum(dim=1).cumsum(0)
@@ -122,6 +123,7 @@ def _checked(op: str, name: str, cu: Tensor, total: int) -> list[int] | None:
     if not isinstance(cu, Tensor) or cu.dim() != 1 or cu.numel() < 1 or cu.dtype not in (torch.int32, torch.int64):
         came = f"{cu.dtype} {check.shape_of(cu)}" if isinstance(cu, Tensor) else type(cu).__name__
         check.fail(op, name, "a 1-D int32 tensor [B + 1] of offsets, or Sequences", came)
+    check.stored(op, name, cu)
     return _ascending(op, name, cu, total) if cu.device.type == "cpu" else None
 
 

@@ -25,7 +25,7 @@ def _reduced(op: str) -> Callable[..., Tensor]:
 
 
 def _dims_as_list(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> tuple[Tensor, list[int], bool]:
-    return x, [dim] if isinstance(dim, int) else list(dim), keepdim
+    return x, list(check.integers("sum, mean", "dim", dim)), keepdim
 
 
 @opaque(_softmax_result)
@@ -55,7 +55,7 @@ def mean(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor
 
 
 def _dims(op: str, x: Tensor, dim: int | tuple[int, ...]) -> tuple[int, ...]:
-    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    dims = check.integers(op, "dim", dim)
     if x.dim() == 0 or not dims or any(not -x.dim() <= d < x.dim() for d in dims):
         check.fail(op, "dim", f"in [{-x.dim()}, {x.dim() - 1}] for x {check.shape_of(x)}", dim)
     dims = tuple(sorted(d % x.dim() for d in dims))

@@ -1,6 +1,6 @@
 """What verify and bench found, as one page for those who were not there: a manager reads the verdict, an auditor the rest.
 
-The page is one file that needs nothing else: styles and plots stand in it, it runs no script, and its own policy forbids the
+The page is one file that needs nothing else. Styles and plots stand in it, it runs no script, and its own policy forbids the
 browser to fetch anything. What comes from outside, a model's name or a path, is text in it and never markup.
 """
 

@@ -40,7 +40,8 @@ def patch(obj: Any, mode: str = "portable", strict: bool = True, *, backend: str
     - Logits are float32 whatever the body's dtype. Rankings go by logit, for scores tie near 1.0.
     - Hidden states at padding are 0. A row without tokens gives the head's value for a zero vector.
     - Positions count the tokens that attention_mask keeps, so a left-padded pair gets the bits that it gets alone.
-    - Forwards of modules inside the encoder do not run, and hooks on them are an error.
+    - Forwards of modules inside the encoder do not run, and hooks on them are an error. So is every change to what is read of
+      them, at the call after it, unless stock's arithmetic with the change is served too.
 
     mode: "portable", the same bits on every CPU and GPU; or "tensor", for float16 and bfloat16 models: products on a GPU's
     tensor cores, the same bits on one GPU architecture. It needs a GPU here, but the model may be moved there later.

@@ -1,8 +1,9 @@
 """patch(model): makes a transformers encoder compute with rerank_kernels, in place; unpatch(model): exactly as it was.
 
-One walk over named_modules, one table of forwards. A module whose exact class stands in FORWARDS gets a stateless forward of
+One walk over named_modules, one table of forwards. A module whose class stands in FORWARDS gets a stateless forward of
 its own; no class, no global, no parameter is changed. What stands in no table is unknown, and unknown is an error: a module
-that keeps PyTorch's arithmetic would break the promise silently.
+that keeps PyTorch's arithmetic would break the promise silently. So is a module inside an encoder that is not what the
+encoder's forward takes it for (models/roles.py).
 
 An encoder runs packed: the valid tokens are gathered at the embedding, [total, D] with cu_seqlens goes through all layers, and
 pooling reads each sequence's own first token. Padding is never computed, so its side, length, id and content cannot change a
@@ -22,8 +23,10 @@ from rerank_kernels.backend import registry
 from rerank_kernels.backend.modes import PORTABLE, Mode, named
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import registry as models
-from rerank_kernels.models.bound import CHANGING, Forward, Refusal, class_of, forward_of, held_forward, hooked, name_of
-from rerank_kernels.models.registry import COMPILED, ENCODERS, EXACT, FORWARDS, LEAVES, PREFIXES
+from rerank_kernels.models.bound import CHANGING, Forward, Refusal, class_of, forward_of, held_forward, name_of
+from rerank_kernels.models.registry import COMPILED, ENCODERS, EXACT, FORWARDS, GUARDS, LEAVES, PREFIXES
+from rerank_kernels.models.roles import FLOAT_CHECKPOINT, own_forward, quantised
+from rerank_kernels.ops.attention import MOST_IN_A_HEAD
 from rerank_kernels.patching.report import Report
 
 
@@ -66,7 +69,7 @@ def prepare(model: nn.Module, mode: str | Mode = PORTABLE, strict: bool = True, 
     report, causes = _replacements(model, mode, backend)
     if strict and report.unknown:
         architectures = ", ".join(PREFIXES)
-        leaves = ", ".join(name.rsplit(".", 1)[1] for name in LEAVES)
+        leaves = ", ".join(dict.fromkeys(name.rsplit(".", 1)[1] for name in LEAVES))
         raise PatchError(
             f"patch: {class_of(model)} has modules that cannot be served; nothing was patched:"
             f"{_why(report.unknown, causes)}\n"
@@ -127,6 +130,12 @@ def _can_ever_serve(model: nn.Module, mode: Mode, backend: str | None) -> None:
                 f"patch: mode {mode.name!r} needs weights in float16 or bfloat16, all in one of them, "
                 f"and {name} is {dtype}{like}; call model.half() or model.bfloat16() first, or take mode='portable'"
             )
+    for path, m in model.named_modules():
+        if (size := getattr(m, "attention_head_size", 0)) > MOST_IN_A_HEAD:
+            raise PatchError(
+                f"patch: mode {mode.name!r} needs heads of at most {MOST_IN_A_HEAD}, and attention_head_size of {path} is "
+                f"{size}; take mode='portable'"
+            )
     asked = [backend] if backend is not None else registry.having_mode(mode)
     gaps = {name: registry.without_mode(name, mode) for name in asked}
     if all(gaps.values()):
@@ -149,8 +158,11 @@ def _replacements(model: nn.Module, mode: Mode, backend: str | None) -> tuple[Re
     modules = dict(model.named_modules())
     problems = {path: why for path, m in modules.items() if (why := _problem(m)) is not None}
     roots = [path for path, m in modules.items() if name_of(m) in ENCODERS]
-    for root in roots:  # the encoder's forward does not call the modules inside it, so their hooks would be ignored
-        problems |= {p: "has forward hooks" for p, m in modules.items() if p != root and _inside(p, root) and hooked(m)}
+    for root in roots:  # the encoder's forward does not call the modules inside it: they must be what it takes them for
+        for inner, (m, why) in models.role_problems(modules[root]).items():
+            path = f"{root}.{inner}" if root and inner else root or inner
+            if problems.setdefault(path, why) == why:
+                modules.setdefault(path, m)  # a module that stands at two places has one name
     served = [root for root in roots if not any(_inside(path, root) for path in problems)]
     covered = {path for path in modules for root in served if _inside(path, root)}
 
@@ -158,24 +170,38 @@ def _replacements(model: nn.Module, mode: Mode, backend: str | None) -> tuple[Re
     for path, m in modules.items():
         name, cls = name_of(m), class_of(m)
         if path in problems:
-            report.unknown[path] = f"{cls} ({problems[path]})" if problems[path] else cls
-        elif name in EXACT:
+            why = problems[path] or (f"is quantised; {FLOAT_CHECKPOINT}" if quantised(m) else "")
+            report.unknown[path] = f"{cls} ({why})" if why else _unmistakable(m)
+            continue
+        if name.rpartition(".")[2] != cls:
+            report.notes.append(f"{path or 'the model'}: {cls} overrides nothing that is read, and is served as {name}")
+        forward = None
+        if name in EXACT:
             report.exact[path] = cls
+            if name in GUARDS and path not in covered:
+                forward = GUARDS[name]
         elif path in covered or name in LEAVES:
             report.replaced[path] = cls
             if path in served or path not in covered:
-                report.forwards[path] = forward_of(m) or Forward(m, FORWARDS[name], mode, backend)
+                forward = FORWARDS[name]
         elif name in ENCODERS:
             report.unknown[path] = f"{cls} (holds the unknown modules)"
         else:
             report.unknown[path] = f"{cls} (served only inside its whole model)"
+        if forward is not None:
+            report.forwards[path] = forward_of(m) or Forward(m, forward, mode, backend)
     return report, problems
+
+
+def _unmistakable(m: nn.Module) -> str:
+    """The class of m, which stands in no table; with its package where its name alone is that of a class that is served."""
+    return name_of(m) if class_of(m) in SHORT else class_of(m)
 
 
 def _problem(m: Any) -> str | None:
     """Why module m, by itself, cannot be served; "" if its class is in no table, None if it can."""
     if not isinstance(held_forward(m), Forward | None) and name_of(m) != COMPILED:
-        return "has a forward of its own in its __dict__"
+        return own_forward(m)
     return models.problem(m)
 
 
@@ -183,6 +209,7 @@ def _inside(path: str, root: str) -> bool:
     return root in ("", path) or path.startswith(root + ".")
 
 
+SHORT = {name.rpartition(".")[2] for name in (*FORWARDS, *EXACT)}
 WRAPPERS = {
     "DataParallel": "pass model.module",
     "DistributedDataParallel": "pass model.module",

@@ -36,12 +36,14 @@ ALWAYS_FOUND = ("tokenizer_file", "tokenizer_config_file", "special_tokens_map_f
 
 def load_model(folder: Folder, kind: str, trust: bool = False) -> Any:
     """The model in `folder`, of that kind, not patched. trust: the folder's own code may run."""
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     folder.check()
     raw = folder.json("config.json")
     _config(folder, raw, kind, trust)
-    auto = AutoModelForSequenceClassification if kind == KINDS[0] else AutoModel
+    auto: Any = AutoModelForSequenceClassification if kind == KINDS[0] else AutoModel
+    if kind == KINDS[0] and str(raw.get("architectures")).endswith("ForCausalLM']"):
+        auto = AutoModelForCausalLM
     own = {"local_files_only": True, "trust_remote_code": trust}
     with _named(f"no model could be loaded from {folder.path}"), _no_bar():
         config: Any = AutoConfig.from_pretrained(folder.path, **own)

@@ -81,7 +81,8 @@ def read(folder: Folder, kind: str | None = None) -> Settings:
 def kind_of(architectures: Any) -> str:
     """A list of class names, as config.json holds it."""
     names = architectures if isinstance(architectures, list) else []
-    return KINDS[0] if any(str(name).endswith("ForSequenceClassification") for name in names) else KINDS[1]
+    scores = ("ForSequenceClassification", "ForCausalLM")  # the latter answers yes or no, see templates.py
+    return KINDS[0] if any(str(name).endswith(scores) for name in names) else KINDS[1]
 
 
 def _modules(folder: Folder) -> list[tuple[str, Folder, dict[str, Any]]]:

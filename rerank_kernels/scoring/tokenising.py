@@ -46,7 +46,7 @@ if hasattr(os, "register_at_fork"):  # a thread that is not in the child may hav
 
 
 @dataclass(frozen=True)
-class Template:
+class Surround:
     """What stands around the ids: ids and types of the special tokens before the first text, between the texts, and behind."""
 
     special: tuple[tuple[Ids, Ids], ...]  # one more than there are texts
@@ -161,7 +161,7 @@ def _plain(tokenizer: Any) -> None:
         backend.encode_special_tokens = split
 
 
-def _template(backend: Any, pair: bool) -> Template | None:
+def _template(backend: Any, pair: bool) -> Surround | None:
     """What the post-processor puts around texts; None if it is not what is described above."""
     if backend.truncation is not None:
         backend.no_truncation()
@@ -171,7 +171,7 @@ def _template(backend: Any, pair: bool) -> Template | None:
     texts = [text for text in _PROBES if backend.encode(text, add_special_tokens=False).ids]
     if not own:
         return None
-    found: Template | None = None
+    found: Surround | None = None
     for i in range(len(texts)):
         probe = [i, -1 - i] if pair else [i]
         whole = backend.encode(*(texts[j] for j in probe), add_special_tokens=True)
@@ -183,7 +183,7 @@ def _template(backend: Any, pair: bool) -> Template | None:
     return found if found.count == backend.num_special_tokens_to_add(pair) else None
 
 
-def _read(whole: Any, texts: list[list[int]]) -> Template | None:
+def _read(whole: Any, texts: list[list[int]]) -> Surround | None:
     ids, types, places = whole.ids, whole.type_ids, whole.sequence_ids
     special, kinds, at = [], [], 0
     for i, own in enumerate(texts):
@@ -199,10 +199,10 @@ def _read(whole: Any, texts: list[list[int]]) -> Template | None:
     if any(place is not None for place in places[at:]):
         return None
     special.append((np.array(ids[at:], np.int64), np.array(types[at:], np.int64)))
-    return Template(tuple(special), tuple(kinds))
+    return Surround(tuple(special), tuple(kinds))
 
 
-def _same(a: Template, b: Template) -> bool:
+def _same(a: Surround, b: Surround) -> bool:
     return a.types == b.types and all(
         np.array_equal(x, y) for one, other in zip(a.special, b.special, strict=True) for x, y in zip(one, other, strict=True)
     )

@@ -1,7 +1,7 @@
 """verify: are the promises true for this model, here?
 
 A check is a list of calls model(**inputs), padded as a system would pad them (checks.py). It compares the bits of every row
-with those it has without the one thing that the check varies: in the end with each text alone, unpadded, on one thread. A run
+with those it has without the one thing that the check varies. The last are of each text alone, unpadded, on one thread. A run
 also proves that it can fail: a control (controls.py) that is not caught makes the run fail, for that check has no power.
 """
 

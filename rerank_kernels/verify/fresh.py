@@ -150,7 +150,7 @@ class _Given:
 
 
 def _final(model: nn.Module, pooling: str, stock: bool, inputs: Inputs, tokens: Sequence[Tokens]) -> Floats:
-    """float32 [B, L]: logit, score and complement of a pair; or a text's embedding of length 1, its cosine with the first
+    """float32 [B, L]: logit, score and complement of a pair. Of a text: its embedding of length 1, its cosine with the first
     text's, and 1 - cosine. Ours by the Reranker, stock's of one padded batch."""
     if stock:
         with torch.inference_mode():

@@ -203,11 +203,11 @@ def test_public_names_are_all_there() -> None:
 
 def test_commands_are_what_the_pages_say() -> None:
     makefile, ci = text("Makefile"), text(".ci/run")
-    for target in ("demo", "test", "bench", "stacks", "lint", "verify"):
+    for target in ("demo", "test", "sanitize", "bench", "stacks", "lint", "verify"):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"Makefile has no target {target}"
     for target in ("demo", "test", "bench", "stacks"):
         assert f"make {target}" in text("README.md"), f"README.md does not say make {target}"
-    for target in ("lint", "test", "readme", "stacks"):
+    for target in ("lint", "test", "sanitize", "readme", "stacks"):
         assert re.search(rf"\bmake {target}$", ci, re.MULTILINE), f".ci/run does not call make {target}"
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 

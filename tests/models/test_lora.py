@@ -13,8 +13,9 @@ from torch import nn
 
 import lora
 import rerank_kernels as rk
-from models import FAMILIES, PAD, padded, rows, tiny
+from models import FAMILIES, PAD, decoder, padded, rows, tiny
 from rerank_kernels.models import lora as served
+from rerank_kernels.models.bound import Forward
 
 LENGTHS = (7, 1, 70, 23, 64)
 BOUND = {torch.float32: 5e-6, torch.float16: 8e-3, torch.bfloat16: 8e-2}
@@ -52,6 +53,37 @@ def test_adapters(family, targets, dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_in_the_head(family):
     answers_as_peft(family, TARGETS["all"], saves=False)
+
+
+EVERY = ("q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize("act", ["silu", "relu"])
+@pytest.mark.parametrize("targets, saves", [(("q_proj", "v_proj"), True), ((*EVERY, "score"), False)], ids=["two", "all"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_adapters_in_a_decoder(kind, targets, saves, act):
+    model = lora.adapted(decoder(kind, cls="ForSequenceClassification", num_labels=2, hidden_act=act), targets, saves=saves)
+    batch = padded(rows(LENGTHS), model.base_model.model.config.pad_token_id)
+    with torch.no_grad():
+        truth = copy.deepcopy(model).double()(**batch).logits
+    plain = copy.deepcopy(model)
+    plain.disable()
+    rk.patch(plain)
+    rk.patch(model)
+    got = model(**batch).logits
+    assert (got - truth).abs().max() < 2e-5 and (plain(**batch).logits - truth).abs().max() > 1e-2
+    alone = torch.cat([model(input_ids=s[None]).logits for s in rows(LENGTHS)])
+    assert torch.equal(got.view(torch.int32), alone.view(torch.int32))
+
+
+def test_adapters_in_a_decoder_with_words():
+    model = lora.adapted(decoder("llama", cls="ForCausalLM"), (*EVERY, "lm_head"), saves=False)
+    batch = padded(rows(LENGTHS), model.base_model.model.config.pad_token_id)
+    with torch.no_grad():
+        truth = copy.deepcopy(model).double()(**batch).logits
+    rk.patch(model)
+    kept = batch["attention_mask"].bool()
+    assert (model(**batch).logits - truth)[kept].abs().max() < 1e-4
 
 
 def merged(model):
@@ -150,6 +182,14 @@ def training(model):
     first(model).lora_dropout["default"].train()
 
 
+def hooked(model):
+    first(model).lora_A["default"].register_forward_hook(lambda *_: None)
+
+
+def own_forward(model):
+    first(model).base_layer.forward = torch.sin
+
+
 def both(model):
     model.merge_adapter()
     model.disable()
@@ -167,6 +207,8 @@ REFUSED = {
     quantised: rf"its base_layer is a [\w.]+Linear4bit; {MERGE}",
     odd: rf"adapter 'default' holds a [\w.]+Other; {MERGE}",
     training: r"the dropout of adapter 'default' is set to train; call model\.eval\(\)",
+    hooked: "has forward hooks|has hooks or a forward of its own",
+    own_forward: "has a forward of its own|has hooks or a forward of its own",
     both: r"its adapters are disabled and merged, .* call unmerge_adapter\(\) first",
 }
 
@@ -180,7 +222,7 @@ def test_what_is_no_plain_lora_is_refused(change, moment):
         with pytest.raises(rk.PatchError, match=REFUSED[change]) as error:
             rk.patch(model)
         assert str(error.value).startswith("patch: PEFT PeftModelForSequenceClassification, base_model.model: BertFor")
-        assert not any("forward" in vars(m) for m in model.modules())
+        assert not any(isinstance(vars(m).get("forward"), Forward) for m in model.modules())
     else:
         rk.patch(model)
         change(model)
@@ -232,19 +274,19 @@ def test_other_adapters_are_refused_by_their_whole_name():
 # ---- the tests can fail -----------------------------------------------------------------------------------------------------
 
 
-def without_scaling(m, x, act=None, out_dtype=None):
+def without_scaling(m, x, act=None, out_dtype=None, residual=None):
     kept, m.scaling = m.scaling, dict.fromkeys(m.scaling, 1.0)
     try:
-        return HONEST(m, x, act, out_dtype)
+        return HONEST(m, x, act, out_dtype, residual)
     finally:
         m.scaling = kept
 
 
-def base_alone(m, x, act=None, out_dtype=None):
+def base_alone(m, x, act=None, out_dtype=None, residual=None):
     return rk.linear(x, m.weight, m.bias, activation=act, out_dtype=out_dtype)
 
 
-def added_to_the_rounded(m, x, act=None, out_dtype=None):
+def added_to_the_rounded(m, x, act=None, out_dtype=None, residual=None):
     """As stock's own: the base's product is rounded before the adapters are added."""
     y = rk.linear(x, m.weight, m.bias)
     for name in m.active_adapters:

@@ -20,11 +20,12 @@ from test_compile import CASES, arguments, outputs
 from torch import Tensor, nn
 
 import cases
+import lora
 import rerank_kernels as rk
 import systems
 from cases import Case, numbers
 from invariants import all_same, same
-from models import padded, rows, tiny
+from models import decoder, padded, rows, tiny
 from rerank_kernels.backend import modes
 from rerank_kernels.models import bert, bound, packing
 from rerank_kernels.models.bound import PatchError
@@ -221,6 +222,75 @@ def test_in_a_process_that_has_imported_the_package(tmp_path: Path, kind: str, i
     fresh = FRESH.format(imports=imports)
     done = subprocess.run([sys.executable, "-c", fresh, kind, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "the same\n"), done.stderr
+
+
+def test_adapters() -> None:
+    """Those that are active while it is traced; and their sum is an op, which no compiler can fuse."""
+    model = lora.adapted(tiny("bert"), ("query", "value"), saves=True)
+    rk.patch(model)
+    inner = model.base_model.model
+    traced = jit(inner, batches(0)[0])
+    gives_the_models_bits(inner, traced, 0)
+    assert str(traced.inlined_graph).count("rerank_kernels_compiled::added") == 4 and "aten::mul(" not in str(
+        traced.inlined_graph
+    )
+
+
+# ---- decoders ---------------------------------------------------------------------------------------------------------------
+
+
+def patched_decoder(kind: str, cls: str, **changes: Any) -> Any:
+    model = decoder(kind, cls=cls, use_cache=False, **changes)
+    rk.patch(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "cls"),
+    [
+        ("llama", "ForSequenceClassification"),
+        ("mistral", "Model"),
+        ("qwen3", "ForCausalLM"),
+        ("gemma", "ForSequenceClassification"),
+    ],
+)
+def test_decoders(kind: str, cls: str) -> None:
+    model = patched_decoder(kind, cls)
+    traced = jit(model, batches(0)[0])
+    gives_the_models_bits(model, traced, 0)
+    if kind == "llama":
+        gives_the_models_bits(model, saved(traced), 0)
+        gives_the_models_bits(model, saved(exported(model, batches(0)[2])), 0)
+
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [1.5] * 8, "factor": 8.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
+def test_angles_that_depend_on_the_length() -> None:
+    """A short row is traced; a longer one beside it has angles of its own."""
+    model = patched_decoder("llama", "ForSequenceClassification", rope_parameters=LONGROPE)
+    first, *_ = batches(0)
+    for f in (jit(model, first), exported(model, batches(0)[2]).module()):
+        for lengths in ((9, 5), (40, 9, 17), (16,)):
+            batch = padded(rows(lengths, 5), 0)
+            same(tensors(f(**batch))[0], model(**batch).logits, f"lengths {lengths}")
+        with pytest.raises(Exception, match="input_ids must be at most 256 tokens"):
+            f(**padded(rows((257, 3)), 0))
+
+
+def test_a_cache_is_refused() -> None:
+    model = decoder("llama", cls="ForCausalLM")
+    rk.patch(model)
+    refused = r"^LlamaForCausalLM\.forward: a cache cannot be traced or exported; pass use_cache=False, or set model\.config"
+    with pytest.raises(PatchError, match=refused):
+        jit(model, batches(0)[0])
+    with pytest.raises(Exception, match=refused.removeprefix("^")):
+        exported(model, batches(0)[2])
+    model.config.use_cache = False
+    gives_the_models_bits(model, jit(model, batches(0)[0]), 0)
 
 
 # ---- leaves and ops ---------------------------------------------------------------------------------------------------------

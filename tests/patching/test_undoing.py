@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import pickle
+import signal
 import threading
 from collections.abc import Callable
 from types import MethodType
@@ -456,6 +458,39 @@ def tiny_encoder() -> Any:
     return systems.model().roberta
 
 
+def test_a_forked_child_finds_no_lock_closed() -> None:
+    a_forked_child_goes_on(30)
+
+
+def a_forked_child_goes_on(seconds: int) -> None:
+    """A server forks its workers while another thread of it patches, or loads."""
+    ranker = RANKERS["model"](systems.model)
+    rk.patch(ranker)
+    method = vars(ranker)["warm_up"]
+    closed, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with bound.CHANGING, method.lock:
+            closed.set()
+            done.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert closed.wait(20)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(seconds)  # a closed lock would be waited for for ever
+        with bound.CHANGING, method.lock:
+            os._exit(0)
+    try:
+        assert os.waitpid(child, 0)[1] == 0, "it waits"
+    finally:
+        done.set()
+        holder.join()
+    with bound.CHANGING, copy.deepcopy(method).lock, method.lock:
+        pass
+
+
 # ---- controls ---------------------------------------------------------------------------------------------------------------
 
 
@@ -513,3 +548,9 @@ def test_a_method_that_does_not_know_that_it_is_undone_is_seen(monkeypatch: pyte
     monkeypatch.setattr(bound.Method, "__call__", lambda self, *args, **kwargs: self.function(self, *args, **kwargs))
     with pytest.raises((AssertionError, rk.PatchError)):
         test_a_method_that_was_wrapped_is_undone(systems.CrossEncoder3)
+
+
+def test_a_lock_that_a_fork_leaves_closed_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bound, "CHANGING", threading.RLock())
+    with pytest.raises(AssertionError, match="it waits"):
+        a_forked_child_goes_on(1)

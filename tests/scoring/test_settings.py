@@ -92,6 +92,7 @@ def folders(plain: Path, to: Path) -> Iterator[tuple[str, Path]]:
         "lasttoken",
         "weightedmean",
         {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": False},
+        {"pooling_mode_weightedmean_tokens": True, "pooling_mode_mean_tokens": False},
     )
     limits: tuple[dict[str, Any], ...] = ({}, {"max_seq_length": 12}, {"max_seq_length": None}, {"max_seq_length": 100})
     prompts: tuple[dict[str, Any], ...] = (
@@ -232,7 +233,7 @@ def test_a_decoder_without_modules_gives_its_last_token(tmp_path) -> None:
     for cls, want in (("ForCausalLM", "lasttoken"), ("Model", "mean")):
         models.decoder("qwen3", cls=cls, vocab_size=len(own), pad_token_id=own.pad_token_id).save_pretrained(tmp_path / cls)
         own.save_pretrained(tmp_path / cls)
-        ours = rk.Reranker(tmp_path / cls)
+        ours = rk.Reranker(tmp_path / cls, kind="embedding")
         assert ours.pooling == want
         st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
         theirs = st.SentenceTransformer(str(tmp_path / cls), device="cpu").encode(TEXTS, normalize_embeddings=True)

@@ -204,7 +204,7 @@ __global__ void activate_all(int kind, const Ref x, const Ref up, const Out y, i
         load_eight(x, v);
         v[0] = activate_four(kind, v[0]);
         v[1] = activate_four(kind, v[1]);
-        if (up.data) {
+        if (up.given) {
             load_eight(up, u);
             for (int e = 0; e < 8; ++e) v[e / 4].v[e % 4] = v[e / 4].v[e % 4] * u[e / 4].v[e % 4];
         }

@@ -51,7 +51,7 @@ template <class T, int WARPS, int N, bool RMS>
 __device__ __forceinline__ void norm_row(const NormArgs& a, Rms rms, int64_t at, float* row, float* slots) {
     const int D = int(a.D);
     const T* x = static_cast<const T*>(a.x.data) + at;
-    if (!a.residual.data) stage_sum<T, NoResidual, WARPS, N>(x, nullptr, D, row);
+    if (!a.residual.given) stage_sum<T, NoResidual, WARPS, N>(x, nullptr, D, row);
     else if (a.residual.dtype == Dtype::F32)
         stage_sum<T, float, WARPS, N>(x, static_cast<const float*>(a.residual.data) + at, D, row);
     else if (a.residual.dtype == Dtype::F16)
@@ -75,7 +75,7 @@ __device__ __forceinline__ void norm_row(const NormArgs& a, Rms rms, int64_t at,
         if constexpr (RMS) {
 #pragma unroll
             for (int j = 0; j < N; ++j) v[j] = rms.normed<T>(v[j] * rstd) * rms.weight(w[j]);
-        } else if (a.bias.data) {
+        } else if (a.bias.given) {
             float b[N];
             load_group_as<N>(a.bias, g * N, b);
 #pragma unroll
@@ -117,7 +117,7 @@ __device__ __forceinline__ void norm_long(const NormArgs& a, Rms rms) {
     const int64_t at = int64_t(blockIdx.x) * a.D;
     const auto s = [&](int64_t i) {
         const float x = load_as(a.x, at + i);
-        return a.residual.data ? x + load_as(a.residual, at + i) : x;
+        return a.residual.given ? x + load_as(a.residual, at + i) : x;
     };
     const float count = float(a.D);
     const float mean =
@@ -135,7 +135,7 @@ __device__ __forceinline__ void norm_long(const NormArgs& a, Rms rms) {
                                                 : normed;
             w = rms.weight(w);
         }
-        store_as(a.x.dtype, a.y, at + i, !RMS && a.bias.data ? fmadd(normed, w, load_as(a.bias, i)) : normed * w);
+        store_as(a.x.dtype, a.y, at + i, !RMS && a.bias.given ? fmadd(normed, w, load_as(a.bias, i)) : normed * w);
     }
 }
 __global__ void __launch_bounds__(32 * TEAM_WARPS) layer_norm_long_kernel(const NormArgs a) { norm_long<false>(a, {}); }

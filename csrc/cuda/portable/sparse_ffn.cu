@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(AXPY_THREADS)
         if (up_sums) {
             float up = 0.0f;
             for (int64_t k = 0; k < k_chunks; ++k) up = up + up_sums[((m * k_chunks + k) * chunks + c) * CHUNK + i];
-            if (up_bias.data) up = up + load_as(up_bias, neuron[i]);
+            if (up_bias.given) up = up + load_as(up_bias, neuron[i]);
             value = value * up;
         }
         h[i] = value;
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(FINISH_THREADS)
     float y = 0.0f;
 #pragma unroll 8
     for (int64_t c = 0; c < chunks; ++c) y = y + sums[(m * chunks + c) * a.D + d];
-    if (a.down_bias.data) y = y + load_as(a.down_bias, d);
+    if (a.down_bias.given) y = y + load_as(a.down_bias, d);
     store_as(a.out, i, y);
 }
 
@@ -180,7 +180,7 @@ struct Workspace {
         neuron = after(count, a.M * chunks);
         value = after(neuron, neurons);
         up = after(value, neurons);
-        sums = after(up, a.up.data ? k_chunks * neurons : 0);
+        sums = after(up, a.up.given ? k_chunks * neurons : 0);
         const int64_t end = after(sums, a.M * chunks * a.D);
         const int64_t linear_end = linear + (tensor ? 0 : linear_workspace(first_args(a, nullptr), 1));
         size = end > linear_end ? end : linear_end;
@@ -209,14 +209,14 @@ static void launch_axpy(const SparseFfnArgs& a, const Workspace& w, const Active
 
 void sparse_ffn(const SparseFfnArgs& a, bool tensor, float* workspace, Stream stream) {
     const Workspace w(a, tensor);
-    float *const first = workspace, *const sums = workspace + w.sums, *const up = a.up.data ? workspace + w.up : nullptr;
+    float *const first = workspace, *const sums = workspace + w.sums, *const up = a.up.given ? workspace + w.up : nullptr;
     if (tensor) linear_tensor("sparse_ffn", first_args(a, first), 1, stream);
     else linear("sparse_ffn", first_args(a, first), 1, workspace + w.linear, stream);
     const Active active{reinterpret_cast<int*>(workspace + w.count), reinterpret_cast<int*>(workspace + w.neuron),
                         workspace + w.value};
     launch("sparse_ffn", active_kernel, checked_blocks("sparse_ffn", a.M * w.chunks), CHUNK, 0, stream, first, a.F, w.chunks,
            active);
-    if (a.up.data) {
+    if (a.up.given) {
         const bool x_half = a.x.dtype != Dtype::F32, up_half = a.up.dtype != Dtype::F32;
         const auto up_launcher = x_half    ? up_half ? launch_up<true, true> : launch_up<true, false>
                                  : up_half ? launch_up<false, true>

@@ -1,5 +1,6 @@
 // attention.cpp: packed attention on CUDA tensors.
 
+#include "../../attention.h"
 #include "launch.h"
 
 namespace rk {
@@ -8,35 +9,21 @@ template <auto launcher>
 static Tensor attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
                              const std::optional<Tensor>& cu_seqlens_k, int64_t left, int64_t right, double scale) {
     const OpCall call(q);
-    const int64_t total = q.size(0), H = q.size(1), D = q.size(2);
-    RK_CHECK(v.size(0) == k.size(0) && (cu_seqlens_k || k.size(0) == total), "attention",
-             "k and v must have as many tokens as each other, and without cu_seqlens_k as many as q");
-    RK_CHECK(!cu_seqlens_k || cu_seqlens_k->size(0) == cu_seqlens.size(0), "attention",
-             "cu_seqlens_k must have as many sequences as cu_seqlens");
-    Tensor out = call.empty({total, H, D}, q.scalar_type());
-    const int32_t* cu = offsets(call, cu_seqlens, "attention");
-    const PackedArgs packed{.cu_seqlens = cu,
-                            .cu_seqlens_k = cu_seqlens_k ? offsets(call, *cu_seqlens_k, "attention") : cu,
-                            .B = cu_seqlens.size(0) - 1,
-                            .total = total,
-                            .total_k = k.size(0)};
-    const AttentionArgs args{.q = call.read(q),
-                             .k = call.read(k),
-                             .v = call.read(v),
-                             .q_token = q.stride(0),
-                             .q_head = q.stride(1),
-                             .k_token = k.stride(0),
-                             .k_head = k.stride(1),
-                             .v_token = v.stride(0),
-                             .v_head = v.stride(1),
-                             .dtype = dtype_of(q, "attention", "q"),
-                             .out = call.write(out),
-                             .H = H,
-                             .H_kv = k.size(1),
-                             .D = D,
-                             .left = left,
-                             .right = right,
-                             .scale = float(scale)};
+    const CallArguments in(call, "attention", q);
+    const CheckedAttention given = checked_attention(in, q, k, v, left, right, scale);
+    const View offsets = in.offsets("cu_seqlens", cu_seqlens);
+    const View own = cu_seqlens_k ? in.offsets("cu_seqlens_k", *cu_seqlens_k) : offsets;
+    RK_CHECK(own.numel == offsets.numel, "attention", "cu_seqlens_k must have as many sequences as cu_seqlens");
+    RK_CHECK(cu_seqlens_k || given.total_k == given.total, "attention",
+             "k and v must have as many tokens as q, or offsets of their own");
+    AttentionArgs args = given.args;
+    Tensor out = call.empty({given.total, args.H, args.D}, given.dtype);
+    args.out = call.write(out);
+    const PackedArgs packed{.cu_seqlens = offsets.as<int32_t>(),
+                            .cu_seqlens_k = own.as<int32_t>(),
+                            .B = offsets.numel - 1,
+                            .total = given.total,
+                            .total_k = given.total_k};
     launcher(args, packed, call.stream());
     return out;
 }

@@ -5,8 +5,8 @@
 
 namespace rk {
 
-// y [M, N] = act(x [M, K] weight [N, K]^T + bias) + residual
-void run_linear(const OpCall& call, const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                int64_t activation, const std::optional<Tensor>& residual, const Tensor& y);
+// [M, N] = act(x [M, K] weight [N, K]^T + bias) + residual
+Tensor run_linear(const CallArguments& in, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                  int64_t activation, const std::optional<Tensor>& residual, ScalarType out_dtype);
 
 }  // namespace rk

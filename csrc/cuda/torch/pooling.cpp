@@ -13,25 +13,25 @@ void score(const float* logit, int64_t n, float* score, float* complement, Strea
 
 static Tensor pool_cuda(const Tensor& x, const Tensor& cu_seqlens, bool mean, ScalarType out_dtype) {
     const OpCall call(x);
-    const int64_t B = cu_seqlens.size(0) - 1, D = x.size(1);
+    const CallArguments in(call, "pool", x);
+    const View rows = in.floats("x", x, {{"total"}, {"D"}}), cu = in.offsets("cu_seqlens", cu_seqlens);
+    const int64_t B = cu.numel - 1, total = rows.size[0], D = rows.size[1];
     Tensor y = call.empty({B, D}, out_dtype);
-    pool(call.read(x), dtype_of(x, "pool", "x"), offsets(call, cu_seqlens, "pool"), B, x.size(0), D, mean, call.write(y),
-         dtype_of(out_dtype, "pool", "out_dtype"), call.stream());
+    const Out to = out(call, y, "pool");
+    pool(rows.data, rows.dtype, cu.as<int32_t>(), B, total, D, mean, to.data, to.dtype, call.stream());
     return y;
 }
 
 static std::tuple<Tensor, Tensor, Tensor> score_head_cuda(const Tensor& pooled, const std::optional<Tensor>& dense,
                                                           const std::optional<Tensor>& dense_bias, int64_t activation,
-                                                          const Tensor& out, const std::optional<Tensor>& out_bias) {
+                                                          const Tensor& last, const std::optional<Tensor>& last_bias) {
     const OpCall call(pooled);
-    const int64_t B = pooled.size(0), L = out.size(0);
+    const CallArguments in(call, "score_head", pooled);
+    RK_CHECK(dense || !dense_bias, "score_head", "dense_bias must be left out without dense_weight");
     Tensor hidden = pooled;
-    if (dense) {
-        hidden = call.empty({B, dense->size(0)}, ScalarType::Float);
-        run_linear(call, "score_head", pooled, *dense, dense_bias, activation, std::nullopt, hidden);
-    }
-    Tensor logit = call.empty({B, L}, ScalarType::Float);
-    run_linear(call, "score_head", hidden, out, out_bias, 0, std::nullopt, logit);
+    if (dense) hidden = run_linear(in, pooled, *dense, dense_bias, activation, std::nullopt, ScalarType::Float);
+    Tensor logit = run_linear(in, hidden, last, last_bias, 0, std::nullopt, ScalarType::Float);
+    const int64_t B = logit.size(0), L = logit.size(1);
     Tensor probability = call.empty({B, L}, ScalarType::Float), complement = call.empty({B, L}, ScalarType::Float);
     score(static_cast<const float*>(call.read(logit)), B * L, static_cast<float*>(call.write(probability)),
           static_cast<float*>(call.write(complement)), call.stream());

@@ -1,5 +1,6 @@
 // rotary.cpp: rotary position embedding of CUDA tensors.
 
+#include "../../rotary.h"
 #include "launch.h"
 
 namespace rk {
@@ -8,21 +9,11 @@ void rotary(const RotaryArgs& args, int64_t tokens, Stream stream);  // portable
 
 static Tensor rotary_cuda(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved) {
     const OpCall call(x);
-    const int64_t tokens = x.size(0), H = x.size(1), D = x.size(2), P = cos.size(1);
-    RK_CHECK(cos.size(0) == tokens && sin.size(0) == tokens && sin.size(1) == P && 2 * P <= D, "rotary",
-             "cos and sin must have a row per token of x, and 2 P <= D");
-    Tensor y = call.empty({tokens, H, D}, x.scalar_type());
-    const RotaryArgs args{.x = ref(call, x, "rotary", "x"),
-                          .x_token = x.stride(0),
-                          .x_head = x.stride(1),
-                          .cos = ref(call, cos, "rotary", "cos"),
-                          .sin = ref(call, sin, "rotary", "sin"),
-                          .y = call.write(y),
-                          .H = H,
-                          .D = D,
-                          .P = P,
-                          .interleaved = interleaved};
-    rotary(args, tokens, call.stream());
+    const CheckedRotary given = checked_rotary(CallArguments(call, "rotary", x), x, cos, sin, interleaved);
+    RotaryArgs args = given.args;
+    Tensor y = call.empty({given.tokens, args.H, args.D}, given.dtype);
+    args.y = call.write(y);
+    if (!given.empty) rotary(args, given.tokens, call.stream());
     return y;
 }
 

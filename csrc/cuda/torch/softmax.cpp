@@ -10,15 +10,17 @@ void row_sum(const void* x, Dtype dtype, void* y, int64_t rows, int64_t D, bool 
 
 static Tensor softmax_cuda(const Tensor& x) {
     const OpCall call(x);
-    Tensor y = call.empty({x.size(0), x.size(1)}, x.scalar_type());
-    softmax(call.read(x), dtype_of(x, "softmax", "x"), call.write(y), x.size(0), x.size(1), call.stream());
+    const View rows = CallArguments(call, "softmax", x).floats("x", x, {{"R"}, {"D"}});
+    Tensor y = like(call, rows);
+    if (rows.numel > 0) softmax(rows.data, rows.dtype, call.write(y), rows.size[0], rows.size[1], call.stream());
     return y;
 }
 
 static Tensor row_sum_cuda(const Tensor& x, bool mean) {
     const OpCall call(x);
-    Tensor y = call.empty({x.size(0)}, x.scalar_type());
-    row_sum(call.read(x), dtype_of(x, "sum", "x"), call.write(y), x.size(0), x.size(1), mean, call.stream());
+    const View rows = CallArguments(call, mean ? "mean" : "sum", x).floats("x", x, {{"R"}, {"D"}});
+    Tensor y = call.empty({rows.size[0]}, scalar_type(rows.dtype));
+    row_sum(rows.data, rows.dtype, call.write(y), rows.size[0], rows.size[1], mean, call.stream());
     return y;
 }
 

@@ -13,24 +13,24 @@ static Tensor sparse_ffn_in(bool tensor, const Tensor& x, const Tensor& first, c
                             const std::optional<Tensor>& up, const std::optional<Tensor>& up_bias, const Tensor& down_rows,
                             const std::optional<Tensor>& down_bias) {
     const OpCall call(x);
-    const int64_t M = x.size(0), K = x.size(1), F = down_rows.size(0), D = down_rows.size(1);
-    RK_CHECK(K > 0 && F > 0 && D > 0, "sparse_ffn", "K, F and D must be > 0");
-    RK_CHECK(first.is_contiguous() && first.size(0) == F && first.size(1) == K, "sparse_ffn",
-             "the first weight must be [F, K] and contiguous");
-    RK_CHECK(!up || (up->is_contiguous() && up->size(0) == F && up->size(1) == K), "sparse_ffn",
-             "up_weight must be [F, K] and contiguous");
-    RK_CHECK(down_rows.is_contiguous(), "sparse_ffn", "the rows of down must be contiguous");
-    RK_CHECK(!tensor || (dtype_of(x, "sparse_ffn", "x") != Dtype::F32 && x.scalar_type() == first.scalar_type()), "sparse_ffn",
+    const CallArguments in(call, "sparse_ffn", x);
+    const View tokens = in.floats("x", x, {{"M"}, {"K"}});
+    const View down = in.floats("down_rows", down_rows, {{"F"}, {"D"}});
+    const int64_t M = tokens.size[0], K = tokens.size[1], F = down.size[0], D = down.size[1];
+    RK_CHECK(K > 0 && F > 0 && D > 0 && F <= INT32_MAX, "sparse_ffn", "K, F and D must be > 0, and F at most 2^31 - 1");
+    const View first_rows = in.floats("first_weight", first, {{"F", F}, {"K", K}});
+    RK_CHECK(!tensor || (tokens.dtype != Dtype::F32 && tokens.dtype == first_rows.dtype), "sparse_ffn",
              "mode 'tensor' takes x and the first weight in half precision, both of one dtype");
-    Tensor y = call.empty({M, D}, x.scalar_type());
-    const SparseFfnArgs args{.x = ref(call, x, "sparse_ffn", "x"),
-                             .first = ref(call, first, "sparse_ffn", "weight"),
-                             .first_bias = ref(call, first_bias, "sparse_ffn", "bias"),
-                             .up = ref(call, up, "sparse_ffn", "up_weight"),
-                             .up_bias = ref(call, up_bias, "sparse_ffn", "up_bias"),
-                             .down = ref(call, down_rows, "sparse_ffn", "down_weight"),
-                             .down_bias = ref(call, down_bias, "sparse_ffn", "down_bias"),
-                             .out = out(call, y, "sparse_ffn", "x"),
+    RK_CHECK(up || !up_bias, "sparse_ffn", "up_bias must be left out without up_weight");
+    Tensor y = call.empty({M, D}, scalar_type(tokens.dtype));
+    const SparseFfnArgs args{.x = tokens.ref(),
+                             .first = first_rows.ref(),
+                             .first_bias = in.floats("first_bias", first_bias, {{"F", F}}).ref(),
+                             .up = in.floats("up_weight", up, {{"F", F}, {"K", K}}).ref(),
+                             .up_bias = in.floats("up_bias", up_bias, {{"F", F}}).ref(),
+                             .down = down.ref(),
+                             .down_bias = in.floats("down_bias", down_bias, {{"D", D}}).ref(),
+                             .out = out(call, y, "sparse_ffn"),
                              .M = M,
                              .K = K,
                              .F = F,

@@ -1,8 +1,8 @@
-"""attention: softmax(q · kᵀ * scale) · v over the sequences of cu_seqlens, whose keys may have offsets of their own;
+"""attention: softmax(q · kᵀ * scale) · v over the sequences of cu_seqlens, whose keys may have offsets of their own.
 q [total, H, D], k and v [total_k, H_kv, D].
 
-Each sequence is cut out, copied to fresh aligned memory and computed alone: both matrix products have the shape of its own
-length, so what stands beside it, and where, is in no expression. Exact maximum, exp, `row_sum` over its keys from its own first
+Each sequence is cut out, copied to fresh aligned memory and computed alone. Both matrix products have the shape of its own
+length. So what stands beside it, and where, is in no expression. Exact maximum, exp, `row_sum` over its keys from its own first
 key, division of the weighted values at the end.
 """
 

@@ -1,6 +1,6 @@
 """linear: y = act(x · weightᵀ + bias) + residual for rows [M, K]; bmm, entry by entry the same; and the activations alone.
 
-The BLAS behind F.linear picks its kernel, and with it the order of the sum over K, by M, by narrow N and by alignment: a row
+The BLAS behind F.linear picks its kernel, and with it the order of the sum over K, by M, by narrow N and by alignment. A row
 gets other bits at other batch sizes, and with N = 7 even at another place in the same batch. So it is only ever asked for one
 shape: TILE rows, zero-padded, times a weight of a multiple of TILE rows, both on 64-byte boundaries. Then a row's bits depend
 on K and N, which belong to the layer. Bias, activation and residual follow as single float32 steps, one rounding at the store.

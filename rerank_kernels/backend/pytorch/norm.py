@@ -1,5 +1,5 @@
-"""layer_norm: y = c * (1 / sqrt(mean(c²) + eps)) * weight + bias with c = s - mean(s), s = x + residual, for rows [R, D];
-rms_norm: y = (s * (1 / sqrt(mean(s²) + eps))) * weight; normalize: y = x / max(sqrt(row_sum(x * x)), eps).
+"""layer_norm: y = c * (1 / sqrt(mean(c²) + eps)) * weight + bias with c = s - mean(s), s = x + residual, for rows [R, D].
+rms_norm: y = (s * (1 / sqrt(mean(s²) + eps))) * weight. normalize: y = x / max(sqrt(row_sum(x * x)), eps).
 
 Means by `row_sum` and IEEE division; every other step is one element-wise IEEE operation on the row's own numbers. (layer_norm
 and rms_norm have not the bits of backend cpu, which squares into its lanes by fma: PyTorch has no element-wise fma.

@@ -4,8 +4,8 @@ For each query row: s_j = dot(q, k_j) * scale; max exact; e_j = exp(s_j - max); 
 out = dot(e, v) / l over keys, in chunks of 64. j counts from the sequence's own first key (NUMERICS.md, "attention"). Query i
 stands at place T_k - T_q + i of its keys, and `place` is that here; a row that sees no key gives 0.
 
-A block has ROWS queries of one head and goes over the keys twice, 32 at a step, which are the 32 lanes of l: first for the
-maximum, then for l and out; scores are made twice and stored nowhere. Offsets are read on the device only.
+A block has ROWS queries of one head and goes over the keys twice, 32 at a step, which are the 32 lanes of l. First it finds the
+maximum, then l and out. Scores are made twice and stored nowhere. Offsets are read on the device only.
 
 Mode tensor ("Mode tensor" there) goes over the keys once, in tiles of 64 from the sequence's first key, ascending, with a
 running maximum m. For a tile: s_j = dot_tensor(q, k_j) * scale, -inf where hidden; m' = max(m, max s_j); p_j = exp(s_j - m');

@@ -1,19 +1,19 @@
-"""linear: y = act(x · weightᵀ + bias) + residual for rows [M, K] and a weight [N, K]; bmm, the product alone for B pairs of
-matrices; and the activations alone.
+"""linear: y = act(x · weightᵀ + bias) + residual for rows [M, K] and a weight [N, K]. Besides, bmm: the product
+alone for B pairs of matrices; and the activations alone.
 
 Order as NUMERICS.md, "linear": chunks of 512, inside a chunk one fma chain, k ascending. tl.dot in float32 with
 input_precision="ieee" and an accumulator is that chain, fma(a[k], b[k], acc) with k ascending, on every architecture:
 test_triton.py holds it on the PTX. What lies beyond K is zero on both sides. Tiles are chosen by M and N, and are in no
 expression.
 
-K has a type, so that K = 1 is not compiled as a constant: then no loop is left, and Triton makes dot(a, b, 0) + total one dot
-that starts from total, which is another expression.
+K has a type, so that K = 1 is not compiled as a constant. Then no loop would be left, and Triton would make one
+dot of dot(a, b, 0) + total that starts from total. That is another expression.
 
 Mode tensor ("Mode tensor" there) is one chain of matrix instructions over all of K, 16 k each, ascending, in one float32
-accumulator. A step of the loop is STEP k's in every tile, so a last step that K does not fill ends in up to three instructions
-of nothing but zeros: they leave the accumulator as it is (at most a -0 becomes +0), and every tile has the same ones. On
-Hopper the instruction is wgmma and wants 64 rows for four warps; a smaller tile would get mma.sync, whose sums are others, so
-the tiles there have 64 rows at least. Which tile a call gets depends on M, N and the architecture.
+accumulator. A step of the loop is STEP k's in every tile. So a last step that K does not fill ends in up to three instructions
+of nothing but zeros. They leave the accumulator as it is (at most a -0 becomes +0), and every tile has the same ones. On
+Hopper the instruction is wgmma and wants 64 rows for four warps. A smaller tile would get mma.sync, whose sums are others: the
+tiles there have 64 rows at least. Which tile a call gets depends on M, N and the architecture.
 """
 
 from __future__ import annotations

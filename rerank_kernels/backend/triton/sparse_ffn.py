@@ -6,8 +6,8 @@
 4. down: per row and chunk of 512 neurons one fma chain per column over the active neurons, ascending.
 5. The chunks' sums, added in ascending order from +0; the bias; one rounding.
 
-Leaving out a zero term leaves every bit (NUMERICS.md, "sparse_ffn"). Nothing waits for the device: every launch has the grid of
-a row with all neurons active, and blocks that find no neuron end at once.
+Leaving out a zero term leaves every bit (NUMERICS.md, "sparse_ffn"). Nothing waits for the device. Every launch has the grid of
+a row with all neurons active; blocks that find no neuron end at once.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def sparse_ffn(x: Tensor, w: FfnWeights) -> Tensor:
 
 
 def sparse_ffn_tensor(x: Tensor, w: FfnWeights) -> Tensor:
-    """Only what decides which neurons are active is computed on tensor cores, for any number of rows; the rest is as above,
-    where sparse equals dense, so that the number of rows is in no expression here either."""
+    """Only what decides which neurons are active is computed on tensor cores, for any number of rows. The rest is as above,
+    where sparse equals dense. So the number of rows is in no expression here either."""
     return _sparse_ffn(x, linear_tensor(x, *w.first, "relu", None, torch.float32), w)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 import subprocess
@@ -354,6 +355,48 @@ def test_the_four_models_differ_as_said() -> None:
     assert (got[1] == scattered(exact).astype(np.float32).view(np.uint32)).all()
     error = np.abs(got[2].view(np.float32).astype(np.float64) - scattered(exact))
     assert (error <= 2.0**-20 * np.maximum(np.abs(scattered(exact)), 8)).all() and (got[2] != got[1]).any()
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_the_third_model_aligns_and_cuts_off(kind: str) -> None:
+    """Against fractions, with operands of any bits: every exponent, subnormal numbers, zeros, an infinity."""
+    rng = np.random.default_rng(27)
+    least, width, one = (-14, 10, 15 << 10) if kind == "f16" else (-126, 7, 127 << 7)
+
+    def value(v: np.ndarray) -> np.ndarray:
+        return v.view(np.float16).astype(np.float64) if kind == "f16" else (v.astype(np.uint32) << 16).view(np.float32) * 1.0
+
+    def operand(*shape: int) -> np.ndarray:
+        """Half of the exponents near one another, where what is cut off depends on each; a tenth zeros."""
+        v = rng.integers(0, 1 << 16, shape).astype(np.uint16)
+        near = v & (0x8000 | (1 << width) - 1) | one + (rng.integers(0, 4, shape) << width)
+        v = np.where(rng.random(shape) < 0.5, v, near).astype(np.uint16)
+        return np.where(np.isfinite(value(v)) & (rng.random(shape) < 0.9), v, 0).astype(np.uint16)
+
+    x, y = operand(16, 16), operand(16, 8)
+    x[3, 5] = 0x7C00 if kind == "f16" else 0x7F80
+    c = (rng.standard_normal((16, 8)) * 2.0 ** rng.integers(-140, 30, (16, 8))).astype(np.float32)
+    a, b = fragments(x, y, 2)
+    got = mma("m16n8k16", f"f32.{kind}.{kind}.f32", (4, 2, 4), a, b, scattered(c).view(np.uint32), 2).view(np.float32)
+
+    def exponent(v: float, least: int) -> int:
+        return max(math.frexp(v)[1] - 1, least)
+
+    def want(i: int, j: int, bits: int) -> float:
+        terms = [(float(c[i, j]), exponent(float(c[i, j]), -126), Fraction(float(c[i, j])))] if c[i, j] else []
+        for p, q in zip(value(x)[i].tolist(), value(y)[:, j].tolist(), strict=True):
+            if not math.isfinite(p * q):
+                return math.nan  # or an infinity: what an addition of doubles makes of it
+            if p * q:
+                terms.append((p * q, exponent(p, least) + exponent(q, least), Fraction(p) * Fraction(q)))
+        unit = Fraction(2) ** (max((e for _, e, _ in terms), default=0) - bits)
+        return rounded(sum(int(v / unit) for _, _, v in terms) * unit, "rz")
+
+    for bits in (25, 24):
+        wanted = scattered(np.array([[want(i, j, bits) for j in range(8)] for i in range(16)]))
+        finite = np.isfinite(wanted)
+        assert finite.sum() == 120 and not np.isfinite(got[~finite]).any()
+        assert (got[finite] == wanted[finite]).all() == (bits == 25)
 
 
 def _chain(s: np.float32, a: np.ndarray, b: np.ndarray) -> float:

@@ -1,0 +1,124 @@
+"""What the forward of decoder.py reads of each module, role by role: the table that patch() holds a model to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rerank_kernels.models import rope
+from rerank_kernels.models.bert_roles import STOCK_ATTENTION
+from rerank_kernels.models.bound import name_of
+from rerank_kernels.models.leaf_roles import ACTIVATION, LIST, NUMBER, embedding, linear
+from rerank_kernels.models.leaves import ACTIVATIONS
+from rerank_kernels.models.roles import Assumed, Role, Roles, off
+
+# How far a buffer may be from what the config says: the digits of its dtype, for .half() takes buffers along.
+_NEAR = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def _near(value: Any, wanted: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return isinstance(value, float | int) and abs(float(value) - float(wanted)) <= 1e-4 * abs(float(wanted))
+    if value.device.type == "meta" or type(value) is not Tensor:  # a tracer's tensor holds no values
+        return True
+    wanted = torch.as_tensor(wanted, dtype=torch.float32)
+    share = _NEAR.get(value.dtype, 1e-4)
+    return value.shape == wanted.shape and torch.allclose(value.float().cpu(), wanted, rtol=share, atol=1e-7)
+
+
+def _angles(m: Any) -> rope.Frequencies:
+    return rope.frequencies(rope.parameters(m.config))
+
+
+def _said(value: Any, m: Any) -> bool:
+    if rope.problem(m.config) is not None:  # which is said of the whole model
+        return True
+    return _near(value, _angles(m).inv_freq)
+
+
+def _said_now(value: Any, m: Any) -> bool:
+    """Where stock chooses anew for long texts, inv_freq is what the last text left there."""
+    return dict(rope.parameters(m.config))["rope_type"] in ("dynamic", "longrope") or _said(value, m)
+
+
+def _rows(m: Any) -> int:
+    weight = getattr(getattr(m, "base_layer", m), "weight", None)
+    return -1 if weight is None else int(weight.shape[0])
+
+
+ANGLES = (
+    Assumed("inv_freq", "what config says", _said_now),
+    Assumed("original_inv_freq", "what config says", _said),
+    Assumed(
+        "attention_scaling",
+        "what config says",
+        lambda value, m: rope.problem(m.config) is not None or _near(value, _angles(m).scaling),
+    ),
+)
+SELF = (
+    Assumed("head_dim", "an integer > 0", lambda value, _: type(value) is int and value > 0, needed=True),
+    Assumed("scaling", "a number", lambda value, _: isinstance(value, float), needed=True),
+    Assumed("is_causal", "True", lambda value, _: bool(value)),
+    Assumed(
+        "num_key_value_groups",
+        "the rows of q_proj.weight for each row of k_proj.weight",
+        lambda value, m: value * _rows(m.k_proj) == _rows(m.q_proj),
+    ),
+)
+ACT = Assumed("act_fn", "an activation that is served", lambda act, _: name_of(act) in ACTIVATIONS, needed=True)
+SCALE = Assumed("embed_scale", "the root of the model's width", lambda value, m: _near(value, m.weight.shape[1] ** 0.5))
+
+
+def decoder(module: str, prefix: str, eps: str, problem: Callable[[Any], str | None]) -> Roles:
+    """Of the decoder whose classes stand in `module` under `prefix`. Sizes: D, the model's; h, a head; q, k, all heads."""
+
+    def own(*parts: str, **rest: Any) -> Role:
+        return Role(frozenset(f"{module}.{prefix}{part}" for part in parts), **rest)
+
+    def norm(size: str, **rest: Any) -> Role:
+        return own("RMSNorm", assumes=(NUMBER._replace(attribute=eps),), parameters={"weight": (size,)}, **rest)
+
+    words = embedding("V", "D")
+    layer = {
+        "": own("DecoderLayer"),
+        ".input_layernorm": norm("D"),
+        ".self_attn": own("Attention", assumes=SELF, drops="attention_dropout"),
+        ".self_attn.q_proj": linear("q", "D"),
+        ".self_attn.k_proj": linear("k", "D"),
+        ".self_attn.v_proj": linear("k", "D"),
+        ".self_attn.o_proj": linear("D", "q", adapters=False),
+        ".self_attn.q_norm": norm("h", optional=True),
+        ".self_attn.k_norm": norm("h", optional=True),
+        ".post_attention_layernorm": norm("D"),
+        ".mlp": own("MLP", assumes=(ACT,)),
+        ".mlp.gate_proj": linear("f", "D"),
+        ".mlp.up_proj": linear("f", "D"),
+        ".mlp.down_proj": linear("D", "f", adapters=False),
+        ".mlp.act_fn": replace(ACTIVATION, optional=True),  # a function stands in no role: see ACT
+    }
+    return {
+        "": own("Model", assumes=(STOCK_ATTENTION, off("config.use_bidirectional_attention")), ask=problem),
+        "embed_tokens": replace(
+            words, classes=words.classes | {f"{module}.{prefix}TextScaledWordEmbedding"}, assumes=(*words.assumes, SCALE)
+        ),
+        "rotary_emb": own("RotaryEmbedding", assumes=ANGLES),
+        "layers": LIST,
+        **{f"layers.*{path}": role for path, role in layer.items()},
+        "norm": norm("D"),
+    }
+
+
+def around(module: str, name: str, inside: Roles, head: Roles) -> Roles:
+    """Of a class that holds that decoder as `model`, and its head."""
+    whole = replace(inside[""], classes=frozenset({f"{module}.{name}"}))
+    return {"": whole, **{f"model.{path}" if path else "model": role for path, role in inside.items()}, **head}
+
+
+HEADS = {
+    "ForCausalLM": {"lm_head": linear("L", "D", adapters=False)},
+    "ForSequenceClassification": {"score": linear("L", "D", adapters=False)},
+}
