@@ -140,7 +140,9 @@ def pooler_head(module: str, prefix: str) -> Roles:
 
 def electra_head(module: str, prefix: str) -> Roles:
     """RoBERTa's with an activation that it holds."""
-    return {**dense_head(module, prefix), "classifier.activation": ACTIVATION}
+    found = dict(dense_head(module, prefix))
+    found["classifier"] = replace(found["classifier"], assumes=(ACT._replace(attribute="activation"),))
+    return {**found, "classifier.activation": replace(ACTIVATION, optional=True)}  # it may be a function, as above
 
 
 def dense_head(module: str, prefix: str) -> Roles:
