@@ -14,7 +14,7 @@ from rerank_kernels.models.bert_roles import STOCK_ATTENTION
 from rerank_kernels.models.bound import name_of
 from rerank_kernels.models.leaf_roles import ACTIVATION, LIST, NUMBER, embedding, linear
 from rerank_kernels.models.leaves import ACTIVATIONS
-from rerank_kernels.models.roles import Assumed, Role, Roles, off
+from rerank_kernels.models.roles import PEFT, Assumed, Role, Roles, off
 
 # How far a buffer may be from what the config says: the digits of its dtype, for .half() takes buffers along.
 _NEAR = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -95,14 +95,14 @@ def decoder(module: str, prefix: str, eps: str, problem: Callable[[Any], str | N
         ".self_attn.q_proj": linear("q", "D"),
         ".self_attn.k_proj": linear("k", "D"),
         ".self_attn.v_proj": linear("k", "D"),
-        ".self_attn.o_proj": linear("D", "q", adapters=False),
+        ".self_attn.o_proj": linear("D", "q"),
         ".self_attn.q_norm": norm("h", optional=True),
         ".self_attn.k_norm": norm("h", optional=True),
         ".post_attention_layernorm": norm("D"),
         ".mlp": own("MLP", assumes=(ACT,)),
         ".mlp.gate_proj": linear("f", "D"),
         ".mlp.up_proj": linear("f", "D"),
-        ".mlp.down_proj": linear("D", "f", adapters=False),
+        ".mlp.down_proj": linear("D", "f"),
         ".mlp.act_fn": replace(ACTIVATION, optional=True),  # a function stands in no role: see ACT
     }
     return {
@@ -124,6 +124,6 @@ def around(module: str, name: str, inside: Roles, head: Roles) -> Roles:
 
 
 HEADS = {
-    "ForCausalLM": {"lm_head": linear("L", "D", adapters=False)},
-    "ForSequenceClassification": {"score": linear("L", "D", adapters=False)},
+    "ForCausalLM": {"lm_head": linear("L", "D", adapters=PEFT)},
+    "ForSequenceClassification": {"score": linear("L", "D", adapters=PEFT)},
 }
