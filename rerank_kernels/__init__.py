@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # for type checkers and editors; _NAMES says the same to Pyth
     from rerank_kernels.patching.patch import patch, unpatch
     from rerank_kernels.patching.report import Report
     from rerank_kernels.scoring.reranker import Ranked, Reranker, Scores
+    from rerank_kernels.scoring.templates import Template
 
 __all__ = [
     "NUMERICS_VERSION",
@@ -44,6 +45,7 @@ __all__ = [
     "Reranker",
     "Scores",
     "Sequences",
+    "Template",
     "backends",
     "forget",
     "patch",
@@ -63,6 +65,7 @@ _NAMES = {
     "patching.patch": ("patch", "unpatch"),
     "patching.report": ("Report",),
     "scoring.reranker": ("Ranked", "Reranker", "Scores"),
+    "scoring.templates": ("Template",),
 }
 _HOME = {name: home for home, names in _NAMES.items() for name in names} | {op: f"ops.{OPS[op]}" for op in OPS}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import common
@@ -16,6 +18,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 
 import rerank_kernels as rk
 
+TESTS = Path(__file__).parent.parent / "tests"
 SIX = int(sentence_transformers.__version__.split(".")[0]) >= 6
 ACTIVATION = "activation_fn" if SIX else "activation_fct"  # of predict and rank
 
@@ -145,3 +148,17 @@ def test_pool_of_embedders() -> None:
     finally:
         model.stop_multi_process_pool(pool)
     assert rows(found) == wanted
+
+
+if SIX:  # whose meaning of a setting is the Reranker's
+
+    def test_settings_of_folders(tmp_path: Path) -> None:
+        """The folders of tests/scoring/test_settings.py, which can compare only where sentence-transformers is installed."""
+        sys.path[:0] = [str(TESTS), str(TESTS / "scoring")]
+        try:
+            import test_settings
+
+            assert test_settings.compare(test_settings.embedder(tmp_path / "plain"), tmp_path / "folders") > 60
+            test_settings.compare_cross_encoders(test_settings.cross_encoder(tmp_path / "cross"), tmp_path / "others")
+        finally:
+            del sys.path[:2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from rerank_kernels.cli import terminal
 from rerank_kernels.cli.errors import InputError, fail_with, say
 
 MORE = " A model that cannot be served keeps it from starting, with exit code 1; else the exit code is Infinity's."
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from rerank_kernels.errors import PatchError
     from rerank_kernels.patching.systems.infinity_server import serve
 
+    terminal.theirs()
     try:
         return serve(arguments, args.mode, args.backend)
     except ImportError as error:  # Infinity, or an extra of it

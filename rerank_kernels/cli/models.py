@@ -27,6 +27,8 @@ def reranker(args: argparse.Namespace) -> Any:
                     dtype=dtype(args.dtype),
                     device=device(args.device),
                     mode=args.mode,
+                    template=args.template,
+                    instruction=args.instruction,
                     trust_remote_code=args.trust_remote_code,
                 )
         except (ValueError, PatchError) as error:

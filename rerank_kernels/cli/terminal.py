@@ -37,6 +37,12 @@ class Printable:
         return getattr(self.stream, name)
 
 
+def theirs() -> None:
+    """stderr as it was, for a program that runs in this process and colours its own lines."""
+    if isinstance(sys.stderr, Printable):
+        sys.stderr = sys.stderr.stream
+
+
 @contextlib.contextmanager
 def printable_stderr() -> Iterator[None]:
     before = sys.stderr

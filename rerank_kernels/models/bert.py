@@ -209,7 +209,7 @@ def served() -> dict[str, Served]:
     found: dict[str, Served] = {}
     for module, a in MODEL_TYPES.items():
         encoder = Served(encoder_forward, roles_of, packed_forward, max_tokens)
-        classifier = Served(classifier_forward, roles_of, packed_forward, max_tokens, _head)
+        classifier = Served(classifier_forward, roles_of, packed_forward, max_tokens, head=_head)
         found |= {f"{module}.{a.prefix}Model": encoder, f"{module}.{a.prefix}ForSequenceClassification": classifier}
     return found
 

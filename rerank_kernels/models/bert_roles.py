@@ -140,9 +140,9 @@ def pooler_head(module: str, prefix: str) -> Roles:
 
 def electra_head(module: str, prefix: str) -> Roles:
     """RoBERTa's with an activation that it holds."""
-    found = dict(dense_head(module, prefix))
-    found["classifier"] = replace(found["classifier"], assumes=(ACT._replace(attribute="activation"),))
-    return {**found, "classifier.activation": replace(ACTIVATION, optional=True)}  # it may be a function, as above
+    roles = dense_head(module, prefix)
+    own = replace(roles["classifier"], assumes=(ACT._replace(attribute="activation"),))
+    return {**roles, "classifier": own, "classifier.activation": replace(ACTIVATION, optional=True)}
 
 
 def dense_head(module: str, prefix: str) -> Roles:

@@ -23,6 +23,7 @@ from rerank_kernels.errors import PatchError
 from rerank_kernels.models import decoder_roles, lora, packing, rope
 from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.caches import Keys, chosen, length, valid
+from rerank_kernels.models.heads import LastTokenHead
 from rerank_kernels.models.leaves import activation_of
 from rerank_kernels.models.packing import as_patched, dense, explained, lookup, ready
 from rerank_kernels.models.roles import Roles
@@ -31,7 +32,6 @@ from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import activation
 from rerank_kernels.ops.norm import rms_norm
 from rerank_kernels.ops.opaque import opaque, traced
-from rerank_kernels.ops.pooling import HeadOutput, score_head, sigmoid
 from rerank_kernels.ops.rotary import rotary
 from rerank_kernels.ops.sequences import Sequences
 from rerank_kernels.ops.sparse_ffn import sparse_ffn
@@ -126,60 +126,6 @@ def packed_forward(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | No
 
 def max_tokens(m: Any) -> int:
     return int(m.config.max_position_embeddings)
-
-
-@dataclass(frozen=True)
-class LastTokenHead:
-    """score(the last token of each sequence): the classifier's module, read at each call."""
-
-    score: nn.Linear
-
-    def __call__(self, x: Tensor, sequences: Sequences) -> HeadOutput:
-        """[total, D] -> float32 [B, L] each: logit, score, complement. A sequence without tokens is a vector of zeros."""
-        last = _last(x, sequences)
-        if lora.is_lora(self.score):
-            logit = lora.product(self.score, last, out_dtype=torch.float32)
-            return HeadOutput(logit, sigmoid(logit), sigmoid(-logit))
-        as_patched(self.score, nn.Linear)
-        return score_head(last, self.score.weight, self.score.bias)
-
-
-@dataclass(frozen=True)
-class AnswerHead:
-    """The log-odds of one word of the vocabulary beside another, at the last token of each sequence.
-
-    The two rows of the language head are subtracted in float32 before the one dot: two logits that are rounded first lose what
-    they have in common, some 0.07 at a logit of 18 in bfloat16.
-    """
-
-    words: nn.Linear  # the language head
-    yes: int
-    no: int | None = None  # None: the logit of `yes` alone
-
-    def __call__(self, x: Tensor, sequences: Sequences) -> HeadOutput:
-        """[total, D] -> float32 [B, 1] each: logit, score, complement."""
-        as_patched(self.words, nn.Linear)
-        row, bias = self.words.weight[self.yes].float(), None
-        if self.words.bias is not None:
-            bias = self.words.bias[self.yes, None].float()
-        if self.no is not None:
-            row = row - self.words.weight[self.no].float()
-            bias = None if bias is None else bias - self.words.bias[self.no].float()
-        return score_head(_last(x, sequences), row[None], bias)
-
-
-def _last(x: Tensor, sequences: Sequences) -> Tensor:
-    """[total, D] -> [B, D]: the last token of each sequence, zeros for one without tokens."""
-    return last_rows(x, sequences.cu_seqlens)
-
-
-@opaque(lambda x, cu_seqlens: x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1]))
-def last_rows(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    cu = cu_seqlens.long()
-    if not x.shape[0]:
-        return x.new_zeros(cu.shape[0] - 1, x.shape[1])
-    rows = x.index_select(0, (cu[1:] - 1).clamp(min=0))
-    return rows.masked_fill((cu[1:] == cu[:-1])[:, None], 0.0)
 
 
 def _head(m: Any) -> LastTokenHead:
@@ -409,9 +355,11 @@ def served() -> dict[str, Served]:
     for module, a in MODEL_TYPES.items():
         found |= {
             f"{module}.{a.prefix}Model": Served(decoder_forward, roles_of, packed_forward, max_tokens),
-            f"{module}.{a.prefix}ForCausalLM": Served(causal_forward, roles_of, packed_forward, max_tokens),
+            f"{module}.{a.prefix}ForCausalLM": Served(
+                causal_forward, roles_of, packed_forward, max_tokens, lambda m: m.lm_head
+            ),
             f"{module}.{a.prefix}ForSequenceClassification": Served(
-                classifier_forward, roles_of, packed_forward, max_tokens, _head
+                classifier_forward, roles_of, packed_forward, max_tokens, head=_head
             ),
         }
     return found

@@ -17,13 +17,11 @@ _DROPOUT = "torch.nn.modules.dropout.Dropout"
 
 
 def _plain_act(act: Any, m: Any) -> bool:
-    """`act` of transformers' GELUActivation, GELUTanh and MishActivation: PyTorch's, or the same written out in the class."""
+    """`act` of transformers' activations: PyTorch's function, or the same written out in the class itself."""
     if getattr(act, "__self__", None) is m:
-        return act.__func__ in [getattr(type(m), f"_{name}_python", None) for name in ("gelu", "gelu_tanh", "mish")]
-    if class_of(m) == "MishActivation":
-        return act is F.mish
-    if class_of(m) == "GELUActivation":
-        return act is F.gelu
+        return act.__func__ in (vars(type(m)).get(f"_{name}_python") for name in ("gelu", "gelu_tanh", "mish"))
+    if class_of(m) in ("GELUActivation", "MishActivation"):
+        return act is (F.gelu if class_of(m) == "GELUActivation" else F.mish)
     return getattr(act, "func", None) is F.gelu and not act.args and act.keywords == {"approximate": "tanh"}
 
 

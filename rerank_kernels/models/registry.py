@@ -16,7 +16,7 @@ from rerank_kernels import check
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import bert, decoder, leaf_roles, leaves, lora, sentence
 from rerank_kernels.models.bound import class_of, forward_of, hooked, name_of
-from rerank_kernels.models.heads import embedding
+from rerank_kernels.models.heads import AnswerHead, embedding
 from rerank_kernels.models.packing import explained, ready, refuse_hooks
 from rerank_kernels.models.roles import PEFT, Problem, overridden, problems, wrong, wrong_weights
 from rerank_kernels.models.served import Served
@@ -70,11 +70,21 @@ def role_problems(m: Any) -> dict[str, Problem]:
 
 def packed_logits(model: nn.Module, ids: Tensor, cu_seqlens: Tensor, token_types: Tensor | None = None) -> HeadOutput:
     """Logits and scores, float32 [B, L], of a patched classifier; ids and token_types [total], no padding."""
-    served = _served(model, True)
+    served = _served(model, "logits")
     with _entered(model):
         assert served.head is not None
         sequences = _sequences(model, ids, cu_seqlens)
         return served.head(model)(served.packed(model, ids, sequences, token_types), sequences)
+
+
+def packed_answers(model: nn.Module, ids: Tensor, cu_seqlens: Tensor, yes: int, no: int | None) -> HeadOutput:
+    """Log-odds and scores, float32 [B, 1], of the word `yes` beside `no` behind each prompt, of a patched *ForCausalLM. Without
+    `no` it is the logit of `yes`."""
+    served = _served(model, "words")
+    with _entered(model):
+        assert served.words is not None
+        sequences = _sequences(model, ids, cu_seqlens)
+        return AnswerHead(served.words(model), yes, no)(served.packed(model, ids, sequences, None), sequences)
 
 
 def packed_embeddings(
@@ -87,7 +97,7 @@ def packed_embeddings(
     normalise: bool = True,
 ) -> Tensor:
     """Embeddings, float32 [B, D], of a patched encoder; heads.embedding says what they are."""
-    served = _served(model, False)
+    served = _served(model, "states")
     with _entered(model):
         sequences = _sequences(model, ids, cu_seqlens)
         return embedding(served.packed(model, ids, sequences, token_types), sequences, pooling, normalise)
@@ -96,7 +106,7 @@ def packed_embeddings(
 def kind(model: nn.Module) -> str | None:
     """What a served model is: a cross-encoder, if it has a head, or an embedding model; None if it is not served."""
     served = ENCODERS.get(name_of(model))
-    return None if served is None else "embedding" if served.head is None else "cross-encoder"
+    return None if served is None else "embedding" if served.gives == "states" else "cross-encoder"
 
 
 def max_tokens(model: nn.Module) -> int:
@@ -116,11 +126,14 @@ def _sequences(model: Any, ids: Tensor, cu_seqlens: Tensor) -> Sequences:
     return Sequences.from_cu_seqlens(cu_seqlens, ids.shape[0], ids.device, op=op)
 
 
-def _served(model: nn.Module, classifies: bool) -> Served:
+CLASSES = {"logits": "*ForSequenceClassification", "words": "*ForCausalLM", "states": "*Model"}
+
+
+def _served(model: nn.Module, gives: str) -> Served:
     served = ENCODERS.get(name_of(model))
-    if forward_of(model) is None or served is None or (served.head is not None) != classifies:
-        kind = "*ForSequenceClassification" if classifies else "*Model"
-        raise PatchError(f"packed entry: model must be a patched {kind}, got {class_of(model)}; call rk.patch(model) first")
+    if forward_of(model) is None or served is None or served.gives != gives:
+        kind, came = CLASSES[gives], class_of(model)
+        raise PatchError(f"packed entry: model must be a patched {kind}, got {came}; call rk.patch(model) first")
     return served
 
 

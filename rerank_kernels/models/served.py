@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rerank_kernels.models.roles import Roles
 from rerank_kernels.ops.pooling import HeadOutput
@@ -21,4 +21,10 @@ class Served:
     roles: Callable[[Any], Roles]  # the module -> what the forward reads of what is below it
     packed: Callable[[Any, Tensor, Sequences, Tensor | None], Tensor]  # (module, ids, sequences, token types) -> [total, D]
     max_tokens: Callable[[Any], int]  # the module -> the longest sequence it takes
-    head: Callable[[Any], Head] | None = None  # the module -> its head; None: an encoder alone
+    words: Callable[[Any], nn.Linear] | None = None  # the module -> its language head; None: it writes no text
+    head: Callable[[Any], Head] | None = None  # the module -> its classification head; None: it has none
+
+    @property
+    def gives(self) -> str:
+        """What a sequence gets: "logits", "words" or "states"."""
+        return "logits" if self.head else "words" if self.words else "states"

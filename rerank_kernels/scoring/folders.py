@@ -27,6 +27,8 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )  # in this order
 SIZES = "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size max_position_embeddings type_vocab_size"
+SIZES += " embedding_size num_key_value_heads head_dim"
+MAY_BE_NULL = ("num_key_value_heads", "head_dim")  # then they follow from the others
 LABELS = 1 << 16
 FOREIGN = ("quantization_config", "transformers_weights", "compression_config")
 ALWAYS_FOUND = ("tokenizer_file", "tokenizer_config_file", "special_tokens_map_file", "added_tokens_file", "chat_template_file")
@@ -34,12 +36,14 @@ ALWAYS_FOUND = ("tokenizer_file", "tokenizer_config_file", "special_tokens_map_f
 
 def load_model(folder: Folder, kind: str, trust: bool = False) -> Any:
     """The model in `folder`, of that kind, not patched. trust: the folder's own code may run."""
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     folder.check()
     raw = folder.json("config.json")
     _config(folder, raw, kind, trust)
-    auto = AutoModelForSequenceClassification if kind == KINDS[0] else AutoModel
+    auto: Any = AutoModelForSequenceClassification if kind == KINDS[0] else AutoModel
+    if kind == KINDS[0] and str(raw.get("architectures")).endswith("ForCausalLM']"):
+        auto = AutoModelForCausalLM
     own = {"local_files_only": True, "trust_remote_code": trust}
     with _named(f"no model could be loaded from {folder.path}"), _no_bar():
         config: Any = AutoConfig.from_pretrained(folder.path, **own)
@@ -113,22 +117,26 @@ def _config(folder: Folder, config: dict[str, Any], kind: str, trust: bool) -> N
         if value is not None and not 0 < count <= LABELS:
             fail(key, f"1 to {LABELS:,} labels")
     for key in SIZES.split():
-        if key in config and not 0 < _whole(config[key]) < 1 << 31:
+        if key in config and not 0 < _whole(config[key]) < 1 << 31 and not (config[key] is None and key in MAY_BE_NULL):
             fail(key, "an integer from 1 on")
     from transformers import AutoConfig
     from transformers.activations import ACT2FN
 
-    act = config.get("hidden_act", "gelu")
-    if not isinstance(act, str) or act not in ACT2FN:
+    act = config.get("hidden_act")
+    if act is not None and (not isinstance(act, str) or act not in ACT2FN):
         fail("hidden_act", "the name of an activation of transformers")
     usual: Any = AutoConfig.for_model(kind_of_model)  # for what it does not say
-    size = {key: int(config.get(key, getattr(usual, key))) for key in SIZES.split()}
-    if size["hidden_size"] % size["num_attention_heads"]:
-        fail("num_attention_heads", f"a divisor of hidden_size {size['hidden_size']}")
-    wide, inner = size["hidden_size"], size["intermediate_size"]
-    inputs = _whole(config.get("embedding_size", wide))
-    wanted = (size["vocab_size"] + size["max_position_embeddings"] + size["type_vocab_size"]) * max(inputs, 1)
-    wanted += size["num_hidden_layers"] * (4 * wide * wide + 2 * wide * inner)
+    size = {key: n for key in SIZES.split() if (n := config.get(key, getattr(usual, key, None))) is not None}
+    wide, heads = size["hidden_size"], size["num_attention_heads"]
+    if "head_dim" not in size and wide % heads:
+        fail("num_attention_heads", f"a divisor of hidden_size {wide}")
+    # at least: words; positions and types where there is a table of them; of a layer two products as wide as the heads, and two
+    # of the feed-forward layer
+    inputs = size["vocab_size"] + (
+        size["max_position_embeddings"] + size["type_vocab_size"] if "type_vocab_size" in size else 0
+    )
+    inner = wide * heads * size.get("head_dim", wide // heads) + wide * size["intermediate_size"]
+    wanted = inputs * size.get("embedding_size", wide) + 2 * size["num_hidden_layers"] * inner
     held = _held(folder)
     if wanted > held:
         said = ", ".join(f"{key} {value:,}" for key, value in size.items())

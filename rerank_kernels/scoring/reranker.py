@@ -28,8 +28,9 @@ from rerank_kernels.models.bound import forward_of, serving
 from rerank_kernels.ops.softmax import sum as row_sum
 from rerank_kernels.patching import walk
 from rerank_kernels.ranking import descending
-from rerank_kernels.scoring import bounding, folders, settings, tokenising
+from rerank_kernels.scoring import bounding, folders, settings, templates, tokenising
 from rerank_kernels.scoring.files import Folder
+from rerank_kernels.scoring.tokenising import Ids
 
 Array = npt.NDArray[np.float32]
 PROGRESS_FROM = 256  # pairs; a shorter list is done before a bar is read
@@ -73,6 +74,10 @@ class Reranker:
     kind: "cross-encoder" or "embedding". Default: what the folder or the model's architecture says. An embedding model pools
     as its sentence-transformers files say (rk.pool names the modes), by the mean if there are none. Every other setting of
     these files is served too, or refused by name (docs/SYSTEMS.md).
+    template: of an LLM reranker, a *ForCausalLM that answers yes or no: a name ("qwen3-reranker", "qwen3-reranker-evaluation",
+    "bge-reranker-v2-gemma") or a Template. Default: that of the model's type. Its logit is the log-odds of the answer. A
+    decoder with a classification head takes one too, if it was trained with one.
+    instruction: in the template's place for one. Default: the template's own.
     trust_remote_code: code that lies in the folder may run, for a model or tokenizer that needs it. Read it first.
 
     Raises ValueError or TypeError for arguments and folders that do not fit, PatchError for a model type that is not served.
@@ -89,6 +94,8 @@ class Reranker:
         kind: str | None = None,
         mode: str | None = None,
         backend: str | None = None,
+        template: str | templates.Template | None = None,
+        instruction: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         check.choice("Reranker", "kind", kind, (None, *settings.KINDS))
@@ -121,7 +128,8 @@ class Reranker:
             came = type(model_or_path).__name__
             raise TypeError(f"Reranker: model_or_path must be a folder or a torch.nn.Module, got {came}")
         labels = getattr(getattr(self.model, "config", None), "num_labels", 1)
-        if self.kind == "cross-encoder" and labels != 1:
+        writes = self.kind == "cross-encoder" and type(self.model).__name__.endswith("ForCausalLM")
+        if self.kind == "cross-encoder" and labels != 1 and not writes:
             check.fail("Reranker", "config.num_labels", "1, one score per pair", labels, "use rk.patch(model) for other heads")
         if dtype is not None or device is not None:
             self.model.to(device=device, dtype=dtype)
@@ -134,6 +142,17 @@ class Reranker:
         self.pooling, self.normalise = self.settings.pooling, self.settings.normalise
         self._rules: bounding.Rules | None = None
         self.max_length = self._length(max_length, self.settings)
+        self.template: templates.Template | None = None
+        if writes or template is not None:
+            if self.kind == "embedding":
+                check.fail(
+                    "Reranker", "template", "unset with an embedding model", repr(template), "its prompts come from the folder"
+                )
+            self.template = templates.chosen(template, str(self.model.config.model_type))
+        if instruction is not None and (self.template is None or not self.template.asks):
+            check.fail("Reranker", "instruction", "unset without a template that holds {instruction}", repr(instruction))
+        self.instruction = instruction if instruction is not None else self.template.instruction if self.template else ""
+        self._answers = self._prompts.answers() if writes else None
 
     def score(self, pairs: Iterable[tuple[str, str]], *, progress: bool | None = None, batch_tokens: int = 16384) -> Scores:
         """The score of each (query, document), in the order given.
@@ -158,6 +177,8 @@ class Reranker:
             return Scores(logit, logit.copy(), np.float32(1.0) - logit)
 
         def run(ids: Tensor, cu: Tensor, types: Tensor | None) -> Tensor:
+            if self._answers is not None:
+                return torch.cat(models.packed_answers(self.model, ids, cu, *self._answers), dim=1)
             return torch.cat(models.packed_logits(self.model, ids, cu, types), dim=1)
 
         return Scores(*self._packed(queries, documents, progress, batch_tokens, run).T.copy())
@@ -211,11 +232,10 @@ class Reranker:
         if (count := _integer(batch_tokens)) is None or count < 1:
             check.fail("score", "batch_tokens", "an integer >= 1", repr(batch_tokens))
         n = len(first)
-        first, second = self._bounded(first, second)
-        ids, types = tokenising.tokenise(self.tokenizer, first, second, self.max_length)
+        ids, types = self._tokenised(first, second)
         config = self.model.config
         tokenising.in_vocabulary(ids, int(config.vocab_size), "ids of the tokenizer", "vocab_size")
-        if types is not None:
+        if types is not None and hasattr(config, "type_vocab_size"):
             tokenising.in_vocabulary(types, int(config.type_vocab_size), "token types of the tokenizer", "type_vocab_size")
         device = self._device
         rows: list[Array | None] = [None] * n
@@ -232,6 +252,19 @@ class Reranker:
                     rows[i] = row
                 advance(len(batch))
         return np.stack([row for row in rows if row is not None])
+
+    def _tokenised(self, first: list[str], second: list[str] | None) -> tuple[list[Ids], list[Ids] | None]:
+        if self.template is None or second is None:
+            first, second = self._bounded(first, second)
+            return tokenising.tokenise(self.tokenizer, first, second, self.max_length)
+        second, _ = self._bounded(second, None)
+        with tokenising.LOCK:
+            return [np.asarray(self._prompts.ids(*pair), np.int32) for pair in zip(first, second, strict=True)], None
+
+    @property
+    def _prompts(self) -> templates.Prompts:
+        assert self.template is not None
+        return templates.Prompts(self.template, self.tokenizer, self.max_length, self.instruction)
 
     def _bounded(self, first: list[str], second: list[str] | None) -> tuple[list[str], list[str] | None]:
         """The texts, and of very long ones what the tokenizer has to see; what that is depends on the pair alone."""

@@ -6,8 +6,8 @@
     config_sentence_transformers.json    prompts, similarity, the activation of a cross-encoder
     config.json: sentence_transformers   the activation of a cross-encoder, of older versions
 
-A setting means what it means in version 6. A folder without modules.json gets what sentence-transformers gives it: the mean,
-as a vector of any length; here it has length 1, since similarity is a cosine.
+A setting means what it means in version 6. A folder without modules.json gets what sentence-transformers gives it: the mean, of
+a decoder the last token; there it has any length, here length 1, since similarity is a cosine.
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ def read(folder: Folder, kind: str | None = None) -> Settings:
     if kind not in (None, stored):  # as in sentence-transformers, what is loaded as another kind keeps no settings of the first
         modules, root = [], {}
     kind = found.kind
+    first = next(iter(config.get("architectures") or ()), "") if isinstance(config.get("architectures"), list) else ""
+    if str(first).endswith("ForCausalLM") and config.get("is_causal", True):
+        found.pooling = "lasttoken"  # sentence-transformers' choice too, where no modules.json says another
     if modules:
         _of_transformer(found, transformer)
         _of_modules(found, modules[1:])
@@ -78,7 +81,8 @@ def read(folder: Folder, kind: str | None = None) -> Settings:
 def kind_of(architectures: Any) -> str:
     """A list of class names, as config.json holds it."""
     names = architectures if isinstance(architectures, list) else []
-    return KINDS[0] if any(str(name).endswith("ForSequenceClassification") for name in names) else KINDS[1]
+    scores = ("ForSequenceClassification", "ForCausalLM")  # the latter answers yes or no, see templates.py
+    return KINDS[0] if any(str(name).endswith(scores) for name in names) else KINDS[1]
 
 
 def _modules(folder: Folder) -> list[tuple[str, Folder, dict[str, Any]]]:

@@ -41,6 +41,11 @@ class Template:
             check.fail("Template", "pieces", "with {document} at the end of its piece, where it is cut", self.pieces[self.cut])
 
     @property
+    def asks(self) -> bool:
+        """Whether it has a place for an instruction."""
+        return any("{instruction}" in piece for piece in self.pieces)
+
+    @property
     def cut(self) -> int:
         """The piece that holds the document."""
         return next(i for i, piece in enumerate(self.pieces) if "{document}" in piece)

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from rerank_kernels import check
 
-Ids = npt.NDArray[np.int32]
+Ids = npt.NDArray[np.int64]
 SLICE = 1 << 20  # characters that are tokenised at a time, or one longer text
 TEXTS = 1 << 10
 _PROBES = ("a", "the", "1", ".", "?", "to be")  # some of these have an id in any vocabulary
@@ -46,7 +46,7 @@ if hasattr(os, "register_at_fork"):  # a thread that is not in the child may hav
 
 
 @dataclass(frozen=True)
-class Template:
+class Surround:
     """What stands around the ids: ids and types of the special tokens before the first text, between the texts, and behind."""
 
     special: tuple[tuple[Ids, Ids], ...]  # one more than there are texts
@@ -61,7 +61,7 @@ class Template:
         ids, types = [self.special[0][0]], [self.special[0][1]]
         for own, kind, (after, after_types) in zip(texts, self.types, self.special[1:], strict=True):
             ids += [own, after]
-            types += [np.full(len(own), kind, np.int32), after_types]
+            types += [np.full(len(own), kind, np.int64), after_types]
         return np.concatenate(ids), np.concatenate(types)
 
 
@@ -92,7 +92,7 @@ def tokenise(
         for part in _slices(list(dict.fromkeys((*first, *(second or ())))), lambda text: len(text)):
             for text, encoding in zip(part, backend.encode_batch_fast(part, add_special_tokens=False), strict=True):
                 ids = encoding.ids
-                kept[text] = np.array(ids[:room] if right else ids[max(len(ids) - room, 0) :], np.int32), len(ids)
+                kept[text] = np.array(ids[:room] if right else ids[max(len(ids) - room, 0) :], np.int64), len(ids)
     made = []
     for i, text in enumerate(first):
         own = [kept[text]] if second is None else [kept[text], kept[second[i]]]
@@ -117,8 +117,8 @@ def _called(
         found += zip(tokens["input_ids"], types or [None] * len(part), strict=True)
     typed = bool(found) and found[0][1] is not None
     return (
-        [np.asarray(ids, np.int32) for ids, _ in found],
-        [np.asarray(types, np.int32) for _, types in found] if typed else None,
+        [np.asarray(ids, np.int64) for ids, _ in found],
+        [np.asarray(types, np.int64) for _, types in found] if typed else None,
     )
 
 
@@ -161,7 +161,7 @@ def _plain(tokenizer: Any) -> None:
         backend.encode_special_tokens = split
 
 
-def _template(backend: Any, pair: bool) -> Template | None:
+def _template(backend: Any, pair: bool) -> Surround | None:
     """What the post-processor puts around texts; None if it is not what is described above."""
     if backend.truncation is not None:
         backend.no_truncation()
@@ -171,7 +171,7 @@ def _template(backend: Any, pair: bool) -> Template | None:
     texts = [text for text in _PROBES if backend.encode(text, add_special_tokens=False).ids]
     if not own:
         return None
-    found: Template | None = None
+    found: Surround | None = None
     for i in range(len(texts)):
         probe = [i, -1 - i] if pair else [i]
         whole = backend.encode(*(texts[j] for j in probe), add_special_tokens=True)
@@ -183,7 +183,7 @@ def _template(backend: Any, pair: bool) -> Template | None:
     return found if found.count == backend.num_special_tokens_to_add(pair) else None
 
 
-def _read(whole: Any, texts: list[list[int]]) -> Template | None:
+def _read(whole: Any, texts: list[list[int]]) -> Surround | None:
     ids, types, places = whole.ids, whole.type_ids, whole.sequence_ids
     special, kinds, at = [], [], 0
     for i, own in enumerate(texts):
@@ -191,18 +191,18 @@ def _read(whole: Any, texts: list[list[int]]) -> Template | None:
         end = start + len(own)
         if ids[start:end] != own or set(places[start:end]) != {i} or len(set(types[start:end])) != 1:
             return None
-        special.append((np.array(ids[at:start], np.int32), np.array(types[at:start], np.int32)))
+        special.append((np.array(ids[at:start], np.int64), np.array(types[at:start], np.int64)))
         kinds.append(types[start])
         if any(place is not None for place in places[at:start]):
             return None
         at = end
     if any(place is not None for place in places[at:]):
         return None
-    special.append((np.array(ids[at:], np.int32), np.array(types[at:], np.int32)))
-    return Template(tuple(special), tuple(kinds))
+    special.append((np.array(ids[at:], np.int64), np.array(types[at:], np.int64)))
+    return Surround(tuple(special), tuple(kinds))
 
 
-def _same(a: Template, b: Template) -> bool:
+def _same(a: Surround, b: Surround) -> bool:
     return a.types == b.types and all(
         np.array_equal(x, y) for one, other in zip(a.special, b.special, strict=True) for x, y in zip(one, other, strict=True)
     )

@@ -97,6 +97,14 @@ def test_the_test_would_see_it(folder, capsys, tmp_path, monkeypatch) -> None:
         test_nothing_steers_the_terminal_on_stderr(folder, capsys, tmp_path, monkeypatch, "a name of a file")
 
 
+def test_a_server_colours_its_own_lines(capsys, monkeypatch) -> None:
+    from rerank_kernels.patching.systems import infinity_server
+
+    monkeypatch.setattr(infinity_server, "serve", lambda *_: print("\x1b[1mready\x1b[0m", file=sys.stderr) or 0)
+    assert run(capsys, "infinity-server", "--", "v2")[::2] == (0, "\x1b[1mready\x1b[0m\n")
+    assert not isinstance(sys.stderr, terminal.Printable)
+
+
 def test_json_escapes_what_would_steer(folder, capsys, tmp_path) -> None:
     """The values stay what they were, on stdout and in a file."""
     record = {"query": HOSTILE, "document": "d", HOSTILE: [HOSTILE, {"x": "é 東京"}]}

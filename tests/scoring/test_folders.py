@@ -322,6 +322,28 @@ def test_values_of_config_json(folder, values: dict[str, Any], said: str) -> Non
     assert re.search(said, found := refused(folder)), found
 
 
+@pytest.mark.parametrize("kind", (*models.FAMILIES, *models.DECODERS))
+def test_sizes_of_every_model_type(tmp_path, kind: str) -> None:
+    """What is compared with the weights fits them, also where config.json leaves a size out; what is too much does not."""
+    if kind in models.FAMILIES:
+        folder = models.save_cross_encoder(tmp_path, kind)
+    else:
+        own, folder = models.tokenizer("roberta"), tmp_path
+        sizes = dict(vocab_size=len(own), pad_token_id=own.pad_token_id, num_labels=1)
+        models.decoder(kind, cls="ForSequenceClassification", **sizes).save_pretrained(folder)
+        own.save_pretrained(folder)
+    want = rk.Reranker(folder).score([("a", "b")]).logit
+    assert np.isfinite(want).all()
+    before = json.loads((folder / "config.json").read_text())
+    if kind in ("llama", "mistral"):  # where null is hidden_size / heads
+        change(folder / "config.json", head_dim=None)
+        assert rk.Reranker(folder).score([("a", "b")]).logit.tobytes() == want.tobytes()
+    for key in ("num_hidden_layers", "vocab_size", "intermediate_size"):
+        change(folder / "config.json", **{key: 10**9})
+        assert f"{key} 1,000,000,000" in refused(folder)
+        change(folder / "config.json", **{key: before[key]})
+
+
 def test_an_adapter_beside_a_model(folder) -> None:
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
     assert "it holds an adapter (adapter_config.json); load it with peft" in refused(folder)
