@@ -980,3 +980,178 @@ def weights_written(m: Any) -> str:
     with torch.no_grad():
         layer(m).output.dense.weight.mul_(1.5)
     return "weight"
+
+
+# ---- decoders ---------------------------------------------------------------------------------------------------------------
+
+DECODER_MUTATIONS: dict[str, Callable[[Any], str]] = {}
+
+
+def of_a_decoder(function: Callable[[Any], str]) -> Callable[[Any], str]:
+    DECODER_MUTATIONS[f"decoder_{function.__name__}"] = function
+    return function
+
+
+def block(m: Any, i: int = 1) -> Any:
+    return m.base_model.layers[i]
+
+
+@of_a_decoder
+def turns_faster(m: Any) -> str:
+    m.base_model.rotary_emb.inv_freq.mul_(2.0)
+    return "inv_freq"
+
+
+@of_a_decoder
+def turns_through_data(m: Any) -> str:
+    m.base_model.rotary_emb.inv_freq.data.mul_(2.0)
+    return "inv_freq"
+
+
+@of_a_decoder
+def angles_scaled(m: Any) -> str:
+    m.base_model.rotary_emb.attention_scaling = 1.5
+    return "attention_scaling"
+
+
+@of_a_decoder
+def config_turns_faster(m: Any) -> str:
+    """transformers made its frequencies when it was loaded, and ours come from the config."""
+    if getattr(m.config, "rope_parameters", None) is None:
+        m.config.rope_theta = 50.0
+    else:
+        m.config.rope_parameters = {**m.config.rope_parameters, "rope_theta": 50.0}
+    return "inv_freq"
+
+
+@of_a_decoder
+def scaled_attention(m: Any) -> str:
+    block(m).self_attn.scaling = 0.05
+    return "scaling"
+
+
+@of_a_decoder
+def head_of_another_size(m: Any) -> str:
+    block(m).self_attn.head_dim = 8
+    return "self_attn"
+
+
+@of_a_decoder
+def groups(m: Any) -> str:
+    block(m).self_attn.num_key_value_groups *= 2
+    return "num_key_value_groups"
+
+
+@of_a_decoder
+def norm_eps(m: Any) -> str:
+    norm = block(m).input_layernorm
+    setattr(norm, "eps" if hasattr(norm, "eps") else "variance_epsilon", 0.2)
+    return "eps"
+
+
+@of_a_decoder
+def norm_replaced(m: Any) -> str:
+    block(m).input_layernorm = filled(nn.RMSNorm(block(m).mlp.gate_proj.in_features))
+    return "layers.1.input_layernorm"
+
+
+@of_a_decoder
+def last_norm_identity(m: Any) -> str:
+    m.base_model.norm = nn.Identity()
+    return "norm"
+
+
+@of_a_decoder
+def activation_relu(m: Any) -> str:
+    block(m).mlp.act_fn = nn.ReLU()
+    return "act_fn"
+
+
+@of_a_decoder
+def activation_hardswish(m: Any) -> str:
+    block(m).mlp.act_fn = nn.Hardswish()
+    return "layers.1.mlp"
+
+
+@of_a_decoder
+def projection_doubled(m: Any) -> str:
+    o = block(m).self_attn.o_proj
+    block(m).self_attn.o_proj = _same(o, Doubled)
+    return "layers.1.self_attn.o_proj"
+
+
+@of_a_decoder
+def projection_adapted(m: Any) -> str:
+    block(m).mlp.down_proj = Adapter(block(m).mlp.down_proj)
+    return "layers.1.mlp.down_proj"
+
+
+@of_a_decoder
+def projection_of_more_rows(m: Any) -> str:
+    down = block(m).mlp.down_proj
+    down.weight = nn.Parameter(down.weight.detach()[:, :-2].clone())
+    return "layers.1.mlp.down_proj"
+
+
+@of_a_decoder
+def layers_cut(m: Any) -> str:
+    m.base_model.layers = m.base_model.layers[:1]
+    return "layers"
+
+
+@of_a_decoder
+def fewer_layers_by_config(m: Any) -> str:
+    m.config.num_hidden_layers = 1
+    return "num_hidden_layers"
+
+
+@of_a_decoder
+def block_hooked(m: Any) -> str:
+    block(m).mlp.register_forward_hook(lambda _, x, out: out * 2.0)
+    return "layers.1.mlp"
+
+
+@of_a_decoder
+def block_that_adds(m: Any) -> str:
+    forward = type(block(m)).forward
+    block(m).forward = lambda *a, **k: _added(forward(block(m), *a, **k))
+    return "layers.1"
+
+
+@of_a_decoder
+def mlp_of_a_class(m: Any) -> str:
+    _replaced(type(block(m).mlp), lambda self, x: self.down_proj(self.up_proj(x)))
+    return "layers.0.mlp"
+
+
+@of_a_decoder
+def head_doubled(m: Any) -> str:
+    m.lm_head = _same(m.lm_head, Doubled)
+    return "lm_head"
+
+
+@of_a_decoder
+def float64_block(m: Any) -> str:
+    block(m).mlp.up_proj.double()
+    return "layers.1.mlp.up_proj"
+
+
+@of_a_decoder
+def words_with_a_maximum(m: Any) -> str:
+    m.base_model.embed_tokens.max_norm = 0.5
+    return "embed_tokens"
+
+
+@of_a_decoder
+def words_scaled(m: Any) -> str:
+    if not hasattr(m.base_model.embed_tokens, "embed_scale"):
+        raise Inapplicable
+    m.base_model.embed_tokens.embed_scale.mul_(2.0)
+    return "embed_scale"
+
+
+@of_a_decoder
+def attention_dropout_in_training(m: Any) -> str:
+    block(m).self_attn.attention_dropout = 0.5
+    block(m).self_attn.training = True
+    return "layers.1.self_attn"

@@ -140,7 +140,9 @@ def pooler_head(module: str, prefix: str) -> Roles:
 
 def electra_head(module: str, prefix: str) -> Roles:
     """RoBERTa's with an activation that it holds."""
-    return {**dense_head(module, prefix), "classifier.activation": ACTIVATION}
+    roles = dense_head(module, prefix)
+    own = replace(roles["classifier"], assumes=(ACT._replace(attribute="activation"),))
+    return {**roles, "classifier": own, "classifier.activation": replace(ACTIVATION, optional=True)}
 
 
 def dense_head(module: str, prefix: str) -> Roles:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any, ClassVar
@@ -24,6 +26,11 @@ NOT_COMPILED = (
     "torch.export.export() takes it with strict=False; the ops alone (rk.linear, ...) compile with fullgraph=True"
 )
 TRACED_BY = "torch.export.export(model, ..., strict=False) and torch.jit.trace() take it"
+
+
+# Every Forward by its number, which torch.export with strict=True can take where it cannot take a module.
+_forwards: weakref.WeakValueDictionary[int, Forward] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
 class Forward:
@@ -63,12 +70,18 @@ class Forward:
         if self.undone:
             return type(self.module).forward(self.module, *args, **kwargs)
         strict = torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling()  # torch.export with strict=True
-        if strict and self.mode.name == PORTABLE.name and self.backend is None and nothing_around():
+        if (
+            strict
+            and self.mode.name == PORTABLE.name
+            and self.backend is None
+            and nothing_around()
+            and _class_seen(self.number)
+        ):
             return self.function(self.module, *args, **kwargs)
         return _serve(self, args, kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("seen", "cls", "stock")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("seen", "cls", "stock", "number")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -76,6 +89,8 @@ class Forward:
         self._know_class()
 
     def _know_class(self) -> None:
+        self.number = next(_numbers)
+        _forwards[self.number] = self
         self.cls = type(self.module)
         self.stock = self.cls.forward
 
@@ -238,6 +253,19 @@ def held_forward(m: nn.Module) -> Any:
     found = m.__dict__.get("forward")
     inner = getattr(found, "__func__", None)
     return inner if isinstance(inner, Forward) else found
+
+
+def numbered(number: int) -> Forward:
+    return _forwards[number]
+
+
+def _class_seen(number: int) -> bool:
+    """see_class, for a tracer that takes apart what it can: called, and not taken apart."""
+    _forwards[number].see_class()
+    return True
+
+
+_class_seen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forward_of(m: nn.Module) -> Forward | None:

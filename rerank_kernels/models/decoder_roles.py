@@ -25,9 +25,9 @@ def _near(value: Any, wanted: Any) -> bool:
         return isinstance(value, float | int) and abs(float(value) - float(wanted)) <= 1e-4 * abs(float(wanted))
     if value.device.type == "meta" or type(value) is not Tensor:  # a tracer's tensor holds no values
         return True
-    wanted = torch.as_tensor(wanted, dtype=torch.float32)
-    share = _NEAR.get(value.dtype, 1e-4)
-    return value.shape == wanted.shape and torch.allclose(value.float().cpu(), wanted, rtol=share, atol=1e-7)
+    share, numbers = _NEAR.get(value.dtype, 1e-4), value.flatten().tolist()  # and no arithmetic of PyTorch inside a call
+    asked = wanted.tolist() if isinstance(wanted, Tensor) else [wanted]
+    return len(numbers) == len(asked) and all(abs(a - b) <= share * abs(b) + 1e-7 for a, b in zip(numbers, asked, strict=True))
 
 
 def _angles(m: Any) -> rope.Frequencies:
@@ -50,6 +50,11 @@ def _rows(m: Any) -> int:
     return -1 if weight is None else int(weight.shape[0])
 
 
+def _head_size(config: Any) -> int:
+    """Of which the angles are made."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 ANGLES = (
     Assumed("inv_freq", "what config says", _said_now),
     Assumed("original_inv_freq", "what config says", _said),
@@ -60,7 +65,7 @@ ANGLES = (
     ),
 )
 SELF = (
-    Assumed("head_dim", "an integer > 0", lambda value, _: type(value) is int and value > 0, needed=True),
+    Assumed("head_dim", "what config says", lambda value, m: value == _head_size(m.config), needed=True),
     Assumed("scaling", "a number", lambda value, _: isinstance(value, float), needed=True),
     Assumed("is_causal", "True", lambda value, _: bool(value)),
     Assumed(
@@ -90,14 +95,14 @@ def decoder(module: str, prefix: str, eps: str, problem: Callable[[Any], str | N
         ".self_attn.q_proj": linear("q", "D"),
         ".self_attn.k_proj": linear("k", "D"),
         ".self_attn.v_proj": linear("k", "D"),
-        ".self_attn.o_proj": linear("D", "q", adapters=False),
+        ".self_attn.o_proj": linear("D", "q"),
         ".self_attn.q_norm": norm("h", optional=True),
         ".self_attn.k_norm": norm("h", optional=True),
         ".post_attention_layernorm": norm("D"),
         ".mlp": own("MLP", assumes=(ACT,)),
         ".mlp.gate_proj": linear("f", "D"),
         ".mlp.up_proj": linear("f", "D"),
-        ".mlp.down_proj": linear("D", "f", adapters=False),
+        ".mlp.down_proj": linear("D", "f"),
         ".mlp.act_fn": replace(ACTIVATION, optional=True),  # a function stands in no role: see ACT
     }
     return {
@@ -119,6 +124,6 @@ def around(module: str, name: str, inside: Roles, head: Roles) -> Roles:
 
 
 HEADS = {
-    "ForCausalLM": {"lm_head": linear("L", "D", adapters=False)},
-    "ForSequenceClassification": {"score": linear("L", "D", adapters=False)},
+    "ForCausalLM": {"lm_head": linear("L", "D")},
+    "ForSequenceClassification": {"score": linear("L", "D")},
 }

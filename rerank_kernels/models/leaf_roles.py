@@ -17,11 +17,11 @@ _DROPOUT = "torch.nn.modules.dropout.Dropout"
 
 
 def _plain_act(act: Any, m: Any) -> bool:
-    """`act` of transformers' GELUActivation and GELUTanh: PyTorch's gelu, or the same written out in the class itself."""
+    """`act` of transformers' activations: PyTorch's function, or the same written out in the class itself."""
     if getattr(act, "__self__", None) is m:
-        return act.__func__ in (getattr(type(m), "_gelu_python", None), getattr(type(m), "_gelu_tanh_python", None))
-    if class_of(m) == "GELUActivation":
-        return act is F.gelu
+        return act.__func__ in (vars(type(m)).get(f"_{name}_python") for name in ("gelu", "gelu_tanh", "mish"))
+    if class_of(m) in ("GELUActivation", "MishActivation"):
+        return act is (F.gelu if class_of(m) == "GELUActivation" else F.mish)
     return getattr(act, "func", None) is F.gelu and not act.args and act.keywords == {"approximate": "tanh"}
 
 
@@ -55,7 +55,7 @@ ACTIVATION = Role(
     (
         Assumed("approximate", "'none' or 'tanh'", lambda value, _: value in ("none", "tanh")),
         Assumed("negative_slope", repr(SLOPE), lambda slope, _: slope == SLOPE),
-        Assumed("act", "the gelu that its class gives it", _plain_act),
+        Assumed("act", "the function that its class gives it", _plain_act),
     ),
 )
 DROPOUT = Role(frozenset({_DROPOUT, "torch.nn.modules.linear.Identity"}), drops="p")

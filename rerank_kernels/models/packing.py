@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import lora
-from rerank_kernels.models.bound import class_of, name_of, served_by
+from rerank_kernels.models.bound import class_of, name_of, numbered, served_by
 from rerank_kernels.models.fingerprint import Fingerprint
 from rerank_kernels.models.roles import HOOKS, Problem, Roles, problems
 from rerank_kernels.ops.linear import linear
@@ -74,7 +74,9 @@ def ready(m: Any, roles_of: Callable[[Any], Roles]) -> None:
             f"{class_of(m)}.forward: the model is set to train, and rerank_kernels is forward only, without dropout; "
             "call model.eval(), or rk.unpatch(model) to train"
         )
-    if torch.compiler.is_dynamo_compiling():  # torch.export with strict=True runs this as data, and cannot look at modules
+    if torch.compiler.is_dynamo_compiling():  # torch.export with strict=True takes this apart, and a look at modules is none
+        if (forward := served_by(m)) is not None:
+            _looked(forward.number, roles_of)
         return
     with _untraced():
         forward = served_by(m)
@@ -85,6 +87,16 @@ def ready(m: Any, roles_of: Callable[[Any], Roles]) -> None:
             refuse(m, problems(m, roles))
             if forward is not None:
                 forward.seen = seen
+
+
+def _looked(number: int, roles_of: Callable[[Any], Roles]) -> bool:
+    """`ready` of a module that a tracer cannot hand over; called, and not taken apart."""
+    forward = numbered(number)
+    refuse(forward.module, problems(forward.module, roles_of(forward.module)))
+    return True
+
+
+_looked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _untraced:

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from rerank_kernels import check
 
-Ids = npt.NDArray[np.int32]
+Ids = npt.NDArray[np.int64]
 SLICE = 1 << 20  # characters that are tokenised at a time, or one longer text
 TEXTS = 1 << 10
 _PROBES = ("a", "the", "1", ".", "?", "to be")  # some of these have an id in any vocabulary
@@ -61,7 +61,7 @@ class Surround:
         ids, types = [self.special[0][0]], [self.special[0][1]]
         for own, kind, (after, after_types) in zip(texts, self.types, self.special[1:], strict=True):
             ids += [own, after]
-            types += [np.full(len(own), kind, np.int32), after_types]
+            types += [np.full(len(own), kind, np.int64), after_types]
         return np.concatenate(ids), np.concatenate(types)
 
 
@@ -92,7 +92,7 @@ def tokenise(
         for part in _slices(list(dict.fromkeys((*first, *(second or ())))), lambda text: len(text)):
             for text, encoding in zip(part, backend.encode_batch_fast(part, add_special_tokens=False), strict=True):
                 ids = encoding.ids
-                kept[text] = np.array(ids[:room] if right else ids[max(len(ids) - room, 0) :], np.int32), len(ids)
+                kept[text] = np.array(ids[:room] if right else ids[max(len(ids) - room, 0) :], np.int64), len(ids)
     made = []
     for i, text in enumerate(first):
         own = [kept[text]] if second is None else [kept[text], kept[second[i]]]
@@ -117,8 +117,8 @@ def _called(
         found += zip(tokens["input_ids"], types or [None] * len(part), strict=True)
     typed = bool(found) and found[0][1] is not None
     return (
-        [np.asarray(ids, np.int32) for ids, _ in found],
-        [np.asarray(types, np.int32) for _, types in found] if typed else None,
+        [np.asarray(ids, np.int64) for ids, _ in found],
+        [np.asarray(types, np.int64) for _, types in found] if typed else None,
     )
 
 
@@ -191,14 +191,14 @@ def _read(whole: Any, texts: list[list[int]]) -> Surround | None:
         end = start + len(own)
         if ids[start:end] != own or set(places[start:end]) != {i} or len(set(types[start:end])) != 1:
             return None
-        special.append((np.array(ids[at:start], np.int32), np.array(types[at:start], np.int32)))
+        special.append((np.array(ids[at:start], np.int64), np.array(types[at:start], np.int64)))
         kinds.append(types[start])
         if any(place is not None for place in places[at:start]):
             return None
         at = end
     if any(place is not None for place in places[at:]):
         return None
-    special.append((np.array(ids[at:], np.int32), np.array(types[at:], np.int32)))
+    special.append((np.array(ids[at:], np.int64), np.array(types[at:], np.int64)))
     return Surround(tuple(special), tuple(kinds))
 
 

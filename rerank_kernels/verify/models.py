@@ -29,7 +29,6 @@ class Loaded(NamedTuple):
     model: Any  # not patched
     tokenizer: Any
     pooling: str  # of an embedding model
-    trusted: bool = False  # the folder's own code may run
 
 
 def load(name: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Loaded:
@@ -40,7 +39,7 @@ def load(name: str, dtype: torch.dtype | None = None, trust_remote_code: bool = 
 
     found = Reranker(Path(name), dtype=dtype, trust_remote_code=trust_remote_code)
     unpatch(found.model)
-    return Loaded(found.model, found.tokenizer, found.pooling, trust_remote_code)
+    return Loaded(found.model, found.tokenizer, found.pooling)
 
 
 def _shape(name: str, dtype: torch.dtype | None) -> Loaded:

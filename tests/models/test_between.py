@@ -53,7 +53,19 @@ COPIES = set(
         """,
     )
 )
-EXACT = {"eq", "ne", "lt", "le", "gt", "ge", "equal", "isfinite", "isnan", "argmax"}  # answers about floats that are no floats
+EXACT = {
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "equal",
+    "isfinite",
+    "isnan",
+    "argmax",
+    "allclose",
+}  # about floats, and no floats
 # Layouts of weights, of which no bit is in a result: they say which neurons are off, with bounds that hold for any rounding.
 LAYOUTS = re.compile(r"backend/weights\.py:\d+ in (_screened|finite|rounding)\b")
 # cos and sin: float64 in steps that are held by hashes of whole tables (tests/ops/test_rotary.py)

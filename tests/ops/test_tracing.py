@@ -28,6 +28,7 @@ from invariants import all_same, same
 from models import decoder, padded, rows, tiny
 from rerank_kernels.backend import modes
 from rerank_kernels.models import bert, bound, packing
+from rerank_kernels.models import decoder as decoders
 from rerank_kernels.models.bound import PatchError
 from rerank_kernels.ops import opaque
 
@@ -302,8 +303,9 @@ def test_leaves_in_a_container() -> None:
     )
     rk.patch(model.eval())
     x = [numbers(f"x{n}", (n, 5, 12), torch.float32) for n in (1, 2, 7)]
-    program = torch.export.export(model, (x[1],), dynamic_shapes=({0: torch.export.Dim("B")},))
-    for f in (torch.jit.trace(model, x[0]), program.module(), torch.fx.symbolic_trace(model)):
+    sizes = ({0: torch.export.Dim("B")},)
+    programs = [torch.export.export(model, (x[1],), dynamic_shapes=sizes, strict=strict).module() for strict in (False, True)]
+    for f in (torch.jit.trace(model, x[0]), *programs, torch.fx.symbolic_trace(model)):
         for one in x:
             same(f(one), model(one), "traced leaves")
 
@@ -465,6 +467,34 @@ def test_the_mode_of_the_model_around_is_written_down() -> None:
     assert "mode = 'portable'" in torch.fx.experimental.proxy_tensor.make_fx(lambda x: rk.linear(x, x))(torch.ones(2, 4)).code
 
 
+def odd(self: Any, input_ids: Tensor, attention_mask: Tensor) -> None: ...
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "scaling must be": lambda m: setattr(m.bert.encoder.layer[0].attention.self, "scaling", 0.01),
+    "has forward hooks": lambda m: m.bert.encoder.layer[0].register_forward_hook(lambda *_: None),
+    "has a forward of its own": lambda m: setattr(m.bert.encoder.layer[0], "forward", lambda *_, **__: None),
+    "is of class Odd now": lambda m: setattr(m, "__class__", type("Odd", (type(m),), {"forward": odd})),
+}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("words", CHANGES)
+def test_what_came_after_patch_is_seen_while_it_is_exported(words: str, strict: bool) -> None:
+    model = patched()
+    CHANGES[words](model)
+    with pytest.raises(PatchError, match=words):
+        exported(model, batches(0)[2], strict=strict)
+    with pytest.raises(PatchError, match=words):
+        jit(model, batches(0)[0])
+
+
+def test_a_look_that_is_not_taken_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_looked", lambda *_: True)
+    with pytest.raises(pytest.fail.Exception):
+        test_what_came_after_patch_is_seen_while_it_is_exported("scaling must be", True)
+
+
 # ---- what unpatch and copies make of it -------------------------------------------------------------------------------------
 
 
@@ -489,6 +519,14 @@ def test_a_mask_that_is_looked_at_while_it_is_traced_is_seen(monkeypatch: pytest
     warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
     with pytest.raises(Exception):  # noqa: B017  whichever comes first: PyTorch's own error, or other bits
         test_jit_trace("bert", True)
+
+
+def test_angles_that_are_made_while_it_is_traced_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the traced row's length would serve every other."""
+    monkeypatch.setattr(decoders, "traced", lambda: False)
+    warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+    with pytest.raises(Exception):  # noqa: B017  as above
+        test_angles_that_depend_on_the_length()
 
 
 def test_stock_arithmetic_in_a_graph_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,5 +205,5 @@ def test_refusals():
         Template("twice", ("{query}{query}", "{document}"))
     with pytest.raises(ValueError, match=r"with {document} at the end of its piece, where it is cut, got {document}!"):
         Template("behind", ("{query}", "{document}!"))
-    with pytest.raises(rk.PatchError, match=r"packed entry: model must be a patched \*Model, got Qwen3ForCausalLM"):
-        rk.Reranker(model(), own, kind="embedding", max_length=300).encode(["a"])
+    with pytest.raises(ValueError, match=r"kind must be 'cross-encoder', or left out, for this model, got 'embedding'"):
+        rk.Reranker(model(), own, kind="embedding", max_length=300)

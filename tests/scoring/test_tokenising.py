@@ -249,6 +249,19 @@ def test_ids_beyond_the_vocabulary_are_an_error(tmp_path) -> None:
         one.score([("a", "b")])
 
 
+def test_numbers_of_32_bits_are_an_error_too() -> None:
+    """The tokenizers library counts ids and types without a sign."""
+    from tokenizers import processors
+
+    tokenizer = models.tokenizer("bert")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", pair="$A:0 [SEP]:0 $B:4294967295", special_tokens=[("[SEP]", tokenizer.sep_token_id)]
+    )
+    reranker = rk.Reranker(models.tiny("bert", vocab_size=len(tokenizer)), tokenizer)
+    with pytest.raises(ValueError, match=r"token types of the tokenizer must be below 2, .*, got 4294967295 in text 0"):
+        reranker.score([("a", "b")])
+
+
 def test_a_regular_expression_that_panics_is_an_error() -> None:
     from tokenizers import Regex, pre_tokenizers
 
