@@ -1,5 +1,5 @@
-// library.h: under which name the ops are registered, and how a file registers its own. tests/simulated compiles the CUDA side a
-// second time under another name and for CPU tensors, with kernels that run in a simulator; nothing else sets these.
+// library.h: under which name the ops are registered, and how a file registers its own. tests/simulated compiles the CUDA side
+// a second time under another name and for CPU tensors, with kernels that run in a simulator; nothing else sets these.
 //
 //     RK_TORCH_LIBRARY(m) { m.def("..."); }                   once, in schema.cpp: the ops that compute nothing
 //     RK_OPS(m) { m.op("signature", TORCH_BOX(&kernel)); }    at the end of a family's file in csrc/cpu/; an op of mode tensor
