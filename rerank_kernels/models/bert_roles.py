@@ -55,12 +55,20 @@ EMBEDDINGS = (
 )
 COUNTED = Assumed("position_ids", "0, 1, 2, ...", _counts)  # the positions of a call that gives none
 PADDED = Assumed("padding_idx", "an integer >= 0", lambda value, _: type(value) is int and value >= 0, needed=True)
+
+
+def _rows(m: Any, otherwise: int) -> int:
+    """Of m.weight; `otherwise` where there is none, of which the role of m has to speak."""
+    weight = getattr(m, "weight", None)
+    return otherwise if weight is None else int(weight.shape[0])
+
+
 SELF = (
     Assumed("attention_head_size", "an integer > 0", lambda value, _: type(value) is int and value > 0, needed=True),
     Assumed(
         "num_attention_heads",
         "what the rows of query.weight make, by attention_head_size",
-        lambda value, m: value * m.attention_head_size == getattr(getattr(m.query, "weight", None), "shape", [-1])[0],
+        lambda value, m: value * m.attention_head_size == _rows(m.query, value * m.attention_head_size),
         needed=True,
     ),
     is_scale("scaling", "attention_head_size"),
