@@ -135,7 +135,7 @@ def classifier(module: str, prefix: str, base: str, of_encoder: Roles, head: Rol
 def pooler_head(module: str, prefix: str) -> Roles:
     """BERT's: a Linear on what the encoder's pooler gives."""
     pooler = Role(frozenset({f"{module}.{prefix}Pooler"}))
-    return {"bert.pooler": pooler, "dropout": DROPOUT, "classifier": linear("L", "H")}
+    return {"bert.pooler": pooler, "dropout": DROPOUT, "classifier": linear("L", "H", adapters=PEFT)}
 
 
 def electra_head(module: str, prefix: str) -> Roles:

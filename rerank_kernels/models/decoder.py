@@ -152,7 +152,7 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
     ids, mask, embeds, positions = (
         given.pop(name, None) for name in ("input_ids", "attention_mask", "inputs_embeds", "position_ids")
     )
-    caches = [c for name in ("cache", "past_key_values") if (c := given.pop(name, None)) is not None]
+    caches = [c for c in (given.pop("cache", None), given.pop("past_key_values", None)) if c is not None]
     use_cache, places = given.pop("use_cache", None), given.pop("cache_position", None)
     ours = {"logits_to_keep": given.pop("logits_to_keep")} if "logits_to_keep" in given else {}
     states, as_dict = packing._options(m, op, given)

@@ -14,7 +14,7 @@ from rerank_kernels.models.bert_roles import STOCK_ATTENTION
 from rerank_kernels.models.bound import name_of
 from rerank_kernels.models.leaf_roles import ACTIVATION, LIST, NUMBER, embedding, linear
 from rerank_kernels.models.leaves import ACTIVATIONS
-from rerank_kernels.models.roles import Assumed, Role, Roles, off
+from rerank_kernels.models.roles import PEFT, Assumed, Role, Roles, off
 
 # How far a buffer may be from what the config says: the digits of its dtype, for .half() takes buffers along.
 _NEAR = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -124,6 +124,6 @@ def around(module: str, name: str, inside: Roles, head: Roles) -> Roles:
 
 
 HEADS = {
-    "ForCausalLM": {"lm_head": linear("L", "D")},
-    "ForSequenceClassification": {"score": linear("L", "D")},
+    "ForCausalLM": {"lm_head": linear("L", "D", adapters=PEFT)},
+    "ForSequenceClassification": {"score": linear("L", "D", adapters=PEFT)},
 }

@@ -6,11 +6,13 @@ from typing import Any, SupportsFloat
 
 import torch.nn.functional as F
 
+from rerank_kernels.models import lora
 from rerank_kernels.models.bound import class_of
 from rerank_kernels.models.leaves import ACTIVATIONS, SLOPE
-from rerank_kernels.models.roles import PEFT, Assumed, Role, equal
+from rerank_kernels.models.roles import Assumed, Role, equal
 
 _LINEAR = "torch.nn.modules.linear.Linear"
+_LORA = frozenset({lora.LINEAR})
 _NORM = "torch.nn.modules.normalization.LayerNorm"
 _SOFTMAX = "torch.nn.modules.activation.Softmax"
 _DROPOUT = "torch.nn.modules.dropout.Dropout"
@@ -36,9 +38,9 @@ _LAST = Assumed("normalized_shape", "the last dimension alone", lambda shape, _:
 _NO_MAXIMUM = equal("max_norm", None)  # with one, a lookup changes the table
 
 
-def linear(n: str, k: str, *, adapters: bool = True) -> Role:
-    """adapters: whether the forward reads it by packing.dense or a head, which take those of PEFT too."""
-    return Role(frozenset({_LINEAR}), parameters={"weight": (n, k), "bias?": (n,)}, adapters=PEFT if adapters else frozenset())
+def linear(n: str, k: str, *, adapters: frozenset[str] = _LORA) -> Role:
+    """adapters: what of PEFT may stand there too: LoRA, and around a head also a wrapper."""
+    return Role(frozenset({_LINEAR}), parameters={"weight": (n, k), "bias?": (n,)}, adapters=adapters)
 
 
 def layer_norm(d: str) -> Role:
@@ -64,7 +66,7 @@ LIST = Role(frozenset({"torch.nn.modules.container.ModuleList", "torch.nn.module
 # Class -> what is read of it where it is called itself.
 ROLES: dict[str, Role] = {
     **{name: ACTIVATION for name in ACTIVATIONS},
-    _LINEAR: linear("N", "K", adapters=False),
+    _LINEAR: linear("N", "K", adapters=frozenset()),
     _NORM: Role(frozenset({_NORM}), (_EPS, _SHAPE), {"weight?": ("...",), "bias?": ("...",)}),
     _SOFTMAX: Role(frozenset({_SOFTMAX}), (Assumed("dim", "a number", lambda dim, _: isinstance(dim, int), needed=True),)),
     _DROPOUT: Role(frozenset({_DROPOUT}), drops="p"),

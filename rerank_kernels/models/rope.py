@@ -9,8 +9,8 @@ here, so that no other sequence is in its bits.
 
 from __future__ import annotations
 
+import ast
 import functools
-import json
 from decimal import Context, Decimal, localcontext
 from typing import Any, NamedTuple
 
@@ -149,12 +149,13 @@ _FORMULAS = {
 
 def written(said: Parameters) -> str:
     """Parameters as a text, for a graph that holds no others."""
-    return json.dumps(dict(said))
+    return repr(said)
 
 
 def read(text: str) -> Parameters:
     """What `written` wrote."""
-    return tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in json.loads(text).items()))
+    said: Parameters = ast.literal_eval(text)
+    return said
 
 
 def turning_point(parameters: Parameters) -> int:

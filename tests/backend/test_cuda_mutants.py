@@ -209,13 +209,13 @@ MUTANTS = [
     ),
     Mutant(
         "a product and a sum in one rounding",
-        Edit("portable/rotary.cu", "second[j] = v[j] * c[j] + u[j] * s[j];", "second[j] = fmadd(v[j], c[j], u[j] * s[j]);"),
+        Edit("portable/rotary.cu", "*second = x_b * c[j] + x_a * s[j];", "*second = fmadd(x_b, c[j], x_a * s[j]);"),
         "rotary-D80-H2-P16",
         DIFFER,
     ),
     Mutant(
         "neighbours of an interleaved pair mixed up",
-        Edit("portable/rotary.cu", "const int k = 2 * j % N;", "const int k = j % N;"),
+        Edit("portable/rotary.cu", "(j < N / 2 ? u : v) + 2 * j % N;", "(j < N / 2 ? u : v) + j % N;"),
         "rotary-D128-H3-P32-interleaved",
         DIFFER,
         dtype=torch.float16,

@@ -257,6 +257,20 @@ class IA3(nn.Linear):
 IA3.__qualname__ = IA3.__name__ = "Linear"
 
 
+def test_a_wrapper_is_read_around_a_head_alone():
+    """Inside, a forward would take it for the layer that it holds: refused before the first call, and after patch() too."""
+    model = tiny("bert")
+    own = model.bert.encoder.layer[0].attention.self
+    plain, own.query = own.query, lora.ModulesToSaveWrapper(own.query)
+    with pytest.raises(rk.PatchError, match=r"ModulesToSaveWrapper \(Linear must stand here\) at bert\.\S+\.query"):
+        rk.patch(model)
+    wrapper, own.query = own.query, plain
+    rk.patch(model)
+    own.query = wrapper
+    with pytest.raises(rk.PatchError, match=r"self\.query \(ModulesToSaveWrapper\): Linear must stand here"):
+        model(**padded(rows((5,)), 0))
+
+
 def test_other_adapters_are_refused_by_their_whole_name():
     model = tiny("bert")
     model.bert.encoder.layer[0].output.dense = IA3(96, 64)

@@ -262,6 +262,7 @@ def test_decoders(kind: str, cls: str) -> None:
     if kind == "llama":
         gives_the_models_bits(model, saved(traced), 0)
         gives_the_models_bits(model, saved(exported(model, batches(0)[2])), 0)
+        gives_the_models_bits(model, exported(model, batches(0)[2], strict=True).module(), 0)
 
 
 LONGROPE = {

@@ -20,7 +20,7 @@ __device__ __forceinline__ void turn_token(const RotaryArgs& a, const T* x, T* y
         const int head = i / groups, p = i % groups * N;
         const T* from = x + head * a.x_head;
         T* to = y + head * a.D;
-        float c[N], s[N], u[N], v[N], first[N], second[N];
+        float c[N], s[N], u[N], v[N];
         load_group_as<N>(a.cos, token * a.P + p, c);
         load_group_as<N>(a.sin, token * a.P + p, s);
         const int64_t at = INTERLEAVED ? 2 * p : p, then = INTERLEAVED ? 2 * p + N : p + a.P;
@@ -28,25 +28,24 @@ __device__ __forceinline__ void turn_token(const RotaryArgs& a, const T* x, T* y
         load_group<N>(from + then, v);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
+            float *first = u + j, *second = v + j;
             if constexpr (INTERLEAVED && N > 1) {  // u and v hold pairs: (u0, u1), (u2, u3), ... (v0, v1), ...
-                float (&w)[N] = j < N / 2 ? u : v;
-                float (&out)[N] = j < N / 2 ? first : second;
-                const int k = 2 * j % N;
-                out[k] = w[k] * c[j] - w[k + 1] * s[j];
-                out[k + 1] = w[k + 1] * c[j] + w[k] * s[j];
-            } else {
-                first[j] = u[j] * c[j] - v[j] * s[j];
-                second[j] = v[j] * c[j] + u[j] * s[j];
+                first = (j < N / 2 ? u : v) + 2 * j % N;
+                second = first + 1;
             }
+            const float x_a = *first, x_b = *second;
+            *first = x_a * c[j] - x_b * s[j];
+            *second = x_b * c[j] + x_a * s[j];
         }
-        store_group<N>(to + at, first);
-        store_group<N>(to + then, second);
+        store_group<N>(to + at, u);
+        store_group<N>(to + then, v);
     }
 }
 
-// `vectors`: addresses, strides, P and D allow accesses of 16 bytes.
+// `vectors`: addresses, strides, P and D allow accesses of 16 bytes. Four blocks at once, for ptxas would otherwise make room
+// for six on sm_86 and sm_89, and spill.
 template <class T>
-__global__ void __launch_bounds__(ROTARY_THREADS) rotary_kernel(const RotaryArgs a, bool vectors) {
+__global__ void __launch_bounds__(ROTARY_THREADS, 4) rotary_kernel(const RotaryArgs a, bool vectors) {
     const int64_t token = blockIdx.x;
     const T* x = static_cast<const T*>(a.x.data) + token * a.x_token;
     T* y = static_cast<T*>(a.y) + token * a.H * a.D;
