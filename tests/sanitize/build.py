@@ -22,10 +22,10 @@ RUNTIME = {"address": "libasan.so", "thread": "libtsan.so"}
 
 # A check of checks.h that is taken out, and what then must be seen, under ASan and UBSan, when rotary is called.
 CHECKS = {
-    "shapes": ("if (!fits) refuse_shape", "if (false) refuse_shape", "heap-buffer-overflow"),
+    "shapes": ("if (!fits) refuse_shape", "if (false) refuse_shape", "null pointer"),
     "strides": ("if (!side_by_side &&", "if (false &&", "heap-buffer-overflow"),
     "memory": ("!over && end <= stored", "true", "heap-buffer-overflow"),
-    "null": ("v.data != nullptr", "true", "is served, with a_wrapper"),
+    "null": ("v.data != nullptr", "true", "null pointer"),
     "place": ("% uintptr_t(bytes) == 0", ">= 0", "misaligned address"),
 }
 
@@ -128,7 +128,8 @@ def libraries() -> dict[str, Path]:
     linked = ["-ltorch", "-ltorch_cpu", "-lc10", "-ldl", f"-L{torch_libraries}", f"-Wl,-rpath,{torch_libraries}"]
     wanted = {name: [made for made, _ in parts] for name, parts in objects.items()}
     for name, (made, _) in without.items():
-        wanted[f"without {name}"] = [*(o for o in wanted["address"] if "-rotary-" not in o.name), made]
+        # first: of a function that several files hold, the first one's is linked
+        wanted[f"without {name}"] = [made, *(o for o in wanted["address"] if "-rotary-" not in o.name)]
     libraries = {name: made for name, (made, _) in alone.items()}
     for name, parts in wanted.items():
         libraries[name] = folder / f"{name.replace(' ', '-')}.so"
