@@ -59,8 +59,8 @@ PADDED = Assumed("padding_idx", "an integer >= 0", lambda value, _: type(value) 
 
 def _rows(m: Any, otherwise: int) -> int:
     """Of m.weight; `otherwise` where there is none, of which the role of m has to speak."""
-    weight = getattr(m, "weight", None)
-    return otherwise if weight is None else int(weight.shape[0])
+    shape = getattr(getattr(m, "weight", None), "shape", None)
+    return int(shape[0]) if shape else otherwise
 
 
 SELF = (

@@ -46,8 +46,8 @@ def _said_now(value: Any, m: Any) -> bool:
 
 
 def _rows(m: Any) -> int:
-    weight = getattr(getattr(m, "base_layer", m), "weight", None)
-    return -1 if weight is None else int(weight.shape[0])
+    shape = getattr(getattr(getattr(m, "base_layer", m), "weight", None), "shape", None)
+    return int(shape[0]) if shape else -1
 
 
 def _head_size(config: Any) -> int:
