@@ -174,13 +174,19 @@ def traced() -> bool:
     if torch._C._get_tracing_state() is not None:  # torch.jit.trace
         return True
     if torch._C._len_torch_dispatch_stack() == 0:
-        return _symbolic_trace._is_fx_tracing_flag
+        return _fx_traces()
     return torch._C._get_dispatch_mode(_PROXY) is not None or torch._C._get_dispatch_mode(_FAKE) is not None  # make_fx
+
+
+def _fx_traces() -> bool:
+    """Whether torch.fx is at work on this thread: up to torch 2.13 a flag of its module says so, then a function."""
+    since = getattr(_symbolic_trace, "_get_is_fx_tracing", None)
+    return bool(_symbolic_trace._is_fx_tracing_flag if since is None else since())
 
 
 def symbolic() -> bool:
     """Whether torch.fx.symbolic_trace is at work, which calls with proxies in place of tensors."""
-    if not _symbolic_trace._is_fx_tracing_flag or torch.compiler.is_compiling():  # torch.export sets the flag too, and make_fx
+    if not _fx_traces() or torch.compiler.is_compiling():  # torch.export sets the flag too, and make_fx
         return False
     return torch._C._get_dispatch_mode(_PROXY) is None
 
