@@ -49,7 +49,7 @@ def _bert_head(m: Any) -> ClassificationHead:
 def _own_head(m: Any) -> ClassificationHead:
     """A module of its own: tanh in RoBERTa's, which calls the function itself, and in ELECTRA's what it holds."""
     own = lora.held(m.classifier)
-    held = getattr(own, "activation", None)
+    held = getattr(own, "activation", None) if _model_type(m).base == "electra" else None
     return ClassificationHead(own.dense, own.out_proj, "tanh" if held is None else activation_of(held))
 
 
@@ -174,7 +174,9 @@ def _encode(
     total = words.float() + lookup(op, "token_type_ids", types, e.token_type_embeddings).float()
     total = total + lookup(op, "position_ids", positions, e.position_embeddings).float()
     x = norm(e.LayerNorm, total).to(e.word_embeddings.weight.dtype)
-    if hasattr(encoder, "embeddings_project"):  # ELECTRA's, where words are narrower than the layers
+    if _model_type(encoder).base == "electra" and hasattr(
+        encoder, "embeddings_project"
+    ):  # its words are narrower than its layers
         x = dense(encoder.embeddings_project, x)
     if states is not None:
         states.append(x)

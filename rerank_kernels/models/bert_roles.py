@@ -18,18 +18,30 @@ from rerank_kernels.models.roles import PEFT, Assumed, Role, Roles, equal, is_sc
 ATTENTION = ("eager", "sdpa", "flash_attention", "flex_attention", "paged|", "kernels-community/")
 
 
+# What forwards of transformers call of their own file: another one in its place computes something else.
+FUNCTIONS = (
+    *("apply_rotary_pos_emb", "rotate_half", "repeat_kv", "apply_chunking_to_forward"),
+    *("create_causal_mask", "create_sliding_window_causal_mask", "create_bidirectional_mask"),
+)
+
+
 def _stock_attention(name: Any, m: Any) -> bool:
     if name is not None and not str(name).startswith(ATTENTION):
         return False
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     own = sys.modules[name_of(m).rpartition(".")[0]]
+    theirs = ("transformers.", "kernels")
+    if any(not getattr(vars(own).get(one), "__module__", theirs[0]).startswith(theirs) for one in FUNCTIONS):
+        return False
     function = ALL_ATTENTION_FUNCTIONS.get(name) or getattr(own, "eager_attention_forward", None)  # transformers 4.57 has none
-    return function is None or getattr(function, "__module__", "").startswith(("transformers.", "kernels"))
+    return function is None or getattr(function, "__module__", "").startswith(theirs)
 
 
 def _counts(value: Any, _: Any) -> bool:
-    return value is None or (isinstance(value, Tensor) and _is(value, torch.arange(value.shape[-1]).expand(value.shape)))
+    return value is None or (
+        isinstance(value, Tensor) and _is(value, torch.arange(value.shape[-1], device="cpu").expand(value.shape))
+    )
 
 
 def _zeros(value: Any, _: Any) -> bool:
@@ -39,13 +51,16 @@ def _zeros(value: Any, _: Any) -> bool:
 def _is(buffer: Tensor, values: Tensor) -> bool:
     if buffer.device.type == "meta" or type(buffer) is not Tensor:  # a tracer's tensor holds no values
         return True
-    return torch.equal(buffer.cpu(), values.to(buffer.dtype))
+    return torch.equal(buffer.cpu(), values.to(device="cpu", dtype=buffer.dtype))
 
 
-STOCK_ATTENTION = Assumed("config._attn_implementation", "one of transformers' own (eager, sdpa)", _stock_attention)
+STOCK_ATTENTION = Assumed(
+    "config._attn_implementation", "one of transformers' own (eager, sdpa), with the functions of its file", _stock_attention
+)
 MODEL = (
     off("config.is_decoder"),
     off("config.add_cross_attention"),
+    off("config.is_causal"),
     equal("config.position_embedding_type", "absolute"),  # transformers 4 has others
     STOCK_ATTENTION,
 )
@@ -72,6 +87,7 @@ SELF = (
         needed=True,
     ),
     is_scale("scaling", "attention_head_size"),
+    STOCK_ATTENTION,
     off("is_decoder"),
     off("is_causal"),
     equal("position_embedding_type", "absolute"),

@@ -45,8 +45,13 @@ def chosen(op: str, given: list[Any], wanted: bool) -> Any:
     return cache
 
 
-def length(op: str, cache: Any, batch: int, layers: int, heads: int, d: int, dtype: torch.dtype) -> int:
-    """The places that a cache has seen; an error where it is another model's or another batch's."""
+def length(op: str, cache: Any, batch: int, windows: list[int | None], heads: int, d: int, dtype: torch.dtype) -> int:
+    """The places that a cache has seen; an error where it is another model's or another batch's. windows: of each layer."""
+    layers = len(windows)
+    for i, layer in enumerate(() if cache is None else cache.layers[:layers]):
+        if name_of(layer) == ROLLING and (windows[i] is None or layer.sliding_window < windows[i]):
+            sees = f"all keys that layer {i} sees, {windows[i] or 'every one'}"
+            check.fail(op, "past_key_values", sees, f"a window of {layer.sliding_window}", HINT)
     past = 0 if cache is None else int(cache.get_seq_length())
     if past == 0:
         return 0
@@ -71,14 +76,21 @@ HINT = "a cache belongs to one model and one batch; make a new one"
 def valid(op: str, mask: Any, cache: Any, b: int, past: int, t: int, device: torch.device) -> Tensor:
     """bool [B, past + T], True where a token is."""
     if isinstance(mask, dict):  # what generate() makes for a StaticCache
-        mask = mask.get("full_attention")
+        if "full_attention" not in mask:
+            check.fail(op, "attention_mask", "of full attention", f"masks of {', '.join(mask)}", "pass the mask [B, T]")
+        mask = mask["full_attention"]
     if mask is None:
         return torch.ones(b, past + t, dtype=torch.bool, device=device)
     if isinstance(mask, Tensor) and mask.dim() == 4 and cache is not None and name_of(cache) == CACHES[1]:
         if mask.shape[0] != b or mask.shape[2] != t or mask.shape[3] < past + t:
             check.fail(op, "attention_mask", f"[{b}, 1, {t}, at least {past + t}]", check.shape_of(mask))
-        last = mask[:, 0, -1, : past + t]  # under a causal mask the last query sees every key that is one
-        return last if last.dtype == torch.bool else last == 0
+        seen = mask[:, 0, :, : past + t]
+        seen = seen if seen.dtype == torch.bool else seen == 0
+        last = seen[:, -1]  # under a causal mask the last query sees every key that is one
+        causal = torch.ones(t, past + t, dtype=torch.bool, device=mask.device).tril(past) & last[:, None]
+        if not bool(((seen == causal) | ~last[:, past:, None]).all()):
+            check.fail(op, "attention_mask", "causal", "a mask of its own for each query", "pass the mask [B, T]")
+        return last
     if not isinstance(mask, Tensor) or mask.shape != (b, past + t):
         came = check.shape_of(mask) if isinstance(mask, Tensor) else type(mask).__name__
         behind = f", the {past} places of the cache first" if past else ""

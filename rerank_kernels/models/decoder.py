@@ -11,10 +11,12 @@ they have in the whole sequence. The cache holds what stock's would, and zeros a
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +48,7 @@ class ModelType:
     eps: str = "variance_epsilon"  # of the norms
     offset: int = 0  # added to the norms' weights
     cast: str = "before"
+    head_norms: bool = False  # queries and keys are normed, head by head
     scaled: bool = False  # embeddings are multiplied by the root of the model's width
 
 
@@ -57,7 +60,7 @@ MODEL_TYPES = {
     "transformers.models.llama.modeling_llama": ModelType("Llama"),
     "transformers.models.mistral.modeling_mistral": ModelType("Mistral", lambda config, layer: config.sliding_window),
     "transformers.models.qwen2.modeling_qwen2": ModelType("Qwen2", _by_layer),
-    "transformers.models.qwen3.modeling_qwen3": ModelType("Qwen3", _by_layer),
+    "transformers.models.qwen3.modeling_qwen3": ModelType("Qwen3", _by_layer, head_norms=True),
     "transformers.models.gemma.modeling_gemma": ModelType("Gemma", eps="eps", offset=1, cast="after", scaled=True),
 }
 
@@ -155,7 +158,14 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
     caches = [c for c in (given.pop("cache", None), given.pop("past_key_values", None)) if c is not None]
     use_cache, places = given.pop("use_cache", None), given.pop("cache_position", None)
     ours = {"logits_to_keep": given.pop("logits_to_keep")} if "logits_to_keep" in given else {}
+    if given.pop("is_causal", None) not in (None, True):
+        check.fail(op, "is_causal", "True, or left out", False, "a decoder's queries see what is before them")
     states, as_dict = packing._options(m, op, given)
+    for name, value in (("input_ids", ids), ("inputs_embeds", embeds), ("position_ids", positions)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}; pass torch.as_tensor({name})")
+    if positions is not None and positions.is_floating_point():
+        raise TypeError(f"{op}: position_ids must be int64 or int32, got {positions.dtype}")
     if (ids is None) == (embeds is None):
         raise ValueError(f"{op}: exactly one of input_ids [B, T] and inputs_embeds [B, T, D] must be given")
     if ids is None:
@@ -167,7 +177,8 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
     if traced():
         return _traced(decoder, op, ids, embeds, mask, positions, cache, places, states, as_dict), ours
     d, dtype = decoder.layers[0].self_attn.head_dim, decoder.embed_tokens.weight.dtype
-    past = length(op, cache, b, decoder.config.num_hidden_layers, decoder.config.num_key_value_heads, d, dtype)
+    windows = [_type(decoder).window(decoder.config, i) for i in range(decoder.config.num_hidden_layers)]
+    past = length(op, cache, b, windows, decoder.config.num_key_value_heads, d, dtype)
     if places is not None and (not isinstance(places, Tensor) or places.shape != (t,) or int(places[0]) != past):
         check.fail(op, "cache_position", f"the {t} places behind the {past} that the cache holds", places)
     there = valid(op, mask, cache, b, past, t, (embeds if ids is None else ids).device)
@@ -177,7 +188,14 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
         own = new.pack(counted[:, past:] - 1)
     else:
         check.shape(op, "position_ids", positions, 1 if positions.shape[0] == 1 else b, t)
+        if (
+            mask is None and not past and bool((positions.diff() != 1).any())
+        ):  # stock takes each beginning for a sequence of its own
+            wanted = "one more at each place, where no attention_mask is given"
+            check.fail(op, "position_ids", wanted, "a row that begins anew", "give each sequence a row of its own, or a mask")
         own = new.pack(positions.expand(b, t)).long()
+    if mask is None and not cached:
+        packing._warn_of_pads(op, ids, m.config.pad_token_id)
     cos, sin = _angles(decoder, op, own, keys.whole, None if past else counted[:, -1])
     words = new.pack(embeds) if ids is None else _words(decoder, op, new.pack(ids))
     return Batch(words, cos, sin, new, None if cache is None else keys, states, as_dict), ours
@@ -196,7 +214,7 @@ def _traced(
     own = packing.places(cu, index, 0, limit, op)
     if positions is not None:
         own = new.pack(positions.expand(b, t)).long()
-    said = rope.parameters(decoder.config)
+    said = rope.parameters(decoder.rotary_emb.config)
     cos, sin = angles(cu, own, dict(said)["features"] // 2, rope.written(said), limit, op)
     words = new.pack(embeds) if ids is None else _words(decoder, op, new.pack(ids))
     return Batch(words, cos, sin, new, None, states, as_dict)
@@ -222,13 +240,18 @@ def _words(decoder: Any, op: str, ids: Tensor) -> Tensor:
     words = lookup(op, "input_ids", ids, decoder.embed_tokens)
     if not _type(decoder).scaled:
         return words
-    scale = words.new_full((), decoder.config.hidden_size**0.5)
+    scale = getattr(decoder.embed_tokens, "embed_scale", None)
+    if scale is None:  # in transformers 4 the model's forward does it; a plain embedding put in later is not scaled
+        if hasattr(sys.modules[name_of(decoder).rpartition(".")[0]], f"{_type(decoder).prefix}TextScaledWordEmbedding"):
+            return words
+        scale = words.new_full((), decoder.config.hidden_size**0.5)
+    scale = scale.to(words.dtype)
     return (words.float() * scale.float()).to(words.dtype)  # a product of halves is exact in float32: stock's bits
 
 
 def _angles(decoder: Any, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """cos and sin of the new tokens; lengths: of whole sequences, None where a cache holds a part of them."""
-    return _turned(rope.parameters(decoder.config), max_tokens(decoder), op, positions, keys, lengths)
+    return _turned(rope.parameters(decoder.rotary_emb.config), max_tokens(decoder), op, positions, keys, lengths)
 
 
 def _turned(
@@ -249,8 +272,8 @@ def _kept(m: Any, x: Tensor, keep: Any) -> Tensor:
     if isinstance(keep, Tensor):
         if keep.dim() == 1 and not keep.dtype.is_floating_point and keep.dtype != torch.bool:
             return x[:, keep]
-    elif isinstance(keep, int) and keep >= 0:
-        return x[:, x.shape[1] - keep :] if 0 < keep <= x.shape[1] else x
+    elif isinstance(keep, int | np.integer) and not isinstance(keep, bool) and keep >= 0:
+        return x[:, -int(keep) :] if keep else x  # more than there are: all of them
     check.fail(f"{class_of(m)}.forward", "logits_to_keep", "a number >= 0, or a 1-D tensor of places", keep)
 
 
@@ -289,7 +312,7 @@ def _decode(decoder: Any, batch: Batch) -> Tensor:
 def _attend(kind: ModelType, config: Any, i: int, layer: Any, x: Tensor, batch: Batch) -> Tensor:
     own, normed = layer.self_attn, _norm(kind, layer.input_layernorm, x)
     q, k, v = (dense(p, normed).unflatten(-1, (-1, own.head_dim)) for p in (own.q_proj, own.k_proj, own.v_proj))
-    if hasattr(own, "q_norm"):
+    if kind.head_norms:
         q, k = _norm(kind, own.q_norm, q), _norm(kind, own.k_norm, k)
     q, k = rotary(q, batch.cos, batch.sin), rotary(k, batch.cos, batch.sin)
     k, v, keys = (k, v, None) if batch.keys is None else batch.keys.stored(i, k, v)

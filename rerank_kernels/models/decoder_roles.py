@@ -59,12 +59,20 @@ ANGLES = (
     Assumed("inv_freq", "what config says", _said_now),
     Assumed("original_inv_freq", "what config says", _said),
     Assumed(
+        "rope_type",
+        "what config says",
+        lambda value, m: rope.problem(m.config) is not None or value == dict(rope.parameters(m.config))["rope_type"],
+    ),
+    Assumed(
         "attention_scaling",
         "what config says",
         lambda value, m: rope.problem(m.config) is not None or _near(value, _angles(m).scaling),
     ),
 )
+CAUSAL = Assumed("config.is_causal", "True", lambda value, _: value is None or bool(value))
+WINDOW = Assumed("config.sliding_window", "None, or at least 1", lambda value, _: value is None or value >= 1)
 SELF = (
+    STOCK_ATTENTION,
     Assumed("head_dim", "what config says", lambda value, m: value == _head_size(m.config), needed=True),
     Assumed("scaling", "a number", lambda value, _: isinstance(value, float), needed=True),
     Assumed("is_causal", "True", lambda value, _: bool(value)),
@@ -106,7 +114,11 @@ def decoder(module: str, prefix: str, eps: str, problem: Callable[[Any], str | N
         ".mlp.act_fn": replace(ACTIVATION, optional=True),  # a function stands in no role: see ACT
     }
     return {
-        "": own("Model", assumes=(STOCK_ATTENTION, off("config.use_bidirectional_attention")), ask=problem),
+        "": own(
+            "Model",
+            assumes=(STOCK_ATTENTION, off("config.use_bidirectional_attention"), CAUSAL, WINDOW),
+            ask=problem,
+        ),
         "embed_tokens": replace(
             words, classes=words.classes | {f"{module}.{prefix}TextScaledWordEmbedding"}, assumes=(*words.assumes, SCALE)
         ),

@@ -6,6 +6,7 @@ the whole check of roles.py, which serves or refuses by name.
 
 from __future__ import annotations
 
+import copy
 import sys
 from operator import itemgetter
 from typing import Any
@@ -18,6 +19,13 @@ from rerank_kernels.models.bound import name_of
 from rerank_kernels.models.roles import SWITCHES, Roles, own_classes, places
 
 _ALWAYS = ("_forward_hooks", "_forward_pre_hooks", "_modules", "_parameters", "_buffers")
+
+
+def _copied(d: dict[Any, Any]) -> dict[Any, Any]:
+    """Of a config with what is inside its entries, such as rope_parameters: it is written in place too."""
+    if "model_type" not in d and "transformers_version" not in d:
+        return dict(d)
+    return {key: copy.deepcopy(value) if type(value) in (dict, list) else value for key, value in d.items()}
 
 
 class Fingerprint:
@@ -48,7 +56,8 @@ class Fingerprint:
         self.live += [h for h in hooks if h]
         self.live += {c: vars(c) for t in self.types for c in own_classes(t)}.values()
         self.live.append(vars(sys.modules[name_of(root).rpartition(".")[0]]))  # the functions that its classes call
-        self.copies = [dict(d) for d in self.live]
+        self.copies = list(map(_copied, self.live))
+        self.configs = [(d, d["config"]) for d in self.dicts if "config" in d]
         buffers = [b for m in self.modules for b in m._buffers.values() if b is not None]
         self.buffers: list[Tensor] = [b for b in buffers if b.device.type == "cpu"]
         self.values = [b.clone() for b in self.buffers]  # no version counts a write through .data, or under inference_mode
@@ -62,6 +71,7 @@ class Fingerprint:
                     return False
             return (
                 list(map(len, self.dicts)) == self.sizes
+                and all(d["config"] is config for d, config in self.configs)  # two that differ may be == in transformers
                 and self.live == self.copies
                 and not any(self.unhooked)
                 and list(map(type, self.modules)) == self.types

@@ -85,7 +85,7 @@ def ready(m: Any, roles_of: Callable[[Any], Roles]) -> None:
             roles = roles_of(m)
             seen = Fingerprint(m, roles)  # first, so that what another thread changes meanwhile is found at the next call
             refuse(m, problems(m, roles))
-            if forward is not None:
+            if forward is not None and not traced():  # a tracer's tensors would stay in it
                 forward.seen = seen
 
 

@@ -69,7 +69,7 @@ def frequencies(said: Parameters, length: int = 0) -> Frequencies:
     p = dict(said)
     with localcontext(DIGITS):
         exact, scaling = _FORMULAS[p["rope_type"]](p, _plain(p), length)
-        return Frequencies(torch.tensor([float(f) for f in exact], dtype=torch.float64).float(), float(scaling))
+        return Frequencies(torch.tensor([float(f) for f in exact], dtype=torch.float64, device="cpu").float(), float(scaling))
 
 
 def _plain(p: dict[str, Any]) -> list[Decimal]:
@@ -175,6 +175,9 @@ def rows(said: Parameters, positions: Tensor, longest: int, lengths: Tensor | No
     last = int(positions.max()) if positions.numel() else 0
     if positions.numel() and int(positions.min()) < 0:
         check.fail(op, "position_ids", "at least 0", int(positions.min()))
+    if last >= turn >= longest:
+        kind = dict(said)["rope_type"]
+        check.fail(op, "position_ids", f"below {turn}, for rope type {kind!r} and a sequence of {longest} tokens", last)
     cos, sin = (t.index_select(0, positions) for t in _table(said, 0, _room(last), positions.device))
     if longest > turn:
         kind = dict(said)["rope_type"]
@@ -197,4 +200,4 @@ def _room(last: int) -> int:
 def _table(said: Parameters, length: int, room: int, device: torch.device) -> tuple[Tensor, Tensor]:
     f = frequencies(said, length)
     with torch.inference_mode(False), torch.no_grad():
-        return tuple(t.to(device) for t in rotary_table(f.inv_freq, torch.arange(room), f.scaling))  # type: ignore[return-value]
+        return tuple(t.to(device) for t in rotary_table(f.inv_freq, torch.arange(room, device="cpu"), f.scaling))  # type: ignore[return-value]
