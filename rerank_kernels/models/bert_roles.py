@@ -34,6 +34,9 @@ def _stock_attention(name: Any, m: Any) -> bool:
     theirs = ("transformers.", "kernels")
     if any(not getattr(vars(own).get(one), "__module__", theirs[0]).startswith(theirs) for one in FUNCTIONS):
         return False
+    masks = getattr(sys.modules.get("transformers.masking_utils"), "ALL_MASK_ATTENTION_FUNCTIONS", {})
+    if not getattr(masks.get(name), "__module__", theirs[0]).startswith(theirs):
+        return False
     function = ALL_ATTENTION_FUNCTIONS.get(name) or getattr(own, "eager_attention_forward", None)  # transformers 4.57 has none
     return function is None or getattr(function, "__module__", "").startswith(theirs)
 

@@ -21,6 +21,12 @@ from rerank_kernels.models.roles import SWITCHES, Roles, own_classes, places
 _ALWAYS = ("_forward_hooks", "_forward_pre_hooks", "_modules", "_parameters", "_buffers")
 
 
+REGISTRIES = (
+    ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
+    ("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"),
+)
+
+
 def _copied(d: dict[Any, Any]) -> dict[Any, Any]:
     """Of a config with what is inside its entries, such as rope_parameters: it is written in place too."""
     if "model_type" not in d and "transformers_version" not in d:
@@ -56,6 +62,11 @@ class Fingerprint:
         self.live += [h for h in hooks if h]
         self.live += {c: vars(c) for t in self.types for c in own_classes(t)}.values()
         self.live.append(vars(sys.modules[name_of(root).rpartition(".")[0]]))  # the functions that its classes call
+        for module, name in REGISTRIES:  # an attention or a mask of one's own, under the name of a stock one
+            registry = getattr(sys.modules.get(module), name, None)
+            self.live += [
+                d for d in (getattr(registry, "_global_mapping", None), getattr(registry, "_local_mapping", None)) if d
+            ]
         self.copies = list(map(_copied, self.live))
         self.configs = [(d, d["config"]) for d in self.dicts if "config" in d]
         buffers = [b for m in self.modules for b in m._buffers.values() if b is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -110,6 +111,27 @@ def test_a_function_of_the_models_file_is_replaced(monkeypatch):
         ours(IDS)
     with pytest.raises(rk.PatchError, match="with the functions of its file"):
         rk.patch(decoder("llama"))
+
+
+@pytest.mark.parametrize("registry", ["AttentionInterface", "AttentionMaskInterface"])
+@pytest.mark.parametrize("make", [decoder, tiny])
+def test_a_function_under_a_stock_name(make, registry):
+    import transformers
+
+    make = functools.partial(make, "llama" if make is decoder else "bert", attn_implementation="sdpa")
+    ours, held = make(), getattr(transformers, registry)
+    rk.patch(ours)
+    ours(IDS)
+    stock = held._global_mapping["sdpa"]
+    try:
+        held.register("sdpa", lambda *a, **k: stock(*a, **k))
+        with pytest.raises(rk.PatchError, match=r"config\._attn_implementation must be one of"):
+            ours(IDS)
+        with pytest.raises(rk.PatchError, match=r"config\._attn_implementation must be one of"):
+            rk.patch(make())
+    finally:
+        held.register("sdpa", stock)
+    ours(IDS)
 
 
 def test_arguments_that_mean_something_else():
