@@ -31,10 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sanitize import build
 
 STRESS = build.HERE / "stress.py"
+SUPPRESSED = Path(__file__).with_name("thread.supp")
 SETTINGS = {
     "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_odr_violation=0:verify_asan_link_order=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
-    "TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_signal_unsafe=0",
+    "TSAN_OPTIONS": f"halt_on_error=1:exitcode=66:report_signal_unsafe=0:suppressions={SUPPRESSED}",
 }
 TESTS = ("norm", "softmax", "pooling")
 OF_CPU = "not cuda and not triton and not pytorch and not golden"
