@@ -174,9 +174,8 @@ def _encode(
     total = words.float() + lookup(op, "token_type_ids", types, e.token_type_embeddings).float()
     total = total + lookup(op, "position_ids", positions, e.position_embeddings).float()
     x = norm(e.LayerNorm, total).to(e.word_embeddings.weight.dtype)
-    if _model_type(encoder).base == "electra" and hasattr(
-        encoder, "embeddings_project"
-    ):  # its words are narrower than its layers
+    own = _model_type(encoder).base == "electra"  # whose words may be narrower than its layers
+    if own and hasattr(encoder, "embeddings_project"):
         x = dense(encoder.embeddings_project, x)
     if states is not None:
         states.append(x)

@@ -161,9 +161,7 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
     if given.pop("is_causal", None) not in (None, True):
         check.fail(op, "is_causal", "True, or left out", False, "a decoder's queries see what is before them")
     states, as_dict = packing._options(m, op, given)
-    for name, value in (("input_ids", ids), ("inputs_embeds", embeds), ("position_ids", positions)):
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}; pass torch.as_tensor({name})")
+    packing.are_tensors(op, input_ids=ids, inputs_embeds=embeds, position_ids=positions)
     if positions is not None and positions.is_floating_point():
         raise TypeError(f"{op}: position_ids must be int64 or int32, got {positions.dtype}")
     if (ids is None) == (embeds is None):
@@ -188,9 +186,8 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
         own = new.pack(counted[:, past:] - 1)
     else:
         check.shape(op, "position_ids", positions, 1 if positions.shape[0] == 1 else b, t)
-        if (
-            mask is None and not past and bool((positions.diff() != 1).any())
-        ):  # stock takes each beginning for a sequence of its own
+        # stock takes each beginning for a sequence of its own
+        if mask is None and not past and bool((positions.diff() != 1).any()):
             wanted = "one more at each place, where no attention_mask is given"
             check.fail(op, "position_ids", wanted, "a row that begins anew", "give each sequence a row of its own, or a mask")
         own = new.pack(positions.expand(b, t)).long()
@@ -353,9 +350,7 @@ def _feed_forward(m: Any, x: Tensor, residual: Tensor) -> Tensor:
 
 
 def problem(m: Any) -> str | None:
-    """Why a decoder, by its config, cannot be served; None if it can."""
-    if getattr(m.config, "use_bidirectional_attention", False):
-        return "config.use_bidirectional_attention is set"
+    """Why a decoder's angles cannot be served; None if they can."""
     return rope.problem(m.config)
 
 

@@ -60,7 +60,7 @@ class LastTokenHead:
 
     def __call__(self, x: Tensor, sequences: Sequences) -> HeadOutput:
         """[total, D] -> float32 [B, L] each: logit, score, complement. A sequence without tokens is a vector of zeros."""
-        last = _last(x, sequences)
+        last = last_rows(x, sequences.cu_seqlens)
         if lora.is_lora(self.score):
             logit = lora.product(self.score, last, out_dtype=torch.float32)
             return HeadOutput(logit, sigmoid(logit), sigmoid(-logit))
@@ -72,8 +72,8 @@ class LastTokenHead:
 class AnswerHead:
     """The log-odds of one word of the vocabulary beside another, at the last token of each sequence.
 
-    The two rows of the language head are subtracted in float32 before the one dot: two logits that are rounded first lose what
-    they have in common, some 0.07 at a logit of 18 in bfloat16.
+    The two rows of the language head are subtracted in float32 before the one dot. Two logits that are rounded first keep both
+    errors: up to 0.06 each between 16 and 32 in bfloat16.
     """
 
     words: nn.Linear  # the language head
@@ -89,16 +89,12 @@ class AnswerHead:
         if self.no is not None:
             row = row - self.words.weight[self.no].float()
             bias = None if bias is None else bias - self.words.bias[self.no].float()
-        return score_head(_last(x, sequences), row[None], bias)
-
-
-def _last(x: Tensor, sequences: Sequences) -> Tensor:
-    """[total, D] -> [B, D]: the last token of each sequence, zeros for one without tokens."""
-    return last_rows(x, sequences.cu_seqlens)
+        return score_head(last_rows(x, sequences.cu_seqlens), row[None], bias)
 
 
 @opaque(lambda x, cu_seqlens: x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1]))
 def last_rows(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[total, D] -> [B, D]: the last token of each sequence, zeros for one without tokens."""
     cu = cu_seqlens.long()
     if not x.shape[0]:
         return x.new_zeros(cu.shape[0] - 1, x.shape[1])

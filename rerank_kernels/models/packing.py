@@ -184,10 +184,7 @@ def pack(m: Any, table: Table, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     given |= given.pop("kwargs", {})
     ids, mask, embeds, types, positions = (given.pop(name, None) for name in TENSORS)
     states, as_dict = _options(m, op, given)
-    for name, value in zip(TENSORS, (ids, mask, embeds, types, positions), strict=True):
-        if value is not None and not isinstance(value, Tensor):
-            cure = f"pass torch.as_tensor({name})"
-            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}; {cure}")
+    are_tensors(op, **dict(zip(TENSORS, (ids, mask, embeds, types, positions), strict=True)))
     if (ids is None) == (embeds is None):
         raise ValueError(f"{op}: exactly one of input_ids [B, T] and inputs_embeds [B, T, D] must be given")
     if ids is None:
@@ -218,6 +215,13 @@ def pack(m: Any, table: Table, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if own is None:
         own = positions_of(table, sequences)
     return Batch(words, packed("token_type_ids", types), own, sequences, states, as_dict)
+
+
+def are_tensors(op: str, **given: Any) -> None:
+    """Lists have a length and no shape: an argument that is no tensor is named here."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}; pass torch.as_tensor({name})")
 
 
 def _kept_result(like: Tensor, mask: Tensor | None, pad: int | None, op: str) -> tuple[Tensor, Tensor]:

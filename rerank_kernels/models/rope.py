@@ -186,7 +186,7 @@ def rows(said: Parameters, positions: Tensor, longest: int, lengths: Tensor | No
             why = "beyond it all angles of a sequence change with each token; cut the text" if kind == "dynamic" else why
             check.fail(op, "input_ids", f"at most {turn} tokens a sequence, for rope type {kind!r}", longest, why)
         far = (lengths > turn)[:, None]
-        long = (t.index_select(0, positions) for t in _table(said, longest, _room(last), positions.device))
+        long = (t.index_select(0, positions) for t in _table(said, turn + 1, _room(last), positions.device))
         cos, sin = (torch.where(far, b, a) for a, b in zip((cos, sin), long, strict=True))
     return cos, sin
 

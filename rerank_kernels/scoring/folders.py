@@ -18,7 +18,7 @@ from rerank_kernels import check
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import registry
 from rerank_kernels.scoring.files import LARGEST, Folder
-from rerank_kernels.scoring.settings import KINDS
+from rerank_kernels.scoring.settings import KINDS, writes
 
 WEIGHTS = (
     "model.safetensors",
@@ -42,7 +42,7 @@ def load_model(folder: Folder, kind: str, trust: bool = False) -> Any:
     raw = folder.json("config.json")
     _config(folder, raw, kind, trust)
     auto: Any = AutoModelForSequenceClassification if kind == KINDS[0] else AutoModel
-    if kind == KINDS[0] and str(raw.get("architectures")).endswith("ForCausalLM']"):
+    if kind == KINDS[0] and writes(raw.get("architectures")):
         auto = AutoModelForCausalLM
     own = {"local_files_only": True, "trust_remote_code": trust}
     with _named(f"no model could be loaded from {folder.path}"), _no_bar():

@@ -128,7 +128,7 @@ class Reranker:
             came = type(model_or_path).__name__
             raise TypeError(f"Reranker: model_or_path must be a folder or a torch.nn.Module, got {came}")
         labels = getattr(getattr(self.model, "config", None), "num_labels", 1)
-        writes = self.kind == "cross-encoder" and type(self.model).__name__.endswith("ForCausalLM")
+        writes = self.kind == "cross-encoder" and settings.writes([type(self.model).__name__])
         if self.kind == "cross-encoder" and labels != 1 and not writes:
             check.fail("Reranker", "config.num_labels", "1, one score per pair", labels, "use rk.patch(model) for other heads")
         if dtype is not None or device is not None:

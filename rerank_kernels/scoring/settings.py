@@ -66,8 +66,7 @@ def read(folder: Folder, kind: str | None = None) -> Settings:
     if kind not in (None, stored):  # as in sentence-transformers, what is loaded as another kind keeps no settings of the first
         modules, root = [], {}
     kind = found.kind
-    first = next(iter(config.get("architectures") or ()), "") if isinstance(config.get("architectures"), list) else ""
-    if str(first).endswith("ForCausalLM") and config.get("is_causal", True):
+    if writes(config.get("architectures")) and config.get("is_causal", True):
         found.pooling = "lasttoken"  # sentence-transformers' choice too, where no modules.json says another
     if modules:
         _of_transformer(found, transformer)
@@ -81,8 +80,13 @@ def read(folder: Folder, kind: str | None = None) -> Settings:
 def kind_of(architectures: Any) -> str:
     """A list of class names, as config.json holds it."""
     names = architectures if isinstance(architectures, list) else []
-    scores = ("ForSequenceClassification", "ForCausalLM")  # the latter answers yes or no, see templates.py
-    return KINDS[0] if any(str(name).endswith(scores) for name in names) else KINDS[1]
+    classifies = any(str(name).endswith("ForSequenceClassification") for name in names)
+    return KINDS[0] if classifies or writes(names) else KINDS[1]
+
+
+def writes(architectures: Any) -> bool:
+    """Whether the first class has a language head, and so answers yes or no (templates.py)."""
+    return isinstance(architectures, list) and str(next(iter(architectures), "")).endswith("ForCausalLM")
 
 
 def _modules(folder: Folder) -> list[tuple[str, Folder, dict[str, Any]]]:

@@ -114,31 +114,17 @@ def runs(parts: list[str], libraries: dict[str, Path], seed: int, seconds: float
             *(str(build.ROOT / "tests" / "ops" / f"test_{t}.py") for t in TESTS),
         ]
         yield Run("address", "tests of three families", tests, {**loaded, "PYTHONPATH": str(package.parent)})
-        yield Run(
-            "address",
-            "control: over-read",
-            control("over_read", "address", *ours),
-            loaded,
-            ("heap-buffer-overflow", "planted_over_read"),
-        )
-        yield Run(
-            "address",
-            "control: over-write",
-            control("over_write", "address", *ours),
-            loaded,
-            ("heap-buffer-overflow", "planted_over_write"),
-        )
-        yield Run(
-            "address",
-            "control: overflow",
-            control("overflow", "address", *ours),
-            loaded,
-            ("signed integer overflow", "planted.cpp"),
-        )
-        for check, (_, _, seen) in build.CHECKS.items():
+        for mistake, seen in (
+            ("over_read", ("heap-buffer-overflow", "planted_over_read")),
+            ("over_write", ("heap-buffer-overflow", "planted_over_write")),
+            ("overflow", ("signed integer overflow", "planted.cpp")),
+        ):
+            command = control(mistake, "address", *ours)
+            yield Run("address", f"control: {mistake.replace('_', '-')}", command, loaded, seen)
+        for check, (_, _, word) in build.CHECKS.items():
             few = ["--seeds", "1:60", "--hostile", "--ops", "rotary", "--isa", "scalar"]
             command = [sys.executable, str(STRESS), *few, "--library", str(libraries[f"without {check}"])]
-            yield Run("address", f"control: no check of {check}", command, loaded, (seen,))
+            yield Run("address", f"control: no check of {check}", command, loaded, (word,))
     if "guard" in parts:
         loaded = {"LD_PRELOAD": str(libraries["guard"])}
         yield Run("guard", "well-formed", stress("--guarded", "--seconds", seconds), loaded)

@@ -165,7 +165,7 @@ def test_a_folder(tmp_path):
 
 def test_mutant_logits_rounded_before_they_are_subtracted(monkeypatch):
     def rounded(self, x, sequences):
-        last = heads._last(x, sequences)
+        last = heads.last_rows(x, sequences.cu_seqlens)
         yes, no = (rk.linear(last, self.words.weight[i, None]) for i in (self.yes, self.no))
         logit = (yes - no).float()
         return heads.HeadOutput(logit, rk.sigmoid(logit), rk.sigmoid(-logit))
