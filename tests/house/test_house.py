@@ -12,7 +12,8 @@ import shutil
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -91,21 +92,34 @@ def test_op_is_where_the_registry_says(op: str, served_by: str) -> None:
     assert callable(getattr(ours, f"{op}_truth")), f"ops/{OPS[op]}.py has no float64 truth of {op}"
 
 
+def without_a_room(tests: Iterable[str], rooms: set[str]) -> list[str]:
+    """Those outside of every room, and those whose name stands twice: `-k`, pages and pytest's import know a file by its name."""
+    tests = list(tests)
+    names = Counter(Path(p).name for p in tests)
+    return [p for p in tests if p.rpartition("/")[0] not in rooms or names[Path(p).name] > 1]
+
+
 def test_every_test_has_a_room() -> None:
-    """The package's rooms, and folders for what the repository has besides. A name stands once, since `-k`, pages and pytest's
-    import know a test file by its name alone."""
+    """The package's rooms, and folders for what the repository has besides."""
     rooms = {p.parent.name for p in (ROOT / "rerank_kernels").glob("*/__init__.py")} | BESIDE
-    assert [p for p in TESTS if p.rpartition("/")[0] not in rooms] == []
-    names = [Path(p).name for p in TESTS]
-    assert sorted(set(names)) == sorted(names)
+    assert without_a_room(TESTS, rooms) == []
+    lost = ["test_a.py", "ops/test_b.py", "models/test_b.py"]
+    assert without_a_room([*lost, "ops/test_c.py"], {"ops", "models"}) == lost, "the control"
 
 
-def test_the_simulator_stands_alone() -> None:
-    """What it says of a kernel cannot depend on the code that it judges: its files import NumPy, pytest and one another."""
-    there = {p.relative_to(ROOT): ast.parse(p.read_text()) for p in (ROOT / "tests" / "ptxsim").rglob("*.py")}
+def strangers(folder: Path) -> list[tuple[str, str]]:
+    """(file, module) of what the files of a folder import besides NumPy, pytest, the standard library and one another."""
+    there = {p.relative_to(folder): ast.parse(p.read_text()) for p in folder.rglob("*.py")}
     known = {"numpy", "pytest", "ptxsim", *sys.stdlib_module_names}
     named = {(str(path), name) for path, tree in there.items() for node in ast.walk(tree) for name in _absolute(node)}
-    assert sorted((path, name) for path, name in named if name.split(".")[0] not in known) == []
+    return sorted((path, name) for path, name in named if name.split(".")[0] not in known)
+
+
+def test_the_simulator_stands_alone(tmp_path: Path) -> None:
+    """What it says of a kernel cannot depend on the code that it judges."""
+    assert strangers(ROOT / "tests" / "ptxsim") == []
+    (tmp_path / "a.py").write_text("import numpy\ndef f():\n    from rerank_kernels.ops import norm\n    import torch as t")
+    assert strangers(tmp_path) == [("a.py", "rerank_kernels.ops"), ("a.py", "torch")], "the control"
 
 
 def _absolute(node: ast.AST) -> list[str]:
