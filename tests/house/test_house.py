@@ -93,7 +93,7 @@ def test_op_is_where_the_registry_says(op: str, served_by: str) -> None:
 
 
 def without_a_room(tests: Iterable[str], rooms: set[str]) -> list[str]:
-    """Those outside of every room, and those whose name stands twice: it is all that `-k` and pytest's import know of a file."""
+    """Those outside of every room, and those whose name stands twice: the name is all that pytest knows of a file."""
     tests = list(tests)
     names = Counter(Path(p).name for p in tests)
     return [p for p in tests if p.rpartition("/")[0] not in rooms or names[Path(p).name] > 1]
