@@ -25,7 +25,7 @@ from rerank_kernels.errors import PatchError
 from rerank_kernels.models import decoder_roles, lora, packing, rope
 from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.caches import Keys, chosen, length, valid
-from rerank_kernels.models.heads import LastTokenHead
+from rerank_kernels.models.heads import LastTokenHead, asked
 from rerank_kernels.models.leaves import activation_of
 from rerank_kernels.models.packing import as_patched, dense, explained, lookup, ready
 from rerank_kernels.models.roles import Roles
@@ -97,9 +97,12 @@ def causal_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     ready(m, roles_of)
     with explained(m, roles_of):
         batch, given = _pack(m, _enter(m), args, kwargs, cached=True)
-        x = batch.new.unpack(_decode(m.base_model, batch))
-        kept = _kept(m, x, given.get("logits_to_keep", 0))
-        logits = dense(lora.held(m.lm_head), kept, out_dtype=torch.float32)
+        packed = _decode(m.base_model, batch)
+        kept = _kept(m, batch.new.unpack(packed), given.get("logits_to_keep", 0))
+        if not traced() and (question := asked()) is not None:
+            logits = question.answer(m.lm_head, packed, batch.new)
+        else:
+            logits = dense(lora.held(m.lm_head), kept, out_dtype=torch.float32)
         return _output(m, batch, CausalLMOutputWithPast, logits=logits)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +93,39 @@ class AnswerHead:
             row = row - self.words.weight[self.no].float()
             bias = None if bias is None else bias - self.words.bias[self.no].float()
         return score_head(last_rows(x, sequences.cu_seqlens), row[None], bias)
+
+
+@dataclass
+class Asked:
+    """Two words, or one, that a caller wants of a language head in place of a logit for each word of the vocabulary."""
+
+    yes: int
+    no: int | None = None
+    answered: bool = False  # by a patched language head; stock's does not know that it was asked
+
+    def answer(self, words: nn.Linear, x: Tensor, sequences: Sequences) -> Tensor:
+        """[total, D] -> float32 [B, 1, 1]: logits of one place and one word, the log-odds of AnswerHead."""
+        self.answered = True
+        return AnswerHead(words, self.yes, self.no)(x, sequences).logit[:, None]
+
+
+_asked: ContextVar[Asked | None] = ContextVar("rerank_kernels_asked", default=None)
+
+
+@contextlib.contextmanager
+def asking(yes: int, no: int | None = None) -> Iterator[Asked]:
+    """Inside the block a patched *ForCausalLM gives the answer to this, and computes no other logit."""
+    question = Asked(yes, no)
+    token = _asked.set(question)
+    try:
+        yield question
+    finally:
+        _asked.reset(token)
+
+
+def asked() -> Asked | None:
+    """What is asked around this call; None: all words are wanted."""
+    return _asked.get()
 
 
 @opaque(lambda x, cu_seqlens: x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1]))
