@@ -75,8 +75,8 @@ class Reranker:
     as its sentence-transformers files say (rk.pool names the modes), by the mean if there are none. Every other setting of
     these files is served too, or refused by name (docs/SYSTEMS.md).
     template: of an LLM reranker, a *ForCausalLM that answers yes or no: a name ("qwen3-reranker", "qwen3-reranker-evaluation",
-    "bge-reranker-v2-gemma") or a Template. Default: that of the model's type. Its logit is the log-odds of the answer. A
-    decoder with a classification head takes one too, if it was trained with one.
+    "bge-reranker-v2-gemma", "mxbai-rerank-v2") or a Template. Default: that of the model's type. Its logit is the log-odds of
+    the answer. A decoder with a classification head takes one too, if it was trained with one.
     instruction: in the template's place for one. Default: the template's own.
     trust_remote_code: code that lies in the folder may run, for a model or tokenizer that needs it. Read it first.
 
@@ -264,7 +264,8 @@ class Reranker:
     @property
     def _prompts(self) -> templates.Prompts:
         assert self.template is not None
-        return templates.Prompts(self.template, self.tokenizer, self.max_length, self.instruction)
+        limit = models.max_tokens(self.model)
+        return templates.Prompts(self.template, self.tokenizer, self.max_length, self.instruction, limit)
 
     def _bounded(self, first: list[str], second: list[str] | None) -> tuple[list[str], list[str] | None]:
         """The texts, and of very long ones what the tokenizer has to see; what that is depends on the pair alone."""

@@ -53,7 +53,7 @@ def cross_encoder(obj: Any, cls: type) -> Resolved:
 
 def _find_answers(obj: Any, cls: type, found: Resolved) -> None:
     """LogitScore of a decoder, and whether what it asks for is there."""
-    scores = {path: m for path, m in found.modules.items() if name_of(m) == LOGIT_SCORE}
+    scores: dict[str, Any] = {path: m for path, m in found.modules.items() if name_of(m) == LOGIT_SCORE}
     if not scores:
         return
     words = obj.model.config.vocab_size
