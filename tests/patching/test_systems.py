@@ -1034,7 +1034,8 @@ def test_flag_llm_reranker_gives_the_bits_of_the_reranker(dtype, side, pad):
 
 def test_stock_flag_llm_reranker_does_not():
     flag = systems.BaseLLMReranker(systems.llm())
-    one, many = (flag.compute_score(PAIRS, batch_size=size) for size in (1, 40))
+    pairs = [*PAIRS, [QUERY, " ".join(CORPUS)[:400]]]
+    one, many = (flag.compute_score(pairs, batch_size=size) for size in (1, 41))
     assert (bits(one) != bits(many)).any()
     flag.tokenizer = copy.deepcopy(flag.tokenizer)
     flag.tokenizer.pad_token = None
