@@ -33,6 +33,10 @@ from rerank_kernels.scoring.files import Folder
 from rerank_kernels.scoring.tokenising import Ids
 
 Array = npt.NDArray[np.float32]
+TEMPLATE_OF_ITS_OWN = (
+    "sentence-transformers' CrossEncoder(path) with rk.patch uses it; or name the template that is the same, 'qwen3-reranker' "
+    "for Qwen3-Reranker"
+)
 PROGRESS_FROM = 256  # pairs; a shorter list is done before a bar is read
 
 
@@ -148,11 +152,20 @@ class Reranker:
                 check.fail(
                     "Reranker", "template", "unset with an embedding model", repr(template), "its prompts come from the folder"
                 )
+            if self.settings.answers is not None and template is None:
+                wanted = "given for this folder, whose own chat template makes its prompts"
+                check.fail("Reranker", "template", wanted, "None", TEMPLATE_OF_ITS_OWN)
             self.template = templates.chosen(template, str(self.model.config.model_type))
-        if instruction is not None and (self.template is None or not self.template.asks):
+        if instruction and (self.template is None or not self.template.asks):
             check.fail("Reranker", "instruction", "unset without a template that holds {instruction}", repr(instruction))
-        self.instruction = instruction if instruction is not None else self.template.instruction if self.template else ""
+        said = self.settings.default if self.settings.answers is not None else ""
+        self.instruction = (
+            instruction if instruction is not None else said or (self.template.instruction if self.template else "")
+        )
         self._answers = self._prompts.answers() if writes else None
+        if self.settings.answers not in (None, self._answers):
+            came = f"{self.template.name!r}, of tokens {self._answers}" if self.template else "none"
+            check.fail("Reranker", "template", f"one that asks for tokens {self.settings.answers}, as this folder does", came)
 
     def score(self, pairs: Iterable[tuple[str, str]], *, progress: bool | None = None, batch_tokens: int = 16384) -> Scores:
         """The score of each (query, document), in the order given.

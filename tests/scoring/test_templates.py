@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -215,6 +216,75 @@ def test_a_folder(tmp_path):
     assert stored.model.lm_head.weight.dtype == torch.bfloat16
     pairs = [(QUERY, t) for t in TEXTS]
     assert (stored.score(pairs).logit.view(np.int32) == loaded.score(pairs).logit.view(np.int32)).all()
+
+
+def answering_folder(folder, prompt=None, **score):
+    """As sentence-transformers 5.4 and later save a CrossEncoder around a language head."""
+    model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    yes, no = tokenizer().convert_tokens_to_ids(["yes", "no"])
+    package, logits = "sentence_transformers", {"method": "forward", "method_output_name": "logits"}
+    (folder / "1_LogitScore").mkdir(exist_ok=True)
+    for name, content in {
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": f"{package}.base.modules.transformer.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_LogitScore", "type": f"{package}.cross_encoder.modules.logit_score.LogitScore"},
+        ],
+        "sentence_bert_config.json": {
+            "transformer_task": "text-generation",
+            "modality_config": {"text": logits, "message": logits | {"format": "flat"}},
+            "module_output_name": "causal_logits",
+            "processing_kwargs": {"chat_template": {"add_generation_prompt": True}},
+        },
+        "config_sentence_transformers.json": {
+            "model_type": "CrossEncoder",
+            "prompts": {"own": prompt} if prompt else {},
+            "default_prompt_name": "own" if prompt else None,
+        },
+        "1_LogitScore/config.json": {"true_token_id": yes, "false_token_id": no, "module_input_name": "causal_logits"} | score,
+    }.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def test_a_folder_of_sentence_transformers_that_answers(tmp_path):
+    folder, loaded = answering_folder(tmp_path), rk.Reranker(model(), tokenizer(), max_length=300)
+    with pytest.raises(
+        ValueError, match=r"template must be given for this folder, whose own chat template .*name the template"
+    ):
+        rk.Reranker(folder)
+    named = rk.Reranker(folder, template="qwen3-reranker", max_length=300)
+    pairs = [(QUERY, t) for t in TEXTS[:3]]
+    assert (named.score(pairs).logit == loaded.score(pairs).logit).all()
+    with pytest.raises(
+        ValueError, match=r"template must be one that asks for tokens \(\d+, \d+\), as this folder does, got 'bge"
+    ):
+        rk.Reranker(folder, template="bge-reranker-v2-gemma")
+
+
+def test_the_prompt_of_a_folder_is_its_instruction(tmp_path):
+    folder = answering_folder(tmp_path, "Find cities.", false_token_id=None)
+    alone = dataclasses.replace(TEMPLATES["qwen3-reranker"], no=None)
+    assert rk.Reranker(folder, template=alone).instruction == "Find cities."
+    assert rk.Reranker(folder, template=alone, instruction="Find bread.").instruction == "Find bread."
+    bare = Template("bare", ("{query} {document}",), no=None)
+    with pytest.raises(ValueError, match=r'template must be with {instruction}, for .*; pass instruction="" to leave it out'):
+        rk.Reranker(folder, template=bare)
+    assert rk.Reranker(folder, template=bare, instruction="").instruction == ""
+
+
+@pytest.mark.parametrize(
+    "score, said",
+    [
+        ({"true_token_id": None}, "1_LogitScore's true_token_id must be a token id, got None"),
+        ({"false_token_id": -1}, "1_LogitScore's false_token_id must be a token id, got -1"),
+        ({"module_input_name": "scores"}, "1_LogitScore's module_input_name must be causal_logits, got 'scores'"),
+        ({"scale": 2}, "1_LogitScore's config.json must be of keys that are known, got 'scale'"),
+    ],
+)
+def test_settings_of_an_answer_that_are_refused(tmp_path, score, said):
+    with pytest.raises(ValueError, match=said):
+        rk.Reranker(answering_folder(tmp_path, **score), template="qwen3-reranker")
 
 
 def test_mutant_logits_rounded_before_they_are_subtracted(monkeypatch):
