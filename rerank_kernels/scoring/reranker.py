@@ -158,10 +158,12 @@ class Reranker:
             self.template = templates.chosen(template, str(self.model.config.model_type))
         if instruction and (self.template is None or not self.template.asks):
             check.fail("Reranker", "instruction", "unset without a template that holds {instruction}", repr(instruction))
-        said = self.settings.default if self.settings.answers is not None else ""
-        self.instruction = (
-            instruction if instruction is not None else said or (self.template.instruction if self.template else "")
-        )
+        self.instruction = instruction if instruction is not None else self.template.instruction if self.template else ""
+        if instruction is None and self.settings.answers is not None and self.settings.default:
+            if self.template is None or not self.template.asks:
+                wanted = "one that holds {instruction}, for this folder has a prompt of its own"
+                check.fail("Reranker", "template", wanted, f"{template!r:.60}", 'pass instruction="" to leave it out')
+            self.instruction = self.settings.default
         self._answers = self._prompts.answers() if writes else None
         if self.settings.answers not in (None, self._answers):
             came = f"{self.template.name!r}, of tokens {self._answers}" if self.template else "none"

@@ -249,9 +249,7 @@ def answering_folder(folder, prompt=None, **score):
 
 def test_a_folder_of_sentence_transformers_that_answers(tmp_path):
     folder, loaded = answering_folder(tmp_path), rk.Reranker(model(), tokenizer(), max_length=300)
-    with pytest.raises(
-        ValueError, match=r"template must be given for this folder, whose own chat template .*name the template"
-    ):
+    with pytest.raises(ValueError, match=r"template must be given for this folder, whose own chat .*name the template"):
         rk.Reranker(folder)
     named = rk.Reranker(folder, template="qwen3-reranker", max_length=300)
     pairs = [(QUERY, t) for t in TEXTS[:3]]
@@ -268,7 +266,9 @@ def test_the_prompt_of_a_folder_is_its_instruction(tmp_path):
     assert rk.Reranker(folder, template=alone).instruction == "Find cities."
     assert rk.Reranker(folder, template=alone, instruction="Find bread.").instruction == "Find bread."
     bare = Template("bare", ("{query} {document}",), no=None)
-    with pytest.raises(ValueError, match=r'template must be with {instruction}, for .*; pass instruction="" to leave it out'):
+    with pytest.raises(
+        ValueError, match=r'template must be one that holds {instruction}, .*; pass instruction="" to leave it out'
+    ):
         rk.Reranker(folder, template=bare)
     assert rk.Reranker(folder, template=bare, instruction="").instruction == ""
 
