@@ -131,8 +131,8 @@ def write_decoder(folder: Path, kind: str, texts: list[str]) -> None:
     elif kind == "qwen3":
         special["chat_template"] = CHAT
     name = "Gemma" if kind == "gemma" else "Qwen3"
-    sizes = dict(hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
-    ends = dict(intermediate_size=512, pad_token_id=0, bos_token_id=1, eos_token_id=0, tie_word_embeddings=True)
+    sizes = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+    ends = dict(intermediate_size=256, pad_token_id=0, bos_token_id=1, eos_token_id=0, tie_word_embeddings=True)
     config = getattr(tf, f"{name}Config")(**sizes, **ends, vocab_size=tokens.get_vocab_size(), max_position_embeddings=1024)
     model = getattr(tf, f"{name}ForCausalLM")(config)
     weights = {k: _random(*w.shape) for k, w in model.state_dict().items() if k != "lm_head.weight"}
@@ -147,7 +147,7 @@ def write_decoder(folder: Path, kind: str, texts: list[str]) -> None:
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "2_Normalize").mkdir(exist_ok=True)
     (folder / "1_Pooling").mkdir(exist_ok=True)
-    pooling = {"word_embedding_dimension": 256, "pooling_mode_lasttoken": True, "include_prompt": True}
+    pooling = {"word_embedding_dimension": 128, "pooling_mode_lasttoken": True, "include_prompt": True}
     pooling |= {f"pooling_mode_{mode}": False for mode in ("cls_token", "mean_tokens", "max_tokens")}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     prompts = {"prompts": {"query": "Instruct: Find the function.\nQuery:", "document": ""}, "similarity_fn_name": "cosine"}

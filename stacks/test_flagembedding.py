@@ -102,6 +102,7 @@ def test_same_bits_of_a_decoder(results: common.Results, dtype: torch.dtype) -> 
         reranker.model,
         lambda query, documents, batch: logits(reranker, [(query, d) for d in documents], batch),
         lambda pairs, batch: logits(reranker, pairs, batch),
+        common.OF_DECODERS,
     )
 
 

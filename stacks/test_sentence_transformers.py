@@ -165,6 +165,7 @@ if SIX:  # whose CrossEncoder takes decoders
             encoder.model,
             lambda query, documents, batch: logits(encoder, [(query, d) for d in documents], batch),
             lambda pairs, batch: logits(encoder, pairs, batch),
+            common.OF_DECODERS,
         )
 
     def test_scores_and_order_of_a_decoder() -> None:
