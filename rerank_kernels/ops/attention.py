@@ -20,7 +20,7 @@ from torch import Tensor
 from rerank_kernels import check
 from rerank_kernels.backend import modes, registry
 from rerank_kernels.ops.opaque import opaque
-from rerank_kernels.ops.sequences import Sequences, taken
+from rerank_kernels.ops.sequences import Sequences, Spans, taken
 
 MOST_IN_A_HEAD = 256  # in mode tensor
 
@@ -37,7 +37,7 @@ def attention(
     v: Tensor,
     *,
     cu_seqlens: Tensor | Sequences | None = None,
-    cu_seqlens_k: Tensor | Sequences | None = None,
+    cu_seqlens_k: Tensor | Sequences | Spans | None = None,
     mask: Tensor | None = None,
     mask_k: Tensor | None = None,
     causal: bool = False,
@@ -107,7 +107,9 @@ def attention(
     serve = registry.select("attention", q.device, numeric)
     if cu_seqlens is not None:
         cu, cu_k = taken("attention", "cu_seqlens", cu_seqlens, q.shape[0], q.device), None
-        if cu_seqlens_k is not None:
+        if isinstance(cu_seqlens_k, Spans):
+            cu_k = _bounds(cu_seqlens_k, cu.shape[0] - 1, k)
+        elif cu_seqlens_k is not None:
             cu_k = taken("attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0], q.device)
             if cu_k.shape != cu.shape:
                 check.fail("attention", "cu_seqlens_k", f"{check.shape_of(cu)} like cu_seqlens", check.shape_of(cu_k))
@@ -123,6 +125,15 @@ def attention(
     packed_rows = (_rows(s.pack(t)) for s, t in ((rows, q), (keys, k), (keys, v)))
     cu_k = None if keys is rows else keys.cu_seqlens
     return rows.unpack(serve(*packed_rows, rows.cu_seqlens, cu_k, left, right, scale, cap))
+
+
+def _bounds(keys: Spans, count: int, k: Tensor) -> Tensor:
+    if keys.places != k.shape[0]:
+        check.fail("attention", "cu_seqlens_k", f"of {k.shape[0]} places", f"Spans of {keys.places}")
+    if keys.bounds.shape != (2, count):
+        check.fail("attention", "cu_seqlens_k", f"[2, {count}]", check.shape_of(keys.bounds))
+    check.on_device("attention", "cu_seqlens_k", keys.bounds, "the tokens", k.device)
+    return keys.bounds
 
 
 def _padded(name: str, mask: Tensor | None, like: Tensor) -> Sequences:

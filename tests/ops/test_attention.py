@@ -11,9 +11,10 @@ import contract
 import invariants
 from cases import Case, numbers, offsets
 from invariants import same
-from prefill import qkv, steps_against_prefill
+from prefill import keys_in_a_cache, qkv, steps_against_prefill
 from rerank_kernels.backend.registry import Backend
 from rerank_kernels.ops.attention import attention
+from rerank_kernels.ops.sequences import Spans
 
 CASES = cases.of("attention")
 NAN, INF = float("nan"), float("inf")
@@ -32,7 +33,7 @@ class TestAttention(invariants.Promises):
     [*((n, right, None) for n, right in ((1, -1), (63, -1), (64, -1), (65, 0), (150, -1), (150, 0), (530, -1))), (150, 0, 0.7)],
 )
 def test_order_of_the_sums(backend: Backend, length: int, right: int, softcap: float | None, dtype: torch.dtype) -> None:
-    """Scale, cap and mask; the maximum; lane j mod 32 below the fraction bar, chunks of 64 keys above it; a hidden key is a zero."""
+    """Scale, cap, maximum; lane j mod 32 below the fraction bar, chunks of 64 keys above it; a hidden key is a zero."""
     host = pytest.importorskip("rerank_kernels._host")
     q, k, v = (t[:, 0] for t in qkv(length, 1, 1, 40, dtype))
     s = contract.dot(q, k) * torch.tensor(0.3)
@@ -81,6 +82,37 @@ def test_decode_and_chunks_on_every_instruction_set(isa: str, dtype: torch.dtype
     for name in ("scalar", isa):
         invariants.force_isa(name)
         steps_against_prefill(72, dtype)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (4, 2), (15, 1), (30, 2)])
+def test_one_query_alone_has_the_bits_of_its_row(isa: str, heads: tuple[int, int], dtype: torch.dtype) -> None:
+    """A sequence of one query goes another way on a CPU: any number of heads beside it, with a window, a cap, NaN where it does
+    not look."""
+    for d, length in ((1, 1), (33, 31), (40, 64), (72, 65), (128, 200)):
+        q, k, v = qkv(length, *heads, d, dtype)
+        for options in ({}, dict(window=(20, 0)), dict(window=(70, 5), softcap=1.5), dict(window=(0, 0))):
+            for name in ("scalar", isa):
+                invariants.force_isa(name)
+                want = attention(q, k, v, cu_seqlens=offsets((length,)), causal=True, **options)[-1:]
+                seen = options.get("window", (length, 0))[0] + 1
+                junk = [t.clone() for t in (k, v)]
+                for t in junk:
+                    t[: max(0, length - seen)] = NAN
+                own = dict(cu_seqlens=offsets((1,)), cu_seqlens_k=offsets((length,)))
+                got = attention(q[-1:], *junk, **own, causal=True, **options)
+                same(got, want, f"T = {length}, D = {d}, {options}, {name}")
+
+
+def test_keys_that_lie_anywhere(backend: Backend, dtype: torch.dtype) -> None:
+    keys_in_a_cache(dtype)
+
+
+def test_errors_about_keys_that_lie_anywhere(backend: Backend) -> None:
+    q, places = torch.zeros(6, 4, 8), torch.zeros(2, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"cu_seqlens_k must be of 6 places, got Spans of 7"):
+        attention(q, q, q, cu_seqlens=offsets((2, 4)), cu_seqlens_k=Spans(places, 7))
+    with pytest.raises(ValueError, match=r"cu_seqlens_k must be \[2, 1\], got \[2, 2\]"):
+        attention(q, q, q, cu_seqlens=offsets((6,)), cu_seqlens_k=Spans(places, 6))
 
 
 def test_what_sees_no_key_is_zero(backend: Backend, dtype: torch.dtype) -> None:

@@ -10,8 +10,9 @@ maximum, then l and out. Scores are made twice and stored nowhere. Offsets are r
 
 Mode tensor ("Mode tensor" there) goes over the keys once, in tiles of 64 from the sequence's first key, ascending, with a
 running maximum m. For a tile: s_j = dot_tensor(q, k_j) * scale, capped likewise, -inf where hidden; m' = max(m, max s_j);
-p_j = exp(s_j - m'); l = l * exp(m - m') + sum p_j; acc = acc * exp(m - m'), then the matrix instructions' chain over the 64 keys, of p rounded to
-half precision times v. out = (acc + 0) / l. The sum of the 64 p folds by 32, 16, 8, 4, 2, 1: place i takes place i + half.
+p_j = exp(s_j - m'); l = l * exp(m - m') + sum p_j; acc = acc * exp(m - m'), then the matrix instructions' chain over the 64
+keys, of p rounded to half precision times v. out = (acc + 0) / l. The sum of the 64 p folds by 32, 16, 8, 4, 2, 1: place i
+takes place i + half.
 
 A tile in which a row sees no key changes nothing for that row: m' = m, exp(0) = 1 exactly, p = 0 exactly. Only the sign of a
 zero in acc could turn, so the end adds +0. Thus which tiles a block visits, that is how many rows it has, is in no
