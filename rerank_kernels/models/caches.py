@@ -170,14 +170,12 @@ class Keys:
 
     @functools.cached_property
     def _continued(self) -> Tensor:
-        """[total of whole sequences], where their keys stand behind one another: the prefix's, then all new ones."""
+        """[total of whole sequences], where each key stands in a list of the prefix's and then all new ones."""
         cu, first = self.whole.cu_seqlens.long(), self.new.cu_seqlens.long()[:-1]
         place = torch.arange(self.whole.total, device=cu.device)
         start, own = (torch.repeat_interleave(t, cu.diff(), output_size=self.whole.total) for t in (cu[:-1], first))
         place = place - start
-        return torch.where(
-            place < self.past, place, own + place
-        )  # own + past: behind the prefix; place - past: in the sequence
+        return torch.where(place < self.past, place, own + place)
 
     def _rolling(self, window: int, width: int) -> tuple[Sequences, int]:
         if window not in self._rolled:

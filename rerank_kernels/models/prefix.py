@@ -18,7 +18,7 @@ from rerank_kernels.errors import PatchError
 from rerank_kernels.models import caches
 from rerank_kernels.models.bound import class_of, forward_of, name_of, serving
 from rerank_kernels.models.fingerprint import Fingerprint
-from rerank_kernels.models.packing import ready
+from rerank_kernels.models.packing import are_tensors, ready
 from rerank_kernels.models.registry import ENCODERS
 
 
@@ -102,6 +102,7 @@ class Prefix:
         if options.pop("use_cache", None):
             check.fail(op, "use_cache", "left out", True, "continue the cache that Prefix.cache() makes")
         self._check(op)
+        are_tensors(op, input_ids=input_ids, attention_mask=attention_mask)
         check.shape(op, "input_ids", input_ids, "B", "T")
         if attention_mask is not None:
             check.shape(op, "attention_mask", attention_mask, *input_ids.shape)
@@ -122,6 +123,7 @@ class Prefix:
 
         op = "Prefix.cache"
         self._check(op)
+        are_tensors(op, input_ids=input_ids, attention_mask=attention_mask)
         check.shape(op, "input_ids", input_ids, "B", "T")
         b, t = input_ids.shape
         there = caches.valid(op, attention_mask, None, b, 0, t, input_ids.device)
