@@ -185,10 +185,10 @@ def _memory(p: Tensor) -> tuple[Any, ...]:
 
 
 def _values(p: Tensor) -> tuple[Any, Any]:
-    """Some of them as a view and as they were: no version counts a write through .data, or under inference_mode."""
-    if p.device.type != "cpu" or p.dim() not in (1, 2) or p.dtype not in check.FLOATS:
+    """Some of them as a view, and as they were: no version counts a write through .data, or under inference_mode."""
+    if p.device.type != "cpu" or p.dtype not in check.FLOATS:
         return None, None
-    view = sample(p.detach() if p.dim() == 2 else p.detach()[None])
+    view = sample(p.detach()) if p.dim() == 2 else p.detach().view(torch.int32 if p.element_size() == 4 else torch.int16)
     return view, view.clone()
 
 
