@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import lora
 import rerank_kernels as rk
 from conftest import ran
 from invariants import same, with_threads
@@ -290,15 +291,34 @@ def test_a_cache_that_goes_to_another_model():
     same(model(input_ids=rest, past_key_values=cache).logits, model(input_ids=rest, past_key_values=twin).logits, "its own")
 
 
+def test_adapters():
+    """PEFT's wrapper names what it wraps; another adapter is another model."""
+    model, (prefix, rests, wholes) = lora.adapted(decoder("llama"), ("q_proj", "v_proj"), saves=False), texts()
+    rk.patch(model)
+    with pytest.raises(rk.PatchError, match=r"got PeftModel\w*, around one; pass model.base_model.model; for"):
+        rk.prefix(model, prefix)
+    inner = model.base_model.model
+    p = rk.prefix(inner, prefix)
+    same(p.continued(rests[0][None]).logits[0], alone(inner, wholes)[0][FIRST:], "with an adapter")
+    for change in (lambda: model.disable(), lambda: (model.disable(False), model.set_adapter("other"))):
+        change()
+        with pytest.raises(ValueError, match=r"got one with other modules, attributes, settings or hooks; compute it again"):
+            p.continued(rests[0][None])
+        again = rk.prefix(inner, prefix).continued(rests[0][None]).logits[0]
+        same(again, alone(inner, wholes)[0][FIRST:], "the advice")
+
+
 # ---- bad arguments -----------------------------------------------------------------------------------------------------------
 
 
 def test_what_has_no_prefix():
-    with pytest.raises(rk.PatchError, match=r"prefix: model must be a patched decoder, .* got an unpatched LlamaForCausalLM"):
+    with pytest.raises(
+        rk.PatchError, match=r"prefix: model must be a patched decoder, .* got LlamaForCausalLM, which is not patched; call"
+    ):
         rk.prefix(decoder("llama"), [1])
-    with pytest.raises(rk.PatchError, match=r"got LlamaForSequenceClassification; .* rk.Reranker, which shares"):
+    with pytest.raises(rk.PatchError, match=r"got LlamaForSequenceClassification; .* take rk.Reranker"):
         rk.prefix(patched("llama", cls="ForSequenceClassification"), [1])
-    with pytest.raises(rk.PatchError, match=r"got an unpatched str"):
+    with pytest.raises(rk.PatchError, match=r"got str; for scores"):
         rk.prefix("model", [1])
 
 
