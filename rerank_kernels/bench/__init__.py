@@ -24,10 +24,10 @@ from rerank_kernels.models.registry import max_tokens
 from rerank_kernels.models.sentence import stock_pooling
 from rerank_kernels.ops.pooling import pool
 from rerank_kernels.patching.walk import patch, unpatch
+from rerank_kernels.scoring.language import next_logits, prompts_of, writes, written
 from rerank_kernels.scoring.templates import Template
 from rerank_kernels.scoring.tokenising import Ids, tokenise
 from rerank_kernels.tables import Column, Table
-from rerank_kernels.verify.language import next_logits, prompts_of, writes, written
 
 WAYS = ("batches as they come", "batches sorted by length", "one by one")
 NEW = 16  # tokens that a language head writes
@@ -140,10 +140,10 @@ def bench(
     device = next(model.parameters()).device
     scores = type(model).__name__.endswith("ForSequenceClassification")
     twins = {"stock": model, "patched": _patched_twin(model, mode)}
-    cut = max_length or min(max_tokens(twins["patched"]), tokenizer.model_max_length)
+    cut = max_length or min(max_tokens(twins["patched"]), tokenizer.model_max_length) - NEW * writes(model)
     documents = [document for _, document in pairs]
     first, second = ([query for query, _ in pairs], documents) if scores else (documents, None)
-    prompts = prompts_of(model, tokenizer, template, instruction, max_length, cut - NEW, cut) if writes(model) else None
+    prompts = prompts_of("bench", model, tokenizer, template, instruction, (max_length, cut, cut))
     ids: list[Ids]
     types: list[Ids] | None
     if prompts is not None:

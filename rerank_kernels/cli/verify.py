@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
                     )
                     for before, stock in enumerate(which)
                 ]
+            for one in reports if loaded.note else ():
+                one.environment["shape"] = loaded.note
             report, beside = reports[0], reports[1] if reports[1:] else None
         except (ValueError, PatchError) as error:
             fail_with(error)

@@ -18,6 +18,7 @@ from rerank_kernels.backend.modes import PROMISES
 from rerank_kernels.models.bound import forward_of
 from rerank_kernels.models.registry import max_tokens
 from rerank_kernels.patching import walk
+from rerank_kernels.scoring.language import prompts_of, writes
 from rerank_kernels.scoring.reranker import Reranker
 from rerank_kernels.scoring.templates import Prompts, Template
 from rerank_kernels.scoring.tokenising import tokenise
@@ -25,7 +26,6 @@ from rerank_kernels.verify import language
 from rerank_kernels.verify.checks import FINAL, HOME, NEW, Call, Floats, Runner, Texts, Tokens, all_checks, build
 from rerank_kernels.verify.controls import Control, mutant_controls, sighted_controls
 from rerank_kernels.verify.fresh import Finals, FreshProcess, request_for, runner_of, scores
-from rerank_kernels.verify.language import prompts_of, writes
 from rerank_kernels.verify.measure import Result, Session, measure
 from rerank_kernels.verify.models import default_pairs, load
 from rerank_kernels.verify.report import Setting, VerifyReport, environment, isa
@@ -88,11 +88,11 @@ def verify(
         large = sum(p.numel() for n, p in model.named_parameters() if "embeddings" not in n) >= LARGE
         room = min(max_tokens(model), tokenizer.model_max_length)
         cut = max_length or (room if pairs is not None else 128 if large else 320)
-        prompts = None
         if writes(model):
             room = min(room - NEW, max(cut, FAR))  # a decoder takes so much that padding up to it would tell nothing more
-            prompts = prompts_of(model, tokenizer, template, instruction, cut if max_length else None, room, cut)
-            cut = cut if prompts is None else prompts.max_length
+        asked = max_length or (None if pairs is None else room)
+        prompts = prompts_of("verify", model, tokenizer, template, instruction, (asked, room, cut))
+        cut = cut if prompts is None else prompts.max_length
         texts = _texts(model, tokenizer, default_pairs() if pairs is None else pairs, min(cut, room), room, limit, prompts)
         setting = Setting.of(model, mode, served_by)
         request = None

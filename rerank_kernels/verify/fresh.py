@@ -25,10 +25,10 @@ from rerank_kernels.models.registry import packed_answers
 from rerank_kernels.models.sentence import stock_pooling
 from rerank_kernels.ops.pooling import pool
 from rerank_kernels.patching import walk
+from rerank_kernels.scoring.language import next_logits, writes
 from rerank_kernels.scoring.reranker import Reranker
 from rerank_kernels.verify.checks import HOME, SETTINGS, Call, Floats, Inputs, Runner, Texts, Tokens, all_checks, build
 from rerank_kernels.verify.controls import Control, one_ulp_off
-from rerank_kernels.verify.language import next_logits, writes
 from rerank_kernels.verify.models import load
 from rerank_kernels.verify.report import Setting
 

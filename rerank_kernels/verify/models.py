@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import importlib
 import inspect
+import io
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +53,7 @@ class Loaded(NamedTuple):
     model: Any  # not patched
     tokenizer: Any
     pooling: str  # of an embedding model
+    note: str = ""  # what is not as its name says
 
 
 def load(name: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Loaded:
@@ -92,8 +95,9 @@ def _unpacked(file: Path, dtype: torch.dtype | None) -> Loaded:
 
     where = {"gguf_file": file.name, "local_files_only": True}
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, **where)
-        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype or torch.float32, **where)
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar that no setting of transformers turns off
+            tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, **where)
+            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype or torch.float32, **where)
     except ImportError as error:
         said = str(error).split(".")[0]
         raise ValueError(f"{file}: {said}; pip install 'rerank-kernels[decoder-demo]' brings gguf and accelerate") from None
@@ -131,9 +135,10 @@ def _shape(name: str, dtype: torch.dtype | None) -> Loaded:
 def _decoder_shape(name: str, dtype: torch.dtype | None) -> Loaded:
     import transformers
 
-    prefix, sizes, _ = DECODERS[name]
+    prefix, sizes, cut = DECODERS[name]
+    note = f"shape:{name}: random weights{', ' + cut if cut else ''}"
     config = getattr(transformers, f"{prefix}Config")(**sizes, bos_token_id=0, pad_token_id=1, eos_token_id=2)
-    return Loaded(_drawn(getattr(transformers, f"{prefix}ForCausalLM"), config, dtype), _word_tokenizer(), "lasttoken")
+    return Loaded(_drawn(getattr(transformers, f"{prefix}ForCausalLM"), config, dtype), _word_tokenizer(), "lasttoken", note)
 
 
 def _drawn(cls: Any, config: Any, dtype: torch.dtype | None) -> Any:
