@@ -1,8 +1,8 @@
 """sparse_ffn: down(act(up(x))) or down(act(gate(x)) * up(x)), computing only what active neurons touch.
 
-x [..., K], up and gate [F, K], down [D, F] -> [..., D]. act is relu or one of its kin. A neuron is active for a token if its act
-is not zero. The sum over neurons is the `dot` of NUMERICS.md with the zero terms left out. For finite w fma(0, w, s) = s, so
-sparse equals dense, bit for bit. Each token has its own list of neurons: the batch changes nothing.
+x [..., K], up and gate [F, K], down [D, F] -> [..., D]. act is relu or one of its kin. A neuron is active for a token if its
+act is not zero. The sum over neurons is the `dot` of NUMERICS.md with the zero terms left out. For finite w fma(0, w, s) = s,
+so sparse equals dense, bit for bit. Each token has its own list of neurons: the batch changes nothing.
 """
 
 from __future__ import annotations
