@@ -31,7 +31,7 @@ import rerank_kernels as rk
 WIDTH, NEURONS, LAYERS, HEADS = 192, 3072, 3, 3
 TOKENS, ROWS = 64, 8  # of a batch of the training
 BYTES, BEGIN = 256, 256  # a token is a byte, or the beginning of a text
-L1 = 1e-3  # what activations cost in training: so most neurons learn to be off
+L1 = 1e-4  # what activations cost in training: so most neurons learn to be off
 PROMPTS = ("Return the ", "Create a new ", "If the file ", "A list of ", "Raise ", "Split the ", "Convert a ", "The number of ")
 WORDS = 16  # bytes of an answer
 THREADS, BATCHES = (1, 2), (1, 8)
