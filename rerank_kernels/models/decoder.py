@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,12 +24,13 @@ from rerank_kernels import check
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import decoder_roles, lora, packing, rope, sparse
 from rerank_kernels.models.bound import class_of, forward_of, name_of
-from rerank_kernels.models.caches import Keys, chosen, length, valid
+from rerank_kernels.models.caches import Keys, belongs, chosen, length, valid
 from rerank_kernels.models.heads import LastTokenHead
 from rerank_kernels.models.leaves import activation_of
 from rerank_kernels.models.packing import dense, explained, lookup, ready
 from rerank_kernels.models.roles import Roles
 from rerank_kernels.models.served import Served
+from rerank_kernels.models.shared import Shared
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import activation
 from rerank_kernels.ops.norm import rms_norm
@@ -71,7 +72,7 @@ class Batch(NamedTuple):
     cos: Tensor  # float32 [total, P]
     sin: Tensor
     new: Sequences  # of the new tokens
-    keys: Keys | None  # where their keys are stored; None: nowhere, the whole sequences are here
+    keys: Keys | Shared | None  # where their keys are; None: nowhere else, the whole sequences are here
     states: list[Tensor] | None  # packed hidden states, collected if output_hidden_states
     as_dict: bool
 
@@ -113,8 +114,10 @@ def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
         return _output(m, batch, SequenceClassifierOutputWithPast, logits=logit)
 
 
-def packed_forward(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None) -> Tensor:
-    """[total, D] of any of the three: ids [total], no padding."""
+def packed_forward(
+    m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None, before: Sequence[int | None] | None = None
+) -> Tensor:
+    """[total, D] of any of the three: ids [total], no padding. before: the earlier sequence that each continues (shared.py)."""
     decoder = m.base_model if m.base_model is m else _enter(m)
     if types is not None:
         raise ValueError(f"{class_of(decoder)}: token_types are not served, a decoder has none; leave them out")
@@ -122,8 +125,17 @@ def packed_forward(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | No
     lengths = (cu[1:] - cu[:-1]).long()
     positions = torch.arange(ids.shape[0], device=cu.device)
     positions = positions - torch.repeat_interleave(cu[:-1].long(), lengths, output_size=ids.shape[0])
-    cos, sin = _angles(decoder, op, positions, sequences, lengths)
-    return _decode(decoder, Batch(_words(decoder, op, ids), cos, sin, sequences, None, None, True))
+    if before is None:
+        cos, sin = _angles(decoder, op, positions, sequences, lengths)
+        return _decode(decoder, Batch(_words(decoder, op, ids), cos, sin, sequences, None, None, True))
+    keys = Shared(op, sequences, before, turning_point(m))
+    cos, sin = _angles(decoder, op, positions + keys.starts, keys.whole, keys.reach, lengths)
+    return _decode(decoder, Batch(_words(decoder, op, ids), cos, sin, sequences, keys, None, True))
+
+
+def turning_point(m: Any) -> int:
+    """The longest sequence of a model whose angles are those of a short one."""
+    return rope.turning_point(rope.parameters(m.base_model.rotary_emb.config))
 
 
 def max_tokens(m: Any) -> int:
@@ -175,6 +187,7 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
         return _traced(decoder, op, ids, embeds, mask, positions, cache, places, states, as_dict), ours
     d, dtype = decoder.layers[0].self_attn.head_dim, decoder.embed_tokens.weight.dtype
     windows = [_type(decoder).window(decoder.config, i) for i in range(decoder.config.num_hidden_layers)]
+    belongs(op, cache, decoder)
     past = length(op, cache, b, windows, decoder.config.num_key_value_heads, d, dtype)
     if places is not None and (not isinstance(places, Tensor) or places.shape != (t,) or int(places[0]) != past):
         check.fail(op, "cache_position", f"the {t} places behind the {past} that the cache holds", places)
@@ -245,21 +258,25 @@ def _words(decoder: Any, op: str, ids: Tensor) -> Tensor:
     return (words.float() * scale.float()).to(words.dtype)  # a product of halves is exact in float32: stock's bits
 
 
-def _angles(decoder: Any, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """cos and sin of the new tokens; lengths: of whole sequences, None where a cache holds a part of them."""
-    return _turned(rope.parameters(decoder.rotary_emb.config), max_tokens(decoder), op, positions, keys, lengths)
+def _angles(
+    decoder: Any, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of the new tokens; lengths: of whole sequences, None where a cache holds a part of them; counts: of the new
+    tokens of each, if those are not all."""
+    return _turned(rope.parameters(decoder.rotary_emb.config), max_tokens(decoder), op, positions, keys, lengths, counts)
 
 
 def _turned(
-    said: rope.Parameters, limit: int, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    said: rope.Parameters, limit: int, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     longest = keys.longest
     if longest > limit:
         wanted = f"at most {limit} tokens a sequence, for config.max_position_embeddings"
         check.fail(op, "input_ids", wanted, longest, f"tokenise with truncation=True, max_length={limit}")
     own = None
     if lengths is not None and longest > rope.turning_point(said):
-        own = torch.repeat_interleave(lengths, lengths, output_size=positions.shape[0])
+        own = torch.repeat_interleave(lengths, lengths if counts is None else counts, output_size=positions.shape[0])
     return rope.rows(said, positions, longest, own, op=op)
 
 
@@ -364,12 +381,14 @@ def served() -> dict[str, Served]:
     found: dict[str, Served] = {}
     for module, a in MODEL_TYPES.items():
         found |= {
-            f"{module}.{a.prefix}Model": Served(decoder_forward, roles_of, packed_forward, max_tokens),
+            f"{module}.{a.prefix}Model": Served(
+                decoder_forward, roles_of, packed_forward, max_tokens, turning_point=turning_point
+            ),
             f"{module}.{a.prefix}ForCausalLM": Served(
-                causal_forward, roles_of, packed_forward, max_tokens, lambda m: m.lm_head
+                causal_forward, roles_of, packed_forward, max_tokens, lambda m: m.lm_head, turning_point=turning_point
             ),
             f"{module}.{a.prefix}ForSequenceClassification": Served(
-                classifier_forward, roles_of, packed_forward, max_tokens, head=_head
+                classifier_forward, roles_of, packed_forward, max_tokens, head=_head, turning_point=turning_point
             ),
         }
     return found
