@@ -18,16 +18,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models import decoder_roles, lora, packing, rope
+from rerank_kernels.models import decoder_roles, lora, packing, rope, sparse
 from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.caches import Keys, belongs, chosen, length, valid
 from rerank_kernels.models.heads import LastTokenHead
 from rerank_kernels.models.leaves import activation_of
-from rerank_kernels.models.packing import as_patched, dense, explained, lookup, ready
+from rerank_kernels.models.packing import dense, explained, lookup, ready
 from rerank_kernels.models.roles import Roles
 from rerank_kernels.models.served import Served
 from rerank_kernels.models.shared import Shared
@@ -37,7 +37,6 @@ from rerank_kernels.ops.norm import rms_norm
 from rerank_kernels.ops.opaque import opaque, traced
 from rerank_kernels.ops.rotary import rotary
 from rerank_kernels.ops.sequences import Sequences
-from rerank_kernels.ops.sparse_ffn import sparse_ffn
 
 
 @dataclass(frozen=True)
@@ -316,7 +315,7 @@ def _decode(decoder: Any, batch: Batch) -> Tensor:
         if batch.states is not None:
             batch.states.append(x)
         x = _attend(kind, decoder.config, i, layer, x, batch)
-        x = _feed_forward(layer.mlp, _norm(kind, layer.post_attention_layernorm, x), x)
+        x = _feed_forward(layer.mlp, _norm(kind, layer.post_attention_layernorm, x), x, sparse.seat(decoder, i))
     x = _norm(kind, decoder.norm, x)
     if batch.states is not None:
         batch.states.append(x)
@@ -342,18 +341,11 @@ def _attend(kind: ModelType, config: Any, i: int, layer: Any, x: Tensor, batch: 
 TOKENS_AT_ONCE = 1024
 
 
-def _feed_forward(m: Any, x: Tensor, residual: Tensor) -> Tensor:
-    """residual + down(act(gate(x)) · up(x)); where act is relu, only what active neurons touch."""
+def _feed_forward(m: Any, x: Tensor, residual: Tensor, at: sparse.Seat = sparse.NOWHERE) -> Tensor:
+    """residual + down(act(gate(x)) · up(x)); where act is relu or its kin, only what active neurons touch."""
+    if (firing := sparse.firing_of(m)) is not None:
+        return sparse.feed_forward(m, x, residual, firing, at)
     act = activation_of(m.act_fn)
-    parts = (m.gate_proj, m.up_proj, m.down_proj)
-    if act == "relu" and not any(map(lora.is_lora, parts)):
-        for part in parts:
-            as_patched(part, nn.Linear)
-        y = sparse_ffn(
-            x, m.up_proj.weight, m.down_proj.weight, gate_weight=m.gate_proj.weight,
-            up_bias=m.up_proj.bias, gate_bias=m.gate_proj.bias, down_bias=m.down_proj.bias,
-        )  # fmt: skip
-        return (residual.float() + y.float()).to(residual.dtype)
     split = x.device.type == "cpu" and not traced() and x.shape[0] > TOKENS_AT_ONCE
     pieces = zip(x.split(TOKENS_AT_ONCE), residual.split(TOKENS_AT_ONCE), strict=True) if split else ((x, residual),)
     done = [
@@ -404,7 +396,7 @@ def served() -> dict[str, Served]:
 
 def parts() -> frozenset[str]:
     """Classes of modules inside, which a decoder's forward reads and never calls; nothing by themselves."""
-    return frozenset(
+    return frozenset({sparse.THRESHOLD}) | frozenset(
         name
         for module, a in MODEL_TYPES.items()
         for role in _roles(module, f"{a.prefix}Model").values()

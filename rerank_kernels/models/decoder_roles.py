@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rerank_kernels.models import rope
+from rerank_kernels.models import rope, sparse
 from rerank_kernels.models.bert_roles import STOCK_ATTENTION
 from rerank_kernels.models.bound import name_of
 from rerank_kernels.models.leaf_roles import ACTIVATION, LIST, NUMBER, embedding, linear
@@ -82,7 +82,9 @@ SELF = (
         lambda value, m: value * _rows(m.k_proj) == _rows(m.q_proj),
     ),
 )
-ACT = Assumed("act_fn", "an activation that is served", lambda act, _: name_of(act) in ACTIVATIONS, needed=True)
+ACT = Assumed(
+    "act_fn", "an activation that is served", lambda act, _: name_of(act) in {*ACTIVATIONS, sparse.THRESHOLD}, needed=True
+)
 SCALE = Assumed("embed_scale", "the root of the model's width", lambda value, m: _near(value, m.weight.shape[1] ** 0.5))
 
 
@@ -111,7 +113,10 @@ def decoder(module: str, prefix: str, eps: str, problem: Callable[[Any], str | N
         ".mlp.gate_proj": linear("f", "D"),
         ".mlp.up_proj": linear("f", "D"),
         ".mlp.down_proj": linear("D", "f"),
-        ".mlp.act_fn": replace(ACTIVATION, optional=True),  # a function stands in no role: see ACT
+        # a function stands in no role: see ACT
+        ".mlp.act_fn": replace(
+            ACTIVATION, classes=ACTIVATION.classes | {sparse.THRESHOLD}, optional=True, ask=sparse.act_problem
+        ),
     }
     return {
         "": own(
