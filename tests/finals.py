@@ -112,7 +112,7 @@ def _decoder(kind: str, dtype: torch.dtype) -> Run:
         with torch.no_grad():
             for name, p in one.named_parameters():
                 p.copy_(numbers(name, tuple(p.shape), torch.float32, 2.0**-3))
-                if "norm" in name and kind != "gemma":
+                if "norm" in name and not kind.startswith("gemma"):
                     p.add_(1.0)
         one.to(dtype)
         rk.patch(one)

@@ -84,7 +84,9 @@ def packed_answers(model: nn.Module, ids: Tensor, cu_seqlens: Tensor, yes: int, 
     with _entered(model):
         assert served.words is not None
         sequences = _sequences(model, ids, cu_seqlens)
-        return AnswerHead(served.words(model), yes, no)(served.packed(model, ids, sequences, None), sequences)
+        return AnswerHead(served.words(model), yes, no, served.cap(model))(
+            served.packed(model, ids, sequences, None), sequences
+        )
 
 
 def packed_embeddings(

@@ -14,7 +14,7 @@ import conftest
 import rerank_kernels as rk
 from conftest import ran
 from invariants import force_isa, same, with_threads
-from models import DECODERS, decoder, padded, rows
+from models import DECODERS, WINDOWS, decoder, padded, rows
 from rerank_kernels.backend import registry
 from rerank_kernels.models import caches, rope
 from rerank_kernels.models import decoder as module
@@ -156,7 +156,7 @@ def caches_of(model):
 @pytest.mark.parametrize("which", ["dynamic", "rolling", "static"])
 @pytest.mark.parametrize("kind", DECODERS)
 def test_chunks_through_a_cache(kind, which, chunk):
-    if which == "static" and kind in ("mistral", "qwen2", "qwen3"):
+    if which == "static" and kind in WINDOWS:
         pytest.skip("a StaticCache has layers with a window of its own, which are refused")
     for dtype in DTYPES if chunk == 7 else (torch.float32,):
         model, (s,) = patched(kind, dtype), rows((91,))
@@ -218,7 +218,7 @@ def test_generate(kind, dtype):
     model, sequences = patched(kind, dtype), rows((30, 3, 17))
     batch = padded(sequences, 0, left=True)
     ids, logits = generated(model, batch)
-    ways = [dict(use_cache=False), *([] if kind in ("mistral", "qwen2", "qwen3") else [dict(cache_implementation="static")])]
+    ways = [dict(use_cache=False), *([] if kind in WINDOWS else [dict(cache_implementation="static")])]
     for options in ways:
         other, theirs = generated(model, batch, **options)
         assert torch.equal(other, ids)
