@@ -25,7 +25,8 @@ from rerank_kernels.errors import PatchError
 from rerank_kernels.models import decoder_roles, lora, packing, rope
 from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.caches import Keys, chosen, length, valid
-from rerank_kernels.models.decoder_types import MODEL_TYPES, ModelType, angles_of, inner, type_of
+from rerank_kernels.models.decoder_types import MODEL_TYPES as MODEL_TYPES
+from rerank_kernels.models.decoder_types import ModelType, angles_of, inner, type_of
 from rerank_kernels.models.heads import LastTokenHead, capped
 from rerank_kernels.models.leaves import activation_of
 from rerank_kernels.models.packing import as_patched, dense, explained, lookup, ready
@@ -155,7 +156,7 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
         return _traced(decoder, op, ids, embeds, mask, positions, cache, places, states, as_dict), ours
     d, dtype = decoder.layers[0].self_attn.head_dim, decoder.embed_tokens.weight.dtype
     windows = [type_of(decoder).window(decoder.config, i) for i in range(decoder.config.num_hidden_layers)]
-    past = length(op, cache, b, windows, decoder.config.num_key_value_heads, d, dtype)
+    past = length(op, cache, b, t, windows, decoder.config.num_key_value_heads, d, dtype)
     if places is not None and (not isinstance(places, Tensor) or places.shape != (t,) or int(places[0]) != past):
         check.fail(op, "cache_position", f"the {t} places behind the {past} that the cache holds", places)
     there = valid(op, mask, cache, b, past, t, (embeds if ids is None else ids).device)

@@ -60,8 +60,8 @@ def _by_layer(config: Any, layer: int) -> int | None:
     return config.sliding_window if config.layer_types[layer] == SLIDING else None
 
 
-_OF_GEMMA = dict(eps="eps", offset=1, cast="after", scaled=True)
-_SINCE_2 = dict(_OF_GEMMA, window=_by_layer, branch_norms=True, word_cap=True)
+_OF_GEMMA: dict[str, Any] = dict(eps="eps", offset=1, cast="after", scaled=True)
+_SINCE_2: dict[str, Any] = dict(_OF_GEMMA, window=_by_layer, branch_norms=True, word_cap=True)
 
 MODEL_TYPES = {
     "transformers.models.llama.modeling_llama": ModelType("Llama"),

@@ -105,7 +105,7 @@ class AnswerHead:
 
 
 def capped(logits: Tensor, cap: float | None) -> Tensor:
-    """float32 logits as cap · tanh(logits / cap), step by step, so that none is further from 0 than `cap`; None: as they are."""
+    """float32 logits as cap · tanh(logits / cap), step by step, so none is further from 0 than `cap`; None: as they are."""
     if cap is None:
         return logits
     limit = logits.new_full((1,), cap)  # a tensor, for by a number a GPU multiplies with its inverse
