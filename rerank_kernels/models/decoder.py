@@ -98,7 +98,7 @@ def packed_forward(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | No
     lengths = (cu[1:] - cu[:-1]).long()
     positions = torch.arange(ids.shape[0], device=cu.device)
     positions = positions - torch.repeat_interleave(cu[:-1].long(), lengths, output_size=ids.shape[0])
-    turned = _angles(decoder, op, positions, sequences, lengths)
+    turned = _angles(decoder, op, positions, sequences, lengths, torch.zeros_like(lengths))
     return _decode(decoder, Batch(_words(decoder, op, ids), turned, sequences, None, None, True))
 
 
@@ -157,7 +157,7 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
     d, dtype = decoder.layers[0].self_attn.head_dim, decoder.embed_tokens.weight.dtype
     windows = [type_of(decoder).window(decoder.config, i) for i in range(decoder.config.num_hidden_layers)]
     past = length(op, cache, b, t, windows, decoder.config.num_key_value_heads, d, dtype)
-    if places is not None and (not isinstance(places, Tensor) or places.shape != (t,) or int(places[0]) != past):
+    if places is not None and not _placed(places, past, t):
         check.fail(op, "cache_position", f"the {t} places behind the {past} that the cache holds", places)
     there = valid(op, mask, cache, b, past, t, (embeds if ids is None else ids).device)
     new = Sequences.from_mask(there[:, past:], (b, t), op=op)
@@ -173,9 +173,19 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
         own = new.pack(positions.expand(b, t)).long()
     if mask is None and not cached:
         packing._warn_of_pads(op, ids, m.config.pad_token_id)
-    turned = _angles(decoder, op, own, keys.whole, None if past else counted[:, -1])
+    before = counted[:, past - 1] if past else torch.zeros_like(counted[:, 0])
+    turned = _angles(decoder, op, own, keys.whole, counted[:, -1], before)
     words = _given(decoder, new.pack(embeds)) if ids is None else _words(decoder, op, new.pack(ids))
     return Batch(words, turned, new, None if cache is None else keys, states, as_dict), ours
+
+
+def _placed(places: Any, past: int, new: int) -> bool:
+    """Whether cache_position says where the new tokens are. Phi-3 in transformers 4 drops its cache at the turning point of its
+    angles, gives all tokens anew, and the last one's place alone."""
+    if not isinstance(places, Tensor) or places.dim() != 1 or not 0 < len(places) <= new:
+        return False
+    given = len(places) if past == 0 else new
+    return len(places) == given and int(places[0]) == past + new - given and int(places[-1]) == past + new - 1
 
 
 def _traced(
@@ -212,7 +222,8 @@ def _angles_result(cu_seqlens: Tensor, positions: Tensor, pairs: int, *_: Any) -
 def angles(cu_seqlens: Tensor, positions: Tensor, pairs: int, said: str, limit: int, op: str) -> tuple[Tensor, Tensor]:
     """_angles of whole sequences, where a tracer writes it down; said: the angles' parameters as a text."""
     keys = Sequences.from_cu_seqlens(cu_seqlens, positions.shape[0], op=op)
-    return _turned(rope.read(said), limit, op, positions, keys, (cu_seqlens[1:] - cu_seqlens[:-1]).long())
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    return _turned(rope.read(said), limit, op, positions, keys, lengths, torch.zeros_like(lengths))
 
 
 def _words(decoder: Any, op: str, ids: Tensor) -> Tensor:
@@ -240,23 +251,23 @@ def _said(decoder: Any) -> dict[str, rope.Parameters]:
 
 
 def _angles(
-    decoder: Any, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None
+    decoder: Any, op: str, positions: Tensor, keys: Sequences, lengths: Tensor, before: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """cos and sin of the new tokens; lengths: of whole sequences, None where a cache holds a part of them."""
+    """cos and sin of the new tokens; lengths: of whole sequences [B], `before` of their tokens in a cache."""
     limit = max_tokens(decoder)
-    return {turn: _turned(said, limit, op, positions, keys, lengths) for turn, said in _said(decoder).items()}
+    return {turn: _turned(said, limit, op, positions, keys, lengths, before) for turn, said in _said(decoder).items()}
 
 
 def _turned(
-    said: rope.Parameters, limit: int, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None
+    said: rope.Parameters, limit: int, op: str, positions: Tensor, keys: Sequences, lengths: Tensor, before: Tensor
 ) -> tuple[Tensor, Tensor]:
     longest = keys.longest
     if longest > limit:
         wanted = f"at most {limit} tokens a sequence, for config.max_position_embeddings"
         check.fail(op, "input_ids", wanted, longest, f"tokenise with truncation=True, max_length={limit}")
-    own = None
-    if lengths is not None and longest > rope.turning_point(said):
-        own = torch.repeat_interleave(lengths, lengths, output_size=positions.shape[0])
+    own, turn = None, rope.turning_point(said)
+    if longest > turn and not bool(((before > 0) & (before <= turn) & (lengths > turn)).any()):
+        own = torch.repeat_interleave(lengths, lengths - before, output_size=positions.shape[0])
     return rope.rows(said, positions, longest, own, op=op)
 
 
