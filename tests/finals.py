@@ -125,6 +125,8 @@ def _decoder(kind: str, dtype: torch.dtype) -> Run:
         cache = DynamicCache(config=own.config)
         made += [own(input_ids=part, past_key_values=cache).logits for part in long.split(13, 1)]
         ids = own.generate(**left, max_new_tokens=5, do_sample=False)
+        if getattr(own.config, "final_logit_softcapping", None):
+            made += served.packed_answers(own, flat, cu, 7, 90)
         return [*made, ids.int().view(torch.float32), headed(**right).logits, *served.packed_logits(headed, flat, cu)]
 
     return run

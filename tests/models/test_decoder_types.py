@@ -228,7 +228,14 @@ def further_than_stock(model):
 
 
 def test_a_branch_is_added_before_it_is_rounded():
-    assert further_than_stock(decoder("gemma3", torch.bfloat16, layers=6)) < 0.8
+    assert further_than_stock(decoder("gemma3", torch.bfloat16, layers=6)) < 0.73, "not much nearer than stock"
+
+
+def test_mutant_a_branch_is_rounded_before_it_is_added(monkeypatch):
+    rounded = lambda kind, norm, branch, x: x + module._norm(kind, norm, branch.to(x.dtype))  # noqa: E731
+    monkeypatch.setattr(module, "_plus", rounded)
+    with pytest.raises(AssertionError, match="not much nearer"):
+        test_a_branch_is_added_before_it_is_rounded()
 
 
 # ---- log-odds under a cap ---------------------------------------------------------------------------------------------------
