@@ -58,6 +58,7 @@ struct AttentionArgs {
     int64_t H, H_kv, D;
     int64_t left, right;  // -1: no limit
     float scale;
+    float softcap;  // 0: none
 };
 
 struct RowsArgs {

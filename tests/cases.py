@@ -268,7 +268,7 @@ def _near_rotary(case: Case, a: Tensors) -> tuple[Near, ...]:
 
 
 def _near_attention(case: Case, a: Tensors) -> tuple[Near, ...]:
-    options = {k: v for k, v in case.options.items() if k in ("causal", "window", "scale")}
+    options = {k: v for k, v in case.options.items() if k in ("causal", "window", "scale", "softcap")}
     q, k, v = a["q"], a["k"], a["v"]
     spans = [offsets(case.lengths_of(name)).tolist() for name in ("q", "k")]
     value = TRUTHS["attention"](q, k, v, **case.sequences(), **options)
@@ -282,8 +282,10 @@ def _near_attention(case: Case, a: Tensors) -> tuple[Near, ...]:
         if lo < hi and first < last:
             keys = k[first:last].repeat_interleave(group, 1).abs()
             largest = torch.einsum("ihd,jhd->ihj", q[lo:hi].abs(), keys).amax(-1, keepdim=True) * abs(scale)
+            # tanh is flatter than its argument, and adds its own error, a division's and a product's
+            cap = 8.0 * largest.clamp(max=case.options["softcap"]) if "softcap" in case.options else 0.0
             # a score's error is a relative error of its weight, once above and once below the fraction bar
-            slack[lo:hi] = 2.0 * (count(q.shape[2]) + 2.0) * U * largest * weighted[lo:hi]
+            slack[lo:hi] = 2.0 * ((count(q.shape[2]) + 2.0) * largest + cap) * U * weighted[lo:hi]
             slack[lo:hi] += (2.0 * (count(last - first) + 4.0) * U + rounded) * weighted[lo:hi]
     return (Near(value, slack + 2.0 * TINY),)
 
@@ -488,6 +490,9 @@ CASES: list[Case] = [
     # a chunk; more queries than keys, so that some see none; no queries; no keys; as many of both
     _attention(32, (2, 1), (3, 9, 0, 4, 2), (70, 5, 6, 0, 2), window=(40, 3)),
     _attention(8, (2, 2), (5, 9, 2), (65, 4, 0)),  # cross-attention
+    _attention(64, (4, 2), causal=True, softcap=2.5),  # scores beside it, far below it and far above
+    _attention(40, window=(33, 3), scale=0.5, softcap=50.0),
+    _attention(16, (4, 2), (1, 1, 1), (70, 1, 33), causal=True, softcap=1.5),
     *(_pool(d, mode) for d in (1, 33, 384) for mode in ("cls", "mean")),
     _pool(48, "mean", out_dtype=torch.float32),
     *(_pool(33, mode) for mode in POOL_MODES[2:]),

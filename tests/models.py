@@ -56,9 +56,9 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, *, head: bool = True, 
     return model.to(dtype).eval()
 
 
-DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gemma3")
-WINDOW = 20  # of every layer of mistral and phi3, of the second of qwen2 and qwen3, of the first of gemma3
-WINDOWS = ("mistral", "qwen2", "qwen3", "phi3", "gemma3")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gemma2", "gemma3")
+WINDOW = 20  # of every layer of mistral and phi3, of the second of qwen2 and qwen3, of the first of gemma2 and gemma3
+WINDOWS = ("mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3")
 
 
 def decoder(
@@ -76,10 +76,12 @@ def decoder(
         window |= dict(use_sliding_window=True, max_window_layers=1)
     if kind == "phi3":
         window |= dict(partial_rotary_factor=0.5)
-    text = "Text" if kind == "gemma3" else ""  # by itself the name is that of a model of text and images
-    if text:
+    if kind in ("gemma2", "gemma3"):
         kinds = [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
         window |= dict(layer_types=kinds, query_pre_attn_scalar=12, final_logit_softcapping=5.0)
+    if kind == "gemma2":
+        window |= dict(attn_logit_softcapping=3.0)
+    text = "Text" if kind == "gemma3" else ""  # by itself the name is that of a model of text and images
     if cls != "ForCausalLM":
         cls = text + cls
     model = getattr(tf, name + cls)(getattr(tf, f"{name}{text}Config")(**(sizes | room | ends | window | changes)))

@@ -258,8 +258,9 @@ def sum_lanes_by_address(rows: Tensor) -> Tensor:
 
 
 def attention_tiles_by_position(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float,
+    *rest: float,
+) -> Tensor:  # fmt: skip
     """Key tiles of 64 counted from the start of the tensor (of the padded row), not from the sequence's own first token.
 
     Tiles, not lanes: lanes that start elsewhere hold the same chains, only rotated, and folding by halves does not see that."""
@@ -279,8 +280,9 @@ def attention_tiles_by_position(
 
 
 def attention_multiplies_hidden_keys(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float,
+    *rest: float,
+) -> Tensor:  # fmt: skip
     """Weight 0 instead of a skip: 0 * NaN."""
     out = torch.empty_like(q)
     for start, stop in pairwise(cu_seqlens.tolist()):
@@ -296,16 +298,29 @@ def attention_multiplies_hidden_keys(
 
 
 def attention_queries_from_the_first_key(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float,
+    *rest: float,
+) -> Tensor:  # fmt: skip
     """Query i stands at place i of its keys, as if the queries were the first ones: what it sees beyond is cut off."""
     if cu_seqlens_k is None or right < 0:
-        return honest_attention.attention(q, k, v, cu_seqlens, cu_seqlens_k, left, right, scale)
+        return honest_attention.attention(q, k, v, cu_seqlens, cu_seqlens_k, left, right, scale, *rest)
     rows, keys = (list(pairwise(cu.tolist())) for cu in (cu_seqlens, cu_seqlens_k))
     ends = [min(last, first + stop - start) for (start, stop), (first, last) in zip(rows, keys, strict=True)]
     cut = [torch.cat([t[first:end] for (first, _), end in zip(keys, ends, strict=True)]) for t in (k, v)]
     lengths = torch.tensor([0, *(end - first for (first, _), end in zip(keys, ends, strict=True))], dtype=torch.int32)
-    return honest_attention.attention(q, *cut, cu_seqlens, lengths.cumsum(0).int(), left, right, scale)
+    return honest_attention.attention(q, *cut, cu_seqlens, lengths.cumsum(0).int(), left, right, scale, *rest)
+
+
+def attention_without_softcap(*given: Any) -> Tensor:
+    return honest_attention.attention(*given[:8])
+
+
+def attention_caps_before_the_scale(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float,
+    softcap: float,
+) -> Tensor:  # fmt: skip
+    """tanh(dot / softcap) * softcap * scale."""
+    return honest_attention.attention(q * scale, k, v, cu_seqlens, cu_seqlens_k, left, right, 1.0, softcap * scale)
 
 
 def pool_by_membership(x: Tensor, cu_seqlens: Tensor, mode: str, out_dtype: torch.dtype) -> Tensor:
@@ -405,6 +420,8 @@ MUTANTS = [
     Mutant("attention", attention_multiplies_hidden_keys, invariants.hidden_keys, "attention-D64-H4of2-T70-causal=True"),
     Mutant("attention", attention_multiplies_hidden_keys, invariants.hidden_keys, "attention-D32-H4of1-T70-window=(7,3)"),
     Mutant("attention", attention_queries_from_the_first_key, invariants.right, "attention-D16-H4of2-T1of70-causal=True"),
+    Mutant("attention", attention_without_softcap, invariants.right, "attention-D64-H4of2-T70-causal=True-softcap=2.5"),
+    Mutant("attention", attention_caps_before_the_scale, invariants.right, "attention-D64-H4of2-T70-causal=True-softcap=2.5"),
     Mutant("pool", pool_by_membership, invariants.batch_invariant, "pool-33-mean"),
     Mutant("pool", pool_by_prefix_sums, invariants.batch_invariant, "pool-33-mean"),
     Mutant("sigmoid", sigmoid_in_half, invariants.right, "sigmoid-33", torch.float16),

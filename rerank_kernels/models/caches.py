@@ -1,12 +1,14 @@
 """Key-value caches of transformers: which are served, and the keys of each layer once new ones are stored.
 
-A cache holds padded keys [B, H_kv, S, D]; attention takes packed ones. A sequence's keys are its valid ones, cached and new,
-and its new queries are the last of them. A layer with a window may have dropped the first keys. Then places without a key stand
-before the others, as many as leave each key's place mod 64 as it was. The window hides them, and no sum changes its order.
+A cache holds padded keys [B, H_kv, S, D]. A sequence's keys are its valid ones, cached and new, and its new queries are the
+last of them. Where these stand side by side, attention reads them in the cache; else they are packed. A layer with a window
+may have dropped the first keys. Then places without a key stand before the others, as many as leave each key's place mod 64 as
+it was. The window hides them, and no sum changes its order.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,13 +16,15 @@ from torch import Tensor
 
 from rerank_kernels import check
 from rerank_kernels.models.bound import class_of, name_of
-from rerank_kernels.ops.sequences import Sequences
+from rerank_kernels.ops.opaque import traced
+from rerank_kernels.ops.sequences import Sequences, Spans
 
 CACHES = ("transformers.cache_utils.DynamicCache", "transformers.cache_utils.StaticCache")
 GROWING, FIXED, ROLLING, ROLLING_FIXED = LAYERS = [
     f"transformers.cache_utils.{n}"
     for n in ("DynamicLayer", "StaticLayer", "DynamicSlidingWindowLayer", "StaticSlidingWindowLayer")
 ]
+MOST_PLACES = 2**31 - 1
 CHUNK = 64  # keys: a multiple of what any sum over keys is cut in (NUMERICS.md, "attention")
 
 
@@ -129,9 +133,10 @@ class Keys:
         self.cache, self.new, self.past = cache, new, past
         self._op, self._there = op, there
         self._whole: Sequences | None = None
+        self._spans: dict[int, Spans] = {}  # places from a sequence's first one to the next one's -> where its keys are
         self._rolled: dict[int, tuple[Sequences, int]] = {}  # places that are left -> the keys there, places of no key in front
 
-    def stored(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Sequences | None]:
+    def stored(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Sequences | Spans | None]:
         """k and v [total, H_kv, D] of the new tokens -> those of all keys, and whose they are; None: the new tokens' own."""
         width = self._there.shape[1]
         places = {"cache_position": torch.arange(self.past, width, device=k.device)}  # transformers 4 stores where this says
@@ -142,9 +147,39 @@ class Keys:
             keys, empty = self._rolling(kept[0].shape[2])
             kept = [torch.nn.functional.pad(t, (0, 0, empty, 0)) for t in kept]
         else:
-            keys, kept = self.whole, [t[:, :, :width] for t in kept]
+            kept = [t[:, :, :width] for t in kept]
+            if (there := self._in_place(*kept)) is not None:
+                return there
+            keys = self.whole
         k, v = (keys.pack(t.transpose(1, 2)) for t in kept)
         return k, v, keys
+
+    def _in_place(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Spans] | None:
+        """Keys and values [B, H_kv, S, D] as [places, H_kv, D] without a copy, where a place is what k.stride(2) makes it; None
+        where that cannot be."""
+        (b, heads, s, d), (batch, head, place, feature) = k.shape, k.stride()
+        if self._runs is None or v.stride() != k.stride() or feature != 1 or place < 1 or batch % place:
+            return None
+        apart = batch // place  # from a sequence's first place to the next one's
+        places = (b - 1) * apart + s
+        if apart < 0 or places > MOST_PLACES:
+            return None
+        if apart not in self._spans:
+            first, end = self._runs
+            start = torch.arange(b, device=k.device) * apart
+            self._spans[apart] = Spans(torch.stack([start + first, start + end]).int(), places)
+        k, v = (t.as_strided((places, heads, d), (place, head, 1)) for t in (k, v))
+        return k, v, self._spans[apart]
+
+    @functools.cached_property
+    def _runs(self) -> tuple[Tensor, Tensor] | None:
+        """Where each sequence's valid places begin and end, if no padding stands between them."""
+        if traced():
+            return None
+        count, place = self._there.sum(1), torch.arange(1, self._there.shape[1] + 1, device=self._there.device)
+        end = (self._there * place).amax(1)
+        first = end - count
+        return None if bool((self._there & (place <= first[:, None])).any()) else (first, end)
 
     @property
     def whole(self) -> Sequences:

@@ -332,6 +332,7 @@ def _attend(kind: ModelType, config: Any, i: int, layer: Any, x: Tensor, batch: 
     a = attention(
         q, k, v, cu_seqlens=batch.new, cu_seqlens_k=keys, causal=True,
         window=None if window is None else (window - 1, -1), scale=own.scaling,
+        softcap=own.attn_logit_softcapping if kind.attention_cap else None,
     )  # fmt: skip
     return dense(own.o_proj, a.flatten(1), residual=residual, out_dtype=torch.float32 if residual is None else None)
 

@@ -70,6 +70,7 @@ MODEL_TYPES = {
     "transformers.models.qwen3.modeling_qwen3": ModelType("Qwen3", _by_layer, head_norms=True),
     "transformers.models.phi3.modeling_phi3": ModelType("Phi3", _always, fused=True),
     "transformers.models.gemma.modeling_gemma": ModelType("Gemma", **_OF_GEMMA),
+    "transformers.models.gemma2.modeling_gemma2": ModelType("Gemma2", attention_cap=True, **_SINCE_2),
     "transformers.models.gemma3.modeling_gemma3": ModelType(
         "Gemma3", head_norms=True, two_angles=True, text="Text", **_SINCE_2
     ),

@@ -20,6 +20,7 @@ import conftest
 import invariants
 from conftest import ran
 from invariants import all_same
+from prefill import keys_in_a_cache
 from rerank_kernels.backend import registry
 
 simulated = pytest.importorskip("simulated.cuda")
@@ -133,6 +134,19 @@ MUTANTS = [
         Edit("portable/attention.cu", "at < begin || at >= end", "at < begin || at > end"),
         "attention-D64-H4of2-T70-causal=True",
         DIFFER,
+    ),
+    Mutant(
+        "a cap by the product with its inverse",
+        Edit("attention.cuh", "tanh_of(score / softcap) * softcap", "tanh_of(score * (1.0f / softcap)) * softcap"),
+        "attention-D40-H2of2-T70-window=(33,3)-scale=0.5-softcap=50.0",
+        DIFFER,
+    ),
+    Mutant(
+        "keys end where the next sequence's begin",
+        Edit("attention.cuh", "clamped(packed.keys_end[b])", "clamped(packed.keys_begin[b + 1])"),
+        "attention-D16-H4of2-T1of70-causal=True",
+        DIFFER,
+        lambda case, dtype: keys_in_a_cache(dtype),
     ),
     Mutant(
         "queries are the first ones of their keys, not the last",

@@ -120,7 +120,8 @@ class Made:
         q, k, v = heads_of(sum(lengths), heads * group), heads_of(keys, heads), heads_of(keys, heads)
         window = [self.random.choice([-1, 0, 3, 100, 2**62]) for _ in range(2)]
         cu_k = None if own is None else self.offsets(own)
-        return [q, k, v, self.offsets(lengths), cu_k, *window, self.random.choice([0.125, 1.0, -2.0])]
+        scores = [self.random.choice([0.125, 1.0, -2.0]), self.random.choice([0.0, 0.0, 0.5, 50.0])]
+        return [q, k, v, self.offsets(lengths), cu_k, *window, *scores]
 
     def rotary(self) -> list[Any]:
         tokens, heads, d = self.rows(), self.random.randint(1, 4), self.size(140)

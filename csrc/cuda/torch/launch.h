@@ -58,6 +58,7 @@ class CallArguments {
     }
     // Offsets whose values stay on the device: to look at them would wait for it. Kernels read each once and clamp it.
     View offsets(const char* name, const Tensor& t) const { return read(checks_.offsets(name, t), t); }
+    View spans(const char* name, const Tensor& t, int64_t B) const { return read(checks_.spans(name, t, B), t); }
     void activation(int64_t kind) const { checks_.activation(kind); }
     const char* op() const { return checks_.op(); }
     const OpCall& call() const { return call_; }
