@@ -67,7 +67,7 @@ def decoder(
     """A stock decoder in eval mode, two query heads to a key head, drawn so that tokens and places tell."""
     import transformers as tf
 
-    name = {"qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3", "gemma3": "Gemma3"}.get(kind, kind.capitalize())
+    name = kind.capitalize()
     sizes = dict(hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96)
     room = dict(vocab_size=VOCABULARY, max_position_embeddings=256, head_dim=16, pad_token_id=0, attn_implementation="eager")
     ends = dict(bos_token_id=None, eos_token_id=None)  # generation goes on

@@ -130,6 +130,35 @@ def test_mutant_all_features_turned(monkeypatch):
         rk.patch(model)
 
 
+# ---- Gemma 2 ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cap", [None, 50.0, 1.5])
+def test_gemma2_caps_its_attention(cap):
+    near_truth(decoder("gemma2", attn_logit_softcapping=cap))
+
+
+def test_gemma2_has_its_cap_under_every_attn_implementation():
+    """sdpa of transformers 4 leaves it out, that of 5 refuses it."""
+    model, told, (s,) = decoder("gemma2"), decoder("gemma2"), rows((40,))
+    told.config._attn_implementation = "sdpa"
+    rk.patch(model), rk.patch(told)
+    same(told(input_ids=s[None]).logits, model(input_ids=s[None]).logits, "sdpa")
+
+
+def test_mutant_attention_without_its_cap(monkeypatch):
+    monkeypatch.setattr(module, "attention", lambda *a, softcap, **k: rk.attention(*a, **k))
+    with pytest.raises(AssertionError, match="from float64"):
+        near_truth(decoder("gemma2"))
+
+
+def test_mutant_a_cap_before_the_scale(monkeypatch):
+    other = lambda *a, softcap, scale, **k: rk.attention(*a, softcap=softcap / scale, scale=scale, **k)  # noqa: E731
+    monkeypatch.setattr(module, "attention", other)
+    with pytest.raises(AssertionError, match="from float64"):
+        near_truth(decoder("gemma2"))
+
+
 # ---- Gemma 3 ---------------------------------------------------------------------------------------------------------------
 
 
@@ -156,14 +185,15 @@ def test_gemma3_a_cap_on_attention_changes_nothing_as_in_transformers():
 
 
 @pytest.mark.parametrize("cap", [None, 3.0])
-def test_gemma3_caps_its_words(cap):
-    model = decoder("gemma3", final_logit_softcapping=cap)
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_words_have_a_cap(kind, cap):
+    model = decoder(kind, final_logit_softcapping=cap)
     near_truth(model)
     largest = model(input_ids=rows((40,))[0][None]).logits.abs().max()
     assert largest <= cap if cap else largest > 3
 
 
-@pytest.mark.parametrize("kind", ["gemma", "gemma3"])
+@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3"])
 def test_embeddings_that_are_given(kind):
     """In transformers 4 the forward of Gemma scales them, in 5 nothing does."""
     model, (s,) = decoder(kind), rows((12,))
@@ -186,7 +216,7 @@ def test_mutant_a_window_for_the_other_layers(monkeypatch):
         near_truth(decoder("gemma3"))
 
 
-@pytest.mark.parametrize("kind", ["phi3", "gemma3"])
+@pytest.mark.parametrize("kind", ["phi3", "gemma2", "gemma3"])
 def test_mutant_a_query_sees_one_key_less_than_its_window(monkeypatch, kind):
     monkeypatch.setattr(
         module, "attention", lambda *a, window, **k: rk.attention(*a, window=window and (window[0] - 1, -1), **k)
@@ -283,6 +313,10 @@ def no_cap(m):
     m.config.final_logit_softcapping = 0.0
 
 
+def no_attention_cap(m):
+    m.model.layers[0].self_attn.attn_logit_softcapping = -1.0
+
+
 def other_heads(m):
     m.model.layers[1].self_attn.num_key_value_heads = 4
 
@@ -302,6 +336,7 @@ REFUSED = {
     "bidirectional": ("gemma3", of_both_sides, "config.use_bidirectional_attention must be False, got True"),
     "a cap of nothing": ("gemma3", no_cap, "config.final_logit_softcapping must be None, or a number > 0, got 0.0"),
     "heads that the fused rows are not": ("phi3", other_heads, "config.num_attention_heads must be what the rows of qkv_proj"),
+    "an attention's cap of nothing": ("gemma2", no_attention_cap, "attn_logit_softcapping must be None, or a number > 0"),
     "a layer of another type": ("gemma3", other_layers, "is_sliding must be what config.layer_types says"),
     "angles of layers with a window": ("gemma3", other_local_angles, "inv_freq must be what config says"),
 }

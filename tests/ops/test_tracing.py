@@ -254,6 +254,7 @@ def patched_decoder(kind: str, cls: str, **changes: Any) -> Any:
         ("qwen3", "ForCausalLM"),
         ("gemma", "ForSequenceClassification"),
         ("phi3", "ForSequenceClassification"),
+        ("gemma2", "Model"),
         ("gemma3", "ForCausalLM"),
     ],
 )
