@@ -98,7 +98,7 @@ def packed_forward(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | No
     lengths = (cu[1:] - cu[:-1]).long()
     positions = torch.arange(ids.shape[0], device=cu.device)
     positions = positions - torch.repeat_interleave(cu[:-1].long(), lengths, output_size=ids.shape[0])
-    turned = _angles(decoder, op, positions, sequences, lengths, torch.zeros_like(lengths))
+    turned = _angles(decoder, op, positions, sequences, lengths)
     return _decode(decoder, Batch(_words(decoder, op, ids), turned, sequences, None, None, True))
 
 
@@ -173,8 +173,8 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
         own = new.pack(positions.expand(b, t)).long()
     if mask is None and not cached:
         packing._warn_of_pads(op, ids, m.config.pad_token_id)
-    before = counted[:, past - 1] if past else torch.zeros_like(counted[:, 0])
-    turned = _angles(decoder, op, own, keys.whole, counted[:, -1], before)
+    counts = counted[:, -1] - counted[:, past - 1] if past else None
+    turned = _angles(decoder, op, own, keys.whole, counted[:, -1], counts)
     words = _given(decoder, new.pack(embeds)) if ids is None else _words(decoder, op, new.pack(ids))
     return Batch(words, turned, new, None if cache is None else keys, states, as_dict), ours
 
@@ -223,7 +223,7 @@ def angles(cu_seqlens: Tensor, positions: Tensor, pairs: int, said: str, limit: 
     """_angles of whole sequences, where a tracer writes it down; said: the angles' parameters as a text."""
     keys = Sequences.from_cu_seqlens(cu_seqlens, positions.shape[0], op=op)
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    return _turned(rope.read(said), limit, op, positions, keys, lengths, torch.zeros_like(lengths))
+    return _turned(rope.read(said), limit, op, positions, keys, lengths)
 
 
 def _words(decoder: Any, op: str, ids: Tensor) -> Tensor:
@@ -251,23 +251,32 @@ def _said(decoder: Any) -> dict[str, rope.Parameters]:
 
 
 def _angles(
-    decoder: Any, op: str, positions: Tensor, keys: Sequences, lengths: Tensor, before: Tensor
+    decoder: Any, op: str, positions: Tensor, keys: Sequences, lengths: Tensor, counts: Tensor | None = None
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """cos and sin of the new tokens; lengths: of whole sequences [B], `before` of their tokens in a cache."""
+    """cos and sin of the new tokens; lengths: of whole sequences; counts: of the new tokens of each, if those are not all."""
     limit = max_tokens(decoder)
-    return {turn: _turned(said, limit, op, positions, keys, lengths, before) for turn, said in _said(decoder).items()}
+    return {turn: _turned(said, limit, op, positions, keys, lengths, counts) for turn, said in _said(decoder).items()}
 
 
 def _turned(
-    said: rope.Parameters, limit: int, op: str, positions: Tensor, keys: Sequences, lengths: Tensor, before: Tensor
+    said: rope.Parameters,
+    limit: int,
+    op: str,
+    positions: Tensor,
+    keys: Sequences,
+    lengths: Tensor,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     longest = keys.longest
     if longest > limit:
         wanted = f"at most {limit} tokens a sequence, for config.max_position_embeddings"
         check.fail(op, "input_ids", wanted, longest, f"tokenise with truncation=True, max_length={limit}")
     own, turn = None, rope.turning_point(said)
-    if longest > turn and not bool(((before > 0) & (before <= turn) & (lengths > turn)).any()):
-        own = torch.repeat_interleave(lengths, lengths - before, output_size=positions.shape[0])
+    if longest > turn:
+        counts = lengths if counts is None else counts
+        before = lengths - counts
+        if not bool(((before > 0) & (before <= turn) & (lengths > turn)).any()):  # else cached keys have other angles
+            own = torch.repeat_interleave(lengths, counts, output_size=positions.shape[0])
     return rope.rows(said, positions, longest, own, op=op)
 
 
