@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # for type checkers and editors; _NAMES says the same to Pyth
     from rerank_kernels.backend.registry import backends, use
     from rerank_kernels.backend.weights import forget
     from rerank_kernels.errors import BackendError, FallbackWarning, PatchError
+    from rerank_kernels.models.prefix import Prefix, prefix
     from rerank_kernels.ops.attention import *  # noqa: F403  an op's name stands in names.py alone
     from rerank_kernels.ops.linear import *  # noqa: F403
     from rerank_kernels.ops.norm import *  # noqa: F403
@@ -40,6 +41,7 @@ __all__ = [
     "FallbackWarning",
     "HeadOutput",
     "PatchError",
+    "Prefix",
     "Ranked",
     "Report",
     "Reranker",
@@ -49,6 +51,7 @@ __all__ = [
     "backends",
     "forget",
     "patch",
+    "prefix",
     "rotary_table",
     "unpatch",
     "use",
@@ -59,6 +62,7 @@ _NAMES = {
     "backend.registry": ("backends", "use"),
     "backend.weights": ("forget",),
     "errors": ("BackendError", "FallbackWarning", "PatchError"),
+    "models.prefix": ("Prefix", "prefix"),
     "ops.pooling": ("HeadOutput",),
     "ops.rotary": ("rotary_table",),
     "ops.sequences": ("Sequences",),

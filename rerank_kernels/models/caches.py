@@ -9,13 +9,14 @@ it was. The window hides them, and no sum changes its order.
 from __future__ import annotations
 
 import functools
+import uuid
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rerank_kernels import check
-from rerank_kernels.models.bound import class_of, name_of
+from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.ops.opaque import traced
 from rerank_kernels.ops.sequences import Sequences, Spans
 
@@ -25,7 +26,24 @@ GROWING, FIXED, ROLLING, ROLLING_FIXED = LAYERS = [
     for n in ("DynamicLayer", "StaticLayer", "DynamicSlidingWindowLayer", "StaticSlidingWindowLayer")
 ]
 MOST_PLACES = 2**31 - 1
+PROCESS = uuid.uuid4().hex  # a number of a forward means nothing in another one
 CHUNK = 64  # keys: a multiple of what any sum over keys is cut in (NUMERICS.md, "attention")
+
+
+class PrefixKeys:
+    """Keys and values [T, H_kv, D] per layer of tokens that every sequence of a batch continues (prefix.py); it stores none."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+
+    def get_seq_length(self) -> int:
+        return int(self.layers[0][0].shape[0])
+
+
+def mark(cache: Any, decoder: Any) -> None:
+    """Notes on a cache whose keys it holds: keys of another model may have the same sizes."""
+    if (forward := forward_of(decoder)) is not None:
+        cache.rerank_kernels_of = PROCESS, forward.number
 
 
 def chosen(op: str, given: list[Any], wanted: bool) -> Any:
@@ -39,6 +57,8 @@ def chosen(op: str, given: list[Any], wanted: bool) -> Any:
 
         return DynamicCache()
     cache = given[0]
+    if isinstance(cache, PrefixKeys):
+        return cache
     if name_of(cache) not in CACHES:
         served = "a DynamicCache or StaticCache of transformers"
         check.fail(op, "past_key_values", served, class_of(cache), "leave it out, or make a DynamicCache()")
@@ -48,6 +68,13 @@ def chosen(op: str, given: list[Any], wanted: bool) -> Any:
                 op, "past_key_values", "a cache of plain layers", f"layers of {class_of(layer)}", "make a DynamicCache()"
             )
     return cache
+
+
+def belongs(op: str, cache: Any, decoder: Any) -> None:
+    """An error where a cache is marked as another model's."""
+    made, forward = getattr(cache, "rerank_kernels_of", None), forward_of(decoder)
+    if made is not None and forward is not None and made[0] == PROCESS and made[1] != forward.number:
+        check.fail(op, "past_key_values", "of this model as it is patched", "another one's prefix", "make a prefix of this one")
 
 
 def passed(cache: Any) -> int:
@@ -64,6 +91,8 @@ def length(op: str, cache: Any, batch: int, new: int, windows: list[int | None],
     """The places that a cache has seen before `new` ones; an error where it is another model's or another batch's, or has no
     room. windows: of each layer."""
     layers = len(windows)
+    if isinstance(cache, PrefixKeys):
+        return cache.get_seq_length()
     held = () if cache is None else cache.layers[:layers]
     for i, layer in enumerate(held):
         if name_of(layer) == ROLLING and (windows[i] is None or layer.sliding_window < windows[i]):
@@ -130,7 +159,9 @@ class Keys:
     """The keys of a forward's new tokens: stored in the cache, and with what it held as packed tensors."""
 
     def __init__(self, op: str, cache: Any, there: Tensor, new: Sequences, past: int) -> None:
-        self.cache, self.new, self.past = cache, new, past
+        self._prefix = cache if isinstance(cache, PrefixKeys) else None
+        self.cache: Any = None if self._prefix else cache
+        self.new, self.past = new, past
         self._op, self._there = op, there
         self._whole: Sequences | None = None
         self._spans: dict[int, Spans] = {}  # places from a sequence's first one to the next one's -> where its keys are
@@ -138,6 +169,10 @@ class Keys:
 
     def stored(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Sequences | Spans | None]:
         """k and v [total, H_kv, D] of the new tokens -> those of all keys, and whose they are; None: the new tokens' own."""
+        if self._prefix is not None:
+            pairs = zip(self._prefix.layers[layer], (k, v), strict=True)
+            k, v = (torch.cat([before, t]).index_select(0, self._continued) for before, t in pairs)
+            return k, v, self.whole
         width = self._there.shape[1]
         places = {"cache_position": torch.arange(self.past, width, device=k.device)}  # transformers 4 stores where this says
         kept = self.cache.update(*(self.new.unpack(t).transpose(1, 2) for t in (k, v)), layer, places)
@@ -187,6 +222,15 @@ class Keys:
         if self._whole is None:
             self._whole = self.new if self.past == 0 else Sequences.from_mask(self._there, op=self._op)
         return self._whole
+
+    @functools.cached_property
+    def _continued(self) -> Tensor:
+        """[total of whole sequences], where each key stands in a list of the prefix's and then all new ones."""
+        cu, first = self.whole.cu_seqlens.long(), self.new.cu_seqlens.long()[:-1]
+        place = torch.arange(self.whole.total, device=cu.device)
+        start, own = (torch.repeat_interleave(t, cu.diff(), output_size=self.whole.total) for t in (cu[:-1], first))
+        place = place - start
+        return torch.where(place < self.past, place, own + place)
 
     def _rolling(self, width: int) -> tuple[Sequences, int]:
         if width not in self._rolled:

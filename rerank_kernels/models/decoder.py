@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from rerank_kernels import check
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import decoder_roles, lora, packing, rope
 from rerank_kernels.models.bound import class_of, forward_of, name_of
-from rerank_kernels.models.caches import Keys, chosen, length, valid
+from rerank_kernels.models.caches import Keys, belongs, chosen, length, valid
 from rerank_kernels.models.decoder_types import MODEL_TYPES as MODEL_TYPES
 from rerank_kernels.models.decoder_types import ModelType, angles_of, inner, type_of
 from rerank_kernels.models.heads import LastTokenHead, capped
@@ -32,6 +32,7 @@ from rerank_kernels.models.leaves import activation_of
 from rerank_kernels.models.packing import as_patched, dense, explained, lookup, ready
 from rerank_kernels.models.roles import Roles
 from rerank_kernels.models.served import Served
+from rerank_kernels.models.shared import Shared
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import activation
 from rerank_kernels.ops.norm import rms_norm
@@ -47,7 +48,7 @@ class Batch(NamedTuple):
     words: Tensor  # [total, D], word embeddings
     angles: Mapping[str, tuple[Tensor, Tensor]]  # of each of the type's `turns`: cos and sin, float32 [total, P]
     new: Sequences  # of the new tokens
-    keys: Keys | None  # where their keys are stored; None: nowhere, the whole sequences are here
+    keys: Keys | Shared | None  # where their keys are; None: nowhere else, the whole sequences are here
     states: list[Tensor] | None  # packed hidden states, collected if output_hidden_states
     as_dict: bool
 
@@ -89,8 +90,10 @@ def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
         return _output(m, batch, SequenceClassifierOutputWithPast, logits=logit)
 
 
-def packed_forward(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None) -> Tensor:
-    """[total, D] of any of the three: ids [total], no padding."""
+def packed_forward(
+    m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None, before: Sequence[int | None] | None = None
+) -> Tensor:
+    """[total, D] of any of the three: ids [total], no padding. before: the earlier sequence that each continues (shared.py)."""
     decoder = m if inner(m) is m else _enter(m)
     if types is not None:
         raise ValueError(f"{class_of(decoder)}: token_types are not served, a decoder has none; leave them out")
@@ -98,8 +101,17 @@ def packed_forward(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | No
     lengths = (cu[1:] - cu[:-1]).long()
     positions = torch.arange(ids.shape[0], device=cu.device)
     positions = positions - torch.repeat_interleave(cu[:-1].long(), lengths, output_size=ids.shape[0])
-    turned = _angles(decoder, op, positions, sequences, lengths)
-    return _decode(decoder, Batch(_words(decoder, op, ids), turned, sequences, None, None, True))
+    if before is None:
+        turned = _angles(decoder, op, positions, sequences, lengths)
+        return _decode(decoder, Batch(_words(decoder, op, ids), turned, sequences, None, None, True))
+    keys = Shared(op, sequences, before, turning_point(m))
+    turned = _angles(decoder, op, positions + keys.starts, keys.whole, keys.reach, lengths)
+    return _decode(decoder, Batch(_words(decoder, op, ids), turned, sequences, keys, None, True))
+
+
+def turning_point(m: Any) -> int:
+    """The longest sequence of a model whose angles are those of a short one."""
+    return min(map(rope.turning_point, _said(inner(m)).values()))
 
 
 def max_tokens(m: Any) -> int:
@@ -156,6 +168,7 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
         return _traced(decoder, op, ids, embeds, mask, positions, cache, places, states, as_dict), ours
     d, dtype = decoder.layers[0].self_attn.head_dim, decoder.embed_tokens.weight.dtype
     windows = [type_of(decoder).window(decoder.config, i) for i in range(decoder.config.num_hidden_layers)]
+    belongs(op, cache, decoder)
     past = length(op, cache, b, t, windows, decoder.config.num_key_value_heads, d, dtype)
     if places is not None and not _placed(places, past, t):
         check.fail(op, "cache_position", f"the {t} places behind the {past} that the cache holds", places)
@@ -173,8 +186,11 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
         own = new.pack(positions.expand(b, t)).long()
     if mask is None and not cached:
         packing._warn_of_pads(op, ids, m.config.pad_token_id)
-    counts = counted[:, -1] - counted[:, past - 1] if past else None
-    turned = _angles(decoder, op, own, keys.whole, counted[:, -1], counts)
+    counts, crosses = None, False
+    if past:
+        before, lengths, turn = counted[:, past - 1], counted[:, -1], turning_point(decoder)
+        counts, crosses = lengths - before, bool(((before > 0) & (before <= turn) & (lengths > turn)).any())
+    turned = _angles(decoder, op, own, keys.whole, None if crosses else counted[:, -1], counts)
     words = _given(decoder, new.pack(embeds)) if ids is None else _words(decoder, op, new.pack(ids))
     return Batch(words, turned, new, None if cache is None else keys, states, as_dict), ours
 
@@ -251,32 +267,25 @@ def _said(decoder: Any) -> dict[str, rope.Parameters]:
 
 
 def _angles(
-    decoder: Any, op: str, positions: Tensor, keys: Sequences, lengths: Tensor, counts: Tensor | None = None
+    decoder: Any, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None, counts: Tensor | None = None
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """cos and sin of the new tokens; lengths: of whole sequences; counts: of the new tokens of each, if those are not all."""
+    """cos and sin of the new tokens; lengths: of whole sequences, None where cached keys would need other angles; counts: of the
+    new tokens of each, if those are not all."""
     limit = max_tokens(decoder)
     return {turn: _turned(said, limit, op, positions, keys, lengths, counts) for turn, said in _said(decoder).items()}
 
 
 def _turned(
-    said: rope.Parameters,
-    limit: int,
-    op: str,
-    positions: Tensor,
-    keys: Sequences,
-    lengths: Tensor,
+    said: rope.Parameters, limit: int, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None,
     counts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     longest = keys.longest
     if longest > limit:
         wanted = f"at most {limit} tokens a sequence, for config.max_position_embeddings"
         check.fail(op, "input_ids", wanted, longest, f"tokenise with truncation=True, max_length={limit}")
-    own, turn = None, rope.turning_point(said)
-    if longest > turn:
-        counts = lengths if counts is None else counts
-        before = lengths - counts
-        if not bool(((before > 0) & (before <= turn) & (lengths > turn)).any()):  # else cached keys have other angles
-            own = torch.repeat_interleave(lengths, counts, output_size=positions.shape[0])
+    own = None
+    if lengths is not None and longest > rope.turning_point(said):
+        own = torch.repeat_interleave(lengths, lengths if counts is None else counts, output_size=positions.shape[0])
     return rope.rows(said, positions, longest, own, op=op)
 
 
@@ -409,11 +418,19 @@ def served() -> dict[str, Served]:
     found: dict[str, Served] = {}
     for module, a in MODEL_TYPES.items():
         found |= {
-            f"{module}.{a.model}": Served(decoder_forward, roles_of, packed_forward, max_tokens),
+            f"{module}.{a.model}": Served(decoder_forward, roles_of, packed_forward, max_tokens, turning_point=turning_point),
             f"{module}.{a.causal}": Served(
-                causal_forward, roles_of, packed_forward, max_tokens, lambda m: m.lm_head, cap=word_cap
+                causal_forward,
+                roles_of,
+                packed_forward,
+                max_tokens,
+                lambda m: m.lm_head,
+                cap=word_cap,
+                turning_point=turning_point,
             ),
-            f"{module}.{a.classifier}": Served(classifier_forward, roles_of, packed_forward, max_tokens, head=_head),
+            f"{module}.{a.classifier}": Served(
+                classifier_forward, roles_of, packed_forward, max_tokens, head=_head, turning_point=turning_point
+            ),
         }
     return found
 
