@@ -269,8 +269,8 @@ def _said(decoder: Any) -> dict[str, rope.Parameters]:
 def _angles(
     decoder: Any, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None, counts: Tensor | None = None
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """cos and sin of the new tokens; lengths: of whole sequences, None where cached keys would need other angles; counts: of the
-    new tokens of each, if those are not all."""
+    """cos and sin of the new tokens; lengths: of whole sequences, None where cached keys would need other angles; counts: of
+    the new tokens of each, if those are not all."""
     limit = max_tokens(decoder)
     return {turn: _turned(said, limit, op, positions, keys, lengths, counts) for turn, said in _said(decoder).items()}
 

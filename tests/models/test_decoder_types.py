@@ -216,10 +216,11 @@ def test_mutant_a_window_for_the_other_layers(monkeypatch):
         near_truth(decoder("gemma3"))
 
 
+@pytest.mark.parametrize("more", [-1, 1])
 @pytest.mark.parametrize("kind", ["phi3", "gemma2", "gemma3"])
-def test_mutant_a_query_sees_one_key_less_than_its_window(monkeypatch, kind):
+def test_mutant_a_query_sees_another_number_of_keys_than_its_window(monkeypatch, kind, more):
     monkeypatch.setattr(
-        module, "attention", lambda *a, window, **k: rk.attention(*a, window=window and (window[0] - 1, -1), **k)
+        module, "attention", lambda *a, window, **k: rk.attention(*a, window=window and (window[0] + more, -1), **k)
     )
     with pytest.raises(AssertionError, match="from float64"):
         near_truth(decoder(kind))
@@ -353,6 +354,15 @@ def test_refused(what, between):
     change(model)
     with pytest.raises(rk.PatchError, match=said):
         model(ids) if between else rk.patch(model)
+
+
+def test_angles_of_a_type_of_layer_that_the_config_leaves_out():
+    model = decoder("gemma3")
+    if not hasattr(model.config, "rope_parameters"):
+        pytest.skip("transformers 4 has a number for each")
+    model.config.rope_parameters = {"full_attention": model.config.rope_parameters["full_attention"]}
+    with pytest.raises(rk.PatchError, match="config.rope_parameters has nothing for sliding_attention"):
+        rk.patch(model)
 
 
 def test_after_hidden_states_were_asked_for():
