@@ -361,7 +361,7 @@ def test_angles_of_a_type_of_layer_that_the_config_leaves_out():
     if not hasattr(model.config, "rope_parameters"):
         pytest.skip("transformers 4 has a number for each")
     model.config.rope_parameters = {"full_attention": model.config.rope_parameters["full_attention"]}
-    with pytest.raises(rk.PatchError, match="config.rope_parameters has nothing for sliding_attention"):
+    with pytest.raises(rk.PatchError, match=r"config\.rope_parameters has nothing for sliding_attention"):
         rk.patch(model)
 
 
