@@ -1,10 +1,10 @@
 // attention.cpp: packed attention on the CPU, bidirectional or windowed (causal is a window), grouped heads.
 //
-// For each query row: s_j = dot(q, k_j) * scale, or tanh(that / softcap) * softcap; max exact; e_j = exp(s_j - max); l = row_sum(e), lane j mod 32;
-// out = dot(e, v) / l over keys, in chunks of 64. j counts from the sequence's own first key (NUMERICS.md, "attention").
-// Rows go in tiles of TILE_ROWS through the same dot tiles as linear; the scores of a tile stay in the caches. A sequence of
-// one query, as in decoding, has a way of its own, which reads each key and value once and lays out no more than a chunk of
-// them.
+// For each query row: s_j = dot(q, k_j) * scale, or tanh(that / softcap) * softcap; max exact; e_j = exp(s_j - max); l =
+// row_sum(e), lane j mod 32; out = dot(e, v) / l over keys, in chunks of 64. j counts from the sequence's own first key
+// (NUMERICS.md, "attention"). Rows go in tiles of TILE_ROWS through the same dot tiles as linear; the scores of a tile stay in
+// the caches. A sequence of one query, as in decoding, has a way of its own, which reads each key and value once and lays out
+// no more than a chunk of them.
 
 #ifndef RK_ISA
 #define RK_FILE "attention.cpp"
@@ -131,49 +131,109 @@ RK_INLINE float weights_and_sum(const AttentionArgs& a, float* s, int64_t begin,
     return exp_and_sum(s, s, begin, end, 1.0f);
 }
 
-// The one query of a sequence and one key head, with every query head of its group: it is the last of T_k > 0 keys.
-// Panels of 32 keys and chunks of 64 values are laid out one after the other, in the first-level cache. Only keys that the
-// query sees are multiplied: heads see the same.
-static void attend_one(const AttentionArgs& a, int64_t q_row, int64_t k_first, int64_t T_k, int64_t kv_head, float* memory) {
+// sums[r][c] = (first ? +0 : sums[r][c]) + the chain over j in [0, count) of e[r * lde + j] * v[j * token + c], c in [0,
+// STRIP). The keys are one chunk's.
+template <int ROWS, class T>
+static __attribute__((noinline)) void add_values(const float* e, int64_t lde, const T* v, int64_t token, int64_t count,
+                                                 float* sums, int64_t ld_sums, bool first) {
+    Vec acc[ROWS][TILE_VECS];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+        for (int c = 0; c < TILE_VECS; ++c) acc[r][c] = all(0.0f);
+    for (int64_t j = 0; j < count; ++j, v += token) {
+        Vec x[TILE_VECS];
+#pragma GCC unroll 8
+        for (int c = 0; c < TILE_VECS; ++c) x[c] = load(v + c * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+            const Vec weight = all(e[r * lde + j]);
+#pragma GCC unroll 8
+            for (int c = 0; c < TILE_VECS; ++c) acc[r][c] = fmadd(weight, x[c], acc[r][c]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+        for (int c = 0; c < TILE_VECS; ++c) {
+            float* s = sums + r * ld_sums + c * W;
+            store(s, (first ? all(0.0f) : load(s)) + acc[r][c]);
+        }
+}
+
+constexpr int VALUE_ROWS = W == 16 ? 8 : 4;  // whose sums registers hold, beside the values
+
+template <class T, int ROWS = VALUE_ROWS>
+RK_INLINE void add_values_of(int rows, const float* e, int64_t lde, const T* v, int64_t token, int64_t count, float* sums,
+                             int64_t ld_sums, bool first) {
+    if constexpr (ROWS > 1)
+        if (rows < ROWS) return add_values_of<T, ROWS - 1>(rows, e, lde, v, token, count, sums, ld_sums, first);
+    add_values<ROWS>(e, lde, v, token, count, sums, ld_sums, first);
+}
+
+// The one query of a sequence and one key head, with every query head of its group: it is the last of T_k > 0 keys. Each key
+// and value is read once; keys are turned by 32, values lie as they have to. Only keys that the query sees are multiplied by
+// their weights: heads see the same.
+template <class T>
+static void attend_one_of(const AttentionArgs& a, int64_t q_row, int64_t k_first, int64_t T_k, int64_t kv_head, float* memory) {
     const int64_t group = a.H / a.H_kv, head = kv_head * group, width = (a.D + PANEL - 1) / PANEL * PANEL;
     const int64_t begin = a.left >= 0 && T_k - 1 > a.left ? T_k - 1 - a.left : 0;
     const int64_t lds = (T_k + PANEL - 1) / PANEL * PANEL + ROW_GAP;
-    float* laid = memory;
+    float* laid = memory;                     // [D][PANEL] of keys, [64][STRIP] of values
     float* scores = laid + KEY_TILE * width;  // [group][lds]
     float* rows = scores + group * lds;       // [group][D]
     float* sums = rows + group * width;       // [group][width]
     float* totals = sums + group * width;     // [group]
     for (int64_t r = 0; r < group; ++r) widen(a.dtype, a.q, q_row * a.q_token + (head + r) * a.q_head, a.D, rows + r * a.D);
-    const auto each_tile = [&](auto f) __attribute__((always_inline)) {
-        for (int64_t r = 0; r < group; r += TILE_ROWS) f(r, int(group - r < TILE_ROWS ? group - r : TILE_ROWS));
-    };
 
+    const int64_t k_at = k_first * a.k_token + kv_head * a.k_head, v_at = k_first * a.v_token + kv_head * a.v_head;
+    const T *const keys = static_cast<const T*>(a.k) + k_at, *const values = static_cast<const T*>(a.v) + v_at;
     for (int64_t j = begin / PANEL * PANEL; j < T_k; j += PANEL) {
-        const int64_t some = T_k - j < PANEL ? T_k - j : PANEL;
-        if (a.dtype == Dtype::F32) lay_keys<float>(a, k_first + j, some, kv_head, laid);
-        else if (a.dtype == Dtype::F16) lay_keys<f16>(a, k_first + j, some, kv_head, laid);
-        else lay_keys<bf16>(a, k_first + j, some, kv_head, laid);
-        prefetch_tokens(a, a.k, a.k_token, k_first * a.k_token + kv_head * a.k_head, j + PANEL, PANEL, T_k);
-        each_tile([&](int64_t r, int count) __attribute__((always_inline)) {
-            dot_panel<CHUNK>(count, rows + r * a.D, a.D, laid, 0, a.D, scores + r * lds + j, lds, PANEL, true);
-        });
+        const int some = int(T_k - j < PANEL ? T_k - j : PANEL);
+        prefetch_tokens(a, a.k, a.k_token, k_at, j + PANEL, PANEL, T_k);
+        if (group <= FEW_ROWS) {
+            const T* row[PANEL];  // past the last, the first again: nobody reads their scores
+            for (int c = 0; c < PANEL; ++c) row[c] = keys + (j + (c < some ? c : 0)) * a.k_token;
+            dot_few_of<CHUNK>(int(group), rows, a.D, row, a.D, laid);
+            for (int64_t r = 0; r < group; ++r)
+                for (int c = 0; c < PANEL; c += W) store(scores + r * lds + j + c, load(laid + r * PANEL + c));
+        } else {
+            lay_panel(keys + j * a.k_token, a.k_token, some, a.D, laid);
+            for (int64_t r = 0; r < group; r += TILE_ROWS)
+                dot_panel<CHUNK>(int(group - r < TILE_ROWS ? group - r : TILE_ROWS), rows + r * a.D, a.D, laid, 0, a.D,
+                                 scores + r * lds + j, lds, PANEL, true);
+        }
     }
     for (int64_t r = 0; r < group; ++r) totals[r] = weights_and_sum(a, scores + r * lds, begin, T_k);
     for (int64_t j = begin, next = 0; j < T_k; j = next) {
         next = (j / KEY_TILE + 1) * KEY_TILE;
-        const int64_t some = next < T_k ? next - j : T_k - j;
-        lay_values(a, k_first + j, some, kv_head, laid);
-        prefetch_tokens(a, a.v, a.v_token, k_first * a.v_token + kv_head * a.v_head, next, KEY_TILE, T_k);
-        each_tile([&](int64_t r, int count) __attribute__((always_inline)) {
-            for (int64_t d0 = 0; d0 < a.D; d0 += PANEL)
-                dot_panel<KEY_TILE>(count, scores + r * lds + j, lds, laid + d0 * some, 0, some, sums + r * width + d0, width,
-                                    int(a.D - d0 < PANEL ? a.D - d0 : PANEL), j == begin);
-        });
+        const int64_t count = next < T_k ? next - j : T_k - j;
+        prefetch_tokens(a, a.v, a.v_token, v_at, next, KEY_TILE, T_k);
+        for (int64_t d = 0; d < a.D; d += STRIP) {
+            const bool whole = d + STRIP <= a.D;
+            if (!whole)
+                for (int64_t i = 0; i < count; ++i)
+                    for (int c = 0; c < STRIP; ++c)
+                        if (d + c < a.D) widen_of(values + (j + i) * a.v_token + d + c, 1, laid + i * STRIP + c);
+                        else laid[i * STRIP + c] = 0.0f;
+            for (int64_t r = 0; r < group; r += VALUE_ROWS) {
+                const int some = int(group - r < VALUE_ROWS ? group - r : VALUE_ROWS);
+                float* const to = sums + r * width + d;
+                const float* const e = scores + r * lds + j;
+                if (whole) add_values_of(some, e, lds, values + j * a.v_token + d, a.v_token, count, to, width, j == begin);
+                else add_values_of<float>(some, e, lds, laid, STRIP, count, to, width, j == begin);
+            }
+        }
     }
     for (int64_t r = 0; r < group; ++r)
         for (int64_t d = 0; d < a.D; d += W)
             store_some_as(a.dtype, a.out, (q_row * a.H + head + r) * a.D + d, load(sums + r * width + d) / all(totals[r]),
                           int(a.D - d < W ? a.D - d : W));
+}
+static void attend_one(const AttentionArgs& a, int64_t q_row, int64_t k_first, int64_t T_k, int64_t kv_head, float* memory) {
+    if (a.dtype == Dtype::F32) return attend_one_of<float>(a, q_row, k_first, T_k, kv_head, memory);
+    if (a.dtype == Dtype::F16) return attend_one_of<f16>(a, q_row, k_first, T_k, kv_head, memory);
+    attend_one_of<bf16>(a, q_row, k_first, T_k, kv_head, memory);
 }
 
 // One sequence and one key head, with every query head of its group. The sequence's queries are rows [q_first, q_first + T_q),

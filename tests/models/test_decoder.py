@@ -240,6 +240,54 @@ def test_given_positions_are_taken():
     same(model(input_ids=s[None], position_ids=torch.arange(9)[None]).logits, model(input_ids=s[None]).logits, "the usual ones")
 
 
+def seen_by_attention(monkeypatch):
+    """Of every call of attention in a decoder: where its keys begin in memory, and how they are said to lie."""
+    seen = []
+
+    def spied(q, k, v, *, cu_seqlens_k, **options):
+        seen.append((k.untyped_storage().data_ptr(), type(cu_seqlens_k)))
+        return rk.attention(q, k, v, cu_seqlens_k=cu_seqlens_k, **options)
+
+    monkeypatch.setattr(module, "attention", spied)
+    return seen
+
+
+@pytest.mark.parametrize("which", ["dynamic", "static"])
+def test_a_cache_is_read_where_it_lies(which, monkeypatch):
+    """Padded on the left, or not at all. What stands in places without a token is not read."""
+    model, sequences = patched("llama"), rows((20, 9))
+    for some in (sequences, sequences[:1]):
+        batch, cache = padded(some, 0, left=True), caches_of(model)[which]()
+        first = model(
+            input_ids=batch["input_ids"][:, :17], attention_mask=batch["attention_mask"][:, :17], past_key_values=cache
+        )
+        for layer in cache.layers:
+            for t in (layer.keys, layer.values):
+                t[:, :, :17][~batch["attention_mask"][:, :17].bool()[:, None].expand(t[:, :, :17].shape[:-1])] = float("nan")
+        seen = seen_by_attention(monkeypatch)
+        rest = model(input_ids=batch["input_ids"][:, 17:], attention_mask=batch["attention_mask"], past_key_values=cache)
+        assert seen == [(layer.keys.untyped_storage().data_ptr(), caches.Spans) for layer in cache.layers]
+        for i, (a, b) in enumerate(
+            zip(each(torch.cat([first.logits, rest.logits], 1), batch["attention_mask"]), alone(model, some), strict=True)
+        ):
+            same(a, b, f"row {i}")
+
+
+def test_a_cache_with_padding_between_its_tokens_is_packed(monkeypatch):
+    model, (long, short) = patched("llama"), rows((20, 9))
+    mask = torch.ones(2, 21, dtype=torch.long)
+    mask[1, 8:20] = 0
+    ids = torch.ones(2, 21, dtype=torch.long)
+    ids[0], ids[1, :8], ids[1, 20] = torch.cat([long, long[:1]]), short[:8], short[8]
+    cache = DynamicCache()
+    model(input_ids=ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+    seen = seen_by_attention(monkeypatch)
+    got = model(input_ids=ids[:, 20:], attention_mask=mask, past_key_values=cache).logits
+    assert {kind for _, kind in seen} == {caches.Sequences}
+    for i, s in enumerate((torch.cat([long, long[:1]]), short)):
+        same(got[i, 0], alone(model, [s])[0][-1], f"row {i}")
+
+
 # ---- the tests can fail ------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +314,20 @@ def test_mutant_keys_counted_from_what_a_window_left(monkeypatch):
     monkeypatch.setattr(caches.Keys, "_rolling", unanchored)
     with pytest.raises(AssertionError, match="differ"):
         test_chunks_through_a_cache("mistral", "rolling", 7)
+
+
+@pytest.mark.parametrize("wrong", ["one place more", "no look at holes"])
+def test_mutant_a_cache_is_read_where_no_token_is(wrong, monkeypatch):
+    def runs(self):
+        count, places = self._there.sum(1), self._there.shape[1]
+        return (places - count - 1).clamp(min=0) if wrong == "one place more" else places - count, count * 0 + places
+
+    monkeypatch.setattr(caches.Keys, "_runs", property(runs))
+    with pytest.raises(AssertionError, match=r"differ|Spans"):
+        if wrong == "one place more":
+            test_a_cache_is_read_where_it_lies("dynamic", monkeypatch)
+        else:
+            test_a_cache_with_padding_between_its_tokens_is_packed(monkeypatch)
 
 
 def test_mutant_a_query_sees_one_key_more_than_its_window(monkeypatch):
