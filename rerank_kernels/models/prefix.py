@@ -17,6 +17,7 @@ from rerank_kernels.backend.weights import sample
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import caches
 from rerank_kernels.models.bound import class_of, forward_of, name_of, serving
+from rerank_kernels.models.decoder_types import inner
 from rerank_kernels.models.fingerprint import Fingerprint
 from rerank_kernels.models.packing import are_tensors, ready
 from rerank_kernels.models.registry import ENCODERS, turning_point
@@ -156,7 +157,7 @@ class Prefix:
             for i, layer in enumerate(self._keys.layers):
                 rows = (x[index.to(x.device)].transpose(1, 2).masked_fill(empty.to(x.device), 0.0) for x in layer)
                 made.update(*rows, i)
-        caches.mark(made, self.model.base_model)
+        caches.mark(made, inner(self.model))
         return made
 
     def _check(self, op: str) -> None:
