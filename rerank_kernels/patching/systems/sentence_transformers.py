@@ -56,7 +56,7 @@ def _find_answers(obj: Any, cls: type, found: Resolved) -> None:
     scores: dict[str, Any] = {path: m for path, m in found.modules.items() if name_of(m) == LOGIT_SCORE}
     if not scores:
         return
-    words = obj.model.config.vocab_size
+    words = obj.model.config.get_text_config().vocab_size
     for path, m in scores.items():
         wrong = [i for i in (m.true_token_id, m.false_token_id) if i is not None and not 0 <= i < words]
         if wrong:
