@@ -27,7 +27,7 @@ from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.caches import Keys, belongs, chosen, length, valid
 from rerank_kernels.models.decoder_types import MODEL_TYPES as MODEL_TYPES
 from rerank_kernels.models.decoder_types import ModelType, angles_of, inner, type_of
-from rerank_kernels.models.heads import LastTokenHead, capped
+from rerank_kernels.models.heads import LastTokenHead, asked, capped
 from rerank_kernels.models.leaves import activation_of
 from rerank_kernels.models.packing import dense, explained, lookup, ready
 from rerank_kernels.models.roles import Roles
@@ -72,9 +72,12 @@ def causal_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     ready(m, roles_of)
     with explained(m, roles_of):
         batch, given = _pack(m, _enter(m), args, kwargs, cached=True)
-        x = batch.new.unpack(_decode(inner(m), batch))
-        kept = _kept(m, x, given.get("logits_to_keep", 0))
-        logits = capped(dense(lora.held(m.lm_head), kept, out_dtype=torch.float32), word_cap(m))
+        packed = _decode(inner(m), batch)
+        kept = _kept(m, batch.new.unpack(packed), given.get("logits_to_keep", 0))
+        if not traced() and (question := asked()) is not None:
+            logits = question.answer(lora.held(m.lm_head), packed, batch.new, word_cap(m))
+        else:
+            logits = capped(dense(lora.held(m.lm_head), kept, out_dtype=torch.float32), word_cap(m))
         return _output(m, batch, CausalLMOutputWithPast, logits=logits)
 
 
