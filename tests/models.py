@@ -93,6 +93,17 @@ def decoder(
     return model.to(dtype).eval()
 
 
+def angles(kind: str, theta: float = 10000.0, **said: Any) -> dict[str, Any]:
+    """What a decoder's config says of its angles, in the words of the installed transformers."""
+    import transformers as tf
+
+    said["rope_type"] = kind
+    if tf.__version__ < "5":
+        trained = {k: said.pop(k) for k in ("original_max_position_embeddings",) if kind == "longrope" and k in said}
+        return {"rope_scaling": said, "rope_theta": theta} | trained
+    return {"rope_parameters": said | {"rope_theta": theta}}
+
+
 def rows(lengths: Sequence[int], seed: int = 0) -> list[Tensor]:
     """Random token ids without special ones, one tensor per sequence."""
     draw = torch.Generator().manual_seed(seed)

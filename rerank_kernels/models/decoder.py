@@ -18,18 +18,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models import decoder_roles, lora, packing, rope
+from rerank_kernels.models import decoder_roles, lora, packing, rope, sparse
 from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.caches import Keys, belongs, chosen, length, valid
 from rerank_kernels.models.decoder_types import MODEL_TYPES as MODEL_TYPES
 from rerank_kernels.models.decoder_types import ModelType, angles_of, inner, type_of
 from rerank_kernels.models.heads import LastTokenHead, capped
 from rerank_kernels.models.leaves import activation_of
-from rerank_kernels.models.packing import as_patched, dense, explained, lookup, ready
+from rerank_kernels.models.packing import dense, explained, lookup, ready
 from rerank_kernels.models.roles import Roles
 from rerank_kernels.models.served import Served
 from rerank_kernels.models.shared import Shared
@@ -39,7 +39,6 @@ from rerank_kernels.ops.norm import rms_norm
 from rerank_kernels.ops.opaque import opaque, traced
 from rerank_kernels.ops.rotary import rotary
 from rerank_kernels.ops.sequences import Sequences
-from rerank_kernels.ops.sparse_ffn import sparse_ffn
 
 
 class Batch(NamedTuple):
@@ -319,13 +318,14 @@ def _decode(decoder: Any, batch: Batch) -> Tensor:
     for i, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
         if batch.states is not None:
             batch.states.append(x)
+        at = sparse.seat(decoder, i)
         if kind.branch_norms:
             x = _plus(kind, layer.post_attention_layernorm, _attend(kind, decoder.config, i, layer, x, batch, None), x)
-            y = _feed_forward(layer.mlp, _norm(kind, layer.pre_feedforward_layernorm, x), None)
+            y = _feed_forward(layer.mlp, _norm(kind, layer.pre_feedforward_layernorm, x), None, at)
             x = _plus(kind, layer.post_feedforward_layernorm, y, x)
         else:
             x = _attend(kind, decoder.config, i, layer, x, batch, x)
-            x = _feed_forward(layer.mlp, _norm(kind, layer.post_attention_layernorm, x), x)
+            x = _feed_forward(layer.mlp, _norm(kind, layer.post_attention_layernorm, x), x, at)
     x = _norm(kind, decoder.norm, x)
     if batch.states is not None:
         batch.states.append(x)
@@ -367,19 +367,13 @@ def _projected(kind: ModelType, own: Any, x: Tensor) -> tuple[Tensor, ...]:
 TOKENS_AT_ONCE = 1024
 
 
-def _feed_forward(m: Any, x: Tensor, residual: Tensor | None) -> Tensor:
-    """residual + down(act(gate(x)) · up(x)); where act is relu, only what active neurons touch. No residual: float32."""
+def _feed_forward(m: Any, x: Tensor, residual: Tensor | None, at: sparse.Seat = sparse.NOWHERE) -> Tensor:
+    """residual + down(act(gate(x)) · up(x)), float32 without a residual; of relu and its kin only what active neurons touch."""
+    if (firing := sparse.firing_of(m)) is not None:
+        y = sparse.feed_forward(m, x, residual, firing, at)
+        return y.float() if residual is None else y
     fused = hasattr(m, "gate_up_proj")
     act = activation_of(m.activation_fn if fused else m.act_fn)
-    parts = (m.gate_up_proj, m.down_proj) if fused else (m.gate_proj, m.up_proj, m.down_proj)
-    if act == "relu" and not fused and not any(map(lora.is_lora, parts)):
-        for part in parts:
-            as_patched(part, nn.Linear)
-        y = sparse_ffn(
-            x, m.up_proj.weight, m.down_proj.weight, gate_weight=m.gate_proj.weight,
-            up_bias=m.up_proj.bias, gate_bias=m.gate_proj.bias, down_bias=m.down_proj.bias,
-        )  # fmt: skip
-        return y.float() if residual is None else (residual.float() + y.float()).to(residual.dtype)
 
     def piece(x: Tensor, r: Tensor | None) -> Tensor:
         gate, up = dense(m.gate_up_proj, x).chunk(2, -1) if fused else (dense(m.gate_proj, x), dense(m.up_proj, x))
@@ -437,7 +431,7 @@ def served() -> dict[str, Served]:
 
 def parts() -> frozenset[str]:
     """Classes of modules inside, which a decoder's forward reads and never calls; nothing by themselves."""
-    return frozenset(
+    return frozenset({sparse.THRESHOLD}) | frozenset(
         name
         for module, a in MODEL_TYPES.items()
         for role in _roles(module, a.model).values()

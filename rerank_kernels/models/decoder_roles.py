@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rerank_kernels.models import rope
+from rerank_kernels.models import rope, sparse
 from rerank_kernels.models.bert_roles import STOCK_ATTENTION
 from rerank_kernels.models.bound import name_of
 from rerank_kernels.models.decoder_types import SLIDING, ModelType
@@ -118,7 +118,9 @@ def _slides(m: Any) -> bool:
     return bool(m.config.layer_types[m.layer_idx] == SLIDING)
 
 
-ACT = Assumed("act_fn", "an activation that is served", lambda act, _: name_of(act) in ACTIVATIONS, needed=True)
+ACT = Assumed(
+    "act_fn", "an activation that is served", lambda act, _: name_of(act) in {*ACTIVATIONS, sparse.THRESHOLD}, needed=True
+)
 SCALE = Assumed("embed_scale", "the root of the model's width", lambda value, m: _near(value, m.weight.shape[1] ** 0.5))
 
 
@@ -155,7 +157,10 @@ def decoder(module: str, a: ModelType, problem: Callable[[Any], str | None]) -> 
         ".mlp": own("MLP", assumes=(ACT,)),
         ".mlp.gate_proj": linear("f", "D"),
         ".mlp.up_proj": linear("f", "D"),
-        ".mlp.act_fn": replace(ACTIVATION, optional=True),  # a function stands in no role: see ACT
+        # a function stands in no role: see ACT
+        ".mlp.act_fn": replace(
+            ACTIVATION, classes=ACTIVATION.classes | {sparse.THRESHOLD}, optional=True, ask=sparse.act_problem
+        ),
     }
     behind = ("pre_feedforward_layernorm", "post_feedforward_layernorm") if a.branch_norms else ()
     layer = {

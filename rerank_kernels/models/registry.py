@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models import bert, decoder, leaf_roles, leaves, lora, sentence
+from rerank_kernels.models import bert, decoder, leaf_roles, leaves, lora, sentence, sparse
 from rerank_kernels.models.bound import class_of, forward_of, hooked, name_of
 from rerank_kernels.models.heads import AnswerHead, embedding
 from rerank_kernels.models.packing import explained, ready, refuse_hooks
@@ -66,6 +66,12 @@ def problem(m: Any) -> str | None:
 def role_problems(m: Any) -> dict[str, Problem]:
     """Path inside encoder or classifier m -> why what stands there is not what the forward of m reads."""
     return problems(m, ENCODERS[name_of(m)].roles(m))
+
+
+def sparse_layers(m: Any) -> list[str]:
+    """The layers of m, if it is a decoder without a head, that run through sparse_ffn."""
+    served = ENCODERS.get(name_of(m))
+    return sparse.layers(m) if served is not None and served.forward is decoder.decoder_forward else []
 
 
 Before = Sequence[int | None]
