@@ -176,6 +176,11 @@ def test_gemma3_with_a_scaled_global_angle():
     near_truth(model)
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_relu_behind_a_norm(kind):
+    near_truth(decoder(kind, hidden_activation="relu"))
+
+
 def test_gemma3_a_cap_on_attention_changes_nothing_as_in_transformers():
     plain, told = decoder("gemma3"), decoder("gemma3", attn_logit_softcapping=0.5)
     (s,) = rows((40,))
