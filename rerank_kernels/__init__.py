@@ -91,9 +91,8 @@ def __dir__() -> list[str]:
 
 def _ready_for_saved_graphs() -> None:
     """Makes the ops that a graph saved by torch.jit or torch.export calls: importing this package is enough to load one."""
-    for home in {*_HOME.values(), "models.packing", "models.decoder"}:
-        if home.startswith(("ops.", "models.")):
-            importlib.import_module(f"{__name__}.{home}")
+    for home in {*(home for home in _HOME.values() if home.startswith("ops.")), "models.packing", "models.decoder"}:
+        importlib.import_module(f"{__name__}.{home}")
     importlib.import_module(f"{__name__}.ops.opaque").register_all()
 
 

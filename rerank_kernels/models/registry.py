@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models import bert, decoder, leaf_roles, leaves, lora, sentence
+from rerank_kernels.models import bert, decoder, leaf_roles, leaves, lora, sentence, sparse
 from rerank_kernels.models.bound import class_of, forward_of, hooked, name_of
 from rerank_kernels.models.heads import AnswerHead, embedding
 from rerank_kernels.models.packing import explained, ready, refuse_hooks
@@ -68,6 +68,12 @@ def role_problems(m: Any) -> dict[str, Problem]:
     return problems(m, ENCODERS[name_of(m)].roles(m))
 
 
+def sparse_layers(m: Any) -> list[str]:
+    """The layers of m, if it is a decoder without a head, that run through sparse_ffn."""
+    served = ENCODERS.get(name_of(m))
+    return sparse.layers(m) if served is not None and served.forward is decoder.decoder_forward else []
+
+
 Before = Sequence[int | None]
 
 
@@ -92,7 +98,8 @@ def packed_answers(
     with _entered(model):
         assert served.words is not None
         sequences = _sequences(model, ids, cu_seqlens)
-        return AnswerHead(served.words(model), yes, no)(_packed(served, model, ids, sequences, None, before), sequences)
+        head = AnswerHead(served.words(model), yes, no, served.cap(model))
+        return head(_packed(served, model, ids, sequences, None, before), sequences)
 
 
 def packed_embeddings(
@@ -131,7 +138,9 @@ def max_tokens(model: nn.Module) -> int:
 
 def model_types() -> list[str]:
     """The model types that are served, as config.json names them."""
-    return sorted({name.split(".")[2].replace("_", "-") for name in ENCODERS})
+    texts = {module.split(".")[2] for module, a in decoder.MODEL_TYPES.items() if a.text}  # without it: of text and images
+    folders = {name.split(".")[2] for name in ENCODERS}
+    return sorted(f"{name}_text" if name in texts else name.replace("_", "-") for name in folders)
 
 
 def _sequences(model: Any, ids: Tensor, cu_seqlens: Tensor) -> Sequences:

@@ -205,6 +205,13 @@ MUTANTS = [
         invariants.batch_invariant,  # few rows take the sparse way, many the dense one
     ),
     Mutant(
+        "a relu on up that is forgotten",
+        Edit("portable/sparse_ffn.cu", "up_relu && up <= 0.0f ? 0.0f : value * up", "value * up"),
+        "sparse_ffn-36x600x24-gate-bias-threshold=0.25-up_activation=relu",
+        DIFFER,
+        invariants.batch_invariant,  # few rows take the sparse way, many the dense one
+    ),
+    Mutant(
         "an fma in two roundings",
         Edit(
             "portable/norm.cu",
