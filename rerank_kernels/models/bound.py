@@ -255,9 +255,14 @@ CHANGING = Lock()
 
 
 def held_forward(m: nn.Module) -> Any:
-    """What stands as `forward` in the __dict__ of m, None if nothing does; a Forward also where it was made a method of m."""
+    """What stands as `forward` in the __dict__ of m, None if nothing does; a Forward also where it was made a method of m.
+
+    Where hidden states were asked for, transformers 4 leaves the class's own forward there: that is nothing.
+    """
     found = m.__dict__.get("forward")
     inner = getattr(found, "__func__", None)
+    if inner is not None and inner is getattr(type(m), "forward", None) and getattr(found, "__self__", None) is m:
+        return None
     return inner if isinstance(inner, Forward) else found
 
 

@@ -17,9 +17,10 @@ from rerank_kernels.backend.weights import sample
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import caches
 from rerank_kernels.models.bound import class_of, forward_of, name_of, serving
+from rerank_kernels.models.decoder_types import inner
 from rerank_kernels.models.fingerprint import Fingerprint
 from rerank_kernels.models.packing import are_tensors, ready
-from rerank_kernels.models.registry import ENCODERS
+from rerank_kernels.models.registry import ENCODERS, turning_point
 
 
 def prefix(model: nn.Module, ids: Any) -> Prefix:
@@ -31,21 +32,35 @@ def prefix(model: nn.Module, ids: Any) -> Prefix:
         model.generate(**batch, past_key_values=p.cache(**batch))  # each row of the batch begins with `text`
         p.continued(**rests).logits                                # of the rests alone, keys of the prefix kept once
     """
-    served, forward = ENCODERS.get(name_of(model)), forward_of(model) if isinstance(model, nn.Module) else None
-    if served is None or forward is None or served.turning_point is None or served.gives == "logits":
-        came = f"an unpatched {class_of(model)}" if forward is None else class_of(model)
+    if not _takes_a_cache(model):
         raise PatchError(
-            f"prefix: model must be a patched decoder, its *Model or *ForCausalLM, got {came}; call rk.patch(model) first, and "
-            "for scores of query and document rk.Reranker, which shares what they begin with by itself"
+            f"prefix: model must be a patched decoder, its *Model or *ForCausalLM, got {_shown(model)}; for scores of query "
+            "and document take rk.Reranker, which shares what they begin with by itself"
         )
     tokens = _ids(ids)
-    turn = served.turning_point(model)
-    if len(tokens) > turn:
+    turn = turning_point(model)
+    if turn is not None and len(tokens) > turn:
         check.fail(
             "prefix", "ids", f"at most {turn} tokens, beyond which a sequence's angles change", len(tokens),
             "pass the whole sequence with use_cache=False",
         )  # fmt: skip
     return Prefix(model, tokens)
+
+
+def _takes_a_cache(m: Any) -> bool:
+    served = ENCODERS.get(name_of(m))
+    return served is not None and forward_of(m) is not None and served.turning_point is not None and served.gives != "logits"
+
+
+def _shown(model: Any) -> str:
+    """What came in a model's place, and what would work."""
+    if isinstance(model, nn.Module):
+        inside = next((name for name, m in model.named_modules() if _takes_a_cache(m)), None)
+        if inside is not None and ENCODERS.get(name_of(model)) is None:
+            return f"{class_of(model)}, around one; pass model.{inside}"
+        if forward_of(model) is None:
+            return f"{class_of(model)}, which is not patched; call rk.patch(model) first"
+    return class_of(model)
 
 
 def _ids(ids: Any) -> Tensor:
@@ -142,7 +157,7 @@ class Prefix:
             for i, layer in enumerate(self._keys.layers):
                 rows = (x[index.to(x.device)].transpose(1, 2).masked_fill(empty.to(x.device), 0.0) for x in layer)
                 made.update(*rows, i)
-        caches.mark(made, self.model.base_model)
+        caches.mark(made, inner(self.model))
         return made
 
     def _check(self, op: str) -> None:

@@ -98,7 +98,8 @@ def packed_answers(
     with _entered(model):
         assert served.words is not None
         sequences = _sequences(model, ids, cu_seqlens)
-        return AnswerHead(served.words(model), yes, no)(_packed(served, model, ids, sequences, None, before), sequences)
+        head = AnswerHead(served.words(model), yes, no, served.cap(model))
+        return head(_packed(served, model, ids, sequences, None, before), sequences)
 
 
 def packed_embeddings(
@@ -137,7 +138,9 @@ def max_tokens(model: nn.Module) -> int:
 
 def model_types() -> list[str]:
     """The model types that are served, as config.json names them."""
-    return sorted({name.split(".")[2].replace("_", "-") for name in ENCODERS})
+    texts = {module.split(".")[2] for module, a in decoder.MODEL_TYPES.items() if a.text}  # without it: of text and images
+    folders = {name.split(".")[2] for name in ENCODERS}
+    return sorted(f"{name}_text" if name in texts else name.replace("_", "-") for name in folders)
 
 
 def _sequences(model: Any, ids: Tensor, cu_seqlens: Tensor) -> Sequences:

@@ -23,6 +23,7 @@ class Served:
     max_tokens: Callable[[Any], int]  # the module -> the longest sequence it takes
     words: Callable[[Any], nn.Linear] | None = None  # the module -> its language head; None: it writes no text
     head: Callable[[Any], Head] | None = None  # the module -> its classification head; None: it has none
+    cap: Callable[[Any], float | None] = lambda m: None  # the module -> how far the logits of its language head go
     # The module -> the longest sequence that begins with the bits of a short one; None: none begins with those of another.
     turning_point: Callable[[Any], int] | None = None
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import lora
 import rerank_kernels as rk
 from conftest import ran
 from invariants import same, with_threads
-from models import DECODERS, decoder, padded, rows
+from models import DECODERS, angles, decoder, padded, rows
 from rerank_kernels.backend import registry
 from rerank_kernels.models import caches
 from rerank_kernels.models import decoder as module
@@ -176,20 +177,15 @@ def test_keys_are_held_once_and_for_one_layer_at_a_time(monkeypatch):
 # ---- angles that depend on the length ----------------------------------------------------------------------------------------
 
 
-def with_angles(kind, **said):
-    return patched("llama", rope_parameters=dict(rope_type=kind, rope_theta=10000.0, **said))
-
-
 LONG = dict(
     long_factor=[1.5 + i / 10 for i in range(8)],
     short_factor=[1.0 + i / 100 for i in range(8)],
     original_max_position_embeddings=64,
-    factor=2.0,
 )
 
 
 def test_longrope_up_to_its_turning_point():
-    model, (prefix, rests, wholes) = with_angles("longrope", **LONG), texts(37, (27, 28))
+    model, (prefix, rests, wholes) = patched("llama", **angles("longrope", **LONG)), texts(37, (27, 28))
     p, want = rk.prefix(model, prefix), alone(model, wholes)
     same(p.continued(rests[0][None]).logits[0], want[0][37:], "64 tokens")
     with pytest.raises(ValueError, match=r"at most 64 tokens a sequence, for rope type 'longrope', got 65; .* use_cache=False"):
@@ -200,7 +196,7 @@ def test_longrope_up_to_its_turning_point():
 
 
 def test_dynamic_up_to_its_length():
-    model = patched("llama", rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0), max_position_embeddings=64)
+    model = patched("llama", **angles("dynamic", factor=2.0), max_position_embeddings=64)
     prefix, rests, wholes = texts(37, (27, 28))
     p = rk.prefix(model, prefix)
     same(p.continued(rests[0][None]).logits[0], alone(model, wholes[:1])[0][37:], "64 tokens")
@@ -295,15 +291,34 @@ def test_a_cache_that_goes_to_another_model():
     same(model(input_ids=rest, past_key_values=cache).logits, model(input_ids=rest, past_key_values=twin).logits, "its own")
 
 
+def test_adapters():
+    """PEFT's wrapper names what it wraps; another adapter is another model."""
+    model, (prefix, rests, wholes) = lora.adapted(decoder("llama"), ("q_proj", "v_proj"), saves=False), texts()
+    rk.patch(model)
+    with pytest.raises(rk.PatchError, match=r"got PeftModel\w*, around one; pass model.base_model.model; for"):
+        rk.prefix(model, prefix)
+    inner = model.base_model.model
+    p = rk.prefix(inner, prefix)
+    same(p.continued(rests[0][None]).logits[0], alone(inner, wholes)[0][FIRST:], "with an adapter")
+    for change in (lambda: model.disable(), lambda: (model.disable(False), model.set_adapter("other"))):
+        change()
+        with pytest.raises(ValueError, match=r"got one with other modules, attributes, settings or hooks; compute it again"):
+            p.continued(rests[0][None])
+        again = rk.prefix(inner, prefix).continued(rests[0][None]).logits[0]
+        same(again, alone(inner, wholes)[0][FIRST:], "the advice")
+
+
 # ---- bad arguments -----------------------------------------------------------------------------------------------------------
 
 
 def test_what_has_no_prefix():
-    with pytest.raises(rk.PatchError, match=r"prefix: model must be a patched decoder, .* got an unpatched LlamaForCausalLM"):
+    with pytest.raises(
+        rk.PatchError, match=r"prefix: model must be a patched decoder, .* got LlamaForCausalLM, which is not patched; call"
+    ):
         rk.prefix(decoder("llama"), [1])
-    with pytest.raises(rk.PatchError, match=r"got LlamaForSequenceClassification; .* rk.Reranker, which shares"):
+    with pytest.raises(rk.PatchError, match=r"got LlamaForSequenceClassification; .* take rk.Reranker"):
         rk.prefix(patched("llama", cls="ForSequenceClassification"), [1])
-    with pytest.raises(rk.PatchError, match=r"got an unpatched str"):
+    with pytest.raises(rk.PatchError, match=r"got str; for scores"):
         rk.prefix("model", [1])
 
 

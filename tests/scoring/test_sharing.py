@@ -44,7 +44,7 @@ def _cpu():
 def tokenizer():
     own = models.tokenizer("roberta")
     own.add_tokens(WORDS)
-    own.bos_token = "<s>"
+    own.bos_token, own.model_input_names = "<s>", ["input_ids", "attention_mask"]
     own.model_max_length = 400
     return own
 
@@ -126,9 +126,8 @@ def test_longrope_shares_on_each_side_of_its_turning_point(monkeypatch):
         long_factor=[1.5 + i / 10 for i in range(8)],
         short_factor=[1.0 + i / 100 for i in range(8)],
         original_max_position_embeddings=turn,
-        factor=2.0,
     )
-    own = reranker(rope_parameters=dict(rope_type="longrope", rope_theta=10000.0, **said))
+    own = reranker(**models.angles("longrope", **said))
     assert 3 < sum(len(i) > turn for i in ids) < len(ids) - 3
     want, tokens = unshared(monkeypatch, own, PAIRS), computed(monkeypatch)
     same(own.score(PAIRS), want)
