@@ -233,8 +233,8 @@ def _kept_result(like: Tensor, mask: Tensor | None, pad: int | None, op: str) ->
 def kept(like: Tensor, mask: Tensor | None, pad: int | None, op: str) -> Kept:
     """_tokens, where a tracer writes it down: how many there are is known when the graph runs."""
     sequences = _tokens(like, mask, pad, op)
-    assert sequences.index is not None
-    return Kept(sequences.cu_seqlens, sequences.index)
+    index = torch.arange(sequences.total, device=like.device) if sequences.index is None else sequences.index
+    return Kept(sequences.cu_seqlens, index)
 
 
 def _tokens(like: Tensor, mask: Tensor | None, pad: int | None, op: str) -> Sequences:
