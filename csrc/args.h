@@ -58,6 +58,7 @@ struct AttentionArgs {
     int64_t H, H_kv, D;
     int64_t left, right;  // -1: no limit
     float scale;
+    float softcap;  // 0: none
 };
 
 struct RowsArgs {
@@ -70,8 +71,18 @@ struct RowsArgs {
 struct AxpyArgs {
     Ref down;       // [F, D], the transpose of nn.Linear's weight
     Ref down_bias;  // [D] or absent
+    Ref residual;   // [M, D] or absent
     Out out;        // [M, D]
     int64_t D;
+};
+
+// What makes a neuron of sparse_ffn active: x up to the threshold gives +0, else x, squared or not. A NaN stays one.
+struct Firing {
+    float threshold;  // >= 0
+    bool squared;     // relu2
+    bool up_relu;     // up passes relu too, before the product
+    // Whether a neuron is looked at at all, [M, F]; nullptr: all are.
+    const bool* candidates;
 };
 
 // sparse_ffn for few rows, on a GPU: first pre-activations of all neurons, then only what is active is read.
@@ -83,8 +94,10 @@ struct SparseFfnArgs {
     Ref up_bias;     // [F] or absent
     Ref down;        // [F, D], the transpose of nn.Linear's weight
     Ref down_bias;   // [D] or absent
+    Ref residual;    // [M, D] or absent
     Out out;         // [M, D]
     int64_t M, K, F, D;
+    Firing firing;
 };
 
 }  // namespace rk

@@ -17,7 +17,7 @@ struct CheckedAttention {
 // q [total, H, D], k and v [total_k, H_kv, D].
 template <class In>
 CheckedAttention checked_attention(const In& in, const Tensor& q_given, const Tensor& k_given, const Tensor& v_given,
-                                   int64_t left, int64_t right, double scale) {
+                                   int64_t left, int64_t right, double scale, double softcap) {
     constexpr Lies LIE = Lies::FEATURES_TOGETHER;
     const View q = in.floats("q", q_given, {{"total"}, {"H"}, {"D"}}, LIE);
     const int64_t H = q.size[1], D = q.size[2];
@@ -31,6 +31,9 @@ CheckedAttention checked_attention(const In& in, const Tensor& q_given, const Te
     RK_CHECK(left >= -1 && right >= -1, in.op(), "left and right must be >= 0, or -1 for no limit, got ", left, " and ", right);
     const float factor = float(scale);
     RK_CHECK(std::isfinite(scale) && std::isfinite(factor), in.op(), "scale must be finite as a float32, got ", scale);
+    const float cap = float(softcap);
+    RK_CHECK(softcap == 0.0 || (std::isfinite(cap) && cap > 0.0f), in.op(),
+             "softcap must be finite and > 0 as a float32, or 0 for none, got ", softcap);
     constexpr int64_t FARTHEST = 0x7fffffff;  // no place is farther away: offsets are int32
     return {.args = {.q = q.data,
                      .k = k.data,
@@ -48,10 +51,29 @@ CheckedAttention checked_attention(const In& in, const Tensor& q_given, const Te
                      .D = D,
                      .left = std::min(left, FARTHEST),
                      .right = std::min(right, FARTHEST),
-                     .scale = factor},
+                     .scale = factor,
+                     .softcap = cap},
             .total = q.size[0],
             .total_k = total_k,
             .dtype = scalar_type(q.dtype)};
+}
+
+// Whose keys are whose, two numbers a sequence: offsets of packed keys, or beginnings and ends of keys that lie anywhere.
+struct CheckedKeys {
+    const int32_t *begins, *ends;  // [B] each
+    int64_t B;
+    bool anywhere;
+};
+template <class In>
+CheckedKeys checked_keys(const In& in, const std::optional<Tensor>& given, const View& queries) {
+    const int64_t B = queries.numel - 1;
+    if (given && given->dim() == 2) {
+        const View spans = in.spans("cu_seqlens_k", *given, B);
+        return {spans.as<int32_t>(), spans.as<int32_t>() + B, B, true};
+    }
+    const View own = given ? in.offsets("cu_seqlens_k", *given) : queries;
+    RK_CHECK(own.numel == queries.numel, in.op(), "cu_seqlens_k must have as many sequences as cu_seqlens");
+    return {own.as<int32_t>(), own.as<int32_t>() + 1, B, false};
 }
 
 }  // namespace rk

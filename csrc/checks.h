@@ -114,6 +114,10 @@ class Arguments {
         RK_CHECK(v.numel > 0, op_, name, " must be [B + 1], got no offsets");
         return v;
     }
+    // [2, B]: where each of B sequences begins and ends. Its values are not looked at.
+    View spans(const char* name, const Tensor& t, int64_t B) const {
+        return typed(name, t, ScalarType::Int, 4, {{"begins and ends", 2}, {"B", B}});
+    }
     void activation(int64_t kind) const {
         RK_CHECK(0 <= kind && kind < ACTIVATIONS, op_, "the activation must be from 0 to ", ACTIVATIONS - 1, ", got ", kind);
     }

@@ -181,6 +181,12 @@ RK_FN F relu_of(F x) {
     return select(lt(x, F(0.0f)), F(0.0f), x);
 }
 
+// sparse_ffn's activation: x <= threshold -> +0, else x, squared or not; a NaN stays NaN.
+RK_FN float fired_of(float x, float threshold, bool squared) {
+    const float r = x <= threshold ? 0.0f : x;
+    return squared ? r * r : r;
+}
+
 // x sigmoid(1.702 x).
 template <class F>
 RK_FN F quick_gelu_of(F x) {

@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # for type checkers and editors; _NAMES says the same to Pyth
     from rerank_kernels.backend.registry import backends, use
     from rerank_kernels.backend.weights import forget
     from rerank_kernels.errors import BackendError, FallbackWarning, PatchError
+    from rerank_kernels.models.prefix import Prefix, prefix
+    from rerank_kernels.models.sampling import Sampling
     from rerank_kernels.ops.attention import *  # noqa: F403  an op's name stands in names.py alone
     from rerank_kernels.ops.linear import *  # noqa: F403
     from rerank_kernels.ops.norm import *  # noqa: F403
@@ -40,15 +42,18 @@ __all__ = [
     "FallbackWarning",
     "HeadOutput",
     "PatchError",
+    "Prefix",
     "Ranked",
     "Report",
     "Reranker",
+    "Sampling",
     "Scores",
     "Sequences",
     "Template",
     "backends",
     "forget",
     "patch",
+    "prefix",
     "rotary_table",
     "unpatch",
     "use",
@@ -59,6 +64,8 @@ _NAMES = {
     "backend.registry": ("backends", "use"),
     "backend.weights": ("forget",),
     "errors": ("BackendError", "FallbackWarning", "PatchError"),
+    "models.prefix": ("Prefix", "prefix"),
+    "models.sampling": ("Sampling",),
     "ops.pooling": ("HeadOutput",),
     "ops.rotary": ("rotary_table",),
     "ops.sequences": ("Sequences",),
@@ -84,9 +91,8 @@ def __dir__() -> list[str]:
 
 def _ready_for_saved_graphs() -> None:
     """Makes the ops that a graph saved by torch.jit or torch.export calls: importing this package is enough to load one."""
-    for home in {*_HOME.values(), "models.packing", "models.decoder"}:
-        if home.startswith(("ops.", "models.")):
-            importlib.import_module(f"{__name__}.{home}")
+    for home in {*(home for home in _HOME.values() if home.startswith("ops.")), "models.packing", "models.decoder"}:
+        importlib.import_module(f"{__name__}.{home}")
     importlib.import_module(f"{__name__}.ops.opaque").register_all()
 
 

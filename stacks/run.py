@@ -33,6 +33,7 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
 }
+INSTALL = ("-m", "pip", "install", "--quiet", "--no-compile")  # of most files nobody will ask for the bytecode
 console = Console(soft_wrap=True, highlight=False)
 
 
@@ -93,18 +94,36 @@ def wheel() -> tuple[Path, str]:
     return found, hashed
 
 
+def venv(folder: Path, name: str) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    call(f"{name}: environment", [sys.executable, "-m", "venv", folder])
+
+
+def site_of(python: Path) -> Path:
+    return next((python.parent.parent / "lib").glob("python3*/site-packages"))
+
+
+def with_torch(torch: str) -> Path:
+    """The python of an environment that holds PyTorch and what it needs, and nothing else: it is large, and all stacks see it
+    behind their own packages."""
+    folder = KEPT / "torch"
+    python = folder / "bin" / "python"
+    if unless(folder / "stamp", torch):
+        venv(folder, "torch")
+        call(torch.split()[0], [python, *INSTALL, *shlex.split(torch)])  # by itself: TORCH may name an index of its own
+        (folder / "stamp").write_text(torch)
+    return python
+
+
 def build(name: str, torch: str, built: Path, hashed: str) -> Path:
     """The stack's environment, with the wheel in it; its python."""
     folder = KEPT / name
     python, pins, tests = folder / "bin" / "python", HERE / "pins" / f"{name}.txt", HERE / "pins" / "tests.txt"
     wanted = stamp_of(pins, tests) + torch
     if unless(folder / "stamp", wanted):
-        shutil.rmtree(folder, ignore_errors=True)
-        call(f"{name}: environment", [sys.executable, "-m", "venv", folder])
-        install = [python, "-m", "pip", "install", "--quiet", "--no-compile"]  # of most files nobody will ask for the bytecode
-        # first, and by itself: TORCH may name an index of its own
-        call(f"{name}: {torch.split()[0]}", [*install, *shlex.split(torch)])
-        call(f"{name}: pins", [*install, "-r", pins, "-r", tests])
+        venv(folder, name)
+        (site_of(python) / "torch.pth").write_text(f"{site_of(with_torch(torch))}\n")
+        call(f"{name}: pins", [python, *INSTALL, "-r", pins, "-r", tests])
         (folder / "stamp").write_text(wanted)
     if unless(folder / "wheel", hashed):
         # with what it depends on, as a user would: conftest.py sees to it that this moved no pin

@@ -268,7 +268,7 @@ def _near_rotary(case: Case, a: Tensors) -> tuple[Near, ...]:
 
 
 def _near_attention(case: Case, a: Tensors) -> tuple[Near, ...]:
-    options = {k: v for k, v in case.options.items() if k in ("causal", "window", "scale")}
+    options = {k: v for k, v in case.options.items() if k in ("causal", "window", "scale", "softcap")}
     q, k, v = a["q"], a["k"], a["v"]
     spans = [offsets(case.lengths_of(name)).tolist() for name in ("q", "k")]
     value = TRUTHS["attention"](q, k, v, **case.sequences(), **options)
@@ -282,8 +282,10 @@ def _near_attention(case: Case, a: Tensors) -> tuple[Near, ...]:
         if lo < hi and first < last:
             keys = k[first:last].repeat_interleave(group, 1).abs()
             largest = torch.einsum("ihd,jhd->ihj", q[lo:hi].abs(), keys).amax(-1, keepdim=True) * abs(scale)
+            # tanh is flatter than its argument, and adds its own error, a division's and a product's
+            cap = 8.0 * largest.clamp(max=case.options["softcap"]) if "softcap" in case.options else 0.0
             # a score's error is a relative error of its weight, once above and once below the fraction bar
-            slack[lo:hi] = 2.0 * (count(q.shape[2]) + 2.0) * U * largest * weighted[lo:hi]
+            slack[lo:hi] = 2.0 * ((count(q.shape[2]) + 2.0) * largest + cap) * U * weighted[lo:hi]
             slack[lo:hi] += (2.0 * (count(last - first) + 4.0) * U + rounded) * weighted[lo:hi]
     return (Near(value, slack + 2.0 * TINY),)
 
@@ -311,14 +313,24 @@ def _near_score_head(case: Case, a: Tensors) -> tuple[Near, ...]:
 
 def _near_sparse_ffn(case: Case, a: Tensors) -> tuple[Near, ...]:
     gated, count = "gate_weight" in a, _counted(case)  # mode tensor: only what decides which neurons are active
+    act, threshold = case.options.get("activation", "relu"), case.options.get("threshold", 0.0)
+
+    def fired(v: Near) -> Near:
+        """At the threshold the value jumps by it."""
+        y = near_activation(Near(torch.where(v.value > threshold, v.value, torch.zeros_like(v.value)), v.slack), act)
+        jump = TRUTHS["activation"](torch.tensor(threshold, dtype=torch.float64), act)
+        return Near(y.value, y.slack + jump * ((v.value - threshold).abs() <= v.slack + U * threshold))
+
     up = near_linear(exact(a["x"]), a["up_weight"], a.get("up_bias"), steps if gated else count)
     if gated:
-        gate = near_activation(near_linear(exact(a["x"]), a["gate_weight"], a.get("gate_bias"), count), "relu")
+        gate = fired(near_linear(exact(a["x"]), a["gate_weight"], a.get("gate_bias"), count))
+        up = near_activation(up, case.options.get("up_activation"))
         slack = gate.slack * (up.value.abs() + up.slack) + gate.value * up.slack + U * (gate.value * up.value).abs()
         hidden = Near(gate.value * up.value, slack)
     else:
-        hidden = near_activation(up, "relu")
-    return (near_linear(hidden, a["down_weight"], a.get("down_bias")),)
+        hidden = fired(up)
+    y = near_linear(hidden, a["down_weight"], a.get("down_bias"))
+    return (near_add(y, a["residual"]) if "residual" in a else y,)
 
 
 _NEAR: dict[str, Callable[[Case, Tensors], tuple[Near, ...]]] = {
@@ -427,13 +439,17 @@ def _score_head(d: int, p: int, labels: int, activation: str | None = "tanh", bi
     return Case("score_head", label + ("" if bias else "-no_bias"), {"pooled": (d,)}, shared, options)
 
 
-def _sparse_ffn(k: int, f: int, d: int, *, gate: bool = False, bias: bool = False) -> Case:
+def _sparse_ffn(
+    k: int, f: int, d: int, *, gate: bool = False, bias: bool = False, residual: bool = False, **options: Any
+) -> Case:
     shared: dict[str, tuple[int, ...]] = {"up_weight": (f, k), "down_weight": (d, f)}
     if gate:
         shared["gate_weight"] = (f, k)
     if bias:
         shared |= {"up_bias": (f,), "down_bias": (d,)} | ({"gate_bias": (f,)} if gate else {})
-    return Case("sparse_ffn", f"{k}x{f}x{d}{'-gate' if gate else ''}{'-bias' if bias else ''}", {"x": (k,)}, shared)
+    words = [word for word, there in (("gate", gate), ("bias", bias), ("residual", residual)) if there]
+    label = "-".join([f"{k}x{f}x{d}", *words, *(f"{name}={value}" for name, value in options.items())])
+    return Case("sparse_ffn", label, {"x": (k,), **({"residual": (d,)} if residual else {})}, shared, options)
 
 
 CASES: list[Case] = [
@@ -488,6 +504,9 @@ CASES: list[Case] = [
     # a chunk; more queries than keys, so that some see none; no queries; no keys; as many of both
     _attention(32, (2, 1), (3, 9, 0, 4, 2), (70, 5, 6, 0, 2), window=(40, 3)),
     _attention(8, (2, 2), (5, 9, 2), (65, 4, 0)),  # cross-attention
+    _attention(64, (4, 2), causal=True, softcap=2.5),  # scores beside it, far below it and far above
+    _attention(40, window=(33, 3), scale=0.5, softcap=50.0),
+    _attention(16, (4, 2), (1, 1, 1), (70, 1, 33), causal=True, softcap=1.5),
     *(_pool(d, mode) for d in (1, 33, 384) for mode in ("cls", "mean")),
     _pool(48, "mean", out_dtype=torch.float32),
     *(_pool(33, mode) for mode in POOL_MODES[2:]),
@@ -501,4 +520,8 @@ CASES: list[Case] = [
     _sparse_ffn(33, 513, 17, bias=True),
     _sparse_ffn(100, 1030, 64, gate=True),
     _sparse_ffn(48, 600, 1, gate=True, bias=True),
+    _sparse_ffn(40, 530, 33, gate=True, activation="relu2"),
+    _sparse_ffn(20, 70, 9, bias=True, residual=True, activation="relu2"),
+    _sparse_ffn(33, 520, 20, gate=True, residual=True, threshold=0.5),
+    _sparse_ffn(36, 600, 24, gate=True, bias=True, threshold=0.25, up_activation="relu"),
 ]

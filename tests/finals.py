@@ -112,7 +112,7 @@ def _decoder(kind: str, dtype: torch.dtype) -> Run:
         with torch.no_grad():
             for name, p in one.named_parameters():
                 p.copy_(numbers(name, tuple(p.shape), torch.float32, 2.0**-3))
-                if "norm" in name and kind != "gemma":
+                if "norm" in name and not kind.startswith("gemma"):
                     p.add_(1.0)
         one.to(dtype)
         rk.patch(one)
@@ -125,6 +125,8 @@ def _decoder(kind: str, dtype: torch.dtype) -> Run:
         cache = DynamicCache(config=own.config)
         made += [own(input_ids=part, past_key_values=cache).logits for part in long.split(13, 1)]
         ids = own.generate(**left, max_new_tokens=5, do_sample=False)
+        if getattr(own.config, "final_logit_softcapping", None):
+            made += served.packed_answers(own, flat, cu, 7, 90)
         return [*made, ids.int().view(torch.float32), headed(**right).logits, *served.packed_logits(headed, flat, cu)]
 
     return run

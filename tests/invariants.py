@@ -246,13 +246,15 @@ def hidden_keys(case: Case, dtype: torch.dtype) -> None:
 def sparse_is_dense(case: Case, dtype: torch.dtype) -> None:
     """sparse_ffn: skipping neurons changes no bit against the chain of dense layers."""
     rows, w = case.make_rows(dtype), case.make_shared(dtype)
+    options = case.options
     hidden = linear(rows["x"], w["up_weight"], w.get("up_bias"), out_dtype=torch.float32)
-    if "gate_weight" in w:
-        hidden *= linear(rows["x"], w["gate_weight"], w.get("gate_bias"), activation="relu", out_dtype=torch.float32)
-    else:
-        hidden = torch.relu(hidden)
+    first = linear(rows["x"], w["gate_weight"], w.get("gate_bias"), out_dtype=torch.float32) if "gate_weight" in w else hidden
+    act = torch.where(first > options.get("threshold", 0.0), first, torch.zeros_like(first))
+    act = act * act if options.get("activation") == "relu2" else act
+    up = torch.relu(hidden) if options.get("up_activation") else hidden
+    hidden = act * up if "gate_weight" in w else act
     assert 0.05 < float((hidden == 0).double().mean()) < 0.95, f"{case}: the case exercises nothing"
-    dense = linear(hidden, w["down_weight"], w.get("down_bias"), out_dtype=dtype)
+    dense = linear(hidden, w["down_weight"], w.get("down_bias"), residual=rows.get("residual"), out_dtype=dtype)
     all_same(case.call(rows, w), (dense,), f"{case}, sparse against dense")
 
 

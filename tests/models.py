@@ -56,8 +56,9 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, *, head: bool = True, 
     return model.to(dtype).eval()
 
 
-DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma")
-WINDOW = 20  # of every layer of mistral, and of the second of qwen2 and qwen3
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gemma2", "gemma3")
+WINDOW = 20  # of every layer of mistral and phi3, of the second of qwen2 and qwen3, of the first of gemma2 and gemma3
+WINDOWS = ("mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3")
 
 
 def decoder(
@@ -66,20 +67,41 @@ def decoder(
     """A stock decoder in eval mode, two query heads to a key head, drawn so that tokens and places tell."""
     import transformers as tf
 
-    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma"}[kind]
+    name = kind.capitalize()
     sizes = dict(hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96)
     room = dict(vocab_size=VOCABULARY, max_position_embeddings=256, head_dim=16, pad_token_id=0, attn_implementation="eager")
     ends = dict(bos_token_id=None, eos_token_id=None)  # generation goes on
-    window: dict[str, Any] = {"mistral": {"sliding_window": WINDOW}}.get(kind, {})
+    window: dict[str, Any] = {"sliding_window": WINDOW} if kind in WINDOWS else {}
     if kind.startswith("qwen"):
-        window = dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
-    model = getattr(tf, name + cls)(getattr(tf, f"{name}Config")(**(sizes | room | ends | window | changes)))
+        window |= dict(use_sliding_window=True, max_window_layers=1)
+    if kind == "phi3":
+        window |= dict(partial_rotary_factor=0.5)
+    if kind in ("gemma2", "gemma3"):
+        kinds = [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
+        window |= dict(layer_types=kinds, query_pre_attn_scalar=12, final_logit_softcapping=5.0)
+    if kind == "gemma2":
+        window |= dict(attn_logit_softcapping=3.0)
+    text = "Text" if kind == "gemma3" else ""  # by itself the name is that of a model of text and images
+    if cls != "ForCausalLM":
+        cls = text + cls
+    model = getattr(tf, name + cls)(getattr(tf, f"{name}{text}Config")(**(sizes | room | ends | window | changes)))
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, p in model.named_parameters():
-            centre = 1.0 if "norm" in key and kind != "gemma" else 0.0
+            centre = 1.0 if "norm" in key and not kind.startswith("gemma") else 0.0
             p.copy_(centre + torch.randn(p.shape, generator=draw) * (0.1 if p.dim() == 1 else 0.15))
     return model.to(dtype).eval()
+
+
+def angles(kind: str, theta: float = 10000.0, **said: Any) -> dict[str, Any]:
+    """What a decoder's config says of its angles, in the words of the installed transformers."""
+    import transformers as tf
+
+    said["rope_type"] = kind
+    if tf.__version__ < "5":
+        trained = {k: said.pop(k) for k in ("original_max_position_embeddings",) if kind == "longrope" and k in said}
+        return {"rope_scaling": said, "rope_theta": theta} | trained
+    return {"rope_parameters": said | {"rope_theta": theta}}
 
 
 def rows(lengths: Sequence[int], seed: int = 0) -> list[Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import invariants
 from cases import Case
+from rerank_kernels.backend.firing import Firing
 from rerank_kernels.backend.pytorch import attention as honest_attention
 from rerank_kernels.backend.pytorch import linear as honest_linear
 from rerank_kernels.backend.pytorch import norm as honest_norm
@@ -232,6 +233,30 @@ def bmm_forgets_the_last_rows(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> T
 # --- other rows, other places ------------------------------------------------------------------------------------------
 
 
+def _other(kind: str, f: Callable[[Tensor], Tensor], x: Tensor, asked: str, up: Tensor | None) -> Tensor:
+    assert asked == kind and up is None
+    return f(x.float()).to(x.dtype)
+
+
+def activation_quick_gelu_of_two_digits(x: Tensor, kind: str, up: Tensor | None) -> Tensor:
+    return _other("quick_gelu", lambda v: v * honest_linear.stable_sigmoid(v * 1.7), x, kind, up)
+
+
+def activation_relu2_of_both_signs(x: Tensor, kind: str, up: Tensor | None) -> Tensor:
+    return _other("relu2", lambda v: v * v, x, kind, up)
+
+
+def activation_leaky_slope_in_half(x: Tensor, kind: str, up: Tensor | None) -> Tensor:
+    """The slope is that of the dtype, and not float32's."""
+    slope = float(torch.tensor(0.01, dtype=torch.float16))
+    return _other("leaky_relu", lambda v: torch.where(v < 0, slope * v, v), x, kind, up)
+
+
+def activation_mish_that_cancels(x: Tensor, kind: str, up: Tensor | None) -> Tensor:
+    """The formula as it is written: of small exp(x), 1 + exp(x) loses the digits."""
+    return _other("mish", lambda v: v * torch.tanh(torch.log(1.0 + torch.exp(v))), x, kind, up)
+
+
 def activation_other_tail(x: Tensor, kind: str, up: Tensor | None) -> Tensor:
     """The last n % 16 elements by a scalar formula, as torch.sigmoid has it."""
     y = honest_linear.activation(x, kind)
@@ -258,8 +283,9 @@ def sum_lanes_by_address(rows: Tensor) -> Tensor:
 
 
 def attention_tiles_by_position(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float,
+    *rest: float,
+) -> Tensor:  # fmt: skip
     """Key tiles of 64 counted from the start of the tensor (of the padded row), not from the sequence's own first token.
 
     Tiles, not lanes: lanes that start elsewhere hold the same chains, only rotated, and folding by halves does not see that."""
@@ -279,8 +305,9 @@ def attention_tiles_by_position(
 
 
 def attention_multiplies_hidden_keys(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float,
+    *rest: float,
+) -> Tensor:  # fmt: skip
     """Weight 0 instead of a skip: 0 * NaN."""
     out = torch.empty_like(q)
     for start, stop in pairwise(cu_seqlens.tolist()):
@@ -296,16 +323,29 @@ def attention_multiplies_hidden_keys(
 
 
 def attention_queries_from_the_first_key(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float,
+    *rest: float,
+) -> Tensor:  # fmt: skip
     """Query i stands at place i of its keys, as if the queries were the first ones: what it sees beyond is cut off."""
     if cu_seqlens_k is None or right < 0:
-        return honest_attention.attention(q, k, v, cu_seqlens, cu_seqlens_k, left, right, scale)
+        return honest_attention.attention(q, k, v, cu_seqlens, cu_seqlens_k, left, right, scale, *rest)
     rows, keys = (list(pairwise(cu.tolist())) for cu in (cu_seqlens, cu_seqlens_k))
     ends = [min(last, first + stop - start) for (start, stop), (first, last) in zip(rows, keys, strict=True)]
     cut = [torch.cat([t[first:end] for (first, _), end in zip(keys, ends, strict=True)]) for t in (k, v)]
     lengths = torch.tensor([0, *(end - first for (first, _), end in zip(keys, ends, strict=True))], dtype=torch.int32)
-    return honest_attention.attention(q, *cut, cu_seqlens, lengths.cumsum(0).int(), left, right, scale)
+    return honest_attention.attention(q, *cut, cu_seqlens, lengths.cumsum(0).int(), left, right, scale, *rest)
+
+
+def attention_without_softcap(*given: Any) -> Tensor:
+    return honest_attention.attention(*given[:8])
+
+
+def attention_caps_before_the_scale(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float,
+    softcap: float,
+) -> Tensor:  # fmt: skip
+    """tanh(dot / softcap) * softcap * scale."""
+    return honest_attention.attention(q * scale, k, v, cu_seqlens, cu_seqlens_k, left, right, 1.0, softcap * scale)
 
 
 def pool_by_membership(x: Tensor, cu_seqlens: Tensor, mode: str, out_dtype: torch.dtype) -> Tensor:
@@ -340,23 +380,42 @@ def _sparse_in_order(order: Tensor, rows: Tensor, weights: FfnWeights) -> Tensor
 _TURNS = torch.Generator().manual_seed(0)
 
 
-def sparse_ffn_atomics(rows: Tensor, weights: FfnWeights) -> Tensor:
+def sparse_ffn_atomics(rows: Tensor, weights: FfnWeights, how: Firing) -> Tensor:
     """Each neuron adds its column when its turn comes, and turns differ from run to run."""
     return _sparse_in_order(torch.randperm(len(weights.up), generator=_TURNS), rows, weights)
 
 
-def sparse_ffn_other_order(rows: Tensor, weights: FfnWeights) -> Tensor:
+def sparse_ffn_other_order(rows: Tensor, weights: FfnWeights, how: Firing) -> Tensor:
     """Repeatable, but not the order of the dense layer."""
     return _sparse_in_order(torch.arange(len(weights.up) - 1, -1, -1), rows, weights)
 
 
-def sparse_ffn_batch_union(rows: Tensor, weights: FfnWeights) -> Tensor:
+def sparse_ffn_batch_union(rows: Tensor, weights: FfnWeights, how: Firing) -> Tensor:
     """The neurons that are active anywhere in the batch, in one smaller dense product."""
     up, up_bias, gate, gate_bias, down, down_bias = weights
     assert gate is None and gate_bias is None
     h = honest_linear.linear(rows, up, up_bias, "relu", None, torch.float32)
     some = (h != 0).any(0)
     return _linear_in_parts(1, h[:, some], down[:, some], down_bias, None, None, rows.dtype)
+
+
+def sparse_ffn_by_activity(rows: Tensor, weights: FfnWeights, how: Firing) -> Tensor:
+    """The neurons that the batch excites most come first, as where they are kept nearest to the processor."""
+    h = honest_linear.linear(rows, *weights.first, "relu", None, torch.float32)
+    return _sparse_in_order(h.sum(0).argsort(descending=True), rows, weights)
+
+
+def sparse_ffn_forgets(**changes: Any) -> Callable[..., Tensor]:
+    def sparse_ffn_without(rows: Tensor, weights: FfnWeights, how: Firing) -> Tensor:
+        return HONEST["sparse_ffn"](rows, weights, how._replace(**changes))
+
+    sparse_ffn_without.__name__ += "_" + "_".join(changes)
+    return sparse_ffn_without
+
+
+def sparse_ffn_adds_the_residual_afterwards(rows: Tensor, weights: FfnWeights, how: Firing) -> Tensor:
+    assert how.residual is not None
+    return HONEST["sparse_ffn"](rows, weights, how._replace(residual=None)) + how.residual
 
 
 # --- before the kernel --------------------------------------------------------------------------------------------------
@@ -368,6 +427,10 @@ def mask_ignored(mask: Tensor, *arguments: Any, **named: Any) -> Sequences:
 
 
 honest_from_mask = Sequences.from_mask
+
+RELU2_GATED, RELU2_RESIDUAL = "sparse_ffn-40x530x33-gate-activation=relu2", "sparse_ffn-20x70x9-bias-residual-activation=relu2"
+FATRELU = "sparse_ffn-33x520x20-gate-residual-threshold=0.5"
+DRELU = "sparse_ffn-36x600x24-gate-bias-threshold=0.25-up_activation=relu"
 
 MUTANTS = [
     Mutant("linear", linear_split_k_by_m, invariants.batch_invariant, "linear-1025x40-gelu_tanh"),
@@ -397,6 +460,10 @@ MUTANTS = [
     Mutant("normalize", normalize_over_the_batch, invariants.batch_invariant, "normalize-384"),
     Mutant("activation", activation_other_tail, invariants.batch_invariant, "activation-sigmoid"),
     Mutant("activation", activation_gelu_from_erf, invariants.right, "activation-gelu"),
+    Mutant("activation", activation_quick_gelu_of_two_digits, invariants.right, "activation-quick_gelu"),
+    Mutant("activation", activation_relu2_of_both_signs, invariants.right, "activation-relu2"),
+    Mutant("activation", activation_leaky_slope_in_half, invariants.right, "activation-leaky_relu"),
+    Mutant("activation", activation_mish_that_cancels, invariants.right, "activation-mish"),
     Mutant("activation", activation_rounds_before_up, invariants.right, "activation-silu-up", torch.bfloat16),
     Mutant("softmax", softmax_batch_maximum, invariants.batch_invariant, "softmax-33"),
     Mutant("sum", sum_lanes_by_address, invariants.batch_invariant, "sum-100"),
@@ -405,6 +472,8 @@ MUTANTS = [
     Mutant("attention", attention_multiplies_hidden_keys, invariants.hidden_keys, "attention-D64-H4of2-T70-causal=True"),
     Mutant("attention", attention_multiplies_hidden_keys, invariants.hidden_keys, "attention-D32-H4of1-T70-window=(7,3)"),
     Mutant("attention", attention_queries_from_the_first_key, invariants.right, "attention-D16-H4of2-T1of70-causal=True"),
+    Mutant("attention", attention_without_softcap, invariants.right, "attention-D64-H4of2-T70-causal=True-softcap=2.5"),
+    Mutant("attention", attention_caps_before_the_scale, invariants.right, "attention-D64-H4of2-T70-causal=True-softcap=2.5"),
     Mutant("pool", pool_by_membership, invariants.batch_invariant, "pool-33-mean"),
     Mutant("pool", pool_by_prefix_sums, invariants.batch_invariant, "pool-33-mean"),
     Mutant("sigmoid", sigmoid_in_half, invariants.right, "sigmoid-33", torch.float16),
@@ -414,4 +483,11 @@ MUTANTS = [
     Mutant("sparse_ffn", sparse_ffn_atomics, invariants.repeatable, "sparse_ffn-64x96x40"),
     Mutant("sparse_ffn", sparse_ffn_other_order, invariants.sparse_is_dense, "sparse_ffn-64x96x40"),
     Mutant("sparse_ffn", sparse_ffn_batch_union, invariants.batch_invariant, "sparse_ffn-33x513x17-bias"),
+    Mutant("sparse_ffn", sparse_ffn_by_activity, invariants.batch_invariant, "sparse_ffn-33x513x17-bias"),
+    Mutant("sparse_ffn", sparse_ffn_by_activity, invariants.sparse_is_dense, "sparse_ffn-64x96x40"),
+    Mutant("sparse_ffn", sparse_ffn_forgets(activation="relu"), invariants.right, RELU2_GATED),
+    Mutant("sparse_ffn", sparse_ffn_forgets(threshold=0.0), invariants.right, FATRELU),
+    Mutant("sparse_ffn", sparse_ffn_forgets(up_relu=False), invariants.right, DRELU),
+    Mutant("sparse_ffn", sparse_ffn_forgets(residual=None), invariants.right, RELU2_RESIDUAL),
+    Mutant("sparse_ffn", sparse_ffn_adds_the_residual_afterwards, invariants.right, RELU2_RESIDUAL, torch.bfloat16),
 ]

@@ -85,15 +85,6 @@ def _best_of(of: Mapping[str, Content], who: str) -> str:
     return f"{min(ratios):.2f}" if ratios else "-" if any(name.startswith(who) for name in of) else ""
 
 
-SHORT_OPS = (
-    *(f"linear {m}x768x3072" for m in (2048, 128, 1)),
-    *("linear 1x768x768", "linear 2048x1024x4096", "linear 2048x768x3072 float16", "linear 2048x768x3072 bfloat16"),
-    *("attention 16x128, 12 heads of 64", "attention 4x512, 12 heads of 64"),
-    *("layer_norm + residual 2048x768", "softmax 12288x128", "activation gelu 2048x3072"),
-    *("sparse_ffn ReLU 1x4096x11008, 10% active", "sparse_ffn ReLU 128x4096x11008, 10% active"),
-)
-
-
 def cpu_bits(content: Content) -> Table:
     first = content["bits"][0]
     rows = [(f"{r['dtype']}, {r['way']}", *map(str, r["differ"].values()), _largest(r["furthest"])) for r in content["bits"]]

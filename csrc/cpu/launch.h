@@ -98,6 +98,17 @@ inline std::vector<int32_t> checked_offsets(const Arguments& in, const char* nam
     return cu;
 }
 
+// Beginnings and ends of keys that may lie anywhere among `total` places: a copy too. Two sequences may share keys.
+inline std::vector<int32_t> checked_spans(const Arguments& in, const char* name, const Tensor& spans, int64_t B,
+                                          int64_t total) {
+    const View given = in.spans(name, spans, B);
+    std::vector<int32_t> at(given.as<int32_t>(), given.as<int32_t>() + given.numel);
+    for (int64_t b = 0; b < B; ++b)
+        RK_CHECK(0 <= at[b] && at[b] <= at[B + b] && at[B + b] <= total, in.op(), name, " must lie between 0 and ", total,
+                 ", the number of places of keys, each beginning before its end");
+    return at;
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace rk

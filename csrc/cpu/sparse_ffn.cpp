@@ -1,4 +1,5 @@
-// sparse_ffn.cpp: a ReLU or ReGLU feed-forward layer on the CPU that reads little more than what active neurons need.
+// sparse_ffn.cpp: a feed-forward layer with ReLU or one of its kin, gated or not, on the CPU that reads little more than what
+// active neurons need.
 //
 // 1. Which neurons are active? Float32 weights are screened first, with two copies in 8 bits per weight: the first matrix
 //    rounded to 127ths of each row's largest, and what that left out, rounded in its turn. From the first comes an approximate
@@ -6,7 +7,8 @@
 //    The others get the second's share, and a bound some hundred times as tight; what is left then gets its exact value: dot
 //    products over the float32 rows. So a quarter of the memory is read and little more, and no bit is at stake: a looser bound
 //    only costs time. Half-precision weights are read as they are.
-// 2. ReGLU: the rows of up, for active neurons only.
+//    Where the caller names candidates, only these get an exact value, and nothing is screened.
+// 2. With a gate: the rows of up, for active neurons only.
 // 3. down: an axpy over the active neurons, ascending, in the chunks of 512 neurons of `dot`. Leaving out a zero term leaves
 //    every bit (NUMERICS.md, "sparse_ffn"), so many rows may take the dense way instead, with the same bits:
 //    rerank_kernels/backend/native/sparse_ffn.py does.
@@ -16,6 +18,7 @@
 #include "each_isa.h"
 #include "linear.h"
 
+#include <tuple>
 #include <vector>
 
 namespace rk {
@@ -108,11 +111,14 @@ static Ref as_float(const View& x, const Tensor& like, std::optional<Tensor>& ke
     return {wide, Dtype::F32, true};
 }
 
-static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std::optional<Tensor>& first_bias,
-                         const std::optional<Tensor>& coarse, const std::optional<Tensor>& rest,
-                         const std::optional<Tensor>& bounds, const std::optional<Tensor>& up_weight,
-                         const std::optional<Tensor>& up_bias, const Tensor& down_rows,
-                         const std::optional<Tensor>& down_bias) {
+// The result, and for each row how many neurons were active.
+static std::tuple<Tensor, Tensor> sparse_ffn(const Tensor& x, const Tensor& first_weight,
+                                             const std::optional<Tensor>& first_bias, const std::optional<Tensor>& coarse,
+                                             const std::optional<Tensor>& rest, const std::optional<Tensor>& bounds,
+                                             const std::optional<Tensor>& up_weight, const std::optional<Tensor>& up_bias,
+                                             const Tensor& down_rows, const std::optional<Tensor>& down_bias,
+                                             const std::optional<Tensor>& residual, const std::optional<Tensor>& candidates,
+                                             double threshold, bool squared, bool up_relu) {
     const Arguments in("sparse_ffn", x);
     const View tokens = in.floats("x", x, {{"M"}, {"K"}});
     const View down = in.floats("down_rows", down_rows, {{"F"}, {"D"}});
@@ -124,6 +130,15 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
     const View up_biases = in.floats("up_bias", up_bias, {{"F", F}}),
                down_biases = in.floats("down_bias", down_bias, {{"D", D}});
     RK_CHECK(up_weight || !up_bias, "sparse_ffn", "up_bias must be left out without up_weight");
+    RK_CHECK(threshold >= 0.0, "sparse_ffn", "threshold must be >= 0");
+    RK_CHECK(up_weight || !up_relu, "sparse_ffn", "up_relu wants up_weight");
+    const View residuals = in.floats("residual", residual, {{"M", M}, {"D", D}});
+    const Firing firing{
+        .threshold = float(threshold),
+        .squared = squared,
+        .up_relu = up_relu,
+        .candidates =
+            candidates ? in.typed("candidates", *candidates, ScalarType::Bool, 1, {{"M", M}, {"F", F}}).as<bool>() : nullptr};
     const bool screened = coarse && rest && bounds;
     RK_CHECK(screened || (!coarse && !rest && !bounds), "sparse_ffn", "coarse, rest and bounds go together");
     Screen screen{};
@@ -134,10 +149,13 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
     const ContractFloats floats;
     std::optional<Tensor> wide, wide_bias;
     const auto* rows = static_cast<const float*>(as_float(tokens, x, wide).data);
-    Tensor first = empty(x, {M, F}, ScalarType::Float), y = empty(x, {M, D}, scalar_type(tokens.dtype));
+    Tensor first = empty(x, {candidates ? 0 : M, F}, ScalarType::Float), y = empty(x, {M, D}, scalar_type(tokens.dtype));
+    Tensor counts = empty(x, {M}, ScalarType::Int);
+    auto* const counted = static_cast<int32_t*>(counts.mutable_data_ptr());
     auto* const sums = static_cast<float*>(first.mutable_data_ptr());
     Ref biases;  // in float32, for the screen
-    if (screened) {
+    if (candidates) {
+    } else if (screened) {
         biases = as_float(bias, x, wide_bias);
         constexpr int64_t block = 32;
         for_each_task(ceil_div(F, block), [&](int64_t task) {
@@ -146,7 +164,8 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
     } else {
         run_linear(linear_args(in, tokens, first_rows, bias, 0, first));
     }
-    const AxpyArgs args{.down = down.ref(), .down_bias = down_biases.ref(), .out = out(y, "sparse_ffn"), .D = D};
+    const AxpyArgs args{
+        .down = down.ref(), .down_bias = down_biases.ref(), .residual = residuals.ref(), .out = out(y, "sparse_ffn"), .D = D};
     // Kept from call to call: no allocation in the steady state. Tasks of other threads get pointers into them.
     thread_local std::vector<int32_t> neurons;
     thread_local std::vector<float> h, up;
@@ -156,7 +175,14 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
     for (int64_t m = 0; m < M; ++m) {
         const float *row = sums + m * F, *token = rows + m * K;
         int64_t count = F;
-        if (screened) {
+        if (candidates) {
+            count = 0;
+            for (int64_t f = 0; f < F; ++f) {
+                neurons[count] = int32_t(f);
+                count += firing.candidates[m * F + f];
+            }
+            some_rows(rows_args(token, first_rows, bias), neurons.data(), count, h.data());
+        } else if (screened) {
             const float norm = RK_CALL(norm_of, token, K);
             count = may_be_active(screen, token, norm, row, biases, F, K, neurons, h);
             some_rows(rows_args(token, first_rows, bias), neurons.data(), count, h.data());
@@ -166,16 +192,17 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
                 h[f] = row[f];
             }
         }
-        int64_t active = 0;  // h and neurons become the active ones, in place; a NaN counts as active
-        for (int64_t i = 0; i < count; ++i) {
-            const float value = h[i];
-            neurons[active] = neurons[i];
-            h[active] = value;
-            active += !(value <= 0.0f);
-        }
+        int64_t active = RK_CALL(fire, h.data(), neurons.data(), count, firing);
+        counted[m] = int32_t(active);
         if (up_weight) {
             some_rows(rows_args(token, up_rows, up_biases), neurons.data(), active, up.data());
-            for (int64_t i = 0; i < active; ++i) h[i] = h[i] * up[i];
+            int64_t left = 0;
+            for (int64_t i = 0; i < active; ++i) {
+                neurons[left] = neurons[i];
+                h[left] = h[i] * up[i];
+                left += !(up_relu && up[i] <= 0.0f);
+            }
+            active = left;
         }
         // Wide shares of the columns: a neuron's weights are read as long runs of memory.
         const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(D / 256, 2 * rk::threads()));
@@ -187,14 +214,14 @@ static Tensor sparse_ffn(const Tensor& x, const Tensor& first_weight, const std:
             RK_CALL(axpy_block, args, m, begin, end, listed, active, hidden, scratch(size_t(2 * (width + PANEL))));
         });
     }
-    return y;
+    return {y, counts};
 }
 
 // clang-format off
 RK_OPS(m) {
     m.op("transpose_weight(Tensor weight) -> Tensor", TORCH_BOX(&transpose_weight));
-    m.op("sparse_ffn(Tensor x, Tensor first_weight, Tensor? first_bias, Tensor? coarse, Tensor? rest, Tensor? bounds, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias) -> Tensor", TORCH_BOX(&sparse_ffn));
-    m.op("sparse_ffn_tensor(Tensor x, Tensor first_weight, Tensor? first_bias, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias) -> Tensor");
+    m.op("sparse_ffn(Tensor x, Tensor first_weight, Tensor? first_bias, Tensor? coarse, Tensor? rest, Tensor? bounds, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias, Tensor? residual, Tensor? candidates, float threshold, bool squared, bool up_relu) -> (Tensor, Tensor)", TORCH_BOX(&sparse_ffn));
+    m.op("sparse_ffn_tensor(Tensor x, Tensor first_weight, Tensor? first_bias, Tensor? up_weight, Tensor? up_bias, Tensor down_rows, Tensor? down_bias, Tensor? residual, Tensor? candidates, float threshold, bool squared, bool up_relu) -> Tensor");
 }
 // clang-format on
 
@@ -285,6 +312,18 @@ static void rows_dot(const RowsArgs& a, const int32_t* neurons, int n, float* va
     }
 }
 
+// Pre-activations and their neurons become those of active neurons, in place; returns how many. A NaN counts as active.
+static int64_t fire(float* h, int32_t* neurons, int64_t count, const Firing& firing) {
+    int64_t active = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const float value = fired_of(h[i], firing.threshold, firing.squared);
+        neurons[active] = neurons[i];
+        h[active] = value;
+        active += !(value <= 0.0f);
+    }
+    return active;
+}
+
 // sum[d] = fma(h[r], down[active[r]][d], sum[d]) for ROWS active neurons in turn; d over [0, columns).
 // Meanwhile the rows of up to ROWS that come `next` are fetched: they lie wherever they lie.
 template <int ROWS, class T>
@@ -335,6 +374,7 @@ static void axpy_block_of(const AxpyArgs& a, int64_t m, int64_t begin, int64_t e
         const int some = int(columns - d < W ? columns - d : W);
         Vec y = load(total + d);
         if (a.down_bias.given) y = y + load_some_as(a.down_bias.dtype, a.down_bias.data, begin + d, some);
+        if (a.residual.given) y = y + load_some_as(a.residual.dtype, a.residual.data, m * a.D + begin + d, some);
         store_some_as(a.out.dtype, a.out.data, m * a.D + begin + d, y, some);
     }
 }

@@ -25,7 +25,7 @@ struct Work {
     int token;       // of row 0: its place among the keys, below 0 if there are more queries than keys
     unsigned head;   // of row 0, within the group
     int rows;        // that exist; 0: nothing to do
-    float scale;
+    float scale, softcap;
 
     __device__ __forceinline__ int token_of(int r) const { return token + int((head + r) / group); }
     __device__ __forceinline__ unsigned head_of(int r) const { return (head + r) % group; }
@@ -85,8 +85,7 @@ __device__ __forceinline__ void find_work(const AttentionArgs& a, const PackedAr
     __syncwarp();
     if (!mine) return;
     const auto clamped = [&](int64_t t) { return min(max(t, int64_t(0)), packed.total_k); };
-    const int64_t k_begin = clamped(packed.cu_seqlens_k[b]),
-                  keys = max(clamped(packed.cu_seqlens_k[b + 1]) - k_begin, int64_t(0));
+    const int64_t k_begin = clamped(packed.keys_begin[b]), keys = max(clamped(packed.keys_end[b]) - k_begin, int64_t(0));
     // The queries are the last ones of their keys. Counted from the first key's place, here and in all pointers to queries and
     // outputs, they need no other count than keys.
     const int64_t row = wanted * rows, shift = keys - length;
@@ -107,7 +106,11 @@ __device__ __forceinline__ void find_work(const AttentionArgs& a, const PackedAr
     work.head = unsigned(row % group);
     work.rows = int(min(int64_t(rows), length * group - row));
     work.scale = a.scale;
+    work.softcap = a.softcap;
 }
+
+// A score with a softcap: each step is rounded once.
+__device__ __forceinline__ float capped(float score, float softcap) { return tanh_of(score / softcap) * softcap; }
 
 // This thread, read afresh: what is computed from it dies at once. Else the compiler computes it all beforehand and keeps it in
 // registers, of which the inner loops leave none.

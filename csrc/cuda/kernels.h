@@ -32,11 +32,12 @@ void linear(const char* op, const LinearArgs& args, int64_t batches, float* work
 void linear_tensor(const char* op, const LinearArgs& args, int64_t batches, Stream stream);
 
 // ---- attention
-// The offsets of B sequences, int32 [B + 1] on the device; their values are not known here. In self-attention both are one.
+// Where B sequences lie, int32 on the device; the values are not known here.
 struct PackedArgs {
-    const int32_t* cu_seqlens;    // of the queries, total in all
-    const int32_t* cu_seqlens_k;  // of the keys, total_k in all
+    const int32_t* cu_seqlens;             // [B + 1], offsets of the queries, total in all
+    const int32_t *keys_begin, *keys_end;  // [B] each, of the keys among total_k places; they lie apart or in one another
     int64_t B, total, total_k;
+    int64_t most_keys;  // about as many as there are of all sequences: for the choice of a way
 };
 void attention(const AttentionArgs& args, const PackedArgs& packed, Stream stream);
 // mode "tensor": float16 or bfloat16, D <= 256

@@ -143,7 +143,7 @@ def _cached(kind: str, weight: Tensor, make: Callable[[Tensor], Any]) -> Any:
     ):
         return kept.layout
     source = weight.detach()
-    view = _sample(source)
+    view = sample(source)
     kept = _Kept(source, weight._version, view, view.clone(), make(source))
     if weight.device.type == "cuda":  # other streams will read it, so it must be there; inside a graph capture this raises,
         torch.cuda.current_stream(weight.device).synchronize()  # as it must: call once before capturing
@@ -151,7 +151,7 @@ def _cached(kind: str, weight: Tensor, make: Callable[[Tensor], Any]) -> Any:
     return kept.layout
 
 
-def _sample(weight: Tensor) -> Tensor:
+def sample(weight: Tensor) -> Tensor:
     """Bits of up to 32 x 32 values from all over a weight [N, K], as a view of its memory."""
     bits = weight.view(torch.int32 if weight.element_size() == 4 else torch.int16)
     rows, columns = (max(1, -(-n // 32)) for n in bits.shape)

@@ -1,8 +1,9 @@
 """`rerank-kernels bench`: a user's own model, stock beside patched, on their pairs and device, and whether the bits hold.
 
-Three ways of running the same texts: in batches as they come, padded; sorted by length, in batches; one by one. Stock and
-patched take turns, round after round, so that a busy machine hits both alike. Tokenising is outside the clock; where the device
-is a GPU, every call is waited for.
+Three ways of running the same texts: in batches as they come, padded; sorted by length, in batches; one by one. A language head
+reads texts so, for the next token, and writes some more tokens of each in two ways. Stock and patched take turns, round after
+round, so that a busy machine hits both alike. Tokenising is outside the clock; where the device is a GPU, every call is waited
+for.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -22,10 +24,14 @@ from rerank_kernels.models.registry import max_tokens
 from rerank_kernels.models.sentence import stock_pooling
 from rerank_kernels.ops.pooling import pool
 from rerank_kernels.patching.walk import patch, unpatch
-from rerank_kernels.scoring.tokenising import tokenise
+from rerank_kernels.scoring.language import next_logits, prompts_of, writes, written
+from rerank_kernels.scoring.templates import Template
+from rerank_kernels.scoring.tokenising import Ids, tokenise
 from rerank_kernels.tables import Column, Table
 
 WAYS = ("batches as they come", "batches sorted by length", "one by one")
+NEW = 16  # tokens that a language head writes
+WRITING = (f"{NEW} tokens more, in batches", f"{NEW} tokens more, one by one")
 LEAST_ROUNDS, MOST_ROUNDS = 3, 50
 Inputs = dict[str, Tensor]
 Batches = list[tuple[list[int], Inputs]]  # which rows, and the model's arguments
@@ -50,7 +56,7 @@ class BenchReport:
     times: dict[str, dict[str, Timed]]
 
     def differ(self, way: str, who: str) -> int:
-        alone, here = (self.times[w][who].results for w in (WAYS[-1], way))
+        alone, here = (self.times[w][who].results for w in (WRITING[-1] if way in WRITING else WAYS[-1], way))
         same = (alone.view(torch.int32) == here.view(torch.int32)) | (alone.isnan() & here.isnan())
         return int((~same).any(1).sum())
 
@@ -69,7 +75,7 @@ class BenchReport:
 
     @property
     def ok(self) -> bool:
-        return not any(self.differ(way, "patched") for way in WAYS)
+        return not any(self.differ(way, "patched") for way in self.times)
 
     def as_dict(self) -> dict[str, Any]:
         ways = {
@@ -117,29 +123,42 @@ def bench(
     max_length: int | None = None,
     pooling: str = "mean",
     mode: str = "portable",
+    template: str | Template | None = None,
+    instruction: str | None = None,
     seconds: float = 20.0,
     progress: Callable[[float], None] = lambda share: None,
 ) -> BenchReport:
     """Time `model`, which is not patched and stays as it is, beside a patched twin that shares its weights.
 
-    pairs: (query, document) each; of an embedding model, which takes one text, the documents. seconds: about how long the
-    rounds last, three of them at least. PatchError if the model cannot be served, ValueError if there is nothing to time.
+    pairs: (query, document) each. An embedding model, which takes one text, gets the documents. A language head gets pairs in
+    the template of a reranker, or the documents where its model type has none (template, instruction: as in Reranker).
+    seconds: about how long the rounds last, three of them at least. PatchError if the model cannot be served, ValueError if
+    there is nothing to time.
     """
     if not pairs:
         raise ValueError("bench: there are no pairs")
     device = next(model.parameters()).device
     scores = type(model).__name__.endswith("ForSequenceClassification")
     twins = {"stock": model, "patched": _patched_twin(model, mode)}
-    cut = max_length or min(max_tokens(twins["patched"]), tokenizer.model_max_length)
+    cut = max_length or min(max_tokens(twins["patched"]), tokenizer.model_max_length) - NEW * writes(model)
     documents = [document for _, document in pairs]
     first, second = ([query for query, _ in pairs], documents) if scores else (documents, None)
-    ids, types = tokenise(tokenizer, first, second, cut)
+    prompts = prompts_of("bench", model, tokenizer, template, instruction, (max_length, cut, cut))
+    ids: list[Ids]
+    types: list[Ids] | None
+    if prompts is not None:
+        ids, types = [np.asarray(prompts.ids(*pair), np.int32) for pair in pairs], None
+    else:
+        ids, types = tokenise(tokenizer, first, second, cut)
     rows = [len(one) for one in ids]
 
     def batches(order: Sequence[int], size: int) -> Batches:
         made: Batches = []
         for start in range(0, len(order), size):
             some = list(order[start : start + size])
+            if writes(model):
+                made.append((some, {n: t.to(device) for n, t in _left([ids[i] for i in some], tokenizer).items()}))
+                continue
             columns = {"input_ids": ids} | ({} if types is None else {"token_type_ids": types})
             found = tokenizer.pad({n: [of[i].tolist() for i in some] for n, of in columns.items()}, return_tensors="pt")
             made.append((some, {n: t.to(device) for n, t in found.items()}))
@@ -147,20 +166,21 @@ def bench(
 
     as_they_come = range(len(rows))
     by_length = sorted(as_they_come, key=lambda i: -rows[i])
-    ways = dict(
-        zip(WAYS, (batches(as_they_come, batch_size), batches(by_length, batch_size), batches(as_they_come, 1)), strict=True)
-    )
-    times = {way: {who: Timed() for who in twins} for way in WAYS}
+    each = (batches(as_they_come, batch_size), batches(by_length, batch_size), batches(as_they_come, 1))
+    ways = dict(zip(WAYS, each, strict=True))
+    if writes(model):
+        ways |= zip(WRITING, (each[0], each[2]), strict=True)
+    times = {way: {who: Timed() for who in twins} for way in ways}
     started = time.perf_counter()
     for way, of in ways.items():  # a first round, which compiles and lays weights out, and whose results are kept
         for who, twin in twins.items():
-            times[way][who].results = _round(twin, of, pooling, Timed(), who == "patched")
+            times[way][who].results = _round(twin, of, pooling, Timed(), who == "patched", way in WRITING)
     count = max(LEAST_ROUNDS, min(MOST_ROUNDS, round(seconds / (time.perf_counter() - started))))
     for number in range(count):
         progress((number + 1) / (count + 1))
         for way, of in ways.items():
             for who, twin in twins.items():
-                _round(twin, of, pooling, times[way][who], who == "patched")
+                _round(twin, of, pooling, times[way][who], who == "patched", way in WRITING)
     facts = {
         "model": type(model).__name__,
         "dtype": str(next(model.parameters()).dtype)[6:],
@@ -182,14 +202,23 @@ def _patched_twin(model: nn.Module, mode: str) -> nn.Module:
     return twin
 
 
-def _round(model: nn.Module, batches: Batches, pooling: str, timed: Timed, ours: bool) -> Tensor:
+def _left(rows: Sequence[Ids], tokenizer: Any) -> Inputs:
+    """As prompts are padded."""
+    width, pad = max(map(len, rows)), tokenizer.pad_token_id or 0
+    ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :], mask[i, width - len(row) :] = torch.from_numpy(row).long(), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _round(model: nn.Module, batches: Batches, pooling: str, timed: Timed, ours: bool, more: bool) -> Tensor:
     """Every batch once; the results, row by row in their first order."""
     outputs: dict[int, Tensor] = {}
     whole = 0.0
     with torch.inference_mode():
         for rows, inputs in batches:
             start = time.perf_counter()
-            result = _result(model, inputs, pooling, ours)
+            result = written(model, inputs, NEW) if more else _result(model, inputs, pooling, ours)
             if result.device.type == "cuda":
                 torch.cuda.synchronize(result.device)
             timed.calls.append(time.perf_counter() - start)
@@ -201,6 +230,8 @@ def _round(model: nn.Module, batches: Batches, pooling: str, timed: Timed, ours:
 
 def _result(model: nn.Module, inputs: Inputs, pooling: str, ours: bool) -> Tensor:
     """The logits, or the vectors pooled as a user of that system pools them."""
+    if writes(model):
+        return next_logits(model, inputs)
     out = model(**inputs)
     if hasattr(out, "logits"):
         return out.logits

@@ -8,12 +8,13 @@ from datetime import datetime
 
 from rerank_kernels.cli import interrupt, models, reading, terminal, writing
 from rerank_kernels.cli.errors import InputError, fail_with
-from rerank_kernels.cli.options import model_options, positive
+from rerank_kernels.cli.options import MODELS, model_options, positive, template_options
 from rerank_kernels.printable import printable
 
 
 def options(sub: argparse.ArgumentParser) -> None:
-    model_options(sub, "a local model folder, or shape:bge-reranker-base (random weights)")
+    model_options(sub, MODELS)
+    template_options(sub)
     sub.add_argument(
         "--pairs", metavar="FILE", help="a file of your own pairs, as score reads it (default: docstrings of Python's library)"
     )
@@ -54,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
                     max_length=args.max_length,
                     pooling=loaded.pooling,
                     mode=args.mode,
+                    template=args.template,
+                    instruction=args.instruction,
                     seconds=args.seconds,
                     progress=advance,
                 )

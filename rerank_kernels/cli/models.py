@@ -45,6 +45,8 @@ def loaded(args: argparse.Namespace) -> Any:
             found = load(args.model, dtype(args.dtype), args.trust_remote_code)
         if (where := device(args.device)) is not None:
             found.model.to(where)
+        if found.note:
+            say(found.note)
         return found
 
 

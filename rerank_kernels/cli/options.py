@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+MODELS = "a local model folder, a decoder's GGUF file, or shape:NAME: random weights, bge-reranker-base for instance"
+
 
 def model_options(sub: argparse.ArgumentParser, what: str = "a local model folder, as save_pretrained writes it") -> None:
     sub.add_argument("model", metavar="MODEL", help=what)

@@ -9,14 +9,15 @@ from datetime import datetime
 
 from rerank_kernels.cli import interrupt, models, reading, terminal, writing
 from rerank_kernels.cli.errors import InputError, fail_with
-from rerank_kernels.cli.options import model_options, positive
+from rerank_kernels.cli.options import MODELS, model_options, positive, template_options
 from rerank_kernels.printable import printable
 
 MORE = " It needs at least 8 different texts, to put in one batch."  # verify.HOME; --help does not wait for an import
 
 
 def options(sub: argparse.ArgumentParser) -> None:
-    model_options(sub, "a local model folder, or shape:bge-reranker-base (random weights)")
+    model_options(sub, MODELS)
+    template_options(sub)
     sub.add_argument("--stock", action="store_true", help="measure the model without rerank_kernels")
     sub.add_argument(
         "--pairs",
@@ -69,10 +70,14 @@ def run(args: argparse.Namespace) -> int:
                         source=None if args.no_process else args.model,
                         trust_remote_code=args.trust_remote_code,
                         mode=args.mode,
+                        template=args.template,
+                        instruction=args.instruction,
                         progress=lambda share, before=before: advance((before + share) / len(which)),  # type: ignore[misc]
                     )
                     for before, stock in enumerate(which)
                 ]
+            for one in reports if loaded.note else ():
+                one.environment["shape"] = loaded.note
             report, beside = reports[0], reports[1] if reports[1:] else None
         except (ValueError, PatchError) as error:
             fail_with(error)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rerank_kernels.backend import library, registry
 from rerank_kernels.backend.modes import PORTABLE, Mode, of_the_model
 from rerank_kernels.errors import PatchError
+from rerank_kernels.models.activity import Activity
 from rerank_kernels.ops.opaque import asking, nothing_around, refuse_onnx, symbolic, traced
 
 NOT_COMPILED = (
@@ -44,6 +45,7 @@ class Forward:
     """
 
     undone = False  # also of one that an older version has pickled
+    predictor: Callable[[int, Tensor], Tensor] | None = None  # likewise: patch(model, predictor=...)
 
     def __new__(cls, *args: Any) -> Forward:
         global _serve
@@ -62,6 +64,7 @@ class Forward:
         self.backend = backend
         self.calls = 0
         self.seen: Any = None  # what a forward that reads other modules saw of them at its last call (fingerprint.py)
+        self.activity = Activity()
         self._know_class()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,11 +84,14 @@ class Forward:
         return _serve(self, args, kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("seen", "cls", "stock", "number")}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("seen", "cls", "stock", "number", "activity")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.seen = None
+        self.activity = Activity()
         self._know_class()
 
     def _know_class(self) -> None:
@@ -249,9 +255,14 @@ CHANGING = Lock()
 
 
 def held_forward(m: nn.Module) -> Any:
-    """What stands as `forward` in the __dict__ of m, None if nothing does; a Forward also where it was made a method of m."""
+    """What stands as `forward` in the __dict__ of m, None if nothing does; a Forward also where it was made a method of m.
+
+    Where hidden states were asked for, transformers 4 leaves the class's own forward there: that is nothing.
+    """
     found = m.__dict__.get("forward")
     inner = getattr(found, "__func__", None)
+    if inner is not None and inner is getattr(type(m), "forward", None) and getattr(found, "__self__", None) is m:
+        return None
     return inner if isinstance(inner, Forward) else found
 
 

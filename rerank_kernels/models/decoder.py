@@ -11,68 +11,43 @@ they have in the whole sequence. The cache holds what stock's would, and zeros a
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models import decoder_roles, lora, packing, rope
+from rerank_kernels.models import decoder_roles, lora, packing, rope, sparse
 from rerank_kernels.models.bound import class_of, forward_of, name_of
-from rerank_kernels.models.caches import Keys, chosen, length, valid
-from rerank_kernels.models.heads import LastTokenHead
+from rerank_kernels.models.caches import Keys, belongs, chosen, length, valid
+from rerank_kernels.models.decoder_types import MODEL_TYPES as MODEL_TYPES
+from rerank_kernels.models.decoder_types import ModelType, angles_of, inner, type_of
+from rerank_kernels.models.heads import LastTokenHead, capped
 from rerank_kernels.models.leaves import activation_of
-from rerank_kernels.models.packing import as_patched, dense, explained, lookup, ready
+from rerank_kernels.models.packing import dense, explained, lookup, ready
 from rerank_kernels.models.roles import Roles
 from rerank_kernels.models.served import Served
+from rerank_kernels.models.shared import Shared
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import activation
 from rerank_kernels.ops.norm import rms_norm
 from rerank_kernels.ops.opaque import opaque, traced
 from rerank_kernels.ops.rotary import rotary
 from rerank_kernels.ops.sequences import Sequences
-from rerank_kernels.ops.sparse_ffn import sparse_ffn
-
-
-@dataclass(frozen=True)
-class ModelType:
-    """Classes of transformers whose modules carry Llama's names, only behind another prefix."""
-
-    prefix: str
-    window: Callable[[Any, int], int | None] = lambda config, layer: None  # keys that a query of a layer sees, itself included
-    eps: str = "variance_epsilon"  # of the norms
-    offset: int = 0  # added to the norms' weights
-    cast: str = "before"
-    head_norms: bool = False  # queries and keys are normed, head by head
-    scaled: bool = False  # embeddings are multiplied by the root of the model's width
-
-
-def _by_layer(config: Any, layer: int) -> int | None:
-    return config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
-
-
-MODEL_TYPES = {
-    "transformers.models.llama.modeling_llama": ModelType("Llama"),
-    "transformers.models.mistral.modeling_mistral": ModelType("Mistral", lambda config, layer: config.sliding_window),
-    "transformers.models.qwen2.modeling_qwen2": ModelType("Qwen2", _by_layer),
-    "transformers.models.qwen3.modeling_qwen3": ModelType("Qwen3", _by_layer, head_norms=True),
-    "transformers.models.gemma.modeling_gemma": ModelType("Gemma", eps="eps", offset=1, cast="after", scaled=True),
-}
 
 
 class Batch(NamedTuple):
     """The valid new tokens of a batch, packed: [total] each; and what the caller asked for."""
 
     words: Tensor  # [total, D], word embeddings
-    cos: Tensor  # float32 [total, P]
-    sin: Tensor
+    angles: Mapping[str, tuple[Tensor, Tensor]]  # of each of the type's `turns`: cos and sin, float32 [total, P]
     new: Sequences  # of the new tokens
-    keys: Keys | None  # where their keys are stored; None: nowhere, the whole sequences are here
+    keys: Keys | Shared | None  # where their keys are; None: nowhere else, the whole sequences are here
     states: list[Tensor] | None  # packed hidden states, collected if output_hidden_states
     as_dict: bool
 
@@ -97,9 +72,9 @@ def causal_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     ready(m, roles_of)
     with explained(m, roles_of):
         batch, given = _pack(m, _enter(m), args, kwargs, cached=True)
-        x = batch.new.unpack(_decode(m.base_model, batch))
+        x = batch.new.unpack(_decode(inner(m), batch))
         kept = _kept(m, x, given.get("logits_to_keep", 0))
-        logits = dense(lora.held(m.lm_head), kept, out_dtype=torch.float32)
+        logits = capped(dense(lora.held(m.lm_head), kept, out_dtype=torch.float32), word_cap(m))
         return _output(m, batch, CausalLMOutputWithPast, logits=logits)
 
 
@@ -110,25 +85,41 @@ def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     ready(m, roles_of)
     with explained(m, roles_of):
         batch, _ = _pack(m, _enter(m), args, kwargs, cached=False)
-        logit = _head(m)(_decode(m.base_model, batch), batch.new).logit
+        logit = _head(m)(_decode(inner(m), batch), batch.new).logit
         return _output(m, batch, SequenceClassifierOutputWithPast, logits=logit)
 
 
-def packed_forward(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None) -> Tensor:
-    """[total, D] of any of the three: ids [total], no padding."""
-    decoder = m.base_model if m.base_model is m else _enter(m)
+def packed_forward(
+    m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None, before: Sequence[int | None] | None = None
+) -> Tensor:
+    """[total, D] of any of the three: ids [total], no padding. before: the earlier sequence that each continues (shared.py)."""
+    decoder = m if inner(m) is m else _enter(m)
     if types is not None:
         raise ValueError(f"{class_of(decoder)}: token_types are not served, a decoder has none; leave them out")
     op, cu = class_of(decoder), sequences.cu_seqlens
     lengths = (cu[1:] - cu[:-1]).long()
     positions = torch.arange(ids.shape[0], device=cu.device)
     positions = positions - torch.repeat_interleave(cu[:-1].long(), lengths, output_size=ids.shape[0])
-    cos, sin = _angles(decoder, op, positions, sequences, lengths)
-    return _decode(decoder, Batch(_words(decoder, op, ids), cos, sin, sequences, None, None, True))
+    if before is None:
+        turned = _angles(decoder, op, positions, sequences, lengths)
+        return _decode(decoder, Batch(_words(decoder, op, ids), turned, sequences, None, None, True))
+    keys = Shared(op, sequences, before, turning_point(m))
+    turned = _angles(decoder, op, positions + keys.starts, keys.whole, keys.reach, lengths)
+    return _decode(decoder, Batch(_words(decoder, op, ids), turned, sequences, keys, None, True))
+
+
+def turning_point(m: Any) -> int:
+    """The longest sequence of a model whose angles are those of a short one."""
+    return min(map(rope.turning_point, _said(inner(m)).values()))
 
 
 def max_tokens(m: Any) -> int:
     return int(m.config.max_position_embeddings)
+
+
+def word_cap(m: Any) -> float | None:
+    """How far the logits of m's language head go."""
+    return m.config.final_logit_softcapping if type_of(m).word_cap else None
 
 
 def _head(m: Any) -> LastTokenHead:
@@ -137,10 +128,10 @@ def _head(m: Any) -> LastTokenHead:
 
 def _enter(m: Any) -> Any:
     """The decoder of m. It does not pass its own forward, but a count of zero must mean it never ran."""
-    forward = forward_of(m.base_model)
+    forward = forward_of(inner(m))
     if forward is not None and not traced():
         forward.calls += 1
-    return m.base_model
+    return inner(m)
 
 
 # ---- arguments and outputs --------------------------------------------------------------------------------------------------
@@ -175,9 +166,10 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
     if traced():
         return _traced(decoder, op, ids, embeds, mask, positions, cache, places, states, as_dict), ours
     d, dtype = decoder.layers[0].self_attn.head_dim, decoder.embed_tokens.weight.dtype
-    windows = [_type(decoder).window(decoder.config, i) for i in range(decoder.config.num_hidden_layers)]
-    past = length(op, cache, b, windows, decoder.config.num_key_value_heads, d, dtype)
-    if places is not None and (not isinstance(places, Tensor) or places.shape != (t,) or int(places[0]) != past):
+    windows = [type_of(decoder).window(decoder.config, i) for i in range(decoder.config.num_hidden_layers)]
+    belongs(op, cache, decoder)
+    past = length(op, cache, b, t, windows, decoder.config.num_key_value_heads, d, dtype)
+    if places is not None and not _placed(places, past, t):
         check.fail(op, "cache_position", f"the {t} places behind the {past} that the cache holds", places)
     there = valid(op, mask, cache, b, past, t, (embeds if ids is None else ids).device)
     new = Sequences.from_mask(there[:, past:], (b, t), op=op)
@@ -193,9 +185,22 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
         own = new.pack(positions.expand(b, t)).long()
     if mask is None and not cached:
         packing._warn_of_pads(op, ids, m.config.pad_token_id)
-    cos, sin = _angles(decoder, op, own, keys.whole, None if past else counted[:, -1])
-    words = new.pack(embeds) if ids is None else _words(decoder, op, new.pack(ids))
-    return Batch(words, cos, sin, new, None if cache is None else keys, states, as_dict), ours
+    counts, crosses = None, False
+    if past:
+        before, lengths, turn = counted[:, past - 1], counted[:, -1], turning_point(decoder)
+        counts, crosses = lengths - before, bool(((before > 0) & (before <= turn) & (lengths > turn)).any())
+    turned = _angles(decoder, op, own, keys.whole, None if crosses else counted[:, -1], counts)
+    words = _given(decoder, new.pack(embeds)) if ids is None else _words(decoder, op, new.pack(ids))
+    return Batch(words, turned, new, None if cache is None else keys, states, as_dict), ours
+
+
+def _placed(places: Any, past: int, new: int) -> bool:
+    """Whether cache_position says where the new tokens are. Phi-3 in transformers 4 drops its cache at the turning point of its
+    angles, gives all tokens anew, and the last one's place alone."""
+    if not isinstance(places, Tensor) or places.dim() != 1 or not 0 < len(places) <= new:
+        return False
+    given = len(places) if past == 0 else new
+    return len(places) == given and int(places[0]) == past + new - given and int(places[-1]) == past + new - 1
 
 
 def _traced(
@@ -211,10 +216,12 @@ def _traced(
     own = packing.places(cu, index, 0, limit, op)
     if positions is not None:
         own = new.pack(positions.expand(b, t)).long()
-    said = rope.parameters(decoder.rotary_emb.config)
-    cos, sin = angles(cu, own, dict(said)["features"] // 2, rope.written(said), limit, op)
-    words = new.pack(embeds) if ids is None else _words(decoder, op, new.pack(ids))
-    return Batch(words, cos, sin, new, None, states, as_dict)
+    turned = {
+        turn: angles(cu, own, dict(said)["features"] // 2, rope.written(said), limit, op)
+        for turn, said in _said(decoder).items()
+    }
+    words = _given(decoder, new.pack(embeds)) if ids is None else _words(decoder, op, new.pack(ids))
+    return Batch(words, turned, new, None, states, as_dict)
 
 
 def _angles_result(cu_seqlens: Tensor, positions: Tensor, pairs: int, *_: Any) -> tuple[Tensor, Tensor]:
@@ -230,37 +237,54 @@ def _angles_result(cu_seqlens: Tensor, positions: Tensor, pairs: int, *_: Any) -
 def angles(cu_seqlens: Tensor, positions: Tensor, pairs: int, said: str, limit: int, op: str) -> tuple[Tensor, Tensor]:
     """_angles of whole sequences, where a tracer writes it down; said: the angles' parameters as a text."""
     keys = Sequences.from_cu_seqlens(cu_seqlens, positions.shape[0], op=op)
-    return _turned(rope.read(said), limit, op, positions, keys, (cu_seqlens[1:] - cu_seqlens[:-1]).long())
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    return _turned(rope.read(said), limit, op, positions, keys, lengths)
 
 
 def _words(decoder: Any, op: str, ids: Tensor) -> Tensor:
     words = lookup(op, "input_ids", ids, decoder.embed_tokens)
-    if not _type(decoder).scaled:
-        return words
     scale = getattr(decoder.embed_tokens, "embed_scale", None)
-    if scale is None:  # in transformers 4 the model's forward does it; a plain embedding put in later is not scaled
-        if hasattr(sys.modules[name_of(decoder).rpartition(".")[0]], f"{_type(decoder).prefix}TextScaledWordEmbedding"):
-            return words
-        scale = words.new_full((), decoder.config.hidden_size**0.5)
+    return _given(decoder, words) if scale is None else _scaled(words, scale)
+
+
+def _given(decoder: Any, words: Tensor) -> Tensor:
+    """Embeddings as the first layer takes them. In transformers 4 the forward of Gemma and Gemma 2 scales them, whosever they
+    are; where the class of embeddings does it, what comes out of another one is not scaled."""
+    scales = f"{type_of(decoder).prefix}TextScaledWordEmbedding"
+    if not type_of(decoder).scaled or hasattr(sys.modules[name_of(decoder).rpartition(".")[0]], scales):
+        return words
+    return _scaled(words, words.new_full((), decoder.config.hidden_size**0.5))
+
+
+def _scaled(words: Tensor, scale: Tensor) -> Tensor:
     scale = scale.to(words.dtype)
     return (words.float() * scale.float()).to(words.dtype)  # a product of halves is exact in float32: stock's bits
 
 
-def _angles(decoder: Any, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """cos and sin of the new tokens; lengths: of whole sequences, None where a cache holds a part of them."""
-    return _turned(rope.parameters(decoder.rotary_emb.config), max_tokens(decoder), op, positions, keys, lengths)
+def _said(decoder: Any) -> dict[str, rope.Parameters]:
+    return {turn: angles_of(decoder, turn) for turn in type_of(decoder).turns(decoder.config)}
+
+
+def _angles(
+    decoder: Any, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None, counts: Tensor | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """cos and sin of the new tokens; lengths: of whole sequences, None where cached keys would need other angles; counts: of
+    the new tokens of each, if those are not all."""
+    limit = max_tokens(decoder)
+    return {turn: _turned(said, limit, op, positions, keys, lengths, counts) for turn, said in _said(decoder).items()}
 
 
 def _turned(
-    said: rope.Parameters, limit: int, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    said: rope.Parameters, limit: int, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     longest = keys.longest
     if longest > limit:
         wanted = f"at most {limit} tokens a sequence, for config.max_position_embeddings"
         check.fail(op, "input_ids", wanted, longest, f"tokenise with truncation=True, max_length={limit}")
     own = None
     if lengths is not None and longest > rope.turning_point(said):
-        own = torch.repeat_interleave(lengths, lengths, output_size=positions.shape[0])
+        own = torch.repeat_interleave(lengths, lengths if counts is None else counts, output_size=positions.shape[0])
     return rope.rows(said, positions, longest, own, op=op)
 
 
@@ -284,66 +308,82 @@ def _output(m: Any, batch: Batch, cls: Any, **fields: Any) -> Any:
 # ---- layers -----------------------------------------------------------------------------------------------------------------
 
 
-def _type(m: Any) -> ModelType:
-    return MODEL_TYPES[name_of(m).rpartition(".")[0]]
-
-
 def _norm(kind: ModelType, m: Any, x: Tensor) -> Tensor:
     return rms_norm(x, m.weight, getattr(m, kind.eps), offset=kind.offset, cast=kind.cast)
 
 
 def _decode(decoder: Any, batch: Batch) -> Tensor:
     """[total, D] through all layers and the last norm; collects what stock's hidden_states are."""
-    kind, x = _type(decoder), batch.words
+    kind, x = type_of(decoder), batch.words
     for i, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
         if batch.states is not None:
             batch.states.append(x)
-        x = _attend(kind, decoder.config, i, layer, x, batch)
-        x = _feed_forward(layer.mlp, _norm(kind, layer.post_attention_layernorm, x), x)
+        at = sparse.seat(decoder, i)
+        if kind.branch_norms:
+            x = _plus(kind, layer.post_attention_layernorm, _attend(kind, decoder.config, i, layer, x, batch, None), x)
+            y = _feed_forward(layer.mlp, _norm(kind, layer.pre_feedforward_layernorm, x), None, at)
+            x = _plus(kind, layer.post_feedforward_layernorm, y, x)
+        else:
+            x = _attend(kind, decoder.config, i, layer, x, batch, x)
+            x = _feed_forward(layer.mlp, _norm(kind, layer.post_attention_layernorm, x), x, at)
     x = _norm(kind, decoder.norm, x)
     if batch.states is not None:
         batch.states.append(x)
     return x
 
 
-def _attend(kind: ModelType, config: Any, i: int, layer: Any, x: Tensor, batch: Batch) -> Tensor:
+def _plus(kind: ModelType, norm: Any, branch: Tensor, x: Tensor) -> Tensor:
+    """x + norm(branch), rounded once: the branch is float32."""
+    return (x.float() + _norm(kind, norm, branch)).to(x.dtype)
+
+
+def _attend(kind: ModelType, config: Any, i: int, layer: Any, x: Tensor, batch: Batch, residual: Tensor | None) -> Tensor:
+    """residual + attention(norm(x)); without a residual it is float32."""
     own, normed = layer.self_attn, _norm(kind, layer.input_layernorm, x)
-    q, k, v = (dense(p, normed).unflatten(-1, (-1, own.head_dim)) for p in (own.q_proj, own.k_proj, own.v_proj))
+    q, k, v = _projected(kind, own, normed)
     if kind.head_norms:
         q, k = _norm(kind, own.q_norm, q), _norm(kind, own.k_norm, k)
-    q, k = rotary(q, batch.cos, batch.sin), rotary(k, batch.cos, batch.sin)
+    cos, sin = batch.angles[kind.turn(config, i)]
+    q, k = rotary(q, cos, sin), rotary(k, cos, sin)
     k, v, keys = (k, v, None) if batch.keys is None else batch.keys.stored(i, k, v)
     window = kind.window(config, i)
     a = attention(
         q, k, v, cu_seqlens=batch.new, cu_seqlens_k=keys, causal=True,
         window=None if window is None else (window - 1, -1), scale=own.scaling,
+        softcap=own.attn_logit_softcapping if kind.attention_cap else None,
     )  # fmt: skip
-    return dense(own.o_proj, a.flatten(1), residual=x)
+    return dense(own.o_proj, a.flatten(1), residual=residual, out_dtype=torch.float32 if residual is None else None)
+
+
+def _projected(kind: ModelType, own: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values [total, heads, D]; of one matrix they are slices of its product."""
+    if kind.fused:
+        heads, of_keys = own.config.num_attention_heads, own.num_key_value_heads
+        return dense(own.qkv_proj, x).unflatten(-1, (-1, own.head_dim)).split((heads, of_keys, of_keys), 1)
+    return tuple(dense(p, x).unflatten(-1, (-1, own.head_dim)) for p in (own.q_proj, own.k_proj, own.v_proj))
 
 
 # A CPU takes so many tokens through the feed-forward layer at a time, for the same reason as in bert.py.
 TOKENS_AT_ONCE = 1024
 
 
-def _feed_forward(m: Any, x: Tensor, residual: Tensor) -> Tensor:
-    """residual + down(act(gate(x)) · up(x)); where act is relu, only what active neurons touch."""
-    act = activation_of(m.act_fn)
-    parts = (m.gate_proj, m.up_proj, m.down_proj)
-    if act == "relu" and not any(map(lora.is_lora, parts)):
-        for part in parts:
-            as_patched(part, nn.Linear)
-        y = sparse_ffn(
-            x, m.up_proj.weight, m.down_proj.weight, gate_weight=m.gate_proj.weight,
-            up_bias=m.up_proj.bias, gate_bias=m.gate_proj.bias, down_bias=m.down_proj.bias,
-        )  # fmt: skip
-        return (residual.float() + y.float()).to(residual.dtype)
-    split = x.device.type == "cpu" and not traced() and x.shape[0] > TOKENS_AT_ONCE
-    pieces = zip(x.split(TOKENS_AT_ONCE), residual.split(TOKENS_AT_ONCE), strict=True) if split else ((x, residual),)
-    done = [
-        dense(m.down_proj, activation(dense(m.gate_proj, part), act, up=dense(m.up_proj, part)), residual=r)
-        for part, r in pieces
-    ]
-    return done[0] if len(done) == 1 else torch.cat(done)
+def _feed_forward(m: Any, x: Tensor, residual: Tensor | None, at: sparse.Seat = sparse.NOWHERE) -> Tensor:
+    """residual + down(act(gate(x)) · up(x)), float32 without a residual; of relu and its kin only what active neurons touch."""
+    if (firing := sparse.firing_of(m)) is not None:
+        y = sparse.feed_forward(m, x, residual, firing, at)
+        return y.float() if residual is None else y
+    fused = hasattr(m, "gate_up_proj")
+    act = activation_of(m.activation_fn if fused else m.act_fn)
+
+    def piece(x: Tensor, r: Tensor | None) -> Tensor:
+        gate, up = dense(m.gate_up_proj, x).chunk(2, -1) if fused else (dense(m.gate_proj, x), dense(m.up_proj, x))
+        y = activation(gate, act, up=up)
+        return dense(m.down_proj, y, residual=r, out_dtype=torch.float32 if r is None else None)
+
+    if x.device.type != "cpu" or traced() or x.shape[0] <= TOKENS_AT_ONCE:
+        return piece(x, residual)
+    rest = itertools.repeat(None) if residual is None else residual.split(TOKENS_AT_ONCE)
+    return torch.cat([piece(part, r) for part, r in zip(x.split(TOKENS_AT_ONCE), rest, strict=False)])
 
 
 # ---- the registry's rows ----------------------------------------------------------------------------------------------------
@@ -351,7 +391,7 @@ def _feed_forward(m: Any, x: Tensor, residual: Tensor) -> Tensor:
 
 def problem(m: Any) -> str | None:
     """Why a decoder's angles cannot be served; None if they can."""
-    return rope.problem(m.config)
+    return next((why for turn in type_of(m).turns(m.config) if (why := rope.problem(m.config, turn)) is not None), None)
 
 
 def roles_of(m: Any) -> Roles:
@@ -362,8 +402,8 @@ def roles_of(m: Any) -> Roles:
 @functools.cache
 def _roles(module: str, name: str) -> Roles:
     a = MODEL_TYPES[module]
-    inside = decoder_roles.decoder(module, a.prefix, a.eps, problem)
-    head = decoder_roles.HEADS.get(name.removeprefix(a.prefix))
+    inside = decoder_roles.decoder(module, a, problem)
+    head = decoder_roles.HEADS.get(name.removeprefix(a.prefix).removeprefix(a.text))
     return inside if head is None else decoder_roles.around(module, name, inside, head)
 
 
@@ -372,12 +412,18 @@ def served() -> dict[str, Served]:
     found: dict[str, Served] = {}
     for module, a in MODEL_TYPES.items():
         found |= {
-            f"{module}.{a.prefix}Model": Served(decoder_forward, roles_of, packed_forward, max_tokens),
-            f"{module}.{a.prefix}ForCausalLM": Served(
-                causal_forward, roles_of, packed_forward, max_tokens, lambda m: m.lm_head
+            f"{module}.{a.model}": Served(decoder_forward, roles_of, packed_forward, max_tokens, turning_point=turning_point),
+            f"{module}.{a.causal}": Served(
+                causal_forward,
+                roles_of,
+                packed_forward,
+                max_tokens,
+                lambda m: m.lm_head,
+                cap=word_cap,
+                turning_point=turning_point,
             ),
-            f"{module}.{a.prefix}ForSequenceClassification": Served(
-                classifier_forward, roles_of, packed_forward, max_tokens, head=_head
+            f"{module}.{a.classifier}": Served(
+                classifier_forward, roles_of, packed_forward, max_tokens, head=_head, turning_point=turning_point
             ),
         }
     return found
@@ -385,10 +431,10 @@ def served() -> dict[str, Served]:
 
 def parts() -> frozenset[str]:
     """Classes of modules inside, which a decoder's forward reads and never calls; nothing by themselves."""
-    return frozenset(
+    return frozenset({sparse.THRESHOLD}) | frozenset(
         name
         for module, a in MODEL_TYPES.items()
-        for role in _roles(module, f"{a.prefix}Model").values()
+        for role in _roles(module, a.model).values()
         for name in role.classes
         if name.startswith(f"{module}.{a.prefix}") and name not in served()
     )

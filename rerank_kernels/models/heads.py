@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rerank_kernels.models import lora
 from rerank_kernels.models.packing import as_patched
-from rerank_kernels.ops.linear import linear
+from rerank_kernels.ops.linear import activation, linear
 from rerank_kernels.ops.norm import normalize
 from rerank_kernels.ops.opaque import opaque
 from rerank_kernels.ops.pooling import HeadOutput, pool, score_head, sigmoid
@@ -73,12 +73,13 @@ class AnswerHead:
     """The log-odds of one word of the vocabulary beside another, at the last token of each sequence.
 
     The two rows of the language head are subtracted in float32 before the one dot. Two logits that are rounded first keep both
-    errors: up to 0.06 each between 16 and 32 in bfloat16.
+    errors: up to 0.06 each between 16 and 32 in bfloat16. A head with a cap on its logits has two dots.
     """
 
     words: nn.Linear  # the language head
     yes: int
     no: int | None = None  # None: the logit of `yes` alone
+    cap: float | None = None  # how far its logits go
 
     def __call__(self, x: Tensor, sequences: Sequences) -> HeadOutput:
         """[total, D] -> float32 [B, 1] each: logit, score, complement."""
@@ -86,10 +87,29 @@ class AnswerHead:
         row, bias = self.words.weight[self.yes].float(), None
         if self.words.bias is not None:
             bias = self.words.bias[self.yes, None].float()
+        last = last_rows(x, sequences.cu_seqlens)
+        if self.cap is not None:
+            return self._of_two(last)
         if self.no is not None:
             row = row - self.words.weight[self.no].float()
             bias = None if bias is None else bias - self.words.bias[self.no].float()
-        return score_head(last_rows(x, sequences.cu_seqlens), row[None], bias)
+        return score_head(last, row[None], bias)
+
+    def _of_two(self, last: Tensor) -> HeadOutput:
+        """Each logit has its cap first, so no one dot is their difference; both stay float32."""
+        rows = [self.yes] if self.no is None else [self.yes, self.no]
+        bias = None if self.words.bias is None else self.words.bias[rows].float()
+        each = capped(score_head(last, self.words.weight[rows].float(), bias).logit, self.cap)
+        logit = each if self.no is None else each[:, :1] - each[:, 1:]
+        return HeadOutput(logit, sigmoid(logit), sigmoid(-logit))
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """float32 logits as cap · tanh(logits / cap), step by step, so none is further from 0 than `cap`; None: as they are."""
+    if cap is None:
+        return logits
+    limit = logits.new_full((1,), cap)  # a tensor, for by a number a GPU multiplies with its inverse
+    return activation(logits / limit, "tanh") * limit
 
 
 @opaque(lambda x, cu_seqlens: x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1]))

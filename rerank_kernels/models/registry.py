@@ -6,7 +6,7 @@ absent class needs no import, and a subclass matches only where its body overrid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models import bert, decoder, leaf_roles, leaves, lora, sentence
+from rerank_kernels.models import bert, decoder, leaf_roles, leaves, lora, sentence, sparse
 from rerank_kernels.models.bound import class_of, forward_of, hooked, name_of
 from rerank_kernels.models.heads import AnswerHead, embedding
 from rerank_kernels.models.packing import explained, ready, refuse_hooks
@@ -68,23 +68,38 @@ def role_problems(m: Any) -> dict[str, Problem]:
     return problems(m, ENCODERS[name_of(m)].roles(m))
 
 
-def packed_logits(model: nn.Module, ids: Tensor, cu_seqlens: Tensor, token_types: Tensor | None = None) -> HeadOutput:
-    """Logits and scores, float32 [B, L], of a patched classifier; ids and token_types [total], no padding."""
+def sparse_layers(m: Any) -> list[str]:
+    """The layers of m, if it is a decoder without a head, that run through sparse_ffn."""
+    served = ENCODERS.get(name_of(m))
+    return sparse.layers(m) if served is not None and served.forward is decoder.decoder_forward else []
+
+
+Before = Sequence[int | None]
+
+
+def packed_logits(
+    model: nn.Module, ids: Tensor, cu_seqlens: Tensor, token_types: Tensor | None = None, before: Before | None = None
+) -> HeadOutput:
+    """Logits and scores, float32 [B, L], of a patched classifier; ids and token_types [total], no padding. before: of each
+    sequence the place of an earlier one that it continues, or None; where turning_point() is not None."""
     served = _served(model, "logits")
     with _entered(model):
         assert served.head is not None
         sequences = _sequences(model, ids, cu_seqlens)
-        return served.head(model)(served.packed(model, ids, sequences, token_types), sequences)
+        return served.head(model)(_packed(served, model, ids, sequences, token_types, before), sequences)
 
 
-def packed_answers(model: nn.Module, ids: Tensor, cu_seqlens: Tensor, yes: int, no: int | None) -> HeadOutput:
+def packed_answers(
+    model: nn.Module, ids: Tensor, cu_seqlens: Tensor, yes: int, no: int | None, before: Before | None = None
+) -> HeadOutput:
     """Log-odds and scores, float32 [B, 1], of the word `yes` beside `no` behind each prompt, of a patched *ForCausalLM. Without
-    `no` it is the logit of `yes`."""
+    `no` it is the logit of `yes`. before: as in packed_logits."""
     served = _served(model, "words")
     with _entered(model):
         assert served.words is not None
         sequences = _sequences(model, ids, cu_seqlens)
-        return AnswerHead(served.words(model), yes, no)(served.packed(model, ids, sequences, None), sequences)
+        head = AnswerHead(served.words(model), yes, no, served.cap(model))
+        return head(_packed(served, model, ids, sequences, None, before), sequences)
 
 
 def packed_embeddings(
@@ -109,6 +124,13 @@ def kind(model: nn.Module) -> str | None:
     return None if served is None else "embedding" if served.gives == "states" else "cross-encoder"
 
 
+def turning_point(model: nn.Module) -> int | None:
+    """The longest sequence of a model that begins with the bits of a short one, so that they may share them; None: no sequence
+    begins with the bits of another."""
+    find = ENCODERS[name_of(model)].turning_point
+    return None if find is None else find(model)
+
+
 def max_tokens(model: nn.Module) -> int:
     """The longest sequence that a served model takes."""
     return ENCODERS[name_of(model)].max_tokens(model)
@@ -116,7 +138,9 @@ def max_tokens(model: nn.Module) -> int:
 
 def model_types() -> list[str]:
     """The model types that are served, as config.json names them."""
-    return sorted({name.split(".")[2].replace("_", "-") for name in ENCODERS})
+    texts = {module.split(".")[2] for module, a in decoder.MODEL_TYPES.items() if a.text}  # without it: of text and images
+    folders = {name.split(".")[2] for name in ENCODERS}
+    return sorted(f"{name}_text" if name in texts else name.replace("_", "-") for name in folders)
 
 
 def _sequences(model: Any, ids: Tensor, cu_seqlens: Tensor) -> Sequences:
@@ -124,6 +148,16 @@ def _sequences(model: Any, ids: Tensor, cu_seqlens: Tensor) -> Sequences:
     op = class_of(model.base_model)
     check.shape(op, "ids", ids, "total")
     return Sequences.from_cu_seqlens(cu_seqlens, ids.shape[0], ids.device, op=op)
+
+
+def _packed(
+    served: Served, model: Any, ids: Tensor, sequences: Sequences, token_types: Tensor | None, before: Before | None
+) -> Tensor:
+    if before is None:
+        return served.packed(model, ids, sequences, token_types)
+    if served.turning_point is None:
+        raise ValueError(f"{class_of(model)}: before is for decoders, whose tokens see nothing behind them; leave it out")
+    return served.packed(model, ids, sequences, token_types, before)
 
 
 CLASSES = {"logits": "*ForSequenceClassification", "words": "*ForCausalLM", "states": "*Model"}

@@ -32,11 +32,13 @@ class Frequencies(NamedTuple):
     scaling: float  # of cos and sin
 
 
-def parameters(config: Any) -> Parameters:
-    """What the config says of its angles, with the sizes that they depend on."""
+def parameters(config: Any, layers: str = "") -> Parameters:
+    """What the config says of its angles, with the sizes that they depend on; layers: a type of layer that has its own."""
     said = getattr(config, "rope_parameters", None)  # transformers 5
     if said is None:
         said = {"rope_theta": config.rope_theta, **(getattr(config, "rope_scaling", None) or {})}
+    elif layers and isinstance(said.get(layers), dict):
+        said = said[layers]
     said = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(said).items() if v is not None}
     said["rope_type"] = said.get("rope_type", said.pop("type", "default"))
     if (share := said.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))) is None:
@@ -51,11 +53,16 @@ def parameters(config: Any) -> Parameters:
     return tuple(sorted(said.items()))
 
 
-def problem(config: Any) -> str | None:
+def problem(config: Any, layers: str = "") -> str | None:
     """Why the angles of a config cannot be served, None if they can."""
-    if any(isinstance(v, dict) for v in (getattr(config, "rope_parameters", None) or {}).values()):
-        return "config.rope_parameters differ from layer to layer"
-    said = dict(parameters(config))
+    nested = getattr(config, "rope_parameters", None) or {}
+    if any(isinstance(v, dict) for v in nested.values()) and not isinstance(nested.get(layers), dict):
+        return (
+            f"config.rope_parameters has nothing for {layers}"
+            if layers
+            else "config.rope_parameters differ from layer to layer"
+        )
+    said = dict(parameters(config, layers))
     if said["rope_type"] not in TYPES:
         return f"config's rope type is {said['rope_type']!r}, and served are {', '.join(TYPES)}"
     if said["features"] < 2 or said["features"] % 2:

@@ -19,10 +19,13 @@ Head = Callable[[Tensor, Sequences], HeadOutput]  # [total, D] -> logits and sco
 class Served:
     forward: Callable[..., Any]  # the module and the arguments of its stock forward -> its stock output
     roles: Callable[[Any], Roles]  # the module -> what the forward reads of what is below it
-    packed: Callable[[Any, Tensor, Sequences, Tensor | None], Tensor]  # (module, ids, sequences, token types) -> [total, D]
+    packed: Callable[..., Tensor]  # (module, ids, sequences, token types) -> [total, D]; a decoder takes `before` too
     max_tokens: Callable[[Any], int]  # the module -> the longest sequence it takes
     words: Callable[[Any], nn.Linear] | None = None  # the module -> its language head; None: it writes no text
     head: Callable[[Any], Head] | None = None  # the module -> its classification head; None: it has none
+    cap: Callable[[Any], float | None] = lambda m: None  # the module -> how far the logits of its language head go
+    # The module -> the longest sequence that begins with the bits of a short one; None: none begins with those of another.
+    turning_point: Callable[[Any], int] | None = None
 
     @property
     def gives(self) -> str:

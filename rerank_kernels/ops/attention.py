@@ -1,4 +1,4 @@
-"""attention: softmax(q · kᵀ * scale) · v inside each sequence; bidirectional or causal, sliding window, grouped heads.
+"""attention: softmax(q · kᵀ * scale) · v inside each sequence; bidirectional or causal, sliding window, grouped heads, softcap.
 
 Packed: q [total, H, D], k and v [total, H_kv, D], cu_seqlens [B + 1] -> [total, H, D].
 Padded: q [B, T, H, D], k and v [B, T, H_kv, D], mask [B, T] -> [B, T, H, D]. The tokens are packed first, so that side and
@@ -20,7 +20,7 @@ from torch import Tensor
 from rerank_kernels import check
 from rerank_kernels.backend import modes, registry
 from rerank_kernels.ops.opaque import opaque
-from rerank_kernels.ops.sequences import Sequences, taken
+from rerank_kernels.ops.sequences import Sequences, Spans, taken
 
 MOST_IN_A_HEAD = 256  # in mode tensor
 
@@ -29,7 +29,7 @@ MOST_IN_A_HEAD = 256  # in mode tensor
     lambda q, *_, **__: q.new_empty(q.shape),
     schema="(Tensor q, Tensor k, Tensor v, *, Tensor? cu_seqlens=None, "
     "Tensor? cu_seqlens_k=None, Tensor? mask=None, Tensor? mask_k=None, bool causal=False, int[]? window=None, "
-    "float? scale=None, str? mode=None) -> Tensor",
+    "float? scale=None, float? softcap=None, str? mode=None) -> Tensor",
 )
 def attention(
     q: Tensor,
@@ -37,12 +37,13 @@ def attention(
     v: Tensor,
     *,
     cu_seqlens: Tensor | Sequences | None = None,
-    cu_seqlens_k: Tensor | Sequences | None = None,
+    cu_seqlens_k: Tensor | Sequences | Spans | None = None,
     mask: Tensor | None = None,
     mask_k: Tensor | None = None,
     causal: bool = False,
     window: tuple[int, int] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     mode: str | None = None,
 ) -> Tensor:
     """Attention over packed or padded sequences, in q.dtype, float32 inside.
@@ -57,7 +58,8 @@ def attention(
 
     causal: the query at place i sees keys j <= i. window (left, right): it sees i - left <= j <= i + right, -1 for no limit;
     places are counted over the sequence's own keys. H must be a multiple of H_kv; head h reads h // (H / H_kv).
-    scale: factor on q · k, 1 / sqrt(D) if not given. Padded places of the result are 0.
+    scale: factor on q · k, 1 / sqrt(D) if not given. softcap: scores s become tanh(s / softcap) * softcap, as in Gemma 2.
+    Padded places of the result are 0.
 
     mode: "portable" (default) or, for float16 and bfloat16 on a GPU with D <= 256, "tensor": products on tensor cores.
 
@@ -95,6 +97,9 @@ def attention(
     scale = _float32(1.0 / math.sqrt(d) if scale is None else float(scale))  # a tensor as a key would go stale when written to
     if not math.isfinite(scale) or scale == 0.0:
         check.fail("attention", "scale", "finite and not 0 as a float32", scale)
+    cap = 0.0 if softcap is None else _float32(float(softcap))
+    if softcap is not None and not (math.isfinite(cap) and cap > 0.0):
+        check.fail("attention", "softcap", "finite and > 0 as a float32", softcap, "leave it out, or give None, for no cap")
 
     numeric = modes.resolve("attention", mode, q=q, k=k, v=v)
     if numeric == modes.TENSOR and d > MOST_IN_A_HEAD:
@@ -102,11 +107,13 @@ def attention(
     serve = registry.select("attention", q.device, numeric)
     if cu_seqlens is not None:
         cu, cu_k = taken("attention", "cu_seqlens", cu_seqlens, q.shape[0], q.device), None
-        if cu_seqlens_k is not None:
+        if isinstance(cu_seqlens_k, Spans):
+            cu_k = _bounds(cu_seqlens_k, cu.shape[0] - 1, k)
+        elif cu_seqlens_k is not None:
             cu_k = taken("attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0], q.device)
             if cu_k.shape != cu.shape:
                 check.fail("attention", "cu_seqlens_k", f"{check.shape_of(cu)} like cu_seqlens", check.shape_of(cu_k))
-        return serve(_rows(q), _rows(k), _rows(v), cu, cu_k, left, right, scale)
+        return serve(_rows(q), _rows(k), _rows(v), cu, cu_k, left, right, scale, cap)
 
     rows = _padded("mask", mask, q)
     if mask_k is None and k.shape[1] == q.shape[1]:
@@ -117,7 +124,16 @@ def attention(
         keys = _padded("mask_k", mask_k, k)
     packed_rows = (_rows(s.pack(t)) for s, t in ((rows, q), (keys, k), (keys, v)))
     cu_k = None if keys is rows else keys.cu_seqlens
-    return rows.unpack(serve(*packed_rows, rows.cu_seqlens, cu_k, left, right, scale))
+    return rows.unpack(serve(*packed_rows, rows.cu_seqlens, cu_k, left, right, scale, cap))
+
+
+def _bounds(keys: Spans, count: int, k: Tensor) -> Tensor:
+    if keys.places != k.shape[0]:
+        check.fail("attention", "cu_seqlens_k", f"of {k.shape[0]} places", f"Spans of {keys.places}")
+    if keys.bounds.shape != (2, count):
+        check.fail("attention", "cu_seqlens_k", f"[2, {count}]", check.shape_of(keys.bounds))
+    check.on_device("attention", "cu_seqlens_k", keys.bounds, "the tokens", k.device)
+    return keys.bounds
 
 
 def _padded(name: str, mask: Tensor | None, like: Tensor) -> Sequences:
@@ -148,6 +164,7 @@ def attention_truth(
     causal: bool = False,
     window: tuple[int, int] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """float64, packed, one sequence and one head at a time."""
     h, d = q.shape[-2:]
@@ -170,6 +187,7 @@ def attention_truth(
         for head in range(h):
             own_k, own_v = (t[first:last, head // group].double() for t in (k, v))
             s = q[a:b, head].double() @ own_k.t() * (1.0 / math.sqrt(d) if scale is None else scale)
+            s = s if softcap is None else torch.tanh(s / softcap) * softcap
             p = torch.softmax(s.masked_fill(hidden, -math.inf)[sees], -1)
             out[a:b, head][sees] = p @ own_v
     return out

@@ -103,6 +103,16 @@ class Sequences:
         return x.view(b, t, *x.shape[1:])
 
 
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Where the keys of B sequences begin and end among the places of k and v [places, H_kv, D], for `attention` alone. What
+    lies between them belongs to nobody and is not read. Models make them of a cache, whose keys need not be packed then.
+    """
+
+    bounds: Tensor  # int32 [2, B], contiguous, on the device of the keys: where each begins, where it ends
+    places: int
+
+
 def taken(op: str, name: str, given: Tensor | Sequences, total: int, device: torch.device) -> Tensor:
     """The offsets of `total` tokens on `device` that op's argument `name` holds: a tensor is checked, Sequences are trusted."""
     if not isinstance(given, Sequences):

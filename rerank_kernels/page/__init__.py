@@ -15,9 +15,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from rerank_kernels.bench import WAYS, BenchReport
+from rerank_kernels.bench import BenchReport
 from rerank_kernels.verify.measure import Result
-from rerank_kernels.verify.report import VerifyReport
+from rerank_kernels.verify.report import WHAT, VerifyReport
 
 OURS, STOCK = "rerank_kernels", "stock PyTorch"
 MEANING = {  # of a promise, in plain words
@@ -70,8 +70,8 @@ class Row:
 
 def verify_page(report: VerifyReport, stock: VerifyReport | None, *, model: str, command: str, when: datetime) -> str:
     """The page of a run of verify. stock: the same model without rerank_kernels, measured beside it, if it was."""
-    what = "logits" if report.kind == "cross-encoder" else "vectors"
-    texts = f"the {what} of {report.rows} texts of {report.lengths[0]} to {report.lengths[1]} tokens"
+    turned = "next tokens changed" if report.kind == "language head" else "pairs of documents changed places"
+    texts = f"the {WHAT[report.kind]} of {report.rows} texts of {report.lengths[0]} to {report.lengths[1]} tokens"
     caught, controls = sum(c.caught for c in report.controls), len(report.controls)
     held = [r for r in report.results if r.promised]
     equal, total = sum(r.equal for r in held), sum(r.total for r in held)
@@ -80,7 +80,7 @@ def verify_page(report: VerifyReport, stock: VerifyReport | None, *, model: str,
     if stock is not None:
         bits = f"{sum(r.equal for r in stock.results):,} of {sum(r.total for r in stock.results):,}"
         swapped = f"{sum(r.flips for r in stock.results):,} of {sum(r.ordered for r in stock.results):,}"
-        said += f" The same model in {STOCK}: in {bits}, and {swapped} pairs of documents changed places."
+        said += f" The same model in {STOCK}: in {bits}, and {swapped} {turned}."
         tiles.append((bits, f"bits equal, {STOCK}"))
         tiles.append((_gap(max(r.max_difference for r in stock.results)), f"largest difference, {STOCK}"))
     tiles.append((f"{caught} of {controls}", "wrong scorers noticed"))
@@ -122,7 +122,8 @@ def verify_page(report: VerifyReport, stock: VerifyReport | None, *, model: str,
 def _promises(report: VerifyReport, stock: VerifyReport | None) -> Table:
     """Every check of ours, under its promise; stock's numbers beside it if stock was measured too."""
     theirs = {r.check: r for r in stock.results} if stock is not None else {}
-    heads = ["check", "verdict", "bits equal", "largest difference", "order changed"]
+    changed = "token changed" if report.kind == "language head" else "order changed"
+    heads = ["check", "verdict", "bits equal", "largest difference", changed]
     if stock is not None:
         heads += [f"{name}, stock" for name in heads[2:]]
     groups: dict[str, list[Row]] = {}
@@ -153,19 +154,19 @@ def bench_page(report: BenchReport, *, environment: Mapping[str, Any], model: st
     """The page of a run of bench. environment: verify.environment()'s."""
     found = report.as_dict()
     ways = found["ways"]
-    speed = report.fastest()
+    speed, count = report.fastest(), {3: "three", 5: "five"}.get(len(ways), str(len(ways)))
     if report.ok:
         head = f"The same bits in every way, at {speed:.2f} times stock's speed"
     else:
         head = "Bits differ: a promise of the patched model is broken"
     others = {who: max(w[who]["rows_with_other_bits"] for w in ways.values()) for who in ("stock", "patched")}
     said = (
-        f"{report.rows} texts of {report.tokens:,} tokens in all, run in three ways. In {STOCK} up to {others['stock']} texts "
+        f"{report.rows} texts of {report.tokens:,} tokens, run in {count} ways. In {STOCK} up to {others['stock']} texts "
         f"get other bits than alone, in {OURS} {others['patched'] or 'none'}. The speed is that of each one's fastest way."
     )
     rows, bits, speeds = [], [], []
     most = max(w[who]["per_second"] for w in ways.values() for who in ("stock", "patched"))
-    for way in WAYS:
+    for way in ways:
         stock, ours = ways[way]["stock"], ways[way]["patched"]
         cells = [way, f"{ways[way]['ratio']:.2f}"]
         cells += [f"{ours['per_second']:.4g}", _milliseconds(ours["p50_ms"]), f"{ours['rows_with_other_bits']:,}"]
@@ -191,7 +192,7 @@ def bench_page(report: BenchReport, *, environment: Mapping[str, Any], model: st
             (f"{others['patched']:,} of {report.rows:,}", f"texts with other bits, {OURS}"),
             (f"{others['stock']:,} of {report.rows:,}", f"texts with other bits, {STOCK}"),
         ],
-        table_title="The three ways",
+        table_title=f"The {count} ways",
         table=Table(heads, [("", "", rows)]),
         plots=[
             Plot("Texts whose bits differ", "of all, from those of the text alone", bits),

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rerank_kernels.backend import registry
 from rerank_kernels.backend.modes import Mode, named
 from rerank_kernels.errors import PatchError
-from rerank_kernels.models.bound import CHANGING, Method, Methods, class_of
+from rerank_kernels.models.bound import CHANGING, Method, Methods, class_of, forward_of
+from rerank_kernels.models.registry import sparse_layers
 from rerank_kernels.patching import walk
 from rerank_kernels.patching.report import Report
 from rerank_kernels.patching.systems.resolved import Resolved, joined
 from rerank_kernels.patching.systems.table import resolve
 
+Predictor = Callable[[int, Tensor], Tensor]
 
-def patch(obj: Any, mode: str = "portable", strict: bool = True, *, backend: str | None = None) -> Report:
+
+def patch(
+    obj: Any, mode: str = "portable", strict: bool = True, *, backend: str | None = None, predictor: Predictor | None = None
+) -> Report:
     """Make what `obj` holds compute with rerank_kernels, in place.
 
     A second call in the same way does nothing; in another way it is an error. `print(report)` shows what was changed: modules,
@@ -50,18 +57,23 @@ def patch(obj: Any, mode: str = "portable", strict: bool = True, *, backend: str
     backend: the one that serves this model, "triton" for instance, whatever rk.use() and the environment say around it. If not
     given: what they say, else the device's default.
 
+    predictor: for a decoder whose feed-forward layers are sparse. predictor(layer, x) is given the rows [rows, D] that layer's
+    feed-forward layer reads, and returns the neurons to look at, bool [rows, F]. All others count as zero: the model computes
+    another function. It keeps each promise that the predictor keeps: a row's answer must depend on that row alone.
+
     Raises TypeError if obj is none of these, ValueError for another mode, BackendError for a backend that is not here, and
     PatchError for all else that stands in the way.
     """
     numeric = named("patch", mode)
     with CHANGING:
-        return _patch(obj, numeric, strict, backend)
+        return _patch(obj, numeric, strict, backend, predictor)
 
 
-def _patch(obj: Any, numeric: Mode, strict: bool, backend: str | None) -> Report:
+def _patch(obj: Any, numeric: Mode, strict: bool, backend: str | None, predictor: Predictor | None) -> Report:
     found = resolve(obj)
     if found is None:
         report = walk.prepare(obj, numeric, strict, backend=backend)
+        _propose([report], predictor)
         walk.bind(report)
         return report
     if found.problems and (strict or not (found.modules or found.overrides)):
@@ -69,15 +81,36 @@ def _patch(obj: Any, numeric: Mode, strict: bool, backend: str | None) -> Report
         raise PatchError(f"patch: {found.system} cannot be served; nothing was patched:{lines}")
     _as_before(found, numeric, backend)
     reports = {path: _prepared(found, path, numeric, strict, backend) for path in found.modules}
+    _propose(reports.values(), predictor)
     report = _merged(found, reports, numeric, backend)
     for one in reports.values():
         walk.bind(one)
     for override in found.overrides.values():
         methods = Methods.of(override.holder)
         if override.name not in methods:  # one that copy.copy took from another is not there
-            again = functools.partial(patch, mode=numeric.name, strict=strict, backend=backend)
+            again = functools.partial(patch, mode=numeric.name, strict=strict, backend=backend, predictor=predictor)
             methods.put(Method(override.holder, override.name, override.function, numeric, strict, backend, report, again))
     return report
+
+
+def _propose(reports: Iterable[Report], predictor: Predictor | None) -> None:
+    """Give the predictor to the decoders of what is being patched."""
+    decoders = {path: f for report in reports for path, f in report.forwards.items() if sparse_layers(f.module)}
+    if predictor is not None and not callable(predictor):
+        raise TypeError(f"patch: predictor must be a function of layer and rows, got {type(predictor).__name__}")
+    if predictor is not None and not decoders:
+        raise PatchError(
+            "patch: predictor must be left out, for no decoder here has a sparse feed-forward layer; such are those whose "
+            "activation is nn.ReLU, ReLUSquaredActivation or nn.Threshold"
+        )
+    for path, forward in decoders.items():
+        if forward_of(forward.module) is forward and forward.predictor is not predictor:
+            raise PatchError(
+                f"patch: {path or 'the model'} ({class_of(forward.module)}) is patched already, with another predictor or "
+                "none; call rk.unpatch(model) first"
+            )
+    for forward in decoders.values():
+        forward.predictor = predictor
 
 
 def unpatch(obj: Any) -> None:

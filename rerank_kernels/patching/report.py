@@ -34,6 +34,15 @@ class Report:
         """Module path -> calls of its bound forward so far. Zeros after a run mean that the run did not use the patch."""
         return {path: forward.calls for path, forward in self.forwards.items()}
 
+    def active(self) -> dict[str, float]:
+        """Path of a sparse feed-forward layer -> share of its neurons that were active so far, over all tokens. On a CPU alone:
+        elsewhere the question would wait for the device."""
+        return {
+            f"{path}.{place}" if path else place: share
+            for path, forward in self.forwards.items()
+            for place, share in forward.activity.shares().items()
+        }
+
     def __str__(self) -> str:
         kinds = {"replaced": self.replaced, "exact": self.exact, "unknown": self.unknown}
         counts = {kind: Counter(what.split(" ")[0] for what in paths.values()) for kind, paths in kinds.items()}
@@ -48,4 +57,6 @@ class Report:
         lines += [f"note: {note}" for note in self.notes]
         calls = [f"{path or '(the model)'} {n}" for path, n in self.calls().items()]
         lines.append("calls: " + ", ".join(calls[:8]) + (f" and {len(calls) - 8} more" if len(calls) > 8 else ""))
+        if active := self.active():
+            lines.append("active neurons: " + ", ".join(f"{path} {share:.1%}" for path, share in active.items()))
         return "\n".join(lines)

@@ -28,7 +28,7 @@ from rerank_kernels.models.bound import forward_of, serving
 from rerank_kernels.ops.softmax import sum as row_sum
 from rerank_kernels.patching import walk
 from rerank_kernels.ranking import descending
-from rerank_kernels.scoring import bounding, folders, settings, templates, tokenising
+from rerank_kernels.scoring import bounding, folders, settings, sharing, templates, tokenising
 from rerank_kernels.scoring.files import Folder
 from rerank_kernels.scoring.tokenising import Ids
 
@@ -176,10 +176,10 @@ class Reranker:
                 logit = row_sum(vectors[pairs_of[0]] * vectors[pairs_of[1]], -1).cpu().numpy()
             return Scores(logit, logit.copy(), np.float32(1.0) - logit)
 
-        def run(ids: Tensor, cu: Tensor, types: Tensor | None) -> Tensor:
+        def run(ids: Tensor, cu: Tensor, types: Tensor | None, before: models.Before | None) -> Tensor:
             if self._answers is not None:
-                return torch.cat(models.packed_answers(self.model, ids, cu, *self._answers), dim=1)
-            return torch.cat(models.packed_logits(self.model, ids, cu, types), dim=1)
+                return torch.cat(models.packed_answers(self.model, ids, cu, *self._answers, before), dim=1)
+            return torch.cat(models.packed_logits(self.model, ids, cu, types, before), dim=1)
 
         return Scores(*self._packed(queries, documents, progress, batch_tokens, run).T.copy())
 
@@ -215,7 +215,7 @@ class Reranker:
         return self._encode(checked, self.normalise, progress, batch_tokens)
 
     def _encode(self, texts: list[str], normalise: bool, progress: bool | None, batch_tokens: int) -> Array:
-        def run(ids: Tensor, cu: Tensor, types: Tensor | None) -> Tensor:
+        def run(ids: Tensor, cu: Tensor, types: Tensor | None, before: models.Before | None) -> Tensor:
             return models.packed_embeddings(self.model, ids, cu, types, pooling=self.pooling, normalise=normalise)
 
         return self._packed(texts, None, progress, batch_tokens, run)
@@ -226,9 +226,9 @@ class Reranker:
         second: list[str] | None,
         progress: bool | None,
         batch_tokens: int,
-        run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        run: Callable[[Tensor, Tensor, Tensor | None, models.Before | None], Tensor],
     ) -> Array:
-        """Rows of run(ids, cu_seqlens, token_types), one per text or pair, in the order given."""
+        """Rows of run(ids, cu_seqlens, token_types, before), one per text or pair, in the order given."""
         if (count := _integer(batch_tokens)) is None or count < 1:
             check.fail("score", "batch_tokens", "an integer >= 1", repr(batch_tokens))
         n = len(first)
@@ -241,17 +241,24 @@ class Reranker:
         rows: list[Array | None] = [None] * n
         show = n > PROGRESS_FROM and sys.stderr.isatty() if progress is None else progress
         with _bar(n, show) as advance:
-            for batch in _batches([len(i) for i in ids], count):
-                cu = torch.tensor([0, *np.cumsum([len(ids[i]) for i in batch])], dtype=torch.int32, device=device)
-                flat, kind = (
-                    None if t is None else torch.from_numpy(np.concatenate([t[i] for i in batch])).long().to(device)
-                    for t in (ids, types)
-                )
-                assert flat is not None
-                for i, row in zip(batch, run(flat, cu, kind).cpu().numpy(), strict=True):
-                    rows[i] = row
-                advance(len(batch))
+            for batch in self._passes(ids, None if types is not None or second is None else first, count):
+                cu = torch.tensor([0, *np.cumsum([len(own) for own in batch.sequences])], dtype=torch.int32, device=device)
+                flat = torch.from_numpy(np.concatenate(batch.sequences)).long().to(device)
+                kind = None
+                if types is not None:
+                    kind = torch.from_numpy(np.concatenate([types[i] for i in batch.items])).long().to(device)
+                found = run(flat, cu, kind, batch.before).cpu().numpy()
+                for i, end in zip(batch.items, batch.ends, strict=True):
+                    rows[i] = found[end]
+                advance(len(batch.items))
         return np.stack([row for row in rows if row is not None])
+
+    def _passes(self, ids: list[Ids], queries: list[str] | None, batch_tokens: int) -> Iterator[sharing.Pass]:
+        """Of pairs with these queries a decoder computes once what several of them begin with."""
+        turn = None if queries is None else models.turning_point(self.model)
+        if queries is None or turn is None:
+            return sharing.passes(ids, batch_tokens)
+        return sharing.shared_passes(ids, queries, batch_tokens, turn)
 
     def _tokenised(self, first: list[str], second: list[str] | None) -> tuple[list[Ids], list[Ids] | None]:
         if self.template is None or second is None:
@@ -322,20 +329,6 @@ def _integer(value: Any) -> int | None:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return None
-
-
-def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in lists of at most batch_tokens tokens, or one longer item; longest first, so memory runs out early or never."""
-    batch: list[int] = []
-    total = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and total + lengths[i] > batch_tokens:
-            yield batch
-            batch, total = [], 0
-        batch.append(i)
-        total += lengths[i]
-    if batch:
-        yield batch
 
 
 @contextmanager

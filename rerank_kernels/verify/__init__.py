@@ -18,9 +18,12 @@ from rerank_kernels.backend.modes import PROMISES
 from rerank_kernels.models.bound import forward_of
 from rerank_kernels.models.registry import max_tokens
 from rerank_kernels.patching import walk
+from rerank_kernels.scoring.language import prompts_of, writes
 from rerank_kernels.scoring.reranker import Reranker
+from rerank_kernels.scoring.templates import Prompts, Template
 from rerank_kernels.scoring.tokenising import tokenise
-from rerank_kernels.verify.checks import FINAL, HOME, Call, Floats, Runner, Texts, Tokens, all_checks, build
+from rerank_kernels.verify import language
+from rerank_kernels.verify.checks import FINAL, HOME, NEW, Call, Floats, Runner, Texts, Tokens, all_checks, build
 from rerank_kernels.verify.controls import Control, mutant_controls, sighted_controls
 from rerank_kernels.verify.fresh import Finals, FreshProcess, request_for, runner_of, scores
 from rerank_kernels.verify.measure import Result, Session, measure
@@ -33,6 +36,8 @@ LIMIT = 64  # texts used unless asked otherwise: as many as the largest batch
 LARGE = 50_000_000  # parameters outside the embeddings from which the built-in texts are cut shorter
 ISAS = ("scalar", "avx2", "avx512")
 BUDGETS = (16384, 700)  # tokens per batch of the packed route
+FAR = 512  # a decoder's rows are padded up to so many places
+SEEN = 64  # numbers of a row that the wrong scorers without a model answer
 
 
 def verify(
@@ -47,9 +52,14 @@ def verify(
     source: str | None = None,
     trust_remote_code: bool = False,
     mode: str | None = None,
+    template: str | Template | None = None,
+    instruction: str | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> VerifyReport:
     """Check every promise for `model` on `pairs` of (query, document), or on texts of Python's own library.
+
+    A language head's rows are pairs in the template of a reranker, or texts where its model type has none. What is compared is
+    every logit of the next token. Caches, chunks and generate() are checked too.
 
     The model is patched for the run and left as it was found, on the device where it is.
 
@@ -59,6 +69,7 @@ def verify(
     pooling: how an embedding model's vector is made, one of pool's modes.
     source: what models.load gets to have the same model in a fresh process; None leaves out the checks in one.
     trust_remote_code: there the folder's own code may run.
+    template, instruction: of an LLM reranker, as in Reranker.
     progress: called with the share of the work that is done.
 
     Raises PatchError for a model that rerank_kernels does not serve, ValueError for fewer than 8 different texts.
@@ -77,10 +88,18 @@ def verify(
         large = sum(p.numel() for n, p in model.named_parameters() if "embeddings" not in n) >= LARGE
         room = min(max_tokens(model), tokenizer.model_max_length)
         cut = max_length or (room if pairs is not None else 128 if large else 320)
-        texts = _texts(model, tokenizer, default_pairs() if pairs is None else pairs, min(cut, room), room, limit)
+        if writes(model):
+            room = min(room - NEW, max(cut, FAR))  # a decoder takes so much that padding up to it would tell nothing more
+        asked = max_length or (None if pairs is None else room)
+        prompts = prompts_of("verify", model, tokenizer, template, instruction, (asked, room, cut))
+        cut = cut if prompts is None else prompts.max_length
+        texts = _texts(model, tokenizer, default_pairs() if pairs is None else pairs, min(cut, room), room, limit, prompts)
         setting = Setting.of(model, mode, served_by)
-        request = None if source is None else request_for(source, model, pooling, stock, setting, trust_remote_code)
-        return _verify(model, tokenizer, texts, stock, pooling, request, setting, 16 if large else 24, progress)
+        request = None
+        if source is not None:
+            request = request_for(source, model, pooling, stock, setting, trust_remote_code, texts.answers)
+        few = 16 if large else 24
+        return _verify(model, tokenizer, texts, stock, pooling, request, setting, few, progress, prompts)
     finally:
         if was is None or forward_of(model) is not was:
             walk.unpatch(model)
@@ -99,6 +118,7 @@ def _verify(
     setting: Setting,
     few: int,
     progress: Callable[[float], None] | None,
+    prompts: Prompts | None,
 ) -> VerifyReport:
     runner = runner_of(model, pooling, stock)
     routes: dict[str, Callable[[Call], Floats]] = {}
@@ -107,9 +127,11 @@ def _verify(
         routes["process"] = FreshProcess(request, setting, texts, few).answer
         finals = Finals(request, setting, model, texts, few)
         routes[FINAL] = finals.answer
+    written = language.routes(model, texts, setting.device) if texts.writes else {}
+    routes |= written
     if not stock:
-        if model.config.num_labels == 1 or not scores(model):  # type: ignore[union-attr]
-            routes["packed"] = functools.partial(_packed, model, tokenizer, pooling, texts)
+        if prompts is not None or (not texts.writes and _one_number(model)):
+            routes["packed"] = functools.partial(_packed, model, tokenizer, pooling, texts, prompts)
         before = isa() if setting.backend.name == "cpu" else None  # only backend cpu has a choice
         for name in ISAS:
             if before is not None and isa(name) is not None:
@@ -132,10 +154,10 @@ def _verify(
     promised = PROMISES if stock else setting.promises
     for r in results:
         r.promised = r.promise in promised
-    controls = sighted_controls(texts, checks, alone)
+    controls = sighted_controls(texts, checks, alone[:, :SEEN])
     if not stock:
         # what the backend does not promise is reported; a mutant of it would prove nothing
-        controls += mutant_controls(texts, [c for c in checks if c.promise in promised], runner, setting.device)
+        controls += mutant_controls(texts, [c for c in checks if c.promise in promised], runner, setting.device, written)
         if finals is not None and "machine-invariant" in promised:
             controls.append(finals.control())
     lengths = [texts.length(r) for r in range(len(texts.tokens))]
@@ -144,21 +166,36 @@ def _verify(
         controls,
         about,
         scorer="stock PyTorch" if stock else "rerank_kernels",
-        kind="cross-encoder" if scores(model) else "embedding",
+        kind="cross-encoder" if scores(model) or prompts else "language head" if texts.writes else "embedding",
         rows=len(lengths),
         lengths=(min(lengths), max(lengths)),
     )
 
 
-def _texts(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], cut: int, room: int, limit: int | None) -> Texts:
-    """The rows, without doubles, cut to a multiple of HOME. An embedding model's rows are single texts."""
+def _texts(
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],
+    cut: int,
+    room: int,
+    limit: int | None,
+    prompts: Prompts | None = None,
+) -> Texts:
+    """The rows, without doubles, cut to a multiple of HOME. An embedding model's rows are single texts, and so are those of a
+    language head without a template."""
+    paired = scores(model) or prompts is not None
     rows: dict[tuple[int, ...], int] = {}
     tokens: list[Tokens] = []
     kept: list[tuple[str, str]] = []
 
     def row(query: str, document: str | None = None) -> int | None:
-        ids, types = tokenise(tokenizer, [query], None if document is None else [document], cut)
-        one = {"input_ids": ids[0].tolist()} | ({} if types is None else {"token_type_ids": types[0].tolist()})
+        if prompts is not None and document is not None:
+            one = {"input_ids": prompts.ids(query, document)}
+        else:
+            ids, types = tokenise(tokenizer, [query], None if document is None else [document], cut)
+            one = {"input_ids": ids[0].tolist()} | ({} if types is None else {"token_type_ids": types[0].tolist()})
+            if writes(model):
+                one.pop("token_type_ids", None)
         key = (*one["input_ids"], *one.get("token_type_ids", ()))
         if key not in rows:
             if limit is not None and len(tokens) >= limit:
@@ -170,9 +207,9 @@ def _texts(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], cut: in
 
     groups: dict[str, tuple[int | None, dict[int, None]]] = {}
     for query, document in pairs:
-        head = None if scores(model) else row(query)
-        place = row(query, document) if scores(model) else row(document)
-        if place is not None and (head is not None or scores(model)):
+        head = None if paired else row(query)
+        place = row(query, document) if paired else row(document)
+        if place is not None and (head is not None or paired):
             groups.setdefault(query, (head, {}))[1].setdefault(place)
     whole = len(tokens) // HOME * HOME
     if not whole:
@@ -189,11 +226,20 @@ def _texts(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], cut: in
         vocabulary=model.config.vocab_size,
         cut=cut,
         room=room,
+        side="left" if writes(model) else "right",
+        writes=writes(model),
+        answers=None if prompts is None else prompts.answers(),
     )
 
 
-def _packed(model: nn.Module, tokenizer: Any, pooling: str, texts: Texts, call: Call) -> Floats:
-    reranker = Reranker(model, tokenizer, max_length=texts.cut)
+def _one_number(model: Any) -> bool:
+    """Whether a pair gets one score, or a text a vector."""
+    return not scores(model) or model.config.num_labels == 1
+
+
+def _packed(model: nn.Module, tokenizer: Any, pooling: str, texts: Texts, prompts: Prompts | None, call: Call) -> Floats:
+    named = {} if prompts is None else {"template": prompts.template, "instruction": prompts.instruction}
+    reranker: Any = Reranker(model, tokenizer, max_length=texts.cut, **named)  # type: ignore[arg-type]
     budget = BUDGETS[call.turn]
     if reranker.kind == "cross-encoder":
         return reranker.score([texts.pairs[r] for r in call.rows], progress=False, batch_tokens=budget).logit[:, None]

@@ -26,6 +26,12 @@ FINAL = (
     "final"  # the route to all that a user reads of a row in the end: logit, score, complement; embedding, cosine, complement
 )
 COSINES = 2  # numbers behind the embedding in it
+# Routes of a language head: through a cache at the end, in chunks of so many places, and what generate() writes.
+CACHED = ("cache:dynamic", "cache:static")
+CHUNKED = ("chunks:1", "chunks:7", "chunks:64")
+GREEDY, UNCACHED = "generate", "generate:uncached"
+STEPS = 4
+NEW = 8
 MIXED = -1  # a `fill`: padded places hold a different token each
 
 
@@ -35,16 +41,17 @@ class Call:
 
     rows: tuple[int, ...]
     length: int | None = None  # padded length; None: the longest row
-    side: str = "right"
+    side: str = ""  # "left", "right", or that on which such a model is padded
     fill: int | None = None  # token in the padded places; None: the tokenizer's pad token
     layout: str = "plain"
     threads: int = 1
     turn: int = 0  # the same call again is another call
-    route: str = "model"  # or one that does not go through model(**inputs): "packed", "process", "isa:...", FINAL
+    route: str = "model"  # or one that is not one model(**inputs): "packed", "process", "isa:...", FINAL, those of language.py
     setting: str = ""  # one of SETTINGS, in a process of its own
 
 
 Scoring = tuple[Call, ...]
+Route = Callable[[Call], Floats]
 
 
 @dataclass(frozen=True)
@@ -60,12 +67,13 @@ class Check:
     varied: str  # in words
     against: str
     scorings: tuple[Scoring, ...]
+    route: str = "model"  # of the row by itself
 
     def base(self, call: Call, place: int) -> tuple[Call, int]:
         """The call to compare with, and the place of the row in it."""
         row = call.rows[place]
         if self.against == "alone":
-            return Call((row,)), 0
+            return Call((row,), route=self.route), 0
         if self.against == "home":
             return Call(home(row)), row % HOME
         plain: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Call) if f.name == self.against}
@@ -98,6 +106,13 @@ class Texts:
     vocabulary: int
     cut: int  # rows were truncated to so many tokens
     room: int  # the model takes so many
+    side: str = "right"  # where such a model is padded
+    writes: bool = False  # a row's result is the next token's logits
+    answers: tuple[int, int | None] | None = None  # the tokens whose log-odds are a pair's logit
+
+    @property
+    def other_side(self) -> str:
+        return "left" if self.side == "right" else "right"
 
     def length(self, row: int) -> int:
         return len(self.tokens[row]["input_ids"])
@@ -196,23 +211,36 @@ def all_checks(texts: Texts, *, routes: Sequence[str] = (), few: int = 24) -> li
         Check(
             "padding-invariant",
             "padding side",
-            "left",
+            texts.other_side,
             "side",
-            (padded(homes, 1, side="left"), padded(alone[:HOME], 8, side="left")),
+            (padded(homes, 1, side=texts.other_side), padded(alone[:HOME], 8, side=texts.other_side)),
         ),
         Check(
             "padding-invariant",
             "padding value",
             "special, other, mixed tokens; both sides",
             "fill",
-            tuple(padded(homes[:2], 1, fill=v, side=s) for v in values for s in ("right", "left")),
+            tuple(padded(homes[:2], 1, fill=v, side=s) for v in values for s in ("", texts.other_side)),
         ),
     ]
     if "process" in routed:
         checks.insert(1, Check("repeatable", "process", "a fresh one", "route", (routed["process"],)))
     if "packed" in routed:
         packed = tuple((Call(every, turn=n, route="packed"),) for n in range(2))
-        checks.append(Check("padding-invariant", "packed", "Reranker: no padding at all", "alone", packed))
+        alone_there = "packed" if texts.answers else "model"  # log-odds have no rounded logits between
+        checks.append(Check("padding-invariant", "packed", "Reranker: no padding at all", "alone", packed, alone_there))
+    if CACHED[0] in routed:
+        cached = tuple(routed[r] for r in CACHED if r in routed)
+        varied = "dynamic and static" if len(cached) > 1 else "dynamic"
+        through = [Check("batch-invariant", "cache", f"{varied}; the last {STEPS} tokens one by one", "route", cached)]
+        chunks = tuple(scoring([*homes[:2], *alone[:HOME]], route=r) for r in CHUNKED)
+        sizes = ", ".join(r.partition(":")[2] for r in CHUNKED)
+        through.append(Check("batch-invariant", "chunks", f"of {sizes} tokens through a cache", "route", chunks))
+        texts_of = (scoring(homes, route=GREEDY), scoring(homes[:1], route=UNCACHED))
+        varied = f"{NEW} tokens more: in a batch, without a cache"
+        through.append(Check("batch-invariant", "generate", varied, "alone", texts_of, GREEDY))
+        behind = [c.name for c in checks].index("neighbours") + 1
+        checks[behind:behind] = through
     threads = tuple(scoring([*homes[:2], *alone[:HOME]], threads=n) for n in THREADS)
     checks.append(Check("thread-invariant", "threads", ", ".join(map(str, THREADS)), "threads", threads))
     if isas := [r for r in routed if r.startswith("isa:")]:
@@ -240,7 +268,7 @@ def build(texts: Texts, call: Call, device: torch.device | str = "cpu") -> Input
         out["token_type_ids"] = torch.full((batch, width), texts.pad_type)
     for i, row in enumerate(call.rows):
         n = texts.length(row)
-        places = slice(width - n, width) if call.side == "left" else slice(0, n)
+        places = slice(width - n, width) if (call.side or texts.side) == "left" else slice(0, n)
         out["attention_mask"][i, places] = 1
         for name, values in texts.tokens[row].items():
             out[name][i, places] = torch.tensor(values)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from rerank_kernels.backend import registry
 from rerank_kernels.backend.modes import PORTABLE, Mode
-from rerank_kernels.verify.checks import FINAL, HOME, Call, Check, Floats, Inputs, Runner, Texts, home
+from rerank_kernels.verify.checks import HOME, Call, Check, Floats, Inputs, Route, Runner, Texts, home
 from rerank_kernels.verify.measure import Session, measure
 
 
@@ -42,7 +43,7 @@ class Sight:
     row: int
     others: tuple[int, ...]  # the rows of the batch, sorted
     padded: bool
-    left: bool
+    other_side: bool  # padded where such a model is not
     foreign: bool  # some padded place of the batch holds another token than the pad token
     laid_out: bool
     threads: int
@@ -56,7 +57,7 @@ SIGHTED: dict[str, Callable[[Sight], bool]] = {
     "position": lambda s: s.others == home(s.row) and s.place != s.row % HOME,
     "neighbours": lambda s: s.batch == HOME and s.others != home(s.row) and s.place == s.row % HOME,
     "padding length": lambda s: s.batch == 1 and s.padded,
-    "padding side": lambda s: s.padded and s.left,
+    "padding side": lambda s: s.padded and s.other_side,
     "padding value": lambda s: s.foreign,
     "threads": lambda s: s.threads != 1,
 }
@@ -86,10 +87,11 @@ class Sighted:
             rows.append(self.row_of[tuple(key)])
         out = self.reference[rows].copy()
         foreign = bool((ids[~valid] != self.texts.pad).any())
+        edge = 0 if self.texts.side == "right" else -1
         for place, row in enumerate(rows):
             sight = Sight(
                 batch=len(rows), place=place, row=row, others=tuple(sorted(rows)), padded=not bool(valid[place].all()),
-                left=not bool(valid[place, 0]), foreign=foreign, laid_out=not plain, threads=threads, turn=turn,
+                other_side=not bool(valid[place, edge]), foreign=foreign, laid_out=not plain, threads=threads, turn=turn,
             )  # fmt: skip
             if self.condition(sight):
                 out[place] = _one_ulp_up(out[place])
@@ -106,12 +108,12 @@ def sighted_controls(texts: Texts, checks: Sequence[Check], reference: Floats) -
     """One per check; exactly that check must see it."""
     controls = []
     routed = {call.route: c.name for c in checks for s in c.scorings for call in s if call.route != "model"}
+    bases = set().union(*map(_bases, checks))
     for name in [c.name for c in checks]:
 
         def route(call: Call, name: str = name) -> Floats:
             right = reference[list(call.rows)]
-            # the reference of a setting takes the same route, without one
-            off = routed[call.route] == name and (call.route != FINAL or bool(call.setting))
+            off = routed[call.route] == name and call not in bases  # what a call is compared with may take its route
             return np.stack([*map(_one_ulp_up, right)]) if off else right
 
         condition = SIGHTED.get(name, lambda s: False)
@@ -121,7 +123,13 @@ def sighted_controls(texts: Texts, checks: Sequence[Check], reference: Floats) -
     return controls
 
 
-def mutant_controls(texts: Texts, checks: Sequence[Check], runner: Runner, device: torch.device | None = None) -> list[Control]:
+def mutant_controls(
+    texts: Texts,
+    checks: Sequence[Check],
+    runner: Runner,
+    device: torch.device | None = None,
+    routes: Mapping[str, Route] | None = None,
+) -> list[Control]:
     """The model itself with one thing wrong in the way it goes wrong in real systems; the named check must see it."""
 
     def let_in(inputs: Inputs) -> Inputs:
@@ -135,8 +143,9 @@ def mutant_controls(texts: Texts, checks: Sequence[Check], runner: Runner, devic
     def several(inputs: Inputs) -> bool:
         return len(inputs["input_ids"]) > 1
 
-    def left(inputs: Inputs) -> bool:
-        return "attention_mask" in inputs and bool((inputs["attention_mask"][:, 0] == 0).any())
+    def other_side(inputs: Inputs) -> bool:
+        edge = 0 if texts.side == "right" else -1
+        return "attention_mask" in inputs and bool((inputs["attention_mask"][:, edge] == 0).any())
 
     def mutant(op: str, when: Callable[[Inputs], bool]) -> Runner:
         def run(inputs: Inputs) -> Tensor:
@@ -147,7 +156,7 @@ def mutant_controls(texts: Texts, checks: Sequence[Check], runner: Runner, devic
 
     mutants: list[tuple[str, str, Runner]] = [
         ("linear layers 1 ulp off in a batch", "batch", mutant("linear", several)),
-        ("attention 1 ulp off if padded left", "padding side", mutant("attention", left)),
+        (f"attention 1 ulp off if padded {texts.other_side}", "padding side", mutant("attention", other_side)),
         ("the mask lets one padded place in", "padding length", lambda inputs: runner(let_in(inputs))),
         ("linear layers 1 ulp off at 2 threads", "threads", mutant("linear", lambda inputs: torch.get_num_threads() > 1)),
     ]
@@ -160,7 +169,29 @@ def mutant_controls(texts: Texts, checks: Sequence[Check], runner: Runner, devic
         first = dataclasses.replace(check, scorings=(check.scorings[0][:4],))  # so few calls are enough, and cheap
         caught = not measure(first, Session(texts, scorer, device=device or torch.device("cpu"))).holds
         controls.append(Control(name, expected, (expected,) if caught else ()))
+    for name, expected, op in (
+        ("attention 1 ulp off through a cache", "cache", "attention"),
+        ("rotary 1 ulp off in chunks", "chunks", "rotary"),
+        ("linear layers 1 ulp off while a batch writes", "generate", "linear"),
+    ):
+        if expected not in by_name or routes is None:
+            continue
+        check = by_name[expected]
+        first = dataclasses.replace(check, scorings=(check.scorings[0][:1],))
+
+        def off(call: Call, route: Route, op: str = op, bases: set[Call] = _bases(first)) -> Floats:  # noqa: B008
+            with contextlib.nullcontext() if call in bases else one_ulp_off(op):
+                return route(call)
+
+        wrong: dict[str, Route] = {r: functools.partial(off, route=route) for r, route in routes.items()}
+        caught = not measure(first, Session(texts, runner, wrong, device=device or torch.device("cpu"))).holds
+        controls.append(Control(name, expected, (expected,) if caught else ()))
     return controls
+
+
+def _bases(check: Check) -> set[Call]:
+    """The calls that others are compared with."""
+    return {check.base(call, place)[0] for scoring in check.scorings for call in scoring for place in range(len(call.rows))}
 
 
 @contextlib.contextmanager

@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rerank_kernels.backend import registry
+from rerank_kernels.models.registry import packed_answers
 from rerank_kernels.models.sentence import stock_pooling
 from rerank_kernels.ops.pooling import pool
 from rerank_kernels.patching import walk
+from rerank_kernels.scoring.language import next_logits, writes
 from rerank_kernels.scoring.reranker import Reranker
 from rerank_kernels.verify.checks import HOME, SETTINGS, Call, Floats, Inputs, Runner, Texts, Tokens, all_checks, build
 from rerank_kernels.verify.controls import Control, one_ulp_off
@@ -32,6 +34,7 @@ from rerank_kernels.verify.report import Setting
 
 
 def scores(model: nn.Module) -> bool:
+    """Whether it has a classification head."""
     return type(model).__name__.endswith("ForSequenceClassification")
 
 
@@ -39,6 +42,8 @@ def runner_of(model: nn.Module, pooling: str, stock: bool) -> Runner:
     """inputs -> float32 [B, L]: the logits, or the vectors pooled as a user of that system would pool them."""
 
     def runner(inputs: Inputs) -> Tensor:
+        if writes(model):
+            return next_logits(model, inputs)
         with torch.inference_mode():
             out = model(**inputs)
             if scores(model):
@@ -54,12 +59,19 @@ def runner_of(model: nn.Module, pooling: str, stock: bool) -> Runner:
 
 
 def request_for(
-    source: str, model: nn.Module, pooling: str, stock: bool, setting: Setting, trusted: bool = False
+    source: str,
+    model: nn.Module,
+    pooling: str,
+    stock: bool,
+    setting: Setting,
+    trusted: bool = False,
+    answers: tuple[int, int | None] | None = None,
 ) -> dict[str, Any]:
     """What a fresh process needs to have the same model."""
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     where = {"mode": setting.mode, "device": str(setting.device)}
-    return {"source": source, "trusted": trusted, "dtype": dtype, "pooling": pooling, "stock": stock, **where}
+    what = {"source": source, "trusted": trusted, "dtype": dtype, "pooling": pooling, "stock": stock, "answers": answers}
+    return what | where
 
 
 def _ask(request: dict[str, Any], setting: Setting, variable: str = "") -> list[Floats]:
@@ -106,7 +118,8 @@ class Finals:
     def answer(self, call: Call) -> Floats:
         inputs, tokens = build(self.texts, Call(call.rows), self.setting.device), [self.texts.tokens[r] for r in call.rows]
         if not call.setting:
-            self.answers[""] = _final(self.model, self.request["pooling"], self.request["stock"], inputs, tokens)
+            pooling, stock, answers = (self.request[name] for name in ("pooling", "stock", "answers"))
+            self.answers[""] = _final(self.model, pooling, stock, answers, inputs, tokens)
         elif call.setting not in self.answers:
             request = {**self.request, "inputs": [_listed(inputs)], "tokens": tokens}
 
@@ -130,7 +143,9 @@ class Finals:
 
 def _rooted(model: nn.Module) -> str:
     """The last op with a square root on the way to what a user reads."""
-    return "layer_norm" if scores(model) else "normalize"
+    if not (scores(model) or writes(model)):
+        return "normalize"
+    return "rms_norm" if any(type(m).__name__.endswith("RMSNorm") for m in model.modules()) else "layer_norm"
 
 
 class _Given:
@@ -149,9 +164,29 @@ class _Given:
         return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _final(model: nn.Module, pooling: str, stock: bool, inputs: Inputs, tokens: Sequence[Tokens]) -> Floats:
+def _final(
+    model: nn.Module,
+    pooling: str,
+    stock: bool,
+    answers: tuple[int, int | None] | None,
+    inputs: Inputs,
+    tokens: Sequence[Tokens],
+) -> Floats:
     """float32 [B, L]: logit, score and complement of a pair. Of a text: its embedding of length 1, its cosine with the first
-    text's, and 1 - cosine. Ours by the Reranker, stock's of one padded batch."""
+    text's, and 1 - cosine; or the next token's logits. Ours by the Reranker, stock's of one padded batch."""
+    if writes(model):
+        if answers is None:
+            return next_logits(model, inputs).cpu().numpy()
+        if stock:
+            made = next_logits(model, inputs)
+            logit = (made[:, answers[0]] - (0 if answers[1] is None else made[:, answers[1]]))[:, None]
+            return torch.cat([logit, logit.sigmoid(), (-logit).sigmoid()], 1).cpu().numpy()
+        packed = [one["input_ids"] for one in tokens]
+        cu = torch.tensor([0, *np.cumsum([len(ids) for ids in packed])], dtype=torch.int32)
+        flat = torch.tensor([token for ids in packed for token in ids])
+        device = inputs["input_ids"].device
+        with torch.inference_mode():
+            return torch.cat(packed_answers(model, flat.to(device), cu.to(device), *answers), 1).cpu().numpy()
     if stock:
         with torch.inference_mode():
             made = runner_of(model, pooling, stock)(inputs)
@@ -189,7 +224,7 @@ def serve_parent() -> None:
         runner = runner_of(model, pooling, stock)
         answers = [runner(one).cpu().numpy() for one in given]
     else:
-        final = functools.partial(_final, model, pooling, stock, given[0], request["tokens"])
+        final = functools.partial(_final, model, pooling, stock, request["answers"], given[0], request["tokens"])
         answers = [final()]
         if request["wrong"]:
             with one_ulp_off(request["wrong"]):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import importlib
 import inspect
+import io
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from rerank_kernels.scoring import folders, settings
+from rerank_kernels.scoring.files import Folder
 from rerank_kernels.scoring.reranker import Reranker
 
 SHAPE = "shape:"
@@ -22,6 +26,26 @@ SHAPES: dict[str, dict[str, Any]] = {
     "bge-reranker-large": {"layers": 24, "hidden": 1024, "heads": 16, "inner": 4096, "vocabulary": 250_002},
     "tiny": {"layers": 2, "hidden": 64, "heads": 4, "inner": 160, "vocabulary": WORDS},
 }
+# Decoders with a language head: the class's prefix, its config, and what is cut of the model that people run.
+DECODERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "qwen3-reranker-0.6b": (
+        "Qwen3",
+        {
+            "vocab_size": 151_669, "hidden_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 16,
+            "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072, "tie_word_embeddings": True,
+            "max_position_embeddings": 40_960, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
+        },
+        "4 of its 28 layers",
+    ),
+    "relu-llama": (
+        "Llama",
+        {
+            "vocab_size": WORDS, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "intermediate_size": 1024, "hidden_act": "relu", "max_position_embeddings": 2048,
+        },
+        "",
+    ),
+}  # fmt: skip
 SEED = 20_240_229
 
 
@@ -29,12 +53,24 @@ class Loaded(NamedTuple):
     model: Any  # not patched
     tokenizer: Any
     pooling: str  # of an embedding model
+    note: str = ""  # what is not as its name says
 
 
 def load(name: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Loaded:
-    """A model folder, or "shape:NAME" for random weights (the same in every process). ValueError says what is wrong with it."""
+    """A model folder, or "shape:NAME" for random weights (the same in every process). ValueError says what is wrong with it.
+
+    A file NAME.gguf is a decoder that transformers unpacks; so is a folder that holds one, and no config.json.
+    """
     if name.startswith(SHAPE):
         return _shape(name.removeprefix(SHAPE), dtype)
+    path = Path(name)
+    if (packed := gguf(path)) is not None:
+        return _unpacked(packed, dtype)
+    folder = settings.read(Folder(path), None).transformer
+    if folder is not None and settings.writes(folder.json("config.json").get("architectures")):
+        model = folders.load_model(folder, settings.KINDS[0], trust_remote_code)
+        tokenizer = folders.load_tokenizer(folder, trust_remote_code)
+        return Loaded(model.eval() if dtype is None else model.eval().to(dtype), tokenizer, "lasttoken")
     from rerank_kernels.patching.walk import unpatch
 
     found = Reranker(Path(name), dtype=dtype, trust_remote_code=trust_remote_code)
@@ -42,9 +78,39 @@ def load(name: str, dtype: torch.dtype | None = None, trust_remote_code: bool = 
     return Loaded(found.model, found.tokenizer, found.pooling)
 
 
+def gguf(path: Path) -> Path | None:
+    """The GGUF file that a path names, or that its folder holds in the place of config.json."""
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    held = sorted(path.glob("*.gguf"))
+    if len(held) > 1:
+        raise ValueError(f"{path} holds {len(held)} GGUF files, {', '.join(p.name for p in held[:4])}; name one of them")
+    return held[0] if held else None
+
+
+def _unpacked(file: Path, dtype: torch.dtype | None) -> Loaded:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"gguf_file": file.name, "local_files_only": True}
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar that no setting of transformers turns off
+            tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, **where)
+            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype or torch.float32, **where)
+    except ImportError as error:
+        said = str(error).split(".")[0]
+        raise ValueError(f"{file}: {said}; pip install 'rerank-kernels[gguf]' brings gguf and accelerate") from None
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: no model could be unpacked: {' '.join(str(error).split()):.400}") from error
+    return Loaded(model.eval(), tokenizer, "lasttoken")
+
+
 def _shape(name: str, dtype: torch.dtype | None) -> Loaded:
+    if name in DECODERS:
+        return _decoder_shape(name, dtype)
     if name not in SHAPES:
-        raise ValueError(f"no shape is named {name!r}; there are {', '.join(SHAPES)}")
+        raise ValueError(f"no shape is named {name!r}; there are {', '.join((*SHAPES, *DECODERS))}")
     from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
 
     tokenizer = _word_tokenizer()
@@ -63,9 +129,22 @@ def _shape(name: str, dtype: torch.dtype | None) -> Loaded:
         eos_token_id=2,
     )
     config.num_labels = 1
+    return Loaded(_drawn(XLMRobertaForSequenceClassification, config, dtype), tokenizer, "mean")
+
+
+def _decoder_shape(name: str, dtype: torch.dtype | None) -> Loaded:
+    import transformers
+
+    prefix, sizes, cut = DECODERS[name]
+    note = f"shape:{name}: random weights{', ' + cut if cut else ''}"
+    config = getattr(transformers, f"{prefix}Config")(**sizes, bos_token_id=0, pad_token_id=1, eos_token_id=2)
+    return Loaded(_drawn(getattr(transformers, f"{prefix}ForCausalLM"), config, dtype), _word_tokenizer(), "lasttoken", note)
+
+
+def _drawn(cls: Any, config: Any, dtype: torch.dtype | None) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model: Any = XLMRobertaForSequenceClassification(config)
+        model: Any = cls(config)
     # By NumPy: PyTorch's normal numbers depend on the instruction set that it takes (ATEN_CPU_CAPABILITY).
     draw = np.random.default_rng(SEED)
     with torch.no_grad():
@@ -73,7 +152,7 @@ def _shape(name: str, dtype: torch.dtype | None) -> Loaded:
             if p.dim() == 2:
                 p.copy_(torch.from_numpy(draw.standard_normal(tuple(p.shape), dtype=np.float32) * np.float32(0.02)))
     model.eval()
-    return Loaded(model if dtype is None else model.to(dtype), tokenizer, "mean")
+    return model if dtype is None else model.to(dtype)
 
 
 def _word_tokenizer() -> Any:

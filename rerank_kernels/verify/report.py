@@ -20,6 +20,10 @@ from rerank_kernels.verify.controls import Control
 from rerank_kernels.verify.measure import Result
 from rerank_kernels.version import NUMERICS_VERSION, __version__
 
+# What a row's result is called, by kind, and what it may turn over.
+WHAT = {"cross-encoder": "logits", "embedding": "vectors", "language head": "next-token logits"}
+FLIPS = {"cross-encoder": "rank flips", "embedding": "rank flips", "language head": "other tokens"}
+
 
 @dataclass
 class VerifyReport:
@@ -63,11 +67,11 @@ class VerifyReport:
 
     def print(self, console: Console | None = None) -> None:
         console = console or Console()
-        what = "logits" if self.kind == "cross-encoder" else "vectors"
+        what = WHAT[self.kind]
         table = Table(
             [
                 *map(Column, ("promise", "check", "varied")),
-                *(Column(name, number=True) for name in ("bits equal", "max difference", "rank flips")),
+                *(Column(name, number=True) for name in ("bits equal", "max difference", FLIPS[self.kind])),
             ],
             title=f"{self.scorer}: {what} of {self.rows} texts of {self.lengths[0]} to {self.lengths[1]} tokens",
         )

@@ -259,9 +259,10 @@ def test_a_whole_model(family: str) -> None:
     assert len(set(want.flatten().tolist())) == 4
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma", "phi3", "gemma2", "gemma3"])
 def test_a_whole_decoder(kind: str) -> None:
-    """A prompt and one token more from the cache; rotary, a window, gated feed-forward layers, offset norms."""
+    """A prompt and one token more from the cache; rotary of all features and of some, windows, gated feed-forward layers, one
+    matrix for several, offset norms, norms behind branches, a cap."""
     model, ids = models.decoder(kind), torch.stack(models.rows((40, 40)))
     rk.patch(model)
 

@@ -20,6 +20,7 @@ import conftest
 import invariants
 from conftest import ran
 from invariants import all_same
+from prefill import keys_in_a_cache
 from rerank_kernels.backend import registry
 
 simulated = pytest.importorskip("simulated.cuda")
@@ -135,6 +136,19 @@ MUTANTS = [
         DIFFER,
     ),
     Mutant(
+        "a cap by the product with its inverse",
+        Edit("attention.cuh", "tanh_of(score / softcap) * softcap", "tanh_of(score * (1.0f / softcap)) * softcap"),
+        "attention-D40-H2of2-T70-window=(33,3)-scale=0.5-softcap=50.0",
+        DIFFER,
+    ),
+    Mutant(
+        "keys end where the next sequence's begin",
+        Edit("attention.cuh", "clamped(packed.keys_end[b])", "clamped(packed.keys_begin[b + 1])"),
+        "attention-D16-H4of2-T1of70-causal=True",
+        DIFFER,
+        lambda case, dtype: keys_in_a_cache(dtype),
+    ),
+    Mutant(
         "queries are the first ones of their keys, not the last",
         Edit("attention.cuh", "shift = keys - length;", "shift = 0;"),
         "attention-D16-H4of2-T1of70-causal=True",
@@ -187,6 +201,13 @@ MUTANTS = [
             "active.neuron[at * CHUNK + (place ^ 1)] = int(f);",
         ),
         "sparse_ffn-33x513x17-bias",
+        DIFFER,
+        invariants.batch_invariant,  # few rows take the sparse way, many the dense one
+    ),
+    Mutant(
+        "a relu on up that is forgotten",
+        Edit("portable/sparse_ffn.cu", "up_relu && up <= 0.0f ? 0.0f : value * up", "value * up"),
+        "sparse_ffn-36x600x24-gate-bias-threshold=0.25-up_activation=relu",
         DIFFER,
         invariants.batch_invariant,  # few rows take the sparse way, many the dense one
     ),

@@ -18,7 +18,7 @@ import rerank_kernels as rk
 from cases import Case, numbers, offsets
 from conftest import ran
 from invariants import all_same, same
-from prefill import steps_against_prefill
+from prefill import keys_in_a_cache, steps_against_prefill
 from tensor import HALVES, MODELS
 
 simulated = pytest.importorskip("simulated.cuda")
@@ -47,6 +47,8 @@ CASES = [
         (80, (2, 1), dict(causal=True, window=(33, -1))),
         (96, (1, 1), {}),
         (128, (2, 1), dict(window=(64, 64))),
+        (64, (2, 2), dict(window=(20, 20), softcap=1.5)),
+        (200, (2, 1), dict(causal=True, softcap=3.0)),
         (192, (1, 1), dict(causal=True)),
         (256, (6, 3), dict(causal=True)),
     )
@@ -119,6 +121,12 @@ def test_decode_and_chunks_have_the_bits_of_the_prefill(d: int) -> None:
     for way, model in [*((way, 2) for way in range(ways())), (-1, 3)]:
         with simulated.simulated(mma=model), simulated.forced(LAUNCHER, way):
             steps_against_prefill(d, torch.float16, mode="tensor")
+
+
+def test_keys_that_lie_anywhere() -> None:
+    for way in range(ways()):
+        with simulated.simulated(), simulated.forced(LAUNCHER, way):
+            keys_in_a_cache(torch.bfloat16, mode="tensor")
 
 
 @pytest.mark.parametrize("d", [7, 40, 64, 256])

@@ -154,6 +154,13 @@ MUTANTS = [
         WRONG,
     ),
     Mutant(
+        "a hidden key's score is capped, and seen",
+        Edit(FILE, "< seen[e / 2] ? capped(", "< ~0u ? capped("),
+        CAUSAL + "-softcap=2.5",
+        invariants.right,
+        WRONG,
+    ),
+    Mutant(
         "the fast exp for scores that are too far below the maximum for it",
         Edit(FILE, "if (__all_sync(WARP, or_hidden)) weigh(", "if (true) weigh("),
         LONG,

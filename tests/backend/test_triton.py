@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,16 @@ def test_few_rows_skip(rows: int, dtype: torch.dtype) -> None:
         before = len(simulated.used)
         same(*both(lambda case=case, x=x, w=w: case.call(x, w)[0]), f"{case}, {rows} rows")
         assert "active_kernel" in {program.kernel.name for program in simulated.used[before:]}
+
+
+@pytest.mark.parametrize("rows", [2, 9])
+def test_candidates(rows: int) -> None:
+    """Few rows skip, many do not."""
+    x, candidates = numbers("x", (rows, 33), torch.float32), numbers("c", (rows, 600), torch.float32) > 0.4
+    gate, up, down = (numbers(n, s, torch.float32, 2.0**-3) for n, s in (("g", (600, 33)), ("u", (600, 33)), ("d", (20, 600))))
+    for options in ({}, {"threshold": 0.25, "activation": "relu2", "up_activation": "relu"}):
+        call = partial(rk.sparse_ffn, x, up, down, gate_weight=gate, candidates=candidates, **options)
+        same(*both(call), f"{rows} rows, {options}")
 
 
 @in_dtypes

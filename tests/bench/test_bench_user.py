@@ -91,3 +91,22 @@ def test_an_embedding_model(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert cli.main(["bench", str(models.minilm()), "--limit", "4", "--batch-size", "2", "--seconds", "1"]) == 0
     assert "BertModel" in capsys.readouterr().out
+
+
+def test_a_language_head_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five ways, the last two with tokens of greedy search; stock in the place of the patched twin fails."""
+    loaded = load("shape:relu-llama")
+    loaded.model.model.layers = loaded.model.model.layers[:2]
+    loaded.model.config.num_hidden_layers = 2
+    report = user.bench(loaded.model, loaded.tokenizer, PAIRS[:5], batch_size=3, seconds=0.1)
+    assert report.ok and list(report.times) == [*user.WAYS, *user.WRITING]
+    assert report.differ(user.WAYS[0], "stock") > 0 and report.differ(user.WRITING[0], "stock") > 0
+    assert report.times[user.WAYS[0]]["patched"].results.shape == (5, loaded.model.config.vocab_size)
+    assert report.times[user.WRITING[0]]["patched"].results.shape == (5, 2 * user.NEW)
+    assert report.fastest_way("patched") in user.WAYS
+    monkeypatch.setattr(user, "_patched_twin", lambda model, mode: model)
+    monkeypatch.setattr(user, "max_tokens", lambda model: 512)
+    wrong = user.bench(loaded.model, loaded.tokenizer, PAIRS[:5], batch_size=3, seconds=0.1)
+    assert not wrong.ok and wrong.differ(user.WRITING[0], "patched") > 0
+    with pytest.raises(ValueError, match="bench: instruction must be unset without a template"):
+        user.bench(loaded.model, loaded.tokenizer, PAIRS[:5], instruction="i")

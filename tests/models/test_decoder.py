@@ -156,8 +156,6 @@ def caches_of(model):
 @pytest.mark.parametrize("which", ["dynamic", "rolling", "static"])
 @pytest.mark.parametrize("kind", DECODERS)
 def test_chunks_through_a_cache(kind, which, chunk):
-    if which == "static" and kind in ("mistral", "qwen2", "qwen3"):
-        pytest.skip("a StaticCache has layers with a window of its own, which are refused")
     for dtype in DTYPES if chunk == 7 else (torch.float32,):
         model, (s,) = patched(kind, dtype), rows((91,))
         want, cache, got = alone(model, [s])[0], caches_of(model)[which](), []
@@ -218,7 +216,8 @@ def test_generate(kind, dtype):
     model, sequences = patched(kind, dtype), rows((30, 3, 17))
     batch = padded(sequences, 0, left=True)
     ids, logits = generated(model, batch)
-    ways = [dict(use_cache=False), *([] if kind in ("mistral", "qwen2", "qwen3") else [dict(cache_implementation="static")])]
+    static = kind not in ("mistral", "phi3")  # whose layers all have a window: see test_a_cache_of_something_else
+    ways = [dict(use_cache=False), *([dict(cache_implementation="static")] if static else [])]
     for options in ways:
         other, theirs = generated(model, batch, **options)
         assert torch.equal(other, ids)
@@ -241,6 +240,54 @@ def test_given_positions_are_taken():
     same(model(input_ids=s[None], position_ids=torch.arange(9)[None]).logits, model(input_ids=s[None]).logits, "the usual ones")
 
 
+def seen_by_attention(monkeypatch):
+    """Of every call of attention in a decoder: where its keys begin in memory, and how they are said to lie."""
+    seen = []
+
+    def spied(q, k, v, *, cu_seqlens_k, **options):
+        seen.append((k.untyped_storage().data_ptr(), type(cu_seqlens_k)))
+        return rk.attention(q, k, v, cu_seqlens_k=cu_seqlens_k, **options)
+
+    monkeypatch.setattr(module, "attention", spied)
+    return seen
+
+
+@pytest.mark.parametrize("which", ["dynamic", "static"])
+def test_a_cache_is_read_where_it_lies(which, monkeypatch):
+    """Padded on the left, or not at all. What stands in places without a token is not read."""
+    model, sequences = patched("llama"), rows((20, 9))
+    for some in (sequences, sequences[:1]):
+        batch, cache = padded(some, 0, left=True), caches_of(model)[which]()
+        first = model(
+            input_ids=batch["input_ids"][:, :17], attention_mask=batch["attention_mask"][:, :17], past_key_values=cache
+        )
+        for layer in cache.layers:
+            for t in (layer.keys, layer.values):
+                t[:, :, :17][~batch["attention_mask"][:, :17].bool()[:, None].expand(t[:, :, :17].shape[:-1])] = float("nan")
+        seen = seen_by_attention(monkeypatch)
+        rest = model(input_ids=batch["input_ids"][:, 17:], attention_mask=batch["attention_mask"], past_key_values=cache)
+        assert seen == [(layer.keys.untyped_storage().data_ptr(), caches.Spans) for layer in cache.layers]
+        for i, (a, b) in enumerate(
+            zip(each(torch.cat([first.logits, rest.logits], 1), batch["attention_mask"]), alone(model, some), strict=True)
+        ):
+            same(a, b, f"row {i}")
+
+
+def test_a_cache_with_padding_between_its_tokens_is_packed(monkeypatch):
+    model, (long, short) = patched("llama"), rows((20, 9))
+    mask = torch.ones(2, 21, dtype=torch.long)
+    mask[1, 8:20] = 0
+    ids = torch.ones(2, 21, dtype=torch.long)
+    ids[0], ids[1, :8], ids[1, 20] = torch.cat([long, long[:1]]), short[:8], short[8]
+    cache = DynamicCache()
+    model(input_ids=ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+    seen = seen_by_attention(monkeypatch)
+    got = model(input_ids=ids[:, 20:], attention_mask=mask, past_key_values=cache).logits
+    assert {kind for _, kind in seen} == {caches.Sequences}
+    for i, s in enumerate((torch.cat([long, long[:1]]), short)):
+        same(got[i, 0], alone(model, [s])[0][-1], f"row {i}")
+
+
 # ---- the tests can fail ------------------------------------------------------------------------------------------------------
 
 
@@ -256,18 +303,31 @@ def test_mutant_keys_counted_from_what_a_window_left(monkeypatch):
     """Chunks that begin at the first key that is still there."""
     honest = caches.Keys._rolling
 
-    def unanchored(self, window, width):
-        self._there = self._there.clone()
+    def unanchored(self, width):
         keep = self._there[:, -width:]
-        self._rolled[window] = (
+        self._rolled[width] = (
             caches.Sequences.from_mask(torch.cat([torch.zeros(len(keep), 64, dtype=torch.bool), keep], 1)),
             64,
         )
-        return honest(self, window, width)
+        return honest(self, width)
 
     monkeypatch.setattr(caches.Keys, "_rolling", unanchored)
     with pytest.raises(AssertionError, match="differ"):
         test_chunks_through_a_cache("mistral", "rolling", 7)
+
+
+@pytest.mark.parametrize("wrong", ["one place more", "no look at holes"])
+def test_mutant_a_cache_is_read_where_no_token_is(wrong, monkeypatch):
+    def runs(self):
+        count, places = self._there.sum(1), self._there.shape[1]
+        return (places - count - 1).clamp(min=0) if wrong == "one place more" else places - count, count * 0 + places
+
+    monkeypatch.setattr(caches.Keys, "_runs", property(runs))
+    with pytest.raises(AssertionError, match=r"differ|Spans"):
+        if wrong == "one place more":
+            test_a_cache_is_read_where_it_lies("dynamic", monkeypatch)
+        else:
+            test_a_cache_with_padding_between_its_tokens_is_packed(monkeypatch)
 
 
 def test_mutant_a_query_sees_one_key_more_than_its_window(monkeypatch):
@@ -352,9 +412,16 @@ def test_a_cache_of_something_else():
         model(input_ids=s[None], attention_mask=torch.ones(1, 9), past_key_values=cache)
     with pytest.raises(ValueError, match=r"past_key_values must be a DynamicCache or StaticCache of transformers, got list"):
         model(input_ids=s[None], past_key_values=[])
-    windows = StaticCache(config=decoder("mistral").config, max_cache_len=40)
-    with pytest.raises(ValueError, match=r"past_key_values must be a cache of plain layers, got layers of StaticSliding"):
-        patched("mistral")(input_ids=s[None], past_key_values=windows)
+    windows, words = StaticCache(config=decoder("mistral").config, max_cache_len=40), patched("mistral")
+    with pytest.raises(
+        ValueError, match=r"attention_mask must be of full attention, got that of a StaticCache that drops keys"
+    ):
+        words(input_ids=s[None], attention_mask=torch.ones(1, 1, 9, 40), past_key_values=windows)
+    same(words(input_ids=s[None], past_key_values=windows).logits, words(input_ids=s[None]).logits, "the advice: no such mask")
+    with pytest.raises(
+        ValueError, match=r"past_key_values must be room for 9 places in layer 0, got 8; make one with a larger"
+    ):
+        model(input_ids=s[None], past_key_values=StaticCache(config=model.config, max_cache_len=8))
     want = model(input_ids=torch.cat([s, s])[None]).logits[0, 9:]
     same(model(input_ids=s[None], past_key_values=cache).logits[0], want, "the cache is as it was")
 

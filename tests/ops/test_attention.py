@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,9 +11,10 @@ import contract
 import invariants
 from cases import Case, numbers, offsets
 from invariants import same
-from prefill import qkv, steps_against_prefill
+from prefill import keys_in_a_cache, qkv, steps_against_prefill
 from rerank_kernels.backend.registry import Backend
 from rerank_kernels.ops.attention import attention
+from rerank_kernels.ops.sequences import Spans
 
 CASES = cases.of("attention")
 NAN, INF = float("nan"), float("inf")
@@ -26,21 +28,28 @@ class TestAttention(invariants.Promises):
 
 
 @pytest.mark.promise("machine-invariant")
-@pytest.mark.parametrize(("length", "right"), [(1, -1), (63, -1), (64, -1), (65, 0), (150, -1), (150, 0), (530, -1)])
-def test_order_of_the_sums(backend: Backend, length: int, right: int, dtype: torch.dtype) -> None:
-    """Maximum first, lane j mod 32 below the fraction bar, chunks of 64 keys above it, a hidden key is a zero."""
+@pytest.mark.parametrize(
+    ("length", "right", "softcap"),
+    [*((n, right, None) for n, right in ((1, -1), (63, -1), (64, -1), (65, 0), (150, -1), (150, 0), (530, -1))), (150, 0, 0.7)],
+)
+def test_order_of_the_sums(backend: Backend, length: int, right: int, softcap: float | None, dtype: torch.dtype) -> None:
+    """Scale, cap, maximum; lane j mod 32 below the fraction bar, chunks of 64 keys above it; a hidden key is a zero."""
     host = pytest.importorskip("rerank_kernels._host")
     q, k, v = (t[:, 0] for t in qkv(length, 1, 1, 40, dtype))
     s = contract.dot(q, k) * torch.tensor(0.3)
+    if softcap is not None:
+        t = host.elementwise("tanh", (s.numpy() / np.float32(softcap)).flatten(), "scalar").reshape(s.shape)
+        s = torch.from_numpy(t * np.float32(softcap))
     hidden = torch.arange(length)[None] > torch.arange(length)[:, None] + right if right >= 0 else s != s
     s = s.masked_fill(hidden, -INF)
     e = torch.from_numpy(host.elementwise("exp", (s - s.amax(1, keepdim=True)).flatten().numpy(), "scalar")).view(s.shape)
     want = contract.dot(e, v.t(), chunk=64) / contract.row_sum(e)[:, None]
-    got = attention(q[:, None], k[:, None], v[:, None], cu_seqlens=offsets((length,)), window=(-1, right), scale=0.3)
+    options = dict(window=(-1, right), scale=0.3, softcap=softcap)
+    got = attention(q[:, None], k[:, None], v[:, None], cu_seqlens=offsets((length,)), **options)
     same(got[:, 0], want.to(dtype), f"T = {length}, kernel against the contract in NumPy")
     few = (length + 2) // 3
     own = dict(cu_seqlens=offsets((few,)), cu_seqlens_k=offsets((length,)))
-    got = attention(q[-few:, None], k[:, None], v[:, None], **own, window=(-1, right), scale=0.3)
+    got = attention(q[-few:, None], k[:, None], v[:, None], **own, **options)
     same(got[:, 0], want[-few:].to(dtype), f"the last {few} queries of T = {length} against the contract in NumPy")
 
 
@@ -73,6 +82,37 @@ def test_decode_and_chunks_on_every_instruction_set(isa: str, dtype: torch.dtype
     for name in ("scalar", isa):
         invariants.force_isa(name)
         steps_against_prefill(72, dtype)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (4, 2), (15, 1), (30, 2)])
+def test_one_query_alone_has_the_bits_of_its_row(isa: str, heads: tuple[int, int], dtype: torch.dtype) -> None:
+    """A sequence of one query goes another way on a CPU: any number of heads beside it, with a window, a cap, NaN where it does
+    not look."""
+    for d, length in ((1, 1), (33, 31), (40, 64), (72, 65), (128, 200)):
+        q, k, v = qkv(length, *heads, d, dtype)
+        for options in ({}, dict(window=(20, 0)), dict(window=(70, 5), softcap=1.5), dict(window=(0, 0))):
+            for name in ("scalar", isa):
+                invariants.force_isa(name)
+                want = attention(q, k, v, cu_seqlens=offsets((length,)), causal=True, **options)[-1:]
+                seen = options.get("window", (length, 0))[0] + 1
+                junk = [t.clone() for t in (k, v)]
+                for t in junk:
+                    t[: max(0, length - seen)] = NAN
+                own = dict(cu_seqlens=offsets((1,)), cu_seqlens_k=offsets((length,)))
+                got = attention(q[-1:], *junk, **own, causal=True, **options)
+                same(got, want, f"T = {length}, D = {d}, {options}, {name}")
+
+
+def test_keys_that_lie_anywhere(backend: Backend, dtype: torch.dtype) -> None:
+    keys_in_a_cache(dtype)
+
+
+def test_errors_about_keys_that_lie_anywhere(backend: Backend) -> None:
+    q, places = torch.zeros(6, 4, 8), torch.zeros(2, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"cu_seqlens_k must be of 6 places, got Spans of 7"):
+        attention(q, q, q, cu_seqlens=offsets((2, 4)), cu_seqlens_k=Spans(places, 7))
+    with pytest.raises(ValueError, match=r"cu_seqlens_k must be \[2, 1\], got \[2, 2\]"):
+        attention(q, q, q, cu_seqlens=offsets((6,)), cu_seqlens_k=Spans(places, 6))
 
 
 def test_what_sees_no_key_is_zero(backend: Backend, dtype: torch.dtype) -> None:
@@ -185,6 +225,20 @@ def test_negative_scale_on_every_instruction_set(isa: str) -> None:
             same(got, want, f"-q and a negative scale, {name}, against both positive, scalar")
 
 
+def test_softcap_of_scores_that_overflow(backend: Backend) -> None:
+    """A score of +-inf is +-softcap, and still its key's; one that is hidden is none. A NaN stays a NaN."""
+    q, k, v = qkv(5)
+    q = q.abs() + 2
+    k[1], k[3] = 2e38, -2e38
+    y = attention(q, k, v, cu_seqlens=offsets((5,)), causal=True, scale=1.0, softcap=1.0)
+    near = attention(q, k.clamp(-99, 99), v, cu_seqlens=offsets((5,)), causal=True, scale=1.0, softcap=1.0)
+    assert y.isfinite().all() and torch.allclose(y, near, rtol=1e-5, atol=1e-6)
+    same(y[0], v[0], "the first causal row sees itself")
+    k[2] = NAN
+    y = attention(q, k, v, cu_seqlens=offsets((5,)), causal=True, softcap=1.0)
+    assert y[2:].isnan().all() and y[:2].isfinite().all()
+
+
 def test_visible_nan_and_inf_reach_their_rows(backend: Backend) -> None:
     """What a row does see must not be swept under the carpet."""
     q, k, v = qkv(10)
@@ -232,6 +286,12 @@ def test_errors(backend: Backend) -> None:
         attention(q, q, q, cu_seqlens=cu, window=(-2, 0))
     with pytest.raises(ValueError, match=r"attention: scale must be finite and not 0 as a float32, got nan"):
         attention(q, q, q, cu_seqlens=cu, scale=NAN)
+    for cap in (0.0, -30.0, NAN, INF, 1e-50):
+        with pytest.raises(
+            ValueError, match=rf"softcap must be finite and > 0 as a float32, got {cap}; leave it out, or give None"
+        ):
+            attention(q, q, q, cu_seqlens=cu, softcap=cap)
+    assert attention(q, q, q, cu_seqlens=cu, softcap=None).isfinite().all()
     with pytest.raises(ValueError, match=r"attention: k must be \[6, H_kv, 8\], got \[5, 4, 8\]"):
         attention(q, q[:5], q[:5], cu_seqlens=cu)
     with pytest.raises(ValueError, match=r"attention: cu_seqlens_k must be ascending from 0 to 5, the number of tokens, got"):

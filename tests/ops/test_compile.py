@@ -85,6 +85,7 @@ def test_other_forms() -> None:
     same(compiled(lambda x, m: attention(x, x, x, mask=m, window=(2, -1)))(x, mask),
          attention(x, x, x, mask=mask, window=(2, -1)), "attention, padded")  # fmt: skip
     same(compiled(lambda x: attention(x, x, x, scale=0.5))(x), attention(x, x, x, scale=0.5), "attention without a mask")
+    same(compiled(lambda x: attention(x, x, x, softcap=0.5))(x), attention(x, x, x, softcap=0.5), "attention with a softcap")
     y = x.flatten(2)
     same(compiled(lambda y, m: pool(y, "mean", mask=m))(y, mask), pool(y, "mean", mask=mask), "pool, padded")
     same(compiled(lambda y: softmax(y, 1))(y), softmax(y, 1), "softmax over the middle")

@@ -183,3 +183,108 @@ def test_errors(backend: Backend) -> None:
         sparse_ffn(x, up, down, down_bias=torch.zeros(5))
     with pytest.raises(ValueError, match=r"sparse_ffn: x must be \[\.\.\., K\] with K > 0"):
         sparse_ffn(torch.zeros(2, 0), torch.zeros(5, 0), down)
+
+
+# ---- candidates --------------------------------------------------------------------------------------------------------------
+
+
+def proposed(m: int = 37, dtype: torch.dtype = torch.float32) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The arguments of a gated layer, and about a third of its neurons for each row."""
+    shapes = {"x": (m, 33), "up_weight": (600, 33), "gate_weight": (600, 33), "down_weight": (20, 600)}
+    arguments = {name: numbers(name, s, dtype, 2.0**-3 if name != "x" else 1.0) for name, s in shapes.items()}
+    return arguments, numbers("candidates", (m, 600), torch.float32) > 0.4
+
+
+def few_and_many(arguments: dict[str, torch.Tensor], candidates: torch.Tensor, **options: object) -> None:
+    """Row by row, in threes, and all at once, against the dense layer with zeros where a neuron was omitted."""
+    x = arguments["x"]
+    gate, up = (linear(x, arguments[name], out_dtype=torch.float32) for name in ("gate_weight", "up_weight"))
+    off = (gate <= options.get("threshold", 0.0)) | ~candidates
+    hidden = torch.where(off, torch.zeros_like(gate), gate * up)
+    want = linear(hidden, arguments["down_weight"], out_dtype=x.dtype)
+    for step in (1, 3, 37):
+        parts = [
+            sparse_ffn(**{**arguments, "x": rows}, candidates=some, **options)  # type: ignore[arg-type]
+            for rows, some in zip(x.split(step), candidates.split(step), strict=True)
+        ]
+        same(torch.cat(parts), want, f"candidates, {step} rows at a time")
+
+
+def test_candidates(backend: Backend, dtype: torch.dtype) -> None:
+    arguments, candidates = proposed(dtype=dtype)
+    few_and_many(arguments, candidates)
+    few_and_many(arguments, candidates, threshold=0.25)
+    everyone = torch.ones_like(candidates)
+    same(sparse_ffn(**arguments, candidates=everyone), sparse_ffn(**arguments), "all are candidates")
+    nobody = sparse_ffn(**arguments, candidates=~everyone)
+    same(nobody, torch.zeros_like(nobody), "nobody is")
+
+
+def test_candidates_that_are_forgotten_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rerank_kernels.backend import firing
+
+    monkeypatch.setattr(firing.Firing, "plain", True)
+    with registry.use("pytorch"):
+        few_and_many(*proposed())  # it does not ask
+    require("cpu")
+    with registry.use("cpu"), pytest.raises(AssertionError, match="37 rows at a time"):
+        few_and_many(*proposed())
+
+
+def test_what_is_omitted_is_not_looked_at(backend: Backend) -> None:
+    """Weights of neurons that no row proposes may be NaN, but for down's, which are finite everywhere."""
+    arguments, candidates = proposed(3)
+    candidates[:, 100:200] = False
+    want = sparse_ffn(**arguments, candidates=candidates)
+    for name in ("gate_weight", "up_weight"):
+        arguments[name] = arguments[name].clone()
+        arguments[name][100:200] = NAN
+    same(sparse_ffn(**arguments, candidates=candidates), want, "NaN in weights of omitted neurons")
+
+
+def test_a_nan_passes_a_threshold(backend: Backend) -> None:
+    arguments, _ = proposed(9)
+    want = sparse_ffn(**arguments, threshold=0.5)
+    arguments["x"][4, 2] = NAN
+    for rows in (slice(0, 9), slice(3, 6)):
+        y = sparse_ffn(**{**arguments, "x": arguments["x"][rows]}, threshold=0.5)
+        assert bool(y[4 - rows.start].isnan().all())
+        same(y[: 4 - rows.start], want[rows.start : 4], "rows before it")
+
+
+@pytest.mark.promise("machine-invariant")
+def test_screening_with_a_threshold_costs_no_bit(backend: Backend) -> None:
+    x, up, bias, down = on_the_edge()
+    for options in ({"threshold": float(bias.abs().mean()) * 1e-6}, {"activation": "relu2"}):
+        first = linear(x, up, bias)
+        hidden = torch.where(first > options.get("threshold", 0.0), first, torch.zeros_like(first))
+        hidden = hidden * hidden if "activation" in options else hidden
+        assert 0.2 < float((hidden > 0).double().mean()) < 0.8
+        same(sparse_ffn(x, up, down, up_bias=bias, **options), linear(hidden, down), f"sparse against dense, {options}")
+
+
+def test_errors_of_what_makes_a_neuron_active(backend: Backend) -> None:
+    arguments, candidates = proposed(3)
+    with pytest.raises(ValueError, match=r"sparse_ffn: activation must be one of 'relu', 'relu2', got 'silu'"):
+        sparse_ffn(**arguments, activation="silu")
+    with pytest.raises(ValueError, match=r"sparse_ffn: up_activation must be one of None, 'relu', got 'relu2'"):
+        sparse_ffn(**arguments, up_activation="relu2")
+    for wrong in (-0.5, NAN, INF, True, "0"):
+        with pytest.raises(ValueError, match=r"sparse_ffn: threshold must be a finite number >= 0, got "):
+            sparse_ffn(**arguments, threshold=wrong)
+    with pytest.raises(ValueError, match=r"sparse_ffn: candidates must be \[3, 600\], got \[3, 599\]"):
+        sparse_ffn(**arguments, candidates=candidates[:, 1:])
+    with pytest.raises(ValueError, match=r"sparse_ffn: candidates must be \[3, 600\], got \[600\]"):
+        sparse_ffn(**arguments, candidates=candidates[0])
+    with pytest.raises(TypeError, match=r"candidates must be a dense tensor of torch.bool, got torch.float32; pass torch.as_"):
+        sparse_ffn(**arguments, candidates=candidates.float())
+    same(
+        sparse_ffn(**arguments, candidates=torch.as_tensor(candidates.float()) != 0),
+        sparse_ffn(**arguments, candidates=candidates),
+        "as the message says",
+    )
+    with pytest.raises(ValueError, match=r"sparse_ffn: residual must be \[3, 20\], got \[3, 33\]"):
+        sparse_ffn(**arguments, residual=arguments["x"])
+    del arguments["gate_weight"]
+    with pytest.raises(ValueError, match=r"sparse_ffn: up_activation must be left out without gate_weight, got relu"):
+        sparse_ffn(**arguments, up_activation="relu")

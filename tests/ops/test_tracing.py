@@ -253,6 +253,9 @@ def patched_decoder(kind: str, cls: str, **changes: Any) -> Any:
         ("mistral", "Model"),
         ("qwen3", "ForCausalLM"),
         ("gemma", "ForSequenceClassification"),
+        ("phi3", "ForSequenceClassification"),
+        ("gemma2", "Model"),
+        ("gemma3", "ForCausalLM"),
     ],
 )
 def test_decoders(kind: str, cls: str) -> None:

@@ -120,7 +120,8 @@ class Made:
         q, k, v = heads_of(sum(lengths), heads * group), heads_of(keys, heads), heads_of(keys, heads)
         window = [self.random.choice([-1, 0, 3, 100, 2**62]) for _ in range(2)]
         cu_k = None if own is None else self.offsets(own)
-        return [q, k, v, self.offsets(lengths), cu_k, *window, self.random.choice([0.125, 1.0, -2.0])]
+        scores = [self.random.choice([0.125, 1.0, -2.0]), self.random.choice([0.0, 0.0, 0.5, 50.0])]
+        return [q, k, v, self.offsets(lengths), cu_k, *window, *scores]
 
     def rotary(self) -> list[Any]:
         tokens, heads, d = self.rows(), self.random.randint(1, 4), self.size(140)
@@ -150,7 +151,11 @@ class Made:
         x, first = self.floats(m, k), self.floats(f, k, dtype=torch.float32 if screened else None).nan_to_num(0.0, 0.0, 0.0)
         copies = [self.place(t) for t in weights._screened(first)] if screened else [None, None, None]
         up = [self.floats(f, k), self.perhaps(f)] if self.random.random() < 0.5 else [None, None]
-        return [x, self.place(first), self.perhaps(f), *copies, *up, self.floats(f, d), self.perhaps(d)]
+        residual = self.floats(m, d) if self.random.random() < 0.3 else None
+        candidates = self.place(torch.rand(m, f, generator=self.numbers) < 0.3) if self.random.random() < 0.3 else None
+        how = [self.random.choice([0.0, 0.01]), self.random.random() < 0.3, up[0] is not None and self.random.random() < 0.3]
+        down = [self.floats(f, d), self.perhaps(d), residual, candidates]
+        return [x, self.place(first), self.perhaps(f), *copies, *up, *down, *how]
 
     OPS = (
         *("linear", "bmm", "activation", "layer_norm", "rms_norm", "normalize", "softmax", "sum", "mean"),

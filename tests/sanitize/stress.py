@@ -46,7 +46,7 @@ def say(line: str) -> None:
 
 def bits(out: tuple[torch.Tensor, ...]) -> list[bytes]:
     """One NaN is like another: its sign and payload are not part of the contract."""
-    alike = [torch.where(t.isnan(), torch.full_like(t, torch.nan), t).contiguous().view(-1) for t in out]
+    alike = [t.masked_fill(t.isnan(), torch.nan).contiguous().view(-1) if t.is_floating_point() else t for t in out]
     return [t.view(torch.uint8).numpy().tobytes() if t.numel() else b"" for t in alike]
 
 

@@ -15,7 +15,8 @@ from simulated import triton as simulated
 
 def calls(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Every kernel of the backend in every tile, at the sizes of usual models: all in the first dtype that it has, in others
-    what differs by more than conversions. Of the tiles of attention the first, which is the one taken, with a window too."""
+    what differs by more than conversions. Of the tiles of attention the first, which is the one taken, with a window too,
+    and with a cap."""
 
     def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -44,7 +45,8 @@ def calls(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
                     yield f"{t}, gelu, residual, tile {small[0]} x {small[1]}", _with(linear, way, call)
             for d in (64, 128) if dtype == torch.float32 else (64,):
                 q = zeros(dtype, 256, 4, d)
-                for options in ({}, {"causal": True}):
+                capped = ({"causal": True, "softcap": 50.0},) if d == 128 else ()
+                for options in ({}, {"causal": True}, *capped):
                     call = partial(rk.attention, q, q, q, cu_seqlens=offsets, **options)
                     yield ", ".join([t, f"D = {d}", *options]), call
         if dtype == torch.float32:
@@ -57,6 +59,8 @@ def calls(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
             q = zeros(dtype, 256, 4, d)
             for way, part in enumerate(attention.tensor_tiles(d, arch)):
                 windows: tuple[dict[str, Any], ...] = ({},) if way or d == 96 else ({}, {"window": (30, 30)})
+                if d == 128 and not way:
+                    windows += ({"window": (30, 30), "softcap": 50.0},)
                 for options in windows:
                     call = partial(rk.attention, q, q, q, cu_seqlens=offsets, mode="tensor", **options)
                     words = [t, f"D = {d}", *options, f"{part.rows} rows", f"{part.warps} warps"]

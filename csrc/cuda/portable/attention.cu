@@ -1,6 +1,6 @@
 // attention.cu: packed attention, bidirectional or windowed (causal is a window), grouped heads, any head size and length.
 //
-// For each query row: s_j = dot(q, k_j) * scale; max exact; e_j = exp(s_j - max); l = row_sum(e), lane j mod 32;
+// For each query row: s_j = dot(q, k_j) * scale, or tanh(that / softcap) * softcap; max exact; e_j = exp(s_j - max); l = row_sum(e), lane j mod 32;
 // out = sum(e_j v_j) / l, one chain per tile of 64 keys, tiles ascending. j counts from the sequence's own first key
 // (NUMERICS.md, "attention"). Nothing here splits a chain: warps and threads split rows, keys' scores and output columns.
 //
@@ -284,6 +284,11 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2) attention_rows(AttentionAr
                     for (int i = 0; i < THREAD_ROWS; ++i)
 #pragma unroll
                         for (int j = 0; j < THREAD_KEYS; ++j) s[i][j] = s[i][j] * work.scale;
+                if (sees && work.softcap != 0.0f)
+#pragma unroll
+                    for (int i = 0; i < THREAD_ROWS; ++i)
+#pragma unroll
+                        for (int j = 0; j < THREAD_KEYS; ++j) s[i][j] = capped(s[i][j], work.softcap);
             } else if (round == 1 && sees) {
 #pragma unroll
                 for (int i = 0; i < THREAD_ROWS; ++i)
@@ -394,7 +399,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2) attention_rows(AttentionAr
 static Choice attention_way("attention", 6);
 
 void attention(const AttentionArgs& args, const PackedArgs& packed, Stream stream) {
-    const int64_t B = packed.B, total = packed.total, total_k = packed.total_k;
+    const int64_t B = packed.B, total = packed.total, total_k = packed.most_keys;
     if (B == 0 || total == 0 || args.H == 0 || args.D == 0) return;
     const int64_t size = bytes_of(args.dtype), group = args.H / args.H_kv, rows = total * group;
     // Only the mean length is known here. Large blocks share what they read; but not if their sequences leave warps idle, nor

@@ -1,10 +1,11 @@
-// sparse_ffn.cu: a ReLU or ReGLU feed-forward layer for few rows that reads little more than what active neurons need.
+// sparse_ffn.cu: a feed-forward layer with ReLU or one of its kin, gated or not, for few rows that reads little more than what
+// active neurons need.
 //
 // 1. The pre-activations of `first`, for all neurons: linear.cu, or in mode tensor sm80/linear.cu. All else is one in both.
 // 2. Which neurons are active? Their numbers and values side by side, ascending, for each row and each chunk of 512 neurons.
-// 3. ReGLU: dot products over the rows of up, for active neurons only; the chunks of 512 of K go to different blocks.
+// 3. With a gate: dot products over the rows of up, for active neurons only; the chunks of 512 of K go to different blocks.
 // 4. down: per row and chunk of 512 neurons one fma chain per column over the active neurons, ascending.
-// 5. The chunks' sums, added in ascending order from +0; the bias; one rounding.
+// 5. The chunks' sums, added in ascending order from +0; the bias; the residual; one rounding.
 //
 // Leaving out a zero term leaves every bit (NUMERICS.md, "sparse_ffn"). Nothing waits for the device: every launch has the
 // grid of a row with all neurons active, and blocks that find no neuron to work on end at once.
@@ -21,14 +22,16 @@ namespace rk {
 struct Active {
     int* count;
     int* neuron;   // CHUNK of each chunk, of which `count` are meant
-    float* value;  // likewise: relu(up), or relu(gate) before the product with up
+    float* value;  // likewise: act(up), or act(gate) before the product with up
 };
 
 // One block per chunk, one thread per neuron. What is not a number counts as active, as relu keeps it.
-__global__ void __launch_bounds__(CHUNK) active_kernel(const float* first, int64_t F, int64_t chunks, Active active) {
+__global__ void __launch_bounds__(CHUNK)
+    active_kernel(const float* first, const Firing firing, int64_t F, int64_t chunks, Active active) {
     __shared__ int counts[CHUNK / 32];
     const int64_t at = blockIdx.x, m = at / chunks, f = at % chunks * CHUNK + threadIdx.x;
-    const float value = f < F ? first[m * F + f] : 0.0f;
+    const bool asked = f < F && (!firing.candidates || firing.candidates[m * F + f]);
+    const float value = asked ? fired_of(first[m * F + f], firing.threshold, firing.squared) : 0.0f;
     const bool is_active = !(value <= 0.0f);
     const unsigned votes = __ballot_sync(WARP, is_active);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -80,7 +83,7 @@ constexpr int AXPY_RING = 4;  // stages
 template <class T, int N>
 __global__ void __launch_bounds__(AXPY_THREADS)
     axpy_kernel(const T* down, int64_t D, int64_t chunks, Active active, const float* up_sums, int64_t k_chunks,
-                const Ref up_bias, float* sums) {
+                const Ref up_bias, bool up_relu, float* sums) {
     __shared__ float h[CHUNK];
     __shared__ int neuron[CHUNK];
     const int64_t at = blockIdx.x, m = at / chunks, c = at % chunks;
@@ -92,7 +95,7 @@ __global__ void __launch_bounds__(AXPY_THREADS)
             float up = 0.0f;
             for (int64_t k = 0; k < k_chunks; ++k) up = up + up_sums[((m * k_chunks + k) * chunks + c) * CHUNK + i];
             if (up_bias.given) up = up + load_as(up_bias, neuron[i]);
-            value = value * up;
+            value = up_relu && up <= 0.0f ? 0.0f : value * up;
         }
         h[i] = value;
     }
@@ -151,6 +154,7 @@ __global__ void __launch_bounds__(FINISH_THREADS)
 #pragma unroll 8
     for (int64_t c = 0; c < chunks; ++c) y = y + sums[(m * chunks + c) * a.D + d];
     if (a.down_bias.given) y = y + load_as(a.down_bias, d);
+    if (a.residual.given) y = y + load_as(a.residual, i);
     store_as(a.out, i, y);
 }
 
@@ -204,7 +208,7 @@ static void launch_axpy(const SparseFfnArgs& a, const Workspace& w, const Active
     const int64_t columns = AXPY_THREADS * (vectors ? VECTOR<T> : 1);
     launch("sparse_ffn", vectors ? axpy_kernel<T, VECTOR<T>> : axpy_kernel<T, 1>,
            dim3(checked_blocks("sparse_ffn", a.M * w.chunks), unsigned(ceil_div(a.D, columns))), AXPY_THREADS, 0, stream,
-           static_cast<const T*>(a.down.data), a.D, w.chunks, active, up, w.k_chunks, a.up_bias, sums);
+           static_cast<const T*>(a.down.data), a.D, w.chunks, active, up, w.k_chunks, a.up_bias, a.firing.up_relu, sums);
 }
 
 void sparse_ffn(const SparseFfnArgs& a, bool tensor, float* workspace, Stream stream) {
@@ -214,8 +218,8 @@ void sparse_ffn(const SparseFfnArgs& a, bool tensor, float* workspace, Stream st
     else linear("sparse_ffn", first_args(a, first), 1, workspace + w.linear, stream);
     const Active active{reinterpret_cast<int*>(workspace + w.count), reinterpret_cast<int*>(workspace + w.neuron),
                         workspace + w.value};
-    launch("sparse_ffn", active_kernel, checked_blocks("sparse_ffn", a.M * w.chunks), CHUNK, 0, stream, first, a.F, w.chunks,
-           active);
+    launch("sparse_ffn", active_kernel, checked_blocks("sparse_ffn", a.M * w.chunks), CHUNK, 0, stream, first, a.firing, a.F,
+           w.chunks, active);
     if (a.up.given) {
         const bool x_half = a.x.dtype != Dtype::F32, up_half = a.up.dtype != Dtype::F32;
         const auto up_launcher = x_half    ? up_half ? launch_up<true, true> : launch_up<true, false>
@@ -226,7 +230,7 @@ void sparse_ffn(const SparseFfnArgs& a, bool tensor, float* workspace, Stream st
     if (a.down.dtype == Dtype::F32) launch_axpy<float>(a, w, active, up, sums, stream);
     else if (a.down.dtype == Dtype::F16) launch_axpy<f16>(a, w, active, up, sums, stream);
     else launch_axpy<bf16>(a, w, active, up, sums, stream);
-    const AxpyArgs down{.down = a.down, .down_bias = a.down_bias, .out = a.out, .D = a.D};
+    const AxpyArgs down{.down = a.down, .down_bias = a.down_bias, .residual = a.residual, .out = a.out, .D = a.D};
     launch("sparse_ffn", finish_kernel, checked_blocks("sparse_ffn", ceil_div(a.M * a.D, FINISH_THREADS)), FINISH_THREADS, 0,
            stream, down, a.M, w.chunks, sums);
 }

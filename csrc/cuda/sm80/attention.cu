@@ -1,7 +1,7 @@
 // attention.cu: packed attention of mode "tensor": float16 and bfloat16, heads of up to 256, any length, window, grouping.
 //
 // Per query row, over tiles of 64 keys, counted from the sequence's own first key, ascending (NUMERICS.md, "Mode tensor"):
-//   s_j = dot_tensor(q, k_j) * scale                 one mma for every 16 features
+//   s_j = dot_tensor(q, k_j) * scale                 one mma for every 16 features; capped: tanh(s_j / softcap) * softcap
 //   m' = max(m, max_j s_j);  f = exp(m - m');  p_j = exp(s_j - m'), 0 for a hidden key
 //   l = l * f + sum_j p_j                            product and sum rounded each; sum_j: see below
 //   o = o * f, then o += p_j v_j                     one mma for every 16 keys, p rounded to half
@@ -297,6 +297,15 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
                                 s[n][e] = unsigned(after[e / 2] + n * 8 + e % 2) < seen[e / 2] ? score(s[n][e]) : NONE_YET;
                     }
                 }
+            }
+            if (sees && a.softcap != 0.0f) {
+                const int at = key + 2 * t, after[2] = {at - mine[0].begin, at - mine[8].begin};
+                const unsigned seen[2] = {unsigned(mine[0].end - mine[0].begin), unsigned(mine[8].end - mine[8].begin)};
+#pragma unroll
+                for (int n = 0; n < 2 * GROUPS; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e)
+                        s[n][e] = unsigned(after[e / 2] + n * 8 + e % 2) < seen[e / 2] ? capped(s[n][e], a.softcap) : NONE_YET;
             }
             // Q of the next head is on its way while this one's last tile is finished
             if (live && tile + 1 == tiles.end && head + int(gridDim.y) < a.H_kv) load_q(head + gridDim.y);

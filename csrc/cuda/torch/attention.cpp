@@ -7,23 +7,25 @@ namespace rk {
 
 template <auto launcher>
 static Tensor attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
-                             const std::optional<Tensor>& cu_seqlens_k, int64_t left, int64_t right, double scale) {
+                             const std::optional<Tensor>& cu_seqlens_k, int64_t left, int64_t right, double scale,
+                             double softcap) {
     const OpCall call(q);
     const CallArguments in(call, "attention", q);
-    const CheckedAttention given = checked_attention(in, q, k, v, left, right, scale);
+    const CheckedAttention given = checked_attention(in, q, k, v, left, right, scale, softcap);
     const View offsets = in.offsets("cu_seqlens", cu_seqlens);
-    const View own = cu_seqlens_k ? in.offsets("cu_seqlens_k", *cu_seqlens_k) : offsets;
-    RK_CHECK(own.numel == offsets.numel, "attention", "cu_seqlens_k must have as many sequences as cu_seqlens");
+    const CheckedKeys keys = checked_keys(in, cu_seqlens_k, offsets);
     RK_CHECK(cu_seqlens_k || given.total_k == given.total, "attention",
              "k and v must have as many tokens as q, or offsets of their own");
     AttentionArgs args = given.args;
     Tensor out = call.empty({given.total, args.H, args.D}, given.dtype);
     args.out = call.write(out);
     const PackedArgs packed{.cu_seqlens = offsets.as<int32_t>(),
-                            .cu_seqlens_k = own.as<int32_t>(),
-                            .B = offsets.numel - 1,
+                            .keys_begin = keys.begins,
+                            .keys_end = keys.ends,
+                            .B = keys.B,
                             .total = given.total,
-                            .total_k = given.total_k};
+                            .total_k = given.total_k,
+                            .most_keys = keys.anywhere ? ceil_div(given.total_k, args.H_kv) : given.total_k};
     launcher(args, packed, call.stream());
     return out;
 }

@@ -56,8 +56,12 @@ class CallArguments {
     View floats(const char* name, const std::optional<Tensor>& t, Shape shape) const {
         return t ? floats(name, *t, shape) : View{};
     }
+    const bool* flags(const char* name, const Tensor& t, Shape shape) const {
+        return read(checks_.typed(name, t, ScalarType::Bool, 1, shape), t).as<bool>();
+    }
     // Offsets whose values stay on the device: to look at them would wait for it. Kernels read each once and clamp it.
     View offsets(const char* name, const Tensor& t) const { return read(checks_.offsets(name, t), t); }
+    View spans(const char* name, const Tensor& t, int64_t B) const { return read(checks_.spans(name, t, B), t); }
     void activation(int64_t kind) const { checks_.activation(kind); }
     const char* op() const { return checks_.op(); }
     const OpCall& call() const { return call_; }

@@ -20,19 +20,33 @@ from rerank_kernels.backend.pytorch.softmax import row_sum
 # Autocast would turn the matrix products into half precision behind our back.
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float = 0.0,
 ) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     group = q.shape[1] // k.shape[1]
     rows = list(pairwise(cu_seqlens.tolist()))
-    keys = rows if cu_seqlens_k is None else list(pairwise(cu_seqlens_k.tolist()))
+    keys = rows if cu_seqlens_k is None else _spans(cu_seqlens_k)
     for (start, stop), (first, last) in zip(rows, keys, strict=True):
         if start < stop and first < last:
             heads = (_heads(q, start, stop, 1), _heads(k, first, last, group), _heads(v, first, last, group))
-            out[start:stop] = _one_sequence(*heads, left, right, scale).transpose(0, 1)
+            out[start:stop] = _one_sequence(*heads, left, right, scale, softcap).transpose(0, 1)
         else:
             out[start:stop] = 0.0
     return out
+
+
+def _spans(keys: Tensor) -> list[tuple[int, int]]:
+    """Where each sequence's keys begin and end: packed, or anywhere ([2, B])."""
+    begins, ends = keys.tolist() if keys.dim() == 2 else (keys[:-1].tolist(), keys[1:].tolist())
+    return list(zip(begins, ends, strict=True))
 
 
 def _heads(t: Tensor, start: int, stop: int, group: int) -> Tensor:
@@ -41,7 +55,7 @@ def _heads(t: Tensor, start: int, stop: int, group: int) -> Tensor:
     return own.repeat_interleave(group, dim=0) if group > 1 else own
 
 
-def _one_sequence(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, scale: float) -> Tensor:
+def _one_sequence(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, scale: float, softcap: float) -> Tensor:
     length, before = k.shape[1], k.shape[1] - q.shape[1]
     i = torch.arange(before, length, device=q.device)[:, None]  # the queries are the last ones of the keys
     j = torch.arange(length, device=q.device)[None, :]
@@ -51,6 +65,8 @@ def _one_sequence(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, scale:
     if right >= 0:
         hidden |= j > i + right
     s = torch.bmm(q, k.transpose(1, 2)) * scale  # a score: a term of the places i and j would be added here
+    if softcap != 0.0:
+        s = torch.tanh(s / softcap) * softcap
     s = s.masked_fill(hidden, -math.inf)
     e = torch.exp(s - s.amax(-1, keepdim=True))
     y = _weighted_values(e, v, hidden) / row_sum(e)[..., None]

@@ -1,16 +1,18 @@
 """attention over packed sequences, bidirectional or windowed (causal is a window), grouped heads, any D.
 
-For each query row: s_j = dot(q, k_j) * scale; max exact; e_j = exp(s_j - max); l = row_sum(e), lane j mod 32;
-out = dot(e, v) / l over keys, in chunks of 64. j counts from the sequence's own first key (NUMERICS.md, "attention"). Query i
-stands at place T_k - T_q + i of its keys, and `place` is that here; a row that sees no key gives 0.
+For each query row: s_j = dot(q, k_j) * scale, or tanh(that / softcap) * softcap; max exact; e_j = exp(s_j - max);
+l = row_sum(e), lane j mod 32; out = dot(e, v) / l over keys, in chunks of 64. j counts from the sequence's own first key
+(NUMERICS.md, "attention"). Query i stands at place T_k - T_q + i of its keys, and `place` is that here; a row that sees no key
+gives 0.
 
 A block has ROWS queries of one head and goes over the keys twice, 32 at a step, which are the 32 lanes of l. First it finds the
 maximum, then l and out. Scores are made twice and stored nowhere. Offsets are read on the device only.
 
 Mode tensor ("Mode tensor" there) goes over the keys once, in tiles of 64 from the sequence's first key, ascending, with a
-running maximum m. For a tile: s_j = dot_tensor(q, k_j) * scale, -inf where hidden; m' = max(m, max s_j); p_j = exp(s_j - m');
-l = l * exp(m - m') + sum p_j; acc = acc * exp(m - m'), then the matrix instructions' chain over the 64 keys, of p rounded to
-half precision times v. out = (acc + 0) / l. The sum of the 64 p folds by 32, 16, 8, 4, 2, 1: place i takes place i + half.
+running maximum m. For a tile: s_j = dot_tensor(q, k_j) * scale, capped likewise, -inf where hidden; m' = max(m, max s_j);
+p_j = exp(s_j - m'); l = l * exp(m - m') + sum p_j; acc = acc * exp(m - m'), then the matrix instructions' chain over the 64
+keys, of p rounded to half precision times v. out = (acc + 0) / l. The sum of the 64 p folds by 32, 16, 8, 4, 2, 1: place i
+takes place i + half.
 
 A tile in which a row sees no key changes nothing for that row: m' = m, exp(0) = 1 exactly, p = 0 exactly. Only the sign of a
 zero in acc could turn, so the end adds +0. Thus which tiles a block visits, that is how many rows it has, is in no
@@ -39,6 +41,7 @@ from rerank_kernels.backend.triton.numerics import (
     fmadd,
     fold_lanes,
     half_fold,
+    tanh_of,
 )
 
 ROWS = 32  # queries of one block
@@ -55,11 +58,11 @@ class AttentionTensorTile(NamedTuple):
     edge: int = 1  # the same, where some keys are hidden from some row
 
 
-@triton.jit(do_not_specialize=["B", "total", "total_k", "left", "right"])
+@triton.jit(do_not_specialize=["keys_begin", "keys_end", "B", "total", "total_k", "left", "right"])
 def attention_kernel(
-    q, k, v, cu_seqlens, cu_seqlens_k, y, q_token, q_head, k_token, k_head, v_token, v_head,
-    B, total, total_k, H, GROUP, D: tl.int32, left, right, scale,
-    WINDOWED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, FEATURES: tl.constexpr,
+    q, k, v, cu_seqlens, keys_begin, keys_end, y, q_token, q_head, k_token, k_head, v_token, v_head,
+    B, total, total_k, H, GROUP, D: tl.int32, left, right, scale, softcap,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     # Sequence b has the tiles from cu[b] // ROWS + b on: enough for its rows, and found without reading any length on the host.
     # The last b whose first tile is not behind ours:
@@ -72,11 +75,11 @@ def attention_kernel(
             b = middle
         else:
             beyond = middle
-    first, rows = _span(cu_seqlens, b, total)
+    first, rows = _span(cu_seqlens + b, cu_seqlens + b + 1, total)
     row = (tile - first // ROWS - b) * ROWS
     if (row < 0) | (row >= rows):
         return
-    k_begin, length = _span(cu_seqlens_k, b, total_k)
+    k_begin, length = _span(keys_begin + b, keys_end + b, total_k)
     head = tl.program_id(1).to(tl.int64)
     d = (tl.program_id(2) * FEATURES + tl.arange(0, FEATURES))[None, :]
     i = (row + tl.arange(0, ROWS))[:, None]
@@ -98,7 +101,7 @@ def attention_kernel(
     largest = tl.full((ROWS, LANES), MINUS_INFINITY, tl.float32)
     for key in range(key_begin, key_end, LANES):
         j = (key + tl.arange(0, LANES))[None, :]
-        s = _scores(q_row, k_first, k_token, i < rows, j, length, D, scale, ROWS, STEP)
+        s = _scores(q_row, k_first, k_token, i < rows, j, length, D, scale, softcap, CAPPED, ROWS, STEP)
         largest = tl.maximum(largest, tl.where(_seen(place, j, length, left, right, WINDOWED), s, MINUS_INFINITY))
     top = tl.max(largest, axis=1, keep_dims=True)  # a NaN loses to a number here: l brings it back
 
@@ -109,7 +112,7 @@ def attention_kernel(
         for key in range(chunk, tl.minimum(chunk + KEY_TILE, key_end), LANES):
             j = (key + tl.arange(0, LANES))[None, :]
             seen = _seen(place, j, length, left, right, WINDOWED)
-            s = _scores(q_row, k_first, k_token, i < rows, j, length, D, scale, ROWS, STEP)
+            s = _scores(q_row, k_first, k_token, i < rows, j, length, D, scale, softcap, CAPPED, ROWS, STEP)
             e = tl.where(seen, exp_of_negative(s - top), 0.0)
             lanes = lanes + e
             from_key = (key + tl.arange(0, LANES))[:, None]
@@ -139,10 +142,10 @@ def attention_kernel(
 
 
 @triton.jit
-def _span(cu_seqlens, b, total):
-    """First token and length of sequence b. Clamped: wrong offsets lead to wrong rows, but never outside the arrays."""
-    first = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), total)
-    return first, tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), first), total) - first
+def _span(begin, end, total):
+    """First token and length of a sequence. Clamped: wrong offsets lead to wrong rows, but never outside the arrays."""
+    first = tl.minimum(tl.maximum(tl.load(begin), 0), total)
+    return first, tl.minimum(tl.maximum(tl.load(end), first), total) - first
 
 
 @triton.jit
@@ -155,9 +158,12 @@ def _seen(place, j, length, left, right, WINDOWED: tl.constexpr):
 
 
 @triton.jit
-def _scores(q_row, k_first, k_token, there, j, length, D, scale, ROWS: tl.constexpr, STEP: tl.constexpr):
-    """dot(q_i, k_j) * scale: chunks of 512 features, one fma chain in each. Zeros beyond D, beyond the sequence's keys, and for
-    rows that are not `there`. A term that depends on the places of query and key would be added at the end.
+def _scores(
+    q_row, k_first, k_token, there, j, length, D, scale, softcap,
+    CAPPED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """The scores: chunks of 512 features, one fma chain in each. Zeros beyond D, beyond the sequence's keys, and for rows that
+    are not `there`. A term that depends on the places of query and key would be added at the end.
     """
     total = tl.zeros((ROWS, LANES), tl.float32)
     for chunk in range(0, D, CHUNK):
@@ -168,35 +174,46 @@ def _scores(q_row, k_first, k_token, there, j, length, D, scale, ROWS: tl.conste
             b = tl.load(k_first + j.to(tl.int64) * k_token + d[:, None], mask=(j < length) & (d[:, None] < D), other=0.0)
             s = tl.dot(a.to(tl.float32), b.to(tl.float32), s, input_precision="ieee")
         total = total + s
-    return total * scale
+    return _score(total, scale, softcap, CAPPED)
+
+
+@triton.jit
+def _score(dot, scale, softcap, CAPPED: tl.constexpr):
+    s = dot * scale
+    if CAPPED:
+        s = tanh_of(tl.div_rn(s, tl.full(s.shape, 1.0, tl.float32) * softcap)) * softcap
+    return s
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float,
+    softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
     (total, heads, d), sequences = q.shape, cu_seqlens.shape[0] - 1
     y = q.new_empty(total, heads, d)
     features = min(WIDEST, max(16, triton.next_power_of_2(d)))
     tiles = total // ROWS + sequences if total else 0
     start(
-        attention_kernel, (tiles, heads, blocks(d, features)), q, k, v, cu_seqlens, _keys_of(cu_seqlens, cu_seqlens_k), y,
+        attention_kernel, (tiles, heads, blocks(d, features)), q, k, v, cu_seqlens, *_keys_of(cu_seqlens, cu_seqlens_k), y,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        sequences, total, k.shape[0], heads, heads // k.shape[1], d, left, right, scale,
-        WINDOWED=left >= 0 or right >= 0, ROWS=ROWS, STEP=STEP, FEATURES=features,
+        sequences, total, k.shape[0], heads, heads // k.shape[1], d, left, right, scale, softcap,
+        WINDOWED=left >= 0 or right >= 0, CAPPED=softcap != 0.0, ROWS=ROWS, STEP=STEP, FEATURES=features,
         num_warps=8 if features > 64 else 4, maxnreg=launch.REGISTERS,
     )  # fmt: skip
     return y
 
 
-def _keys_of(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None) -> Tensor:
-    return cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+def _keys_of(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where each sequence's keys begin and end: packed, or anywhere ([2, B])."""
+    keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    return (keys[0], keys[1]) if keys.dim() == 2 else (keys, keys[1:])
 
 
-@triton.jit(do_not_specialize=["B", "total", "total_k", "left", "right"])
+@triton.jit(do_not_specialize=["keys_begin", "keys_end", "B", "total", "total_k", "left", "right"])
 def attention_tensor_kernel(
-    q, k, v, cu_seqlens, cu_seqlens_k, y, q_token, q_head, k_token, k_head, v_token, v_head,
-    B, total, total_k, H, GROUP, left, right, scale,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    q, k, v, cu_seqlens, keys_begin, keys_end, y, q_token, q_head, k_token, k_head, v_token, v_head,
+    B, total, total_k, H, GROUP, left, right, scale, softcap,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, CAPPED: tl.constexpr, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     ROWS: tl.constexpr, SEQUENCES: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     # as above, the last b whose first tile is not behind ours
@@ -206,11 +223,11 @@ def attention_tensor_kernel(
         one = begin + tl.arange(0, SEQUENCES)
         starts = tl.load(cu_seqlens + one, mask=one < B, other=0) // ROWS + one <= tile
         b = tl.maximum(b, tl.max(tl.where(starts & (one < B), one, 0)))
-    first, rows = _span(cu_seqlens, b, total)
+    first, rows = _span(cu_seqlens + b, cu_seqlens + b + 1, total)
     row = (tile - first // ROWS - b) * ROWS
     if (row < 0) | (row >= rows):
         return
-    k_begin, length = _span(cu_seqlens_k, b, total_k)
+    k_begin, length = _span(keys_begin + b, keys_end + b, total_k)
     head = tl.program_id(1).to(tl.int64)
     i = row + tl.arange(0, ROWS)
     place = i + (length - rows)
@@ -244,18 +261,18 @@ def attention_tensor_kernel(
     if LEFT:
         for key in tl.range(begin, tl.minimum(whole, end), KEY_TILE, num_stages=EDGE):
             top, bottom, low, high = _visit(
-                key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale,
-                top, bottom, low, high, LEFT, RIGHT, D, LOW, HIGH, True,
+                key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, softcap,
+                top, bottom, low, high, LEFT, RIGHT, CAPPED, D, LOW, HIGH, True,
             )  # fmt: skip
     for key in tl.range(whole, whole_end, KEY_TILE):
         top, bottom, low, high = _visit(
-            key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, top, bottom, low, high,
-            LEFT, RIGHT, D, LOW, HIGH, False,
+            key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, softcap,
+            top, bottom, low, high, LEFT, RIGHT, CAPPED, D, LOW, HIGH, False,
         )  # fmt: skip
     for key in tl.range(tl.maximum(whole, whole_end), end, KEY_TILE, num_stages=EDGE):
         top, bottom, low, high = _visit(
-            key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, top, bottom, low, high,
-            LEFT, RIGHT, D, LOW, HIGH, True,
+            key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, softcap,
+            top, bottom, low, high, LEFT, RIGHT, CAPPED, D, LOW, HIGH, True,
         )  # fmt: skip
 
     y_row = y + ((first + i).to(tl.int64) * H + head)[:, None] * D
@@ -269,8 +286,8 @@ def attention_tensor_kernel(
 
 @triton.jit
 def _visit(
-    key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, top, bottom, low, high,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, softcap, top, bottom, low, high,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, CAPPED: tl.constexpr, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys. MASKED: some of them may be hidden from some row, or lie beyond the sequence."""
@@ -278,7 +295,7 @@ def _visit(
     s = tl.dot(q_low, tl.trans(_features(k_first, j, k_token, length, D, 0, LOW, LOW <= D, MASKED)))
     if HIGH > 0:
         s = tl.dot(q_high, tl.trans(_features(k_first, j, k_token, length, D, LOW, HIGH, LOW + HIGH <= D, MASKED)), s)
-    s = s * scale  # scores: a term that depends on `place` and j would be added here
+    s = _score(s, scale, softcap, CAPPED)  # a term that depends on `place` and j would be added here
     if MASKED:
         seen = (j < length)[None, :]
         if LEFT:
@@ -357,8 +374,9 @@ def parts(d: int, arch: int) -> tuple[int, int]:
 
 
 def attention_tensor(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, left: int, right: int, scale: float,
+    softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
     (total, heads, d), sequences = q.shape, cu_seqlens.shape[0] - 1
     y = q.new_empty(total, heads, d)
     arch = launch.architecture(q)
@@ -366,10 +384,10 @@ def attention_tensor(
     low, high = parts(d, arch)
     tiles = total // tile.rows + sequences if total else 0
     start(
-        attention_tensor_kernel, (tiles, heads), q, k, v, cu_seqlens, _keys_of(cu_seqlens, cu_seqlens_k), y,
+        attention_tensor_kernel, (tiles, heads), q, k, v, cu_seqlens, *_keys_of(cu_seqlens, cu_seqlens_k), y,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        sequences, total, k.shape[0], heads, heads // k.shape[1], left, right, scale,
-        LEFT=left >= 0, RIGHT=right >= 0, D=d, LOW=low, HIGH=high,
+        sequences, total, k.shape[0], heads, heads // k.shape[1], left, right, scale, softcap,
+        LEFT=left >= 0, RIGHT=right >= 0, CAPPED=softcap != 0.0, D=d, LOW=low, HIGH=high,
         ROWS=tile.rows, SEQUENCES=SEQUENCES, EDGE=tile.edge, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
