@@ -53,9 +53,7 @@ def linear(
     check.floating("linear", x=x, weight=weight, bias=bias, residual=residual)
     if x.dim() < 1:
         check.fail("linear", "x", "[..., K]", "a scalar")
-    if (
-        weight.dim() != 2 or weight.shape[1] != x.shape[-1]
-    ):  # a look that costs little comes first
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:  # a look that costs little comes first
         check.shape("linear", "weight", weight, "N", x.shape[-1])
     n, k = weight.shape
     if k == 0 or n == 0:
