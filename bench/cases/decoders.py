@@ -23,6 +23,7 @@ SHAPES = {
     "llama-3.2-1b": ("Llama", {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "head_dim": 64}),
     "qwen3-0.6b": ("Qwen3", {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "head_dim": 128}),
 }
+KV_HEADS = 8
 MIXED = (40, 90, 130, 60, 220, 300, 500, 110)
 PREFILL_BAR, MIXED_BAR, TOKEN_BAR, HALF_BAR = 1.0, 1.5, 1.0, 1.6  # HALF_BAR: bfloat16 beside our own float32
 SLACK = {"fp32": 1.0e-5, "bf16": 3.0e-2}  # root mean square from stock's float32, of elements of order 1
@@ -35,7 +36,7 @@ def stacks(name: str, layers: int) -> dict[tuple[str, str], Any]:
 
     kind, sizes = SHAPES[name]
     config = getattr(tf, f"{kind}Config")(
-        vocab_size=1000, num_hidden_layers=layers, num_key_value_heads=8, attn_implementation="sdpa", **sizes
+        vocab_size=1000, num_hidden_layers=layers, num_key_value_heads=KV_HEADS, attn_implementation="sdpa", **sizes
     )
     torch.manual_seed(0)
     stock = getattr(tf, f"{kind}Model")(config).eval()
@@ -61,34 +62,43 @@ def behind(model: Any, ids: Tensor) -> Callable[[int], Tensor]:
     return call
 
 
+def gate(models: dict[tuple[str, str], Any], first: int, ids: Tensor, mask: Tensor, dtype: str) -> None:
+    """first: tokens of the first row."""
+    ours, row = models[dtype, "ours"], ids[:1, ids.shape[1] - first :]
+    got = last(ours, ids, mask)
+    invariants.same(last(ours, row, None)[0], got[0], "a row alone against in the batch")
+    invariants.same(behind(ours, row)(0)[0], got[0], "a token behind a cache against the whole")
+    error = float((got.float() - last(models["fp32", "stock"], ids, mask)).square().mean().sqrt())
+    assert error <= SLACK[dtype], f"{error:.2g} from stock's float32, allowed {SLACK[dtype]}"
+
+
+def last(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
+    state: Tensor = model(input_ids=ids, attention_mask=mask).last_hidden_state[:, -1]
+    return state
+
+
 def contest(name: str, layers: int, lengths: tuple[int, ...], dtype: str, token: bool, bars: bool) -> Work:
-    models, width = stacks(name, layers), max(lengths)
-    stock, ours = (models[dtype, who] for who in ("stock", "ours"))
+    width, sizes = max(lengths), SHAPES[name][1]
     ids = torch.randint(0, 1000, (len(lengths), width), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
 
-    def whole(model: Any) -> Callable[[int], Tensor]:
-        return lambda i: model(input_ids=ids, attention_mask=mask).last_hidden_state[:, -1]
+    def way(of: str, who: str) -> Callable[[int], Tensor]:
+        model = lambda: stacks(name, layers)[of, who]  # noqa: E731  # made when its turn comes
+        cached = functools.cache(lambda: behind(model(), ids))
+        return (lambda i: cached()(i)) if token else lambda i: last(model(), ids, mask)
 
-    def gate() -> None:
-        got = whole(ours)(0)
-        row = ids[:1, width - lengths[0] :]
-        invariants.same(ours(input_ids=row).last_hidden_state[0, -1], got[0], f"{name}, a row alone against in the batch")
-        invariants.same(behind(ours, row)(0)[0], got[0], f"{name}, a token behind a cache against the whole")
-        error = float((got.float() - whole(models["fp32", "stock"])(0)).square().mean().sqrt())
-        assert error <= SLACK[dtype], f"{name}: {error:.2g} from stock's float32, allowed {SLACK[dtype]}"
-
-    way = functools.partial(behind, ids=ids) if token else whole
     bar = (TOKEN_BAR if dtype == "fp32" else None) if token else PREFILL_BAR if len(set(lengths)) == 1 else MIXED_BAR
-    rivals = [Contestant("stock, SDPA", way(stock), graph=False, bar=bar if bars else None)]
+    rivals = [Contestant("stock, SDPA", way(dtype, "stock"), graph=False, bar=bar if bars else None)]
     if dtype == "bf16":
-        rivals.append(Contestant("ours, float32", way(models["fp32", "ours"]), graph=False, bar=HALF_BAR if bars else None))
-    s = ours.config
-    wide = (2 * s.num_attention_heads + 2 * s.num_key_value_heads) * s.head_dim + 3 * s.intermediate_size
-    per_token = layers * s.hidden_size * wide
-    contestants = [Contestant("cpu portable", way(ours), gate=gate, ours=True, graph=False), *rivals]
+        rivals.append(Contestant("ours, float32", way("fp32", "ours"), graph=False, bar=HALF_BAR if bars else None))
+    ours = Contestant(
+        "cpu portable", way(dtype, "ours"), ours=True, graph=False,
+        gate=lambda: gate(stacks(name, layers), lengths[0], ids, mask, dtype),
+    )  # fmt: skip
+    wide = 2 * (sizes["num_attention_heads"] + KV_HEADS) * sizes["head_dim"] + 3 * sizes["intermediate_size"]
+    per_token = layers * sizes["hidden_size"] * wide
     fmas = per_token * (len(lengths) if token else sum(lengths))
-    return Work(contestants, fmas, per_token * DTYPES[dtype].itemsize, about={"group": "model"})
+    return Work([ours, *rivals], fmas, per_token * DTYPES[dtype].itemsize, about={"group": "model"})
 
 
 def on_a_cpu(place: Place, quick: bool) -> Iterator[tuple[str, Build]]:
