@@ -318,7 +318,7 @@ def _norm(kind: ModelType, m: Any, x: Tensor) -> Tensor:
 def _decode(decoder: Any, batch: Batch) -> Tensor:
     """[total, D] through all layers and the last norm; collects what stock's hidden_states are."""
     kind, x = type_of(decoder), batch.words
-    for i, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
+    for i, layer in zip(range(decoder.config.num_hidden_layers), decoder.layers, strict=False):
         if batch.states is not None:
             batch.states.append(x)
         at = sparse.seat(decoder, i)
@@ -375,7 +375,7 @@ def _feed_forward(m: Any, x: Tensor, residual: Tensor | None, at: sparse.Seat = 
     if (firing := sparse.firing_of(m)) is not None:
         y = sparse.feed_forward(m, x, residual, firing, at)
         return y.float() if residual is None else y
-    fused = hasattr(m, "gate_up_proj")
+    fused = "gate_up_proj" in m._modules
     act = activation_of(m.activation_fn if fused else m.act_fn)
 
     def piece(x: Tensor, r: Tensor | None) -> Tensor:
