@@ -191,8 +191,8 @@ def test_longrope_up_to_its_turning_point():
     with pytest.raises(ValueError, match=r"at most 64 tokens a sequence, for rope type 'longrope', got 65; .* use_cache=False"):
         p.continued(rests[1][None])
     assert not torch.equal(model(input_ids=wholes[1][None], use_cache=False).logits[0, :37], want[0][:37]), "the advice"
-    with pytest.raises(ValueError, match=r"prefix: ids must be at most 64 tokens, beyond which .* got 65; .* use_cache=False"):
-        rk.prefix(model, wholes[1])
+    p, (far,) = rk.prefix(model, wholes[1]), alone(model, [torch.cat([wholes[1], rests[0]])])
+    same(p.continued(rests[0][None]).logits[0], far[65:], "a prefix that is beyond it")
 
 
 def test_dynamic_up_to_its_length():
