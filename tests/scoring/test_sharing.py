@@ -80,7 +80,7 @@ def computed(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("kind", ["qwen3", "gemma", "mistral"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma", "mistral", "gemma3"])
 def test_same_bits_as_without(monkeypatch, kind, template, dtype):
     """qwen3 and mistral have windows that are shorter than what is shared."""
     own = reranker(kind, dtype, template=TEMPLATES[template])
