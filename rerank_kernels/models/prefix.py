@@ -6,7 +6,7 @@ was changed since is an error, for new queries would meet old keys.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,9 @@ class Prefix:
 
     def __repr__(self) -> str:
         return f"Prefix({len(self)} tokens of {class_of(self.model)})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("Prefix: it belongs to one model and is not copied or stored; make another with rk.prefix(model, ids)")
 
     def continued(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """The model's output for continuations [B, T], padded on any side, which do not hold the prefix themselves.

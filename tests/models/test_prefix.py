@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -153,6 +155,20 @@ def test_threads():
     want = rk.prefix(model, prefix).continued(**batch).logits
     for threads in (1, 2, 3):
         same(with_threads(threads, lambda: rk.prefix(model, prefix).continued(**batch).logits), want, f"{threads} threads")
+
+
+def test_many_threads_and_no_copy():
+    model, (prefix, rests, _) = patched("gemma3", torch.bfloat16), texts()
+    with torch.inference_mode():
+        p = rk.prefix(model, prefix)
+    batch = padded(rests, 0)
+    want = p.continued(**batch).logits
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: p.continued(**batch).logits, range(8)):
+            same(got, want, "beside other threads")
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"Prefix: it belongs to one model and is not copied or stored; make another with"):
+            copied(p)
 
 
 def test_keys_are_held_once_and_for_one_layer_at_a_time(monkeypatch):
