@@ -27,7 +27,7 @@ from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.caches import Keys, belongs, chosen, length, valid
 from rerank_kernels.models.decoder_types import MODEL_TYPES as MODEL_TYPES
 from rerank_kernels.models.decoder_types import ModelType, angles_of, inner, type_of
-from rerank_kernels.models.heads import LastTokenHead, capped
+from rerank_kernels.models.heads import LastTokenHead, asked, capped
 from rerank_kernels.models.leaves import activation_of
 from rerank_kernels.models.packing import dense, explained, lookup, ready
 from rerank_kernels.models.roles import Roles
@@ -72,9 +72,12 @@ def causal_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     ready(m, roles_of)
     with explained(m, roles_of):
         batch, given = _pack(m, _enter(m), args, kwargs, cached=True)
-        x = batch.new.unpack(_decode(inner(m), batch))
-        kept = _kept(m, x, given.get("logits_to_keep", 0))
-        logits = capped(dense(lora.held(m.lm_head), kept, out_dtype=torch.float32), word_cap(m))
+        packed = _decode(inner(m), batch)
+        kept = _kept(m, batch.new.unpack(packed), given.get("logits_to_keep", 0))
+        if not traced() and (question := asked()) is not None:
+            logits = question.answer(lora.held(m.lm_head), packed, batch.new, word_cap(m))
+        else:
+            logits = capped(dense(lora.held(m.lm_head), kept, out_dtype=torch.float32), word_cap(m))
         return _output(m, batch, CausalLMOutputWithPast, logits=logits)
 
 
@@ -316,7 +319,7 @@ def _norm(kind: ModelType, m: Any, x: Tensor) -> Tensor:
 def _decode(decoder: Any, batch: Batch) -> Tensor:
     """[total, D] through all layers and the last norm; collects what stock's hidden_states are."""
     kind, x = type_of(decoder), batch.words
-    for i, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
+    for i, layer in zip(range(decoder.config.num_hidden_layers), decoder.layers, strict=False):
         if batch.states is not None:
             batch.states.append(x)
         at = sparse.seat(decoder, i)
@@ -373,7 +376,7 @@ def _feed_forward(m: Any, x: Tensor, residual: Tensor | None, at: sparse.Seat = 
     if (firing := sparse.firing_of(m)) is not None:
         y = sparse.feed_forward(m, x, residual, firing, at)
         return y.float() if residual is None else y
-    fused = hasattr(m, "gate_up_proj")
+    fused = "gate_up_proj" in m._modules
     act = activation_of(m.activation_fn if fused else m.act_fn)
 
     def piece(x: Tensor, r: Tensor | None) -> Tensor:
