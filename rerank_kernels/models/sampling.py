@@ -32,7 +32,8 @@ class Sampling:
     """What `model.generate(..., do_sample=True, custom_generate=rk.Sampling(seeds))` draws with.
 
     seeds: an integer in [0, 2^64) for each sequence. With num_return_sequences=n each prompt has n of them, one behind another.
-    streamer: as generate's own, which transformers does not hand on to a custom_generate.
+    streamer: as generate's own, which transformers does not hand on to a custom_generate. Neither does it hand on the tokenizer
+    that stop_strings asks for: pass stopping_criteria=[StopStringCriteria(tokenizer, strings)].
 
     A text is decided by the prompt's tokens, its seed, temperature, top_k, top_p and min_p, and by nothing else of the batch. A
     text that is continued from prompt and tokens goes on as it would have. Logits may hold -inf; NaN and +inf are a ValueError

@@ -10,11 +10,11 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 import rerank_kernels as rk
 from conftest import ran
-from models import VOCABULARY, decoder, padded, rows
+from models import VOCABULARY, decoder, padded, rows, tokenizer
 from rerank_kernels.backend import registry
 from rerank_kernels.models import sampling as module
 
@@ -112,6 +112,21 @@ def test_other_processors_and_a_streamer():
     given = dict(do_sample=True, max_new_tokens=6, temperature=3.0, logits_processor=LogitsProcessorList([Only()]))
     out = model.generate(**one(s), custom_generate=rk.Sampling([3], streamer=stream), **given)[0, 9:].tolist()
     assert max(out) < 20 and heard == [s.tolist(), *([t] for t in out), "end"]
+
+
+def test_a_text_stops_at_a_string():
+    """As the docstring advises: generate's own stop_strings gets no tokenizer here."""
+    own = tokenizer("roberta")
+    model = decoder("llama", vocab_size=len(own))
+    rk.patch(model)
+    (s,) = rows((9,))
+    whole = sample(model, one(s), [5])[0]
+    end = next(t for t in own.convert_ids_to_tokens(whole) if t.isascii())
+    stop = StoppingCriteriaList([StopStringCriteria(own, [end])])
+    short = sample(model, one(s), [5], stopping_criteria=stop)[0]
+    assert short == whole[: len(short)] and len(short) < len(whole) and end in own.decode(short)
+    with pytest.raises(ValueError, match="tokenizer"):
+        sample(model, one(s), [5], stop_strings=[end], tokenizer=own)
 
 
 # ---- the draws ---------------------------------------------------------------------------------------------------------------
