@@ -37,7 +37,7 @@ def patch(
     - such a model with LoRA adapters, or PEFT's PeftModel around it;
     - a container of plain leaves: nn.Linear, nn.LayerNorm, activations;
     - sentence-transformers' CrossEncoder and SentenceTransformer;
-    - FlagEmbedding's FlagReranker and FlagModel;
+    - FlagEmbedding's FlagReranker, FlagLLMReranker, FlagModel and FlagLLMModel;
     - LangChain's HuggingFaceEmbeddings and HuggingFaceCrossEncoder, LlamaIndex's HuggingFaceEmbedding and
       SentenceTransformerRerank;
     - Haystack's TransformersSimilarityRanker and SentenceTransformersSimilarityRanker, before warm_up() or after it;
