@@ -50,14 +50,25 @@ ROWS = (
     Row("st3", "CrossEncoder", ST, (ST, "transformers")),
     Row("st6", "SentenceTransformer", ST, (ST, "transformers")),
     Row("st3", "SentenceTransformer", ST, (ST, "transformers")),
+    Row("st6", "CrossEncoder of a decoder", ST, (ST, "transformers")),
+    Row("st6", "SentenceTransformer of a decoder", ST, (ST, "transformers")),
     Row("flag", "FlagReranker", "flagembedding", ("FlagEmbedding", "transformers")),
+    Row("flag", "FlagModel", "flagembedding", ("FlagEmbedding", "transformers")),
+    Row("flag", "FlagLLMReranker", "flagembedding", ("FlagEmbedding", "transformers")),
     Row("haystack2", "TransformersSimilarityRanker", "haystack", ("haystack-ai", "transformers")),
     Row("haystack3", "SentenceTransformersSimilarityRanker", "haystack", ("haystack-ai", f"{ST}-haystack", "transformers")),
     Row("infinity", "AsyncEngineArray", "infinity", ("infinity_emb", ST, "transformers")),
     Row("infinity", "infinity-server", "infinity", ("infinity_emb", ST, "transformers")),
 )
 CASES = ("minilm float32", "minilm bfloat16", "minilm float16", "xlmr float32", "xlmr float16")
-OTHER_CASES = {"SentenceTransformer": ("embeddings float32",), "infinity-server": ("minilm float32",)}
+OTHER_CASES = {
+    "SentenceTransformer": ("embeddings float32",),
+    "FlagModel": ("embeddings float32",),
+    "SentenceTransformer of a decoder": ("qwen3-embedding query float32", "qwen3-embedding document float32"),
+    "CrossEncoder of a decoder": ("qwen3 float32", "qwen3 bfloat16"),
+    "FlagLLMReranker": ("gemma float32", "gemma bfloat16"),
+    "infinity-server": ("minilm float32",),
+}
 
 
 def kept(names: Sequence[str]) -> dict[str, Found]:

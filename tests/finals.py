@@ -105,9 +105,10 @@ def _lora(family: str, dtype: torch.dtype) -> Run:
     return run
 
 
-def _decoder(kind: str, dtype: torch.dtype) -> Run:
+def _decoder(kind: str, dtype: torch.dtype, **changes: str) -> Run:
     """Whole, cached in chunks and greedily generated; a head; the cache that forgets what a window hides."""
-    own, headed = (models.decoder(kind, cls=cls, num_labels=1) for cls in ("ForCausalLM", "ForSequenceClassification"))
+    classes = ("ForCausalLM", "ForSequenceClassification")
+    own, headed = (models.decoder(kind, cls=cls, num_labels=1, **changes) for cls in classes)
     for one in (own, headed):
         with torch.no_grad():
             for name, p in one.named_parameters():
@@ -207,6 +208,40 @@ def _flag() -> Run:
     return lambda: _tensors(reranker.compute_score(PAIRS, 7))
 
 
+def _drawn(own: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A decoder of systems.llm with weights that are the same on every machine."""
+    with torch.no_grad():
+        for name, p in own.named_parameters():
+            p.copy_(numbers(name, tuple(p.shape), torch.float32, 2.0**-3))
+            if "norm" in name and own.config.model_type != "gemma":
+                p.add_(1.0)
+    return own.to(dtype)
+
+
+def _llm(kind: str) -> Run:
+    reranker = rk.Reranker(_drawn(systems.llm(kind)), systems.llm_tokenizer(), max_length=400)
+
+    def run() -> list[Tensor]:
+        ranked = reranker.rank(QUERY, TEXTS[:4])
+        return _tensors(*reranker.score(PAIRS[:6]), *([r.index, r.logit, r.score, r.complement] for r in ranked))
+
+    return run
+
+
+def _answering() -> Run:
+    yes, no = systems.llm_tokenizer().convert_tokens_to_ids(["yes", "no"])
+    encoder = systems.CrossEncoder(_drawn(systems.llm()), None, systems.LogitScore(yes, no))
+    rk.patch(encoder)
+    return lambda: _tensors(encoder.predict(PAIRS), [one["score"] for one in encoder.rank(QUERY, TEXTS)])
+
+
+def _flag_llm() -> Run:
+    reranker = systems.BaseLLMReranker(_drawn(systems.llm("gemma")))
+    embedder = systems.BaseLLMEmbedder(_drawn(systems.llm(cls="Model"), torch.float32))
+    rk.patch(reranker), rk.patch(embedder)
+    return lambda: _tensors(reranker.compute_score(PAIRS[:6], batch_size=4), embedder.encode(TEXTS, 7))
+
+
 def _flag_model() -> Run:
     embedders = [systems.BaseEmbedder(model(head=False), pooling) for pooling in ("cls", "mean")]
     for one in embedders:
@@ -286,6 +321,11 @@ WAYS: dict[str, Callable[[], Run]] = {
         for dtype in (torch.float32, torch.bfloat16)
     },
     **{
+        f"llama decoder, {act}, {_short(dtype)}": functools.partial(_decoder, "llama", dtype, hidden_act=act)
+        for act in ("relu", "relu2")
+        for dtype in (torch.float32, torch.bfloat16)
+    },
+    **{
         f"Reranker, {family} cross-encoder, {_short(dtype)}": functools.partial(_cross_encoder, family, dtype)
         for family in FAMILIES
         for dtype in DTYPES[:2]
@@ -295,6 +335,9 @@ WAYS: dict[str, Callable[[], Run]] = {
         for pooling in POOL_MODES
         for dtype in DTYPES[:2]
     },
+    **{f"Reranker, {kind} that answers, bfloat16": functools.partial(_llm, kind) for kind in ("qwen3", "gemma")},
+    "sentence-transformers CrossEncoder, a decoder that answers": _answering,
+    "FlagEmbedding FlagLLMReranker and FlagLLMModel": _flag_llm,
     "sentence-transformers 3 CrossEncoder": lambda: _sentence_transformers(systems.CrossEncoder3, "activation_fct"),
     "sentence-transformers 6 CrossEncoder": lambda: _sentence_transformers(systems.CrossEncoder, "activation_fn"),
     "sentence-transformers SentenceTransformer": _sentence_transformer,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import types
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from models import tiny, tokenizer
+from models import decoder, tiny, tokenizer
 from rerank_kernels.models.sentence import stock_pooling
 
 
@@ -59,6 +60,23 @@ def installed() -> Iterator[None]:
 def model(num_labels: int = 1, dtype: torch.dtype = torch.float32) -> Any:
     own = tokenizer("xlm-roberta")
     return tiny("xlm-roberta", dtype, vocab_size=len(own), pad_token_id=own.pad_token_id, num_labels=num_labels)
+
+
+WORDS = ["Yes", "yes", "no"]
+
+
+@functools.cache
+def llm_tokenizer(side: str = "left") -> Any:
+    """With words that answer, one token each. sentence-transformers pads decoders left; gemma's tokenizer pads right."""
+    own = tokenizer("roberta")
+    own.add_tokens(WORDS)
+    own.bos_token, own.padding_side = "<s>", side
+    return own
+
+
+def llm(kind: str = "qwen3", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    own = llm_tokenizer()
+    return decoder(kind, dtype, vocab_size=len(own), pad_token_id=own.pad_token_id, max_position_embeddings=512, **options)
 
 
 def _padded(pairs: Any, own: Any) -> Any:
@@ -123,8 +141,26 @@ class Transformer(nn.Module):
         self.model, self.output = inner, output
 
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
-        out = self.model(**{k: v for k, v in features.items() if k in ("input_ids", "attention_mask")})
-        return {**features, self.output: out[0]}
+        given = {k: v for k, v in features.items() if k in ("input_ids", "attention_mask")}
+        if self.output == "causal_logits":
+            given["logits_to_keep"] = 1
+        return {**features, self.output: self.model(**given)[0]}
+
+
+@of("sentence_transformers.cross_encoder.modules.logit_score")
+class LogitScore(nn.Module):
+    module_input_name = "causal_logits"
+
+    def __init__(self, true_token_id: int, false_token_id: Any = None) -> None:
+        super().__init__()
+        self.true_token_id, self.false_token_id = true_token_id, false_token_id
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        logits = features[self.module_input_name][:, -1]
+        scores = logits[:, self.true_token_id]
+        if self.false_token_id is not None:
+            scores = scores - logits[:, self.false_token_id]
+        return {**features, "scores": scores.unsqueeze(1)}
 
 
 @of("sentence_transformers.cross_encoder.model")
@@ -133,10 +169,10 @@ class CrossEncoder(nn.Sequential):
 
     backend = "torch"
 
-    def __init__(self, inner: Any, activation_fn: Any = None) -> None:
-        super().__init__(Transformer(inner))
+    def __init__(self, inner: Any, activation_fn: Any = None, *more: nn.Module) -> None:
+        super().__init__(Transformer(inner, "causal_logits" if more else "scores"), *more)
         self.__dict__["activation_fn"] = activation_fn or nn.Sigmoid()  # no submodule, by a __setattr__ of its own
-        self.tokenizer, self.keep_in_fp32_modules = tokenizer("xlm-roberta"), []
+        self.tokenizer, self.keep_in_fp32_modules = llm_tokenizer() if more else tokenizer("xlm-roberta"), []
 
     @property
     def model(self) -> Any:
@@ -144,7 +180,7 @@ class CrossEncoder(nn.Sequential):
 
     @property
     def num_labels(self) -> int:
-        return int(self.model.config.num_labels)
+        return 1 if len(self) > 1 else int(self.model.config.num_labels)
 
     def predict(
         self, inputs: Any, prompt_name: Any = None, batch_size: int = 32, activation_fn: Any = None,
@@ -270,7 +306,61 @@ class BaseReranker:
 
 @of("FlagEmbedding.inference.reranker.decoder_only.base")
 class BaseLLMReranker:
-    model = None
+    """Tokens in pieces, sorted, padded to eights; the first batch twice; the logits of all words, of which one is read."""
+
+    prompt = "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "
+    prompt += "prediction of either 'Yes' or 'No'."
+
+    def __init__(self, inner: Any, own: Any = None) -> None:
+        self.model, self.tokenizer, self.pool, self.use_fp16 = inner, own or llm_tokenizer("right"), None, True
+        self.yes_loc = self._ids("Yes")[0]
+
+    def _ids(self, text: str, **options: Any) -> Any:
+        return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+
+    def compute_score(self, pairs: Any, **options: Any) -> Any:
+        pairs = [pairs] if isinstance(pairs[0], str) else pairs
+        return self.compute_score_single_gpu([(f"A: {q}", f"B: {d}") for q, d in pairs], device="cpu", **options)
+
+    @torch.no_grad()
+    def compute_score_single_gpu(
+        self, sentence_pairs: Any, batch_size: int = 128, max_length: int = 512, normalize: bool = False, device: Any = None
+    ) -> Any:
+        if device == "cpu":
+            self.use_fp16 = False
+        self.model.to(device), self.model.eval()
+        sep, prompt, bos = self._ids("\n"), self._ids(self.prompt), self.tokenizer.bos_token_id
+        rows = []
+        for query, passage in sentence_pairs:
+            first = [] if bos is None or bos == self.tokenizer.pad_token_id else [bos]
+            first = first + self._ids(query, max_length=max_length * 3 // 4, truncation=True)
+            second = sep + self._ids(passage, max_length=max_length, truncation=True)
+            rows.append((first + second)[: max_length + len(sep) + len(prompt)] + sep + prompt)
+        order = np.argsort([-len(row) for row in rows])
+
+        def batch(start: int) -> Any:
+            ids = [rows[i] for i in order[start : start + batch_size]]
+            given = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
+            features = self.tokenizer.pad(given, padding=True, pad_to_multiple_of=8, return_tensors="pt")
+            features = {name: t.to(device) for name, t in features.items()}
+            return self.model(**features, output_hidden_states=True).logits, features["attention_mask"]
+
+        while batch_size:
+            try:
+                batch(0)
+                break
+            except RuntimeError:
+                batch_size = batch_size * 3 // 4
+        scores: list[float] = []
+        for start in range(0, len(rows), batch_size):
+            logits, mask = batch(start)
+            if mask[:, -1].all():
+                last = logits[:, -1]
+            else:
+                last = torch.stack([one[n - 1] for one, n in zip(logits, mask.sum(1), strict=True)])
+            scores.extend(last[:, self.yes_loc].cpu().float().tolist())
+        scores = [scores[i] for i in np.argsort(order)]
+        return [float(1 / (1 + np.exp(-score))) for score in scores] if normalize else scores
 
 
 @of("FlagEmbedding.inference.embedder.encoder_only.base")
@@ -314,6 +404,36 @@ class BaseEmbedder:
             raise NotImplementedError(f"pooling method {self.pooling_method} not implemented")
         kept = attention_mask[..., None].float()
         return (last_hidden_state * kept).sum(1) / kept.sum(1)
+
+
+@of("FlagEmbedding.inference.embedder.decoder_only.base")
+class BaseLLMEmbedder:
+    """The last token of each text, of a decoder."""
+
+    def __init__(self, inner: Any) -> None:
+        self.model, self.tokenizer, self.pool = inner, llm_tokenizer("right"), None
+        self.normalize_embeddings, self.truncate_dim = True, None
+
+    def encode(self, sentences: Any, batch_size: int = 256, convert_to_numpy: bool = True) -> Any:
+        return self.encode_single_device(sentences, batch_size, convert_to_numpy=convert_to_numpy, device="cpu")
+
+    @torch.no_grad()
+    def encode_single_device(
+        self, sentences: Any, batch_size: int = 256, max_length: int = 512, convert_to_numpy: bool = True, device: Any = None,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        if device == "cpu":
+            self.model.float()
+        texts = [sentences] if isinstance(sentences, str) else sentences
+        done: list[Any] = []
+        for start in range(0, len(texts), batch_size):
+            features = self.tokenizer(texts[start : start + batch_size], padding=True, return_tensors="pt", **options)
+            states, mask = self.model(**features, return_dict=True).last_hidden_state, features["attention_mask"]
+            last = mask.shape[1] - 1 if mask[:, -1].all() else mask.sum(1) - 1
+            vectors = states[torch.arange(len(states)), last][..., : self.truncate_dim]
+            done.append(nn.functional.normalize(vectors, dim=-1) if self.normalize_embeddings else vectors)
+        made = torch.cat(done)[0] if isinstance(sentences, str) else torch.cat(done)
+        return made.numpy() if convert_to_numpy else made
 
 
 @of("FlagEmbedding.inference.embedder.encoder_only.m3")

@@ -32,8 +32,8 @@ def template_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--template",
         metavar="NAME",
-        help="of an LLM reranker that answers yes or no: qwen3-reranker, qwen3-reranker-evaluation or bge-reranker-v2-gemma "
-        "(default: that of the model's type)",
+        help="of an LLM reranker that answers yes or no: qwen3-reranker, qwen3-reranker-evaluation, bge-reranker-v2-gemma or "
+        "mxbai-rerank-v2 (default: that of the model's type)",
     )
     sub.add_argument("--instruction", metavar="TEXT", help="in the template's place for one (default: the template's own)")
 

@@ -27,7 +27,7 @@ from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.caches import Keys, belongs, chosen, length, valid
 from rerank_kernels.models.decoder_types import MODEL_TYPES as MODEL_TYPES
 from rerank_kernels.models.decoder_types import ModelType, angles_of, inner, type_of
-from rerank_kernels.models.heads import LastTokenHead, capped
+from rerank_kernels.models.heads import LastTokenHead, asked, capped
 from rerank_kernels.models.leaves import activation_of
 from rerank_kernels.models.packing import dense, explained, lookup, ready
 from rerank_kernels.models.roles import Roles
@@ -72,9 +72,12 @@ def causal_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     ready(m, roles_of)
     with explained(m, roles_of):
         batch, given = _pack(m, _enter(m), args, kwargs, cached=True)
-        x = batch.new.unpack(_decode(inner(m), batch))
-        kept = _kept(m, x, given.get("logits_to_keep", 0))
-        logits = capped(dense(lora.held(m.lm_head), kept, out_dtype=torch.float32), word_cap(m))
+        packed = _decode(inner(m), batch)
+        kept = _kept(m, batch.new.unpack(packed), given.get("logits_to_keep", 0))
+        if not traced() and (question := asked()) is not None:
+            logits = question.answer(lora.held(m.lm_head), packed, batch.new, word_cap(m))
+        else:
+            logits = capped(dense(lora.held(m.lm_head), kept, out_dtype=torch.float32), word_cap(m))
         return _output(m, batch, CausalLMOutputWithPast, logits=logits)
 
 
@@ -103,14 +106,14 @@ def packed_forward(
     if before is None:
         turned = _angles(decoder, op, positions, sequences, lengths)
         return _decode(decoder, Batch(_words(decoder, op, ids), turned, sequences, None, None, True))
-    keys = Shared(op, sequences, before, turning_point(m))
+    keys = Shared(op, sequences, before, turning_points(m))
     turned = _angles(decoder, op, positions + keys.starts, keys.whole, keys.reach, lengths)
     return _decode(decoder, Batch(_words(decoder, op, ids), turned, sequences, keys, None, True))
 
 
-def turning_point(m: Any) -> int:
-    """The longest sequence of a model whose angles are those of a short one."""
-    return min(map(rope.turning_point, _said(inner(m)).values()))
+def turning_points(m: Any) -> list[int]:
+    """The longest sequences of a model whose angles are those of a short one; layers may differ."""
+    return sorted(set(map(rope.turning_point, _said(inner(m)).values())))
 
 
 def max_tokens(m: Any) -> int:
@@ -187,8 +190,9 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
         packing._warn_of_pads(op, ids, m.config.pad_token_id)
     counts, crosses = None, False
     if past:
-        before, lengths, turn = counted[:, past - 1], counted[:, -1], turning_point(decoder)
-        counts, crosses = lengths - before, bool(((before > 0) & (before <= turn) & (lengths > turn)).any())
+        before, lengths = counted[:, past - 1], counted[:, -1]
+        counts, turns = lengths - before, turning_points(decoder)
+        crosses = any(bool(((before > 0) & (before <= turn) & (lengths > turn)).any()) for turn in turns if turn < past + t)
     turned = _angles(decoder, op, own, keys.whole, None if crosses else counted[:, -1], counts)
     words = _given(decoder, new.pack(embeds)) if ids is None else _words(decoder, op, new.pack(ids))
     return Batch(words, turned, new, None if cache is None else keys, states, as_dict), ours
@@ -412,7 +416,7 @@ def served() -> dict[str, Served]:
     found: dict[str, Served] = {}
     for module, a in MODEL_TYPES.items():
         found |= {
-            f"{module}.{a.model}": Served(decoder_forward, roles_of, packed_forward, max_tokens, turning_point=turning_point),
+            f"{module}.{a.model}": Served(decoder_forward, roles_of, packed_forward, max_tokens, turning_points=turning_points),
             f"{module}.{a.causal}": Served(
                 causal_forward,
                 roles_of,
@@ -420,10 +424,10 @@ def served() -> dict[str, Served]:
                 max_tokens,
                 lambda m: m.lm_head,
                 cap=word_cap,
-                turning_point=turning_point,
+                turning_points=turning_points,
             ),
             f"{module}.{a.classifier}": Served(
-                classifier_forward, roles_of, packed_forward, max_tokens, head=_head, turning_point=turning_point
+                classifier_forward, roles_of, packed_forward, max_tokens, head=_head, turning_points=turning_points
             ),
         }
     return found

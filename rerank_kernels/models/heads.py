@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +113,39 @@ def capped(logits: Tensor, cap: float | None) -> Tensor:
         return logits
     limit = logits.new_full((1,), cap)  # a tensor, for by a number a GPU multiplies with its inverse
     return activation(logits / limit, "tanh") * limit
+
+
+@dataclass
+class Asked:
+    """Two words, or one, that a caller wants of a language head in place of a logit for each word of the vocabulary."""
+
+    yes: int
+    no: int | None = None
+    answered: bool = False  # by a patched language head; stock's does not know that it was asked
+
+    def answer(self, words: nn.Linear, x: Tensor, sequences: Sequences, cap: float | None) -> Tensor:
+        """[total, D] -> float32 [B, 1, 1]: logits of one place and one word, the log-odds of AnswerHead."""
+        self.answered = True
+        return AnswerHead(words, self.yes, self.no, cap)(x, sequences).logit[:, None]
+
+
+_asked: ContextVar[Asked | None] = ContextVar("rerank_kernels_asked", default=None)
+
+
+@contextlib.contextmanager
+def asking(yes: int, no: int | None = None) -> Iterator[Asked]:
+    """Inside the block a patched *ForCausalLM gives the answer to this, and computes no other logit."""
+    question = Asked(yes, no)
+    token = _asked.set(question)
+    try:
+        yield question
+    finally:
+        _asked.reset(token)
+
+
+def asked() -> Asked | None:
+    """What is asked around this call; None: all words are wanted."""
+    return _asked.get()
 
 
 @opaque(lambda x, cu_seqlens: x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1]))

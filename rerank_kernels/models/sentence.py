@@ -1,4 +1,4 @@
-"""What stands behind the encoder of a SentenceTransformer: Pooling, Normalize and Dense, dicts of tensors in and out.
+"""What stands behind the model of sentence-transformers: Pooling, Normalize, Dense, LogitScore; dicts of tensors in and out.
 
 Pooling and Normalize give float32 whatever the body's dtype. The bits are those of Reranker.encode: the same ops in the same
 order. What is known of a module is read when it is called, for its attributes may be set after patch().
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rerank_kernels.models.bound import name_of
+from rerank_kernels.models.heads import asked
 from rerank_kernels.ops.norm import normalize
 from rerank_kernels.ops.pooling import POOL_MODES, pool
 
@@ -88,12 +89,24 @@ def dense_forward(m: Any, features: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def logit_score_forward(m: Any, features: dict[str, Any]) -> dict[str, Any]:
+    """The log-odds of a decoder's answer, float32. Called by itself it has two logits to subtract, each rounded to float32."""
+    logits = features[m.module_input_name][:, -1].float()
+    question = asked()
+    if question is None or not question.answered:
+        no = m.false_token_id
+        logits = (logits[:, m.true_token_id] - (0.0 if no is None else logits[:, no]))[:, None]
+    features["scores"] = logits
+    return features
+
+
 _POOLING = (
     "sentence_transformers.models.Pooling.Pooling",
     "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
 )
 NORMALIZES = ("sentence_transformers.models.Normalize.Normalize", "sentence_transformers.base.modules.normalize.Normalize")
 _DENSE = ("sentence_transformers.models.Dense.Dense", "sentence_transformers.base.modules.dense.Dense")
+LOGIT_SCORE = "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"  # since 5.4
 # Nothing to compute: it calls the model that it holds.
 TRANSFORMERS = (
     "sentence_transformers.models.Transformer.Transformer",
@@ -103,4 +116,5 @@ FORWARDS = {
     **dict.fromkeys(_POOLING, pooling_forward),
     **dict.fromkeys(NORMALIZES, normalize_forward),
     **dict.fromkeys(_DENSE, dense_forward),
+    LOGIT_SCORE: logit_score_forward,
 }

@@ -33,6 +33,10 @@ from rerank_kernels.scoring.files import Folder
 from rerank_kernels.scoring.tokenising import Ids
 
 Array = npt.NDArray[np.float32]
+TEMPLATE_OF_ITS_OWN = (
+    "sentence-transformers' CrossEncoder(path) with rk.patch uses it; or name the template that is the same, 'qwen3-reranker' "
+    "for Qwen3-Reranker"
+)
 PROGRESS_FROM = 256  # pairs; a shorter list is done before a bar is read
 
 
@@ -75,8 +79,8 @@ class Reranker:
     as its sentence-transformers files say (rk.pool names the modes), by the mean if there are none. Every other setting of
     these files is served too, or refused by name (docs/SYSTEMS.md).
     template: of an LLM reranker, a *ForCausalLM that answers yes or no: a name ("qwen3-reranker", "qwen3-reranker-evaluation",
-    "bge-reranker-v2-gemma") or a Template. Default: that of the model's type. Its logit is the log-odds of the answer. A
-    decoder with a classification head takes one too, if it was trained with one.
+    "bge-reranker-v2-gemma", "mxbai-rerank-v2") or a Template. Default: that of the model's type. Its logit is the log-odds of
+    the answer. A decoder with a classification head takes one too, if it was trained with one.
     instruction: in the template's place for one. Default: the template's own.
     trust_remote_code: code that lies in the folder may run, for a model or tokenizer that needs it. Read it first.
 
@@ -148,11 +152,22 @@ class Reranker:
                 check.fail(
                     "Reranker", "template", "unset with an embedding model", repr(template), "its prompts come from the folder"
                 )
+            if self.settings.answers is not None and template is None:
+                wanted = "given for this folder, whose own chat template makes its prompts"
+                check.fail("Reranker", "template", wanted, "None", TEMPLATE_OF_ITS_OWN)
             self.template = templates.chosen(template, str(self.model.config.model_type))
-        if instruction is not None and (self.template is None or not self.template.asks):
+        if instruction and (self.template is None or not self.template.asks):
             check.fail("Reranker", "instruction", "unset without a template that holds {instruction}", repr(instruction))
         self.instruction = instruction if instruction is not None else self.template.instruction if self.template else ""
+        if instruction is None and self.settings.answers is not None and self.settings.default:
+            if self.template is None or not self.template.asks:
+                wanted = "one that holds {instruction}, for this folder has a prompt of its own"
+                check.fail("Reranker", "template", wanted, f"{template!r:.60}", 'pass instruction="" to leave it out')
+            self.instruction = self.settings.default
         self._answers = self._prompts.answers() if writes else None
+        if self.settings.answers not in (None, self._answers):
+            came = f"{self.template.name!r}, of tokens {self._answers}" if self.template else "none"
+            check.fail("Reranker", "template", f"one that asks for tokens {self.settings.answers}, as this folder does", came)
 
     def score(self, pairs: Iterable[tuple[str, str]], *, progress: bool | None = None, batch_tokens: int = 16384) -> Scores:
         """The score of each (query, document), in the order given.
@@ -255,10 +270,10 @@ class Reranker:
 
     def _passes(self, ids: list[Ids], queries: list[str] | None, batch_tokens: int) -> Iterator[sharing.Pass]:
         """Of pairs with these queries a decoder computes once what several of them begin with."""
-        turn = None if queries is None else models.turning_point(self.model)
-        if queries is None or turn is None:
+        turns = None if queries is None else models.turning_points(self.model)
+        if queries is None or turns is None:
             return sharing.passes(ids, batch_tokens)
-        return sharing.shared_passes(ids, queries, batch_tokens, turn)
+        return sharing.shared_passes(ids, queries, batch_tokens, turns)
 
     def _tokenised(self, first: list[str], second: list[str] | None) -> tuple[list[Ids], list[Ids] | None]:
         if self.template is None or second is None:
@@ -271,7 +286,8 @@ class Reranker:
     @property
     def _prompts(self) -> templates.Prompts:
         assert self.template is not None
-        return templates.Prompts(self.template, self.tokenizer, self.max_length, self.instruction)
+        limit = models.max_tokens(self.model)
+        return templates.Prompts(self.template, self.tokenizer, self.max_length, self.instruction, limit)
 
     def _bounded(self, first: list[str], second: list[str] | None) -> tuple[list[str], list[str] | None]:
         """The texts, and of very long ones what the tokenizer has to see; what that is depends on the pair alone."""

@@ -3,6 +3,7 @@
     modules.json                         which modules, in which folders, in this order
     sentence_bert_config.json            of the transformer: its longest text, lower case, options of its loaders
     1_Pooling/config.json                how tokens become one vector
+    1_LogitScore/config.json             which tokens of a decoder answer
     config_sentence_transformers.json    prompts, similarity, the activation of a cross-encoder
     config.json: sentence_transformers   the activation of a cross-encoder, of older versions
 
@@ -32,6 +33,14 @@ BERT = [
 LOADERS = ("model_args", "model_kwargs", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs")
 TASKS = {"sequence-classification": KINDS[0], "feature-extraction": KINDS[1]}
 OUTPUTS = {KINDS[0]: "scores", KINDS[1]: "token_embeddings"}
+ANSWERS = ["Transformer", "LogitScore"]
+# of the transformer before LogitScore; None: it says how the chat template makes a prompt, in whose place a template of ours is
+OF_ANSWERS = {
+    "transformer_task": "text-generation",
+    "module_output_name": "causal_logits",
+    "modality_config": None,
+    "processing_kwargs": None,
+}
 LEGACY = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 
 
@@ -50,6 +59,7 @@ class Settings:
     activation: str = "sigmoid"
     prompts: dict[str, str] = field(default_factory=lambda: dict(PROMPTS))
     default: str = ""  # the prompt that encode() puts before a text
+    answers: tuple[int, int | None] | None = None  # tokens of a decoder that answers; then its chat template makes its prompts
 
 
 def read(folder: Folder, kind: str | None = None) -> Settings:
@@ -61,7 +71,8 @@ def read(folder: Folder, kind: str | None = None) -> Settings:
     said = root.get("model_type") if modules else None
     if said is not None and said not in tuple(MODEL_TYPES):
         check.fail("Reranker", f"{ROOT}'s model_type", " or ".join(MODEL_TYPES), f"{said!r:.60}")
-    stored = MODEL_TYPES[said] if said else KINDS[1] if modules[1:] else kind_of(config.get("architectures"))
+    pools = [name for name, _, _ in modules[1:]] not in ([], ANSWERS[1:])
+    stored = MODEL_TYPES[said] if said else KINDS[1] if pools else kind_of(config.get("architectures"))
     found = Settings(kind or stored, transformer)
     if kind not in (None, stored):  # as in sentence-transformers, what is loaded as another kind keeps no settings of the first
         modules, root = [], {}
@@ -69,6 +80,8 @@ def read(folder: Folder, kind: str | None = None) -> Settings:
     if writes(config.get("architectures")) and config.get("is_causal", True):
         found.pooling = "lasttoken"  # sentence-transformers' choice too, where no modules.json says another
     if modules:
+        if [name for name, _, _ in modules] == ANSWERS:
+            found.answers = _answers(modules.pop()[1])
         _of_transformer(found, transformer)
         _of_modules(found, modules[1:])
         _of_root(found, root)
@@ -113,7 +126,7 @@ def _modules(folder: Folder) -> list[tuple[str, Folder, dict[str, Any]]]:
             (name, folder.folder("" if missing else entry.get("path", ""), f"{what}'s path"), {} if missing else entry)
         )
     given = [name for name, _, _ in found]
-    if given not in (["Transformer"], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+    if given not in (["Transformer"], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"], ANSWERS):
         came = ", ".join(given) or "none"
         check.fail("Reranker", "modules.json", "Transformer, Pooling and perhaps Normalize", f"{came:.120}")
     return found
@@ -137,6 +150,9 @@ def _of_transformer(found: Settings, folder: Folder) -> None:
             if not isinstance(value, bool):
                 refuse(key, "true or false")
             found.lower = value
+        elif found.answers is not None and key in OF_ANSWERS:
+            if (wanted := OF_ANSWERS[key]) not in (None, value):
+                refuse(key, str(wanted))
         elif key == "transformer_task":
             if TASKS.get(value if isinstance(value, str) else "") != found.kind:
                 refuse(key, next(task for task, kind in TASKS.items() if kind == found.kind))
@@ -172,6 +188,19 @@ def _of_modules(found: Settings, modules: list[tuple[str, Folder, dict[str, Any]
             for key in ("module_input_name", "module_output_name"):
                 if (value := config.get(key)) not in (None, "sentence_embedding"):
                     check.fail("Reranker", f"{folder.path.name}'s {key}", "sentence_embedding", f"{value!r:.60}")
+
+
+def _answers(folder: Folder) -> tuple[int, int | None]:
+    config, name = folder.json("config.json"), f"{folder.path.name}'s"
+    yes, no = config.pop("true_token_id", None), config.pop("false_token_id", None)
+    for key, value in (("true_token_id", yes), ("false_token_id", 0 if no is None else no)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            check.fail("Reranker", f"{name} {key}", "a token id", f"{value!r:.60}")
+    if (value := config.pop("module_input_name", "causal_logits")) != "causal_logits":
+        check.fail("Reranker", f"{name} module_input_name", "causal_logits", f"{value!r:.60}")
+    if config:
+        check.fail("Reranker", f"{name} config.json", "of keys that are known", f"{next(iter(config))!r:.60}")
+    return yes, no
 
 
 def _pooling(folder: Folder) -> str:
@@ -234,7 +263,7 @@ def _requirements(wanted: Any) -> None:
 
 def _of_classifier(found: Settings, root: dict[str, Any], config: dict[str, Any]) -> None:
     """A cross-encoder's activation decides which of our numbers predict() gives: score for sigmoid, logit for identity."""
-    if found.default:
+    if found.default and found.answers is None:
         check.fail("Reranker", f"{ROOT}'s default_prompt_name", "unset for a cross-encoder", f"{found.default!r:.60}")
     if root.get("keep_in_fp32_modules"):
         came = f"{root['keep_in_fp32_modules']!r:.60}"

@@ -18,11 +18,13 @@ from rerank_kernels import check
 class Template:
     """A prompt in pieces, which may hold {instruction}, {query} and {document}; the last two once each.
 
-    pieces: tokenised one by one without special tokens and put together. BOS alone stands for the tokenizer's bos token.
+    pieces: tokenised one by one without special tokens and put together. BOS alone stands for the tokenizer's bos token, if it
+    has one that is not its pad token.
     yes, no: words that are one token each. logit = (the language head's row of yes - that of no) · the last hidden state: the
     log-odds of the answer. Without `no` it is the row of yes alone.
     instruction: what {instruction} is if the user says nothing.
-    beyond: so many pieces at the end do not count for max_length.
+    ahead, beyond: so many pieces at the beginning and at the end do not count for max_length.
+    instructed: stands before the query in its piece where there is an instruction, for a model that may have none.
     """
 
     name: str
@@ -31,6 +33,8 @@ class Template:
     no: str | None = "no"
     instruction: str = ""
     beyond: int = 0
+    ahead: int = 0
+    instructed: str = ""
 
     def __post_init__(self) -> None:
         for name in ("query", "document"):
@@ -43,7 +47,7 @@ class Template:
     @property
     def asks(self) -> bool:
         """Whether it has a place for an instruction."""
-        return any("{instruction}" in piece for piece in self.pieces)
+        return any("{instruction}" in piece for piece in (*self.pieces, self.instructed))
 
     @property
     def cut(self) -> int:
@@ -63,6 +67,17 @@ _YES_NO = (
     "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a prediction "
     "of either 'Yes' or 'No'."
 )
+_MXBAI = (
+    "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+    "query: {query}",
+    "\n",
+    "document: {document}",
+    "\n",
+    "You are a search relevance expert who evaluates how well documents match search queries. For each query-document pair, "
+    "carefully analyze the semantic relationship between them, then provide your binary relevance judgment (0 for not "
+    "relevant, 1 for relevant).\nRelevance:",
+    "<|im_end|>\n<|im_start|>assistant\n",
+)
 TEMPLATES = {
     t.name: t
     for t in (
@@ -79,9 +94,10 @@ TEMPLATES = {
             no=None,
             beyond=2,
         ),
+        Template("mxbai-rerank-v2", _MXBAI, yes="1", no="0", ahead=1, beyond=3, instructed="instruction: {instruction}\n"),
     )
 }
-OF_MODEL_TYPE = {"qwen3": "qwen3-reranker", "gemma": "bge-reranker-v2-gemma"}
+OF_MODEL_TYPE = {"qwen2": "mxbai-rerank-v2", "qwen3": "qwen3-reranker", "gemma": "bge-reranker-v2-gemma"}
 
 
 def chosen(given: str | Template | None, model_type: str) -> Template:
@@ -99,25 +115,26 @@ def chosen(given: str | Template | None, model_type: str) -> Template:
 
 @dataclass(frozen=True)
 class Prompts:
-    """A template for one tokenizer: ids of pairs, and the ids that answer."""
+    """A template for one tokenizer: ids of pairs, and the ids that answer. limit: the most tokens that the model takes."""
 
     template: Template
     tokenizer: Any
     max_length: int
     instruction: str
+    limit: int = 1 << 31
 
     def ids(self, query: str, document: str) -> list[int]:
-        """One prompt; the end of the document is cut where all of it is longer than max_length."""
+        """One prompt; the end of the document is cut where what counts is longer than max_length, or all of it than limit."""
         t = self.template
         parts = [self._piece(piece, query, document) for piece in t.pieces]
-        counted = len(parts) - t.beyond
-        room = self.max_length - sum(len(part) for i, part in enumerate(parts[:counted]) if i != t.cut)
-        before = self._piece(t.pieces[t.cut], query, "")
+        sizes = [0 if i == t.cut else len(part) for i, part in enumerate(parts)]
+        counted = sum(sizes[t.ahead : len(sizes) - t.beyond])
+        most = min(self.max_length, self.limit - sum(sizes) + counted)
+        room, before = most - counted, self._piece(t.pieces[t.cut], query, "")
         if room < len(before) + 1:
-            taken = self.max_length - room + len(before)
             raise ValueError(
-                f"score: the query {query[:40]!r} and the template {t.name!r} take {taken} tokens, and max_length is "
-                f"{self.max_length}, so nothing of the document would be left; raise max_length or shorten the query"
+                f"score: the query {query[:40]!r} and the template {t.name!r} take {counted + len(before)} tokens, and "
+                f"max_length is {most}, so nothing of the document would be left; raise max_length or shorten the query"
             )
         parts[t.cut] = parts[t.cut][:room]
         return [token for part in parts for token in part]
@@ -128,11 +145,10 @@ class Prompts:
 
     def _piece(self, piece: str, query: str, document: str) -> list[int]:
         if piece == BOS:
-            if self.tokenizer.bos_token_id is None:
-                raise ValueError(
-                    f"Reranker: template {self.template.name!r} begins with the bos token, and the tokenizer has none"
-                )
-            return [self.tokenizer.bos_token_id]
+            bos = self.tokenizer.bos_token_id
+            return [] if bos is None or bos == self.tokenizer.pad_token_id else [bos]
+        if "{query}" in piece and self.instruction:
+            piece = self.template.instructed + piece
         fields: Mapping[str, str] = {"query": query, "document": document, "instruction": self.instruction}
         text = re.sub(r"\{(query|document|instruction)\}", lambda m: fields[m[1]], piece)
         found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -23,6 +23,7 @@ import lora
 import rerank_kernels as rk
 import systems
 from models import CORPUS, tiny, tokenizer
+from rerank_kernels.models import registry as served
 from rerank_kernels.models.bound import Forward, Method
 from rerank_kernels.patching import walk
 from rerank_kernels.patching.systems import table
@@ -602,10 +603,48 @@ def tiny_encoder():
     return tiny("xlm-roberta", head=False, vocab_size=len(own), pad_token_id=own.pad_token_id)
 
 
-def test_decoders_wait():
+def flag_llm_embeds_as_the_reranker(dtype=torch.float32):
+    inner, own = systems.llm(cls="Model"), systems.llm_tokenizer("right")
+    for p in inner.parameters():  # as from_pretrained loads them; .to() would round the angles too
+        p.data = p.data.to(dtype)
+    want = rk.Reranker(copy.deepcopy(inner).float(), own, kind="embedding", max_length=400)
+    want.pooling = "lasttoken"
+    embedder = systems.BaseLLMEmbedder(inner)
+    stock = embedder.encode(TEXTS)
+    rk.patch(embedder)
+    for size in (1, 7, 32):
+        same(embedder.encode(TEXTS, size), want.encode(TEXTS), f"batches of {size}")
+    same(embedder.encode(TEXTS, convert_to_numpy=False), want.encode(TEXTS), "as a tensor")
+    same(embedder.encode(TEXTS[0]), want.encode(TEXTS)[0], "a text alone")
+    return embedder, stock
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_flag_llm_model(dtype):
+    embedder, stock = flag_llm_embeds_as_the_reranker(dtype)
+    rk.unpatch(embedder)
+    assert clean(embedder, embedder.model)
+    same(embedder.encode(TEXTS), stock)
+    one, many = (embedder.encode(TEXTS, size) for size in (1, 32))
+    assert (bits(one) != bits(many)).any()
+
+
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("LayerWiseLLMReranker", "heads of its own by layer, and is not served; FlagLLMReranker with bge-reranker-v2-gemma is"),
+        (
+            "LightweightLLMReranker",
+            "heads of its own by layer, and is not served; FlagLLMReranker with bge-reranker-v2-gemma is",
+        ),
+        ("ICLLLMEmbedder", "it puts examples before its texts, and is not served; FlagLLMModel is"),
+    ],
+)
+def test_what_of_flagembedding_is_refused(name, why):
+    obj = type(name, (), {"__module__": "FlagEmbedding.inference"})()
     for strict in (True, False):
-        with pytest.raises(rk.PatchError, match=r"BaseLLMReranker cannot be served.*\n.*decoders are not served yet"):
-            rk.patch(systems.BaseLLMReranker(), strict=strict)
+        with pytest.raises(rk.PatchError, match=rf"FlagEmbedding {name} cannot be served.*\n.*{why}"):
+            rk.patch(obj, strict=strict)
 
 
 # ---- Haystack ---------------------------------------------------------------------------------------------------------------
@@ -897,6 +936,157 @@ def test_tf32_is_warned_of_where_it_reaches_a_product(tf32):
     assert not any("tf32" in note for note in rk.patch(systems.CrossEncoder(systems.model()), backend="pytorch").notes)
 
 
+# ---- decoders that answer ---------------------------------------------------------------------------------------------------
+
+
+def answers_as_one_dot(dtype=torch.bfloat16, false=True):
+    """CrossEncoder around a language head: the log-odds that the packed entry gives for the same tokens."""
+    own, inner = systems.llm_tokenizer(), systems.llm(dtype=dtype)
+    yes, no = own.convert_tokens_to_ids(["yes", "no"])
+    encoder = systems.CrossEncoder(inner, None, systems.LogitScore(yes, no if false else None))
+    ids = [torch.tensor(own(*pair)["input_ids"]) for pair in PAIRS]
+    twin = copy.deepcopy(inner)
+    rk.patch(twin)
+    cu = torch.tensor([0, *np.cumsum([len(i) for i in ids])], dtype=torch.int32)
+    want = served.packed_answers(twin, torch.cat(ids), cu, yes, no if false else None)
+    report = rk.patch(encoder)
+    for size in (1, 7, 32):
+        same(encoder.predict(PAIRS, batch_size=size, activation_fn=nn.Identity()), want.logit[:, 0], f"batches of {size}")
+        same(encoder.predict(PAIRS, batch_size=size), want.score[:, 0], f"scores, batches of {size}")
+    features = dict(systems._padded(PAIRS[:3], own))
+    same(encoder(features)["scores"], want.logit[:3], "called by itself")
+    ranked = encoder.rank(QUERY, TEXTS)
+    assert [one["corpus_id"] for one in ranked] == sorted(range(len(TEXTS)), key=lambda i: (-want.logit[i, 0].item(), i))
+    assert all(report.calls().values())
+    return encoder, want
+
+
+@pytest.mark.parametrize("false", [True, False], ids=["yes beside no", "yes alone"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cross_encoder_around_a_language_head(dtype, false):
+    encoder, want = answers_as_one_dot(dtype, false)
+    features = encoder[0](dict(systems._padded(PAIRS, encoder.tokenizer)))
+    assert features["causal_logits"].shape[-1] > 1, "nobody asked"
+    np.testing.assert_allclose(encoder[1](features)["scores"].numpy(), want.logit.numpy(), rtol=0, atol=1e-5)
+    for carry in (copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))):
+        with systems.installed():
+            twin = carry(encoder)
+        same(twin.predict(PAIRS), want.score[:, 0], "a copy")
+    rk.unpatch(encoder)
+    assert clean(encoder, *encoder)
+    one, many = (encoder.predict(PAIRS, batch_size=size, activation_fn=nn.Identity()) for size in (1, 32))
+    assert (bits(one) != bits(many)).any(), "stock must move, or the above shows nothing"
+    assert dtype == torch.float32 or np.abs(one - want.logit[:, 0].numpy()).max() > 1e-3, "stock's two rounded logits"
+
+
+def test_cross_encoder_around_a_language_head_is_refused():
+    def held(*scores):
+        return systems.CrossEncoder(systems.llm(), None, *scores)
+
+    words = systems.llm().config.vocab_size
+    with pytest.raises(
+        rk.PatchError, match=rf"\[1\] LogitScore asks for token {words}, and the model has tokens 0 to {words - 1}"
+    ):
+        rk.patch(held(systems.LogitScore(1, words)))
+    with pytest.raises(rk.PatchError, match="it has several LogitScore modules, and one is served; leave one"):
+        rk.patch(held(systems.LogitScore(1), systems.LogitScore(2)))
+    rk.patch(held(systems.LogitScore(1, words - 1)))
+    encoder = held(systems.LogitScore(1))
+    rk.patch(encoder)
+    encoder[0].model = systems.llm()
+    with pytest.raises(rk.PatchError, match=r"its model is not the one that rk\.patch\(\) saw"):
+        encoder(dict(systems._padded(PAIRS[:1], encoder.tokenizer)))
+
+
+FEW = PAIRS[5:15]
+
+
+def flag_answers_as_the_reranker(dtype=torch.bfloat16, side="right", pad=True):
+    own, inner = copy.deepcopy(systems.llm_tokenizer(side)), systems.llm("gemma", dtype)
+    own.model_max_length = 400
+    want = rk.Reranker(copy.deepcopy(inner), own).score(FEW)
+    if not pad:
+        own.pad_token = None
+    flag = systems.BaseLLMReranker(inner, own)
+    report = rk.patch(flag)
+    for size in (1, 7, 128):
+        same(flag.compute_score(FEW, batch_size=size), want.logit, f"batches of {size}")
+    np.testing.assert_allclose(flag.compute_score(FEW, normalize=True), want.score, rtol=0, atol=1e-6)
+    same(flag.compute_score(FEW[0]), want.logit[:1], "a pair alone")
+    assert all(report.calls().values()) and flag.use_fp16 is False, "what it writes of itself is written"
+    return flag, want
+
+
+@pytest.mark.parametrize("side, pad", [("right", True), ("left", True), ("right", False), ("left", False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_flag_llm_reranker_gives_the_bits_of_the_reranker(dtype, side, pad):
+    flag, want = flag_answers_as_the_reranker(dtype, side, pad)
+    for carry in (copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))):
+        with systems.installed():
+            same(carry(flag).compute_score(FEW), want.logit, "a copy")
+    rk.unpatch(flag)
+    assert clean(flag, flag.model)
+    if pad:
+        stock = flag.compute_score(FEW)
+        same(stock, systems.BaseLLMReranker(systems.llm("gemma", dtype), flag.tokenizer).compute_score(FEW), "stock again")
+        assert dtype == torch.float32 or np.abs(stock - want.logit).max() > 1e-3, "stock's rounded logit"
+
+
+def test_stock_flag_llm_reranker_does_not():
+    flag = systems.BaseLLMReranker(systems.llm())
+    pairs = [*PAIRS, [QUERY, " ".join(CORPUS)[:400]]]
+    one, many = (flag.compute_score(pairs, batch_size=size) for size in (1, 41))
+    assert (bits(one) != bits(many)).any()
+    flag.tokenizer = copy.deepcopy(flag.tokenizer)
+    flag.tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="does not have a padding token"):
+        flag.compute_score(PAIRS)
+
+
+def test_flag_llm_reranker_says_what_is_wrong():
+    """It takes a RuntimeError for a lack of memory and asks for less, until nothing is left."""
+    flag = systems.BaseLLMReranker(systems.llm("gemma"))
+    rk.patch(flag)
+    handle = flag.model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(rk.PatchError, match=r"layers\.0\.mlp\.gate_proj \(Linear\) has forward hooks"):
+        flag.compute_score(FEW)
+    handle.remove()
+    assert len(flag.compute_score(FEW)) == len(FEW), "the advice helps"
+    flag.model = systems.llm("gemma")
+    with pytest.raises(rk.PatchError, match=r"its model is not the one that rk\.patch\(\) saw"):
+        flag.compute_score(FEW)
+    rk.unpatch(flag)
+    flag.yes_loc = 10_000
+    with pytest.raises(rk.PatchError, match=r"it asks for token 10000, and the model has tokens 0 to"):
+        rk.patch(flag)
+
+
+def test_flag_llm_reranker_where_memory_is_short():
+    flag, sizes, widths = systems.BaseLLMReranker(systems.llm("gemma")), [], set()
+    rk.patch(flag)
+    want = flag.compute_score(FEW)
+
+    def full(model, args, given):
+        sizes.append(len(given["input_ids"]))
+        if sizes[-1] > 5:
+            raise RuntimeError("no memory left")
+
+    flag.model.register_forward_pre_hook(full, with_kwargs=True)
+    flag.model.register_forward_hook(lambda model, args, out: widths.add(out.logits.shape[1:]))
+    same(flag.compute_score(FEW, batch_size=8), want)
+    assert widths == {(1, 1)}, "one word at one place"
+    assert sizes == [8, 6, 4, 4, 2], "a batch is made smaller until it fits, and the first is computed once"
+
+
+def test_undone_on_the_way():
+    """unpatch() while a call runs: it ends as stock."""
+    flag = systems.BaseLLMReranker(systems.llm("gemma"))
+    want = flag.compute_score(FEW)
+    rk.patch(flag)
+    flag.model.register_forward_pre_hook(lambda *_: rk.unpatch(flag))
+    same(flag.compute_score(FEW), want)
+
+
 # ---- the tests are tested ---------------------------------------------------------------------------------------------------
 
 
@@ -931,6 +1121,12 @@ def forgetful(method, *args, **kwargs):
     return HONEST["sentence_transformers.predict"](method, *args, **kwargs)
 
 
+def rounded(method, *args, **kwargs):
+    """The logit in the model's dtype."""
+    scores = HONEST["flag_llm.compute_score_single_gpu"](method, *args, **kwargs)
+    return torch.tensor(scores).to(method.holder.model.dtype).float().tolist()
+
+
 MUTANTS = [
     ("sentence_transformers.predict", stock, lambda: many_scores("3")),
     ("sentence_transformers.predict", stock, lambda: many_scores("6")),
@@ -939,9 +1135,12 @@ MUTANTS = [
     ("sentence_transformers.rank", stock, lambda: ranked_by_logit("3", saturated(systems.model()))),
     ("sentence_transformers.rank", stock, lambda: ranked_by_logit("6", saturated(systems.model()))),
     ("sentence_transformers.rank", by_score, lambda: ranked_by_logit("6", systems.model())),
+    ("sentence_transformers.forward", stock, lambda: answers_as_one_dot()),
     ("sentence_transformers.encode", stock, lambda: embeds_as_the_reranker()),
     ("flagembedding.pooling", stock, flag_embeds_as_the_reranker),
     ("flagembedding.encode_single_device", stock, flag_embeds_as_the_reranker),
+    ("flagembedding.encode_single_device", stock, flag_llm_embeds_as_the_reranker),
+    ("flag_llm.compute_score_single_gpu", rounded, lambda: flag_answers_as_the_reranker()),
     ("haystack.run", stock, lambda: haystack_ranks_by_logit("model", saturated(systems.model()))),
     ("haystack.run", unstable, lambda: haystack_ranks_by_logit("model", saturated(systems.model()))),
     ("haystack.warm_up", stock, lambda: haystack_ranks_by_logit("model", systems.model())),
@@ -979,7 +1178,6 @@ def test_every_system_has_its_row():
     """The table finds each class of systems.py and lora.py; one of another package with the same name is none of them."""
     found = {(cls.__module__.partition(".")[0], cls.__qualname__) for cls in systems.FAKES}
     assert lora.PeftModel in systems.FAKES and found & set(table.SYSTEMS) == set(table.SYSTEMS) - {
-        ("FlagEmbedding", "BaseLLMEmbedder"),
         ("FlagEmbedding", "ICLLLMEmbedder"),
         ("FlagEmbedding", "LayerWiseLLMReranker"),
         ("FlagEmbedding", "LightweightLLMReranker"),

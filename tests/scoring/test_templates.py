@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from rerank_kernels.scoring import templates
 from rerank_kernels.scoring.templates import TEMPLATES, Prompts, Template
 
 QUERY, TEXTS = CORPUS[0], list(CORPUS[1:])
-WORDS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "yes", "no", "Yes"]
+WORDS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "yes", "no", "Yes", "1", "0"]
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +75,55 @@ def gemma_ids(query, passage, max_length):
     return first + second[: max_length - len(first)] + sep + prompt
 
 
+def mxbai_ids(query, document, max_length, positions, instruction=None):
+    """As mxbai-rerank makes them for its version 2, where the query is not cut: max_length counts query and document alone."""
+    own = tokenizer()
+
+    def ids(text, most=None):
+        return own(text, add_special_tokens=False, max_length=most, truncation=most is not None)["input_ids"]
+
+    template = TEMPLATES["mxbai-rerank-v2"].pieces
+    prefix, task, suffix, sep = ids(template[0]), ids(template[5]), ids(template[6]), ids("\n")
+    fixed = len(prefix) + len(task) + len(suffix) + len(sep)
+    max_length = min(max_length, positions - fixed)
+    told = f"instruction: {instruction}\n" if instruction else ""
+    first = ids(f"{told}query: {query}", max_length * 3 // 4)
+    second = sep + ids(f"document: {document}", min(positions - len(first) - fixed, max_length))
+    return prefix + first + second[: max_length - len(first)] + sep + task + suffix
+
+
+@pytest.mark.parametrize("max_length, positions", [(400, 4096), (120, 4096), (400, 460)])
+def test_ids_of_mxbai(max_length, positions):
+    own, long, template = tokenizer(), " ".join(CORPUS * 4), TEMPLATES["mxbai-rerank-v2"]
+    for instruction in ("", "Find cities."):
+        prompts = Prompts(template, own, max_length, instruction, positions)
+        for text in (*TEXTS, long):
+            assert prompts.ids(QUERY, text) == mxbai_ids(QUERY, text, max_length, positions, instruction)
+        assert (len(prompts.ids(QUERY, long)) == positions) == (positions == 460)
+    all_counted = dataclasses.replace(template, ahead=0, beyond=0)
+    assert Prompts(all_counted, own, 400, "", 4096).ids(QUERY, long) != mxbai_ids(QUERY, long, 400, 4096), "a mutant"
+    assert "1 for relevant).\nRelevance:<|im_end|>" in own.decode(prompts.ids("a", "b")).replace("> ", ">").replace(" <", "<")
+
+
+def test_a_prompt_is_never_longer_than_the_model():
+    """What does not count for max_length counts for the model."""
+    for kind in ("gemma", "qwen2"):
+        reranker = rk.Reranker(model(kind), tokenizer(), max_length=500)
+        assert len(reranker._prompts.ids(QUERY, " ".join(CORPUS * 4))) <= 512
+        assert np.isfinite(reranker.score([(QUERY, " ".join(CORPUS * 4))]).logit).all()
+
+
+def test_a_bos_that_is_none():
+    """As FlagEmbedding does it: no bos token, or one that pads, is left out."""
+    own = copy.deepcopy(tokenizer())
+    own.bos_token = "<s>"
+    with_bos = Prompts(TEMPLATES["bge-reranker-v2-gemma"], own, 400, "").ids(QUERY, TEXTS[0])
+    own.bos_token = own.pad_token
+    assert Prompts(TEMPLATES["bge-reranker-v2-gemma"], own, 400, "").ids(QUERY, TEXTS[0]) == with_bos[1:]
+    own.bos_token = None
+    assert Prompts(TEMPLATES["bge-reranker-v2-gemma"], own, 400, "").ids(QUERY, TEXTS[0]) == with_bos[1:]
+
+
 @pytest.mark.parametrize("max_length", [400, 240])
 def test_ids_are_those_of_the_authors(max_length):
     own, long = tokenizer(), " ".join(CORPUS * 2)
@@ -102,19 +153,23 @@ def test_a_text_is_no_template():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["qwen3", "gemma"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gemma"])
 def test_log_odds_of_the_answer(kind, dtype):
     own, stock = tokenizer(), model(kind, dtype)
     truth = copy.deepcopy(stock).double()
     reranker = rk.Reranker(stock, own, max_length=300)
     assert reranker.kind == "cross-encoder" and reranker.template.name == templates.OF_MODEL_TYPE[kind]
     found = reranker.score([(QUERY, t) for t in TEXTS])
-    yes, no = own.convert_tokens_to_ids("Yes" if kind == "gemma" else "yes"), own.convert_tokens_to_ids("no")
+    yes, no = (own.convert_tokens_to_ids(w) for w in {"qwen2": "10", "qwen3": ("yes", "no"), "gemma": ("Yes", "no")}[kind])
+    made = {
+        "qwen2": lambda text: mxbai_ids(QUERY, text, 300, 512),
+        "qwen3": lambda text: qwen3_ids([(QUERY, text)], 300)[0],
+        "gemma": lambda text: gemma_ids(QUERY, text, 300),
+    }[kind]
     for text, logit, score, complement in zip(TEXTS, *found, strict=True):
-        ids = qwen3_ids([(QUERY, text)], 300)[0] if kind == "qwen3" else gemma_ids(QUERY, text, 300)
         with torch.no_grad():
-            last = truth(input_ids=torch.tensor([ids])).logits[0, -1]
-        want = last[yes] - (last[no] if kind == "qwen3" else 0.0)
+            last = truth(input_ids=torch.tensor([made(text)])).logits[0, -1]
+        want = last[yes] - (0.0 if kind == "gemma" else last[no])
         assert abs(logit - want) < (1e-4 if dtype == torch.float32 else 0.3)
         assert score == pytest.approx(
             1.0 / (1.0 + np.exp(-np.float64(logit))), abs=1e-6
@@ -161,6 +216,75 @@ def test_a_folder(tmp_path):
     assert stored.model.lm_head.weight.dtype == torch.bfloat16
     pairs = [(QUERY, t) for t in TEXTS]
     assert (stored.score(pairs).logit.view(np.int32) == loaded.score(pairs).logit.view(np.int32)).all()
+
+
+def answering_folder(folder, prompt=None, **score):
+    """As sentence-transformers 5.4 and later save a CrossEncoder around a language head."""
+    model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    yes, no = tokenizer().convert_tokens_to_ids(["yes", "no"])
+    package, logits = "sentence_transformers", {"method": "forward", "method_output_name": "logits"}
+    (folder / "1_LogitScore").mkdir(exist_ok=True)
+    for name, content in {
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": f"{package}.base.modules.transformer.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_LogitScore", "type": f"{package}.cross_encoder.modules.logit_score.LogitScore"},
+        ],
+        "sentence_bert_config.json": {
+            "transformer_task": "text-generation",
+            "modality_config": {"text": logits, "message": logits | {"format": "flat"}},
+            "module_output_name": "causal_logits",
+            "processing_kwargs": {"chat_template": {"add_generation_prompt": True}},
+        },
+        "config_sentence_transformers.json": {
+            "model_type": "CrossEncoder",
+            "prompts": {"own": prompt} if prompt else {},
+            "default_prompt_name": "own" if prompt else None,
+        },
+        "1_LogitScore/config.json": {"true_token_id": yes, "false_token_id": no, "module_input_name": "causal_logits"} | score,
+    }.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def test_a_folder_of_sentence_transformers_that_answers(tmp_path):
+    folder, loaded = answering_folder(tmp_path), rk.Reranker(model(), tokenizer(), max_length=300)
+    with pytest.raises(ValueError, match=r"template must be given for this folder, whose own chat .*name the template"):
+        rk.Reranker(folder)
+    named = rk.Reranker(folder, template="qwen3-reranker", max_length=300)
+    pairs = [(QUERY, t) for t in TEXTS[:3]]
+    assert (named.score(pairs).logit == loaded.score(pairs).logit).all()
+    with pytest.raises(
+        ValueError, match=r"template must be one that asks for tokens \(\d+, \d+\), as this folder does, got 'bge"
+    ):
+        rk.Reranker(folder, template="bge-reranker-v2-gemma")
+
+
+def test_the_prompt_of_a_folder_is_its_instruction(tmp_path):
+    folder = answering_folder(tmp_path, "Find cities.", false_token_id=None)
+    alone = dataclasses.replace(TEMPLATES["qwen3-reranker"], no=None)
+    assert rk.Reranker(folder, template=alone).instruction == "Find cities."
+    assert rk.Reranker(folder, template=alone, instruction="Find bread.").instruction == "Find bread."
+    bare = Template("bare", ("{query} {document}",), no=None)
+    with pytest.raises(
+        ValueError, match=r'template must be one that holds {instruction}, .*; pass instruction="" to leave it out'
+    ):
+        rk.Reranker(folder, template=bare)
+    assert rk.Reranker(folder, template=bare, instruction="").instruction == ""
+
+
+@pytest.mark.parametrize(
+    "score, said",
+    [
+        ({"true_token_id": None}, "1_LogitScore's true_token_id must be a token id, got None"),
+        ({"false_token_id": -1}, "1_LogitScore's false_token_id must be a token id, got -1"),
+        ({"module_input_name": "scores"}, "1_LogitScore's module_input_name must be causal_logits, got 'scores'"),
+        ({"scale": 2}, "1_LogitScore's config.json must be of keys that are known, got 'scale'"),
+    ],
+)
+def test_settings_of_an_answer_that_are_refused(tmp_path, score, said):
+    with pytest.raises(ValueError, match=said):
+        rk.Reranker(answering_folder(tmp_path, **score), template="qwen3-reranker")
 
 
 def test_mutant_logits_rounded_before_they_are_subtracted(monkeypatch):

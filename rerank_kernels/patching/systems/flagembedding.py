@@ -1,4 +1,4 @@
-"""FlagEmbedding: FlagReranker and FlagModel.
+"""FlagEmbedding: FlagReranker, FlagModel and FlagLLMModel; FlagLLMReranker is in flag_llm.py.
 
 FlagReranker: the model that it holds. All else may stay. It calls .half() and .to() for each list (a patched model stays
 patched), sorts by length, and takes smaller batches when memory runs out: none of it can change a bit of a patched model's
@@ -6,7 +6,7 @@ logit. With normalize=True it applies a sigmoid to each, which is NumPy's, in fl
 on every machine. With several devices it pickles itself to workers that it spawns, and its model arrives patched.
 
 FlagModel: the model, and what it makes of hidden states: pooling, which reads the first place even where it is padding, and the
-vectors' length.
+vectors' length. FlagLLMModel, which takes the last token of a decoder: the model and the vectors' length.
 """
 
 from __future__ import annotations
@@ -23,32 +23,34 @@ from rerank_kernels.ops.pooling import pool
 from rerank_kernels.patching.systems.resolved import Resolved, own_methods, see_patched
 
 SYSTEM = "FlagEmbedding FlagReranker"
+SEVERAL_DEVICES = "several devices: workers get the model as it is when they start"
+NORMALIZE = "normalize=True: the sigmoid is NumPy's; rk.sigmoid of the logits has the same bits on every machine"
 POOLINGS = ("cls", "mean")  # that it knows; another one is its own error
 
 
 def reranker(obj: Any, cls: type) -> Resolved:
     found = Resolved(SYSTEM, obj, {"model": obj.model})
-    found.notes.append("several devices: workers get the model as it is when they start")
-    found.notes.append("normalize=True: the sigmoid is NumPy's; rk.sigmoid of the logits has the same bits on every machine")
+    found.notes += [SEVERAL_DEVICES, NORMALIZE]
     found.notes.append(
         "it takes any RuntimeError for a lack of memory: an error of ours about the model may show as one of its own"
     )
     found.problems += own_methods(obj, cls, ("compute_score", "compute_score_single_gpu"))
-    _workers(found)
+    workers(found)
     return found
 
 
 def embedder(obj: Any, cls: type) -> Resolved:
     found = Resolved("FlagEmbedding FlagModel", obj, {"model": obj.model})
-    found.notes.append("several devices: workers get the model as it is when they start")
+    found.notes.append(SEVERAL_DEVICES)
     found.problems += own_methods(obj, cls, ("encode", "encode_queries", "encode_corpus", "encode_single_device", "pooling"))
     found.override(cls, "pooling", pooling, "the sequence's own first token, or the mean, in float32")
     found.override(cls, "encode_single_device", encode_single_device, "vectors of length 1, in float32")
-    _workers(found)
+    workers(found)
     return found
 
 
-def _workers(found: Resolved) -> None:
+def workers(found: Resolved) -> None:
+    """A problem where worker processes run already."""
     patched = forward_of(found.obj.model) is not None
     if getattr(found.obj, "pool", None) is not None and not patched:
         found.problems.append("its worker processes run already, with the model as it was; call stop_self_pool() first")
@@ -83,7 +85,7 @@ def encode_single_device(method: Method, sentences: Any, *args: Any, **kwargs: A
     arguments = given.arguments
     extra, as_numpy = arguments.pop("kwargs", {}), arguments["convert_to_numpy"]
     arguments["convert_to_numpy"] = False
-    made = type(holder).encode_single_device(_Bare(holder), **arguments, **extra)
+    made = type(holder).encode_single_device(_Bare(holder), **arguments, **extra).float()
     if holder.normalize_embeddings:
         with serving(method.mode, method.backend):
             made = normalize(made)
@@ -97,11 +99,15 @@ def m3(obj: Any, cls: type) -> Resolved:
     return Resolved("FlagEmbedding BGEM3FlagModel", obj, problems=[problem])
 
 
-def decoder(obj: Any, cls: type) -> Resolved:
-    return Resolved(
-        f"FlagEmbedding {type(obj).__name__}",
-        obj,
-        problems=[
-            "its model is a decoder, and decoders are not served yet; FlagReranker and FlagModel, which hold encoders, are"
-        ],
-    )
+def llm_embedder(obj: Any, cls: type) -> Resolved:
+    """FlagLLMModel, whose vector is that of the last token: it takes that from the mask, on any side."""
+    found = Resolved("FlagEmbedding FlagLLMModel", obj, {"model": obj.model}, notes=[SEVERAL_DEVICES])
+    found.problems += own_methods(obj, cls, ("encode", "encode_queries", "encode_corpus", "encode_single_device"))
+    found.override(cls, "encode_single_device", encode_single_device, "vectors of length 1, in float32")
+    workers(found)
+    return found
+
+
+def with_examples(obj: Any, cls: type) -> Resolved:
+    problem = "it puts examples before its texts, and is not served; FlagLLMModel is"
+    return Resolved(f"FlagEmbedding {type(obj).__name__}", obj, problems=[problem])

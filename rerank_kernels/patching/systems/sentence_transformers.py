@@ -1,7 +1,8 @@
 """sentence-transformers 3 to 6: CrossEncoder and SentenceTransformer, and what other systems subclass of them.
 
 CrossEncoder: the model; predict(), which applies its activation with our ops, the stored one or one passed with the call; and
-rank(), which sorts by logit and gives each score. Near 1.0 scores tie where logits do not.
+rank(), which sorts by logit and gives each score. Near 1.0 scores tie where logits do not. Around a decoder with a language
+head also forward(), which asks it for the log-odds of the answer: one dot, where LogitScore subtracts two rounded logits.
 SentenceTransformer: the transformer, Pooling, Normalize and Dense (rerank_kernels/models/sentence.py), and encode()'s own
 normalisation.
 """
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rerank_kernels.models.bound import Method, class_of, name_of, serving
-from rerank_kernels.models.sentence import NORMALIZES
+from rerank_kernels.models.heads import asking
+from rerank_kernels.models.sentence import LOGIT_SCORE, NORMALIZES
 from rerank_kernels.ops.norm import normalize
 from rerank_kernels.ops.pooling import sigmoid
 from rerank_kernels.patching import walk
@@ -36,6 +38,7 @@ def cross_encoder(obj: Any, cls: type) -> Resolved:
     system = "sentence-transformers CrossEncoder"
     found = Resolved(system, obj, problems=own_methods(obj, cls, ("predict", "rank", "forward", "_inference")))
     find_modules(obj, found)
+    _find_answers(obj, cls, found)
     stored = _stored(obj)
     if not _known(stored):
         found.problems.append(
@@ -46,6 +49,21 @@ def cross_encoder(obj: Any, cls: type) -> Resolved:
     found.override(cls, "rank", rank, "documents by logit, ties in the order given, NaN last")
     found.notes += [POOLS, "an activation of your own, passed to predict() or rank(), computes as it is"]
     return found
+
+
+def _find_answers(obj: Any, cls: type, found: Resolved) -> None:
+    """LogitScore of a decoder, and whether what it asks for is there."""
+    scores: dict[str, Any] = {path: m for path, m in found.modules.items() if name_of(m) == LOGIT_SCORE}
+    if not scores:
+        return
+    words = obj.model.config.get_text_config().vocab_size
+    for path, m in scores.items():
+        wrong = [i for i in (m.true_token_id, m.false_token_id) if i is not None and not 0 <= i < words]
+        if wrong:
+            found.problems.append(f"[{path}] LogitScore asks for token {wrong[0]}, and the model has tokens 0 to {words - 1}")
+    if len(scores) > 1:
+        found.problems.append("it has several LogitScore modules, and one is served; leave one")
+    found.override(cls, "forward", forward, "the decoder's answer as one dot, in float32")
 
 
 def embedder(obj: Any, cls: type) -> Resolved:
@@ -168,6 +186,13 @@ def predict(method: Method, *args: Any, **kwargs: Any) -> Any:
             activation = _Softmax(activation, _served(nn.Softmax(-1), method))
     call.set(ACTIVATION, activation)
     return method.original(*call.args, **call.kwargs)
+
+
+def forward(method: Method, *args: Any, **kwargs: Any) -> Any:
+    see_patched(method, method.holder.model)
+    score = next(m for m in method.holder if name_of(m) == LOGIT_SCORE)
+    with asking(score.true_token_id, score.false_token_id):
+        return method.original(*args, **kwargs)
 
 
 def _labels(obj: Any) -> int:

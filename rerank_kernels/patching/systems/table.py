@@ -16,6 +16,7 @@ from typing import Any
 from rerank_kernels.models.bound import name_of
 from rerank_kernels.models.registry import COMPILED
 from rerank_kernels.patching.systems import (
+    flag_llm,
     flagembedding,
     haystack,
     infinity,
@@ -32,11 +33,11 @@ SYSTEMS: dict[tuple[str, str], Callable[[Any, type], Resolved]] = {
     ("FlagEmbedding", "BaseReranker"): flagembedding.reranker,
     ("FlagEmbedding", "BaseEmbedder"): flagembedding.embedder,
     ("FlagEmbedding", "M3Embedder"): flagembedding.m3,
-    ("FlagEmbedding", "BaseLLMEmbedder"): flagembedding.decoder,
-    ("FlagEmbedding", "ICLLLMEmbedder"): flagembedding.decoder,
-    ("FlagEmbedding", "BaseLLMReranker"): flagembedding.decoder,
-    ("FlagEmbedding", "LayerWiseLLMReranker"): flagembedding.decoder,
-    ("FlagEmbedding", "LightweightLLMReranker"): flagembedding.decoder,
+    ("FlagEmbedding", "BaseLLMEmbedder"): flagembedding.llm_embedder,
+    ("FlagEmbedding", "ICLLLMEmbedder"): flagembedding.with_examples,
+    ("FlagEmbedding", "BaseLLMReranker"): flag_llm.reranker,
+    ("FlagEmbedding", "LayerWiseLLMReranker"): flag_llm.by_layer,
+    ("FlagEmbedding", "LightweightLLMReranker"): flag_llm.by_layer,
     ("haystack", "TransformersSimilarityRanker"): haystack.similarity_ranker,
     ("haystack", "SentenceTransformersSimilarityRanker"): haystack.cross_encoder_ranker,
     ("haystack_integrations", "SentenceTransformersSimilarityRanker"): haystack.cross_encoder_ranker,
