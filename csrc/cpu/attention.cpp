@@ -194,7 +194,7 @@ static void attend_one_of(const AttentionArgs& a, int64_t q_row, int64_t k_first
         if (group <= FEW_ROWS) {
             const T* row[2 * PANEL];  // these keys and the next ones; past the last, the first again: nobody reads their scores
             for (int c = 0; c < 2 * PANEL; ++c) row[c] = keys + (j + c < T_k ? j + c : j) * a.k_token;
-            dot_few_of<CHUNK>(int(group), rows, a.D, row, a.D, laid);
+            dot_few_of<CHUNK>(int(group), rows, a.D, row, row + PANEL, a.D, laid);
             for (int64_t r = 0; r < group; ++r)
                 for (int c = 0; c < PANEL; c += W) store(scores + r * lds + j + c, load(laid + r * PANEL + c));
         } else {
