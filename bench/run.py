@@ -25,7 +25,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # where this folder is the package `bench`
 
-from bench.cases import limits, memory, models, ops, serving
+from bench.cases import decoders, limits, memory, models, ops, serving
 from bench.cases.contests import on_a_cpu
 from bench.harness import files
 from bench.harness.turns import Missing, Pace, Work, play
@@ -185,6 +185,7 @@ def on_cpu(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if results is None:
         return 1
     facts["peak memory MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    decoders.stacks.cache_clear()
     models.forget()  # the studies' processes have the machine for themselves
     ops.forget()
     for name in (n for n in wanted if n in more):

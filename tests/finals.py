@@ -105,9 +105,10 @@ def _lora(family: str, dtype: torch.dtype) -> Run:
     return run
 
 
-def _decoder(kind: str, dtype: torch.dtype) -> Run:
+def _decoder(kind: str, dtype: torch.dtype, **changes: str) -> Run:
     """Whole, cached in chunks and greedily generated; a head; the cache that forgets what a window hides."""
-    own, headed = (models.decoder(kind, cls=cls, num_labels=1) for cls in ("ForCausalLM", "ForSequenceClassification"))
+    classes = ("ForCausalLM", "ForSequenceClassification")
+    own, headed = (models.decoder(kind, cls=cls, num_labels=1, **changes) for cls in classes)
     for one in (own, headed):
         with torch.no_grad():
             for name, p in one.named_parameters():
@@ -317,6 +318,11 @@ WAYS: dict[str, Callable[[], Run]] = {
     **{
         f"{kind} decoder, {_short(dtype)}": functools.partial(_decoder, kind, dtype)
         for kind in DECODERS
+        for dtype in (torch.float32, torch.bfloat16)
+    },
+    **{
+        f"llama decoder, {act}, {_short(dtype)}": functools.partial(_decoder, "llama", dtype, hidden_act=act)
+        for act in ("relu", "relu2")
         for dtype in (torch.float32, torch.bfloat16)
     },
     **{

@@ -120,52 +120,80 @@ static __attribute__((noinline)) void lay_panel(const T* from, int64_t ld, int c
 
 // Few rows: reading the weight is the work. Its rows, PANEL of them wherever they lie, are turned in registers and never
 // stored. sums[r * PANEL + c] as dot_tile would leave them.
-constexpr int FEW_ROWS = W == 16 ? 4 : 1;
+constexpr int FEW_ROWS = W == 16 ? 8 : 1;
+// Registers of the weight's rows that are side by side. One chain of sums at a time waits for itself, and still keeps up with
+// memory where a register is wide; fewer rows are then read at once, which the caches like better.
+constexpr int SIDE = W == 16 ? 1 : PANEL / W;
 
+// weights: the SIDE * W rows, and as many that are likely to be next.
 template <int ROWS, int SPAN, class T>
-static __attribute__((noinline)) void dot_few(const float* a, int64_t lda, const T* const* weights, int64_t K, float* sums) {
-    constexpr int GROUPS = PANEL / W;  // side by side, so that one's additions need not wait for themselves
+static __attribute__((noinline)) void dot_few_columns(const float* a, int64_t lda, const T* const* weights, int64_t K,
+                                                      float* sums) {
+    constexpr int DEEP = W * VALUES_IN<T>;  // k that a register of a row's values holds
+    // While a chunk is in the products, the next one is fetched, a row's lines one after the other: memory gives rows faster
+    // than lines from many rows in turn. So many lines a step, so many of them from one row.
+    constexpr int LINE = 64 / int(sizeof(T)), LINES = SPAN / LINE, STEP = W == 1 ? 0 : SIDE * W * DEEP / LINE;
+    constexpr int BURST = STEP < LINES ? STEP : LINES;
     for (int64_t k0 = 0; k0 < K; k0 += SPAN) {
-        const int64_t k1 = k0 + SPAN < K ? k0 + SPAN : K, whole = k0 + (k1 - k0) / W * W;
-        Vec acc[ROWS][GROUPS], v[W];
-#pragma GCC unroll 4
+        const int64_t k1 = k0 + SPAN < K ? k0 + SPAN : K, whole = k0 + (k1 - k0) / DEEP * DEEP;
+        const T* const* const ahead = k1 < K ? weights : weights + SIDE * W;
+        const int64_t ahead_k = k1 < K ? k1 : 0;
+        Vec acc[ROWS][SIDE];
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 32
-            for (int g = 0; g < GROUPS; ++g) acc[r][g] = all(0.0f);
-        for (int64_t k = k0; k < whole; k += W)
+            for (int g = 0; g < SIDE; ++g) acc[r][g] = all(0.0f);
+        for (int64_t k = k0; k < whole; k += DEEP) {
+#pragma GCC unroll 4
+            for (int i = 0; i < STEP; i += BURST) {
+                const int64_t line = (k - k0) / DEEP * STEP + i;
+                const T* from = ahead[line / LINES] + ahead_k + line % LINES * LINE;
 #pragma GCC unroll 32
-            for (int g = 0; g < GROUPS; ++g) {
+                for (int j = 0; j < BURST; ++j) __builtin_prefetch(from + j * LINE);
+            }
+#pragma GCC unroll 32
+            for (int g = 0; g < SIDE; ++g) {
+                Vec v[W];
 #pragma GCC unroll 16
-                for (int c = 0; c < W; ++c) {
-                    const T* from = weights[g * W + c] + k;
-                    if (PREFETCH > 0) __builtin_prefetch(from + PREFETCH / int64_t(sizeof(T)));
-                    v[c] = load(from);
-                }
+                for (int c = 0; c < W; ++c) v[c] = load_packed(weights[g * W + c] + k);
                 transpose(v);
 #pragma GCC unroll 16
                 for (int i = 0; i < W; ++i)
-#pragma GCC unroll 4
-                    for (int r = 0; r < ROWS; ++r) acc[r][g] = fmadd(all(a[r * lda + k + i]), v[i], acc[r][g]);
-            }
-        if (whole < k1) {
-            const int deep = int(k1 - whole);
-#pragma GCC unroll 32
-            for (int g = 0; g < GROUPS; ++g) {
-                for (int c = 0; c < W; ++c) v[c] = load_some(weights[g * W + c] + whole, deep);
-                transpose(v);
-                for (int i = 0; i < deep; ++i)
-#pragma GCC unroll 4
-                    for (int r = 0; r < ROWS; ++r) acc[r][g] = fmadd(all(a[r * lda + whole + i]), v[i], acc[r][g]);
+#pragma GCC unroll 2
+                    for (int part = 0; part < VALUES_IN<T>; ++part) {
+                        const Vec value = unpacked<T>(v[i], part);
+                        const float* at = a + k + i * VALUES_IN<T> + part;
+#pragma GCC unroll 8
+                        for (int r = 0; r < ROWS; ++r) acc[r][g] = fmadd(all(at[r * lda]), value, acc[r][g]);
+                    }
             }
         }
-#pragma GCC unroll 4
+        for (int64_t k = whole; k < k1; k += W) {
+            const int deep = int(k1 - k < W ? k1 - k : W);
+#pragma GCC unroll 32
+            for (int g = 0; g < SIDE; ++g) {
+                Vec v[W];  // its index is known at run time only, which would keep the loop's above out of registers
+                for (int c = 0; c < W; ++c) v[c] = load_some(weights[g * W + c] + k, deep);
+                transpose(v);
+                for (int i = 0; i < deep; ++i)
+#pragma GCC unroll 8
+                    for (int r = 0; r < ROWS; ++r) acc[r][g] = fmadd(all(a[r * lda + k + i]), v[i], acc[r][g]);
+            }
+        }
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 32
-            for (int g = 0; g < GROUPS; ++g) {
+            for (int g = 0; g < SIDE; ++g) {
                 float* s = sums + r * PANEL + g * W;
                 store(s, (k0 == 0 ? all(0.0f) : load(s)) + acc[r][g]);
             }
     }
+}
+
+// weights: PANEL rows, and PANEL that are likely to be next, which are fetched meanwhile.
+template <int ROWS, int SPAN, class T>
+RK_INLINE void dot_few(const float* a, int64_t lda, const T* const* weights, int64_t K, float* sums) {
+    for (int c = 0; c < PANEL; c += SIDE * W) dot_few_columns<ROWS, SPAN>(a, lda, weights + c, K, sums + c);
 }
 
 template <int SPAN, class T, int ROWS = FEW_ROWS>
@@ -250,10 +278,16 @@ static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end,
             widen(g.x.dtype, g.x.data, m_begin * g.K, height * g.K, scratch);
             a = scratch;
         }
+        const int64_t p_last = (g.N + PANEL - 1) / PANEL;
         for (int64_t p = p_begin; p < p_end; ++p) {
             const int columns = columns_of(g, p);
-            const T* rows[PANEL];  // past the last, the first again: sums that nobody stores
-            for (int c = 0; c < PANEL; ++c) rows[c] = weight + (p * PANEL + (c < columns ? c : 0)) * g.K;
+            // This panel's and, to be fetched, the next one's; past the last, the first again: sums that nobody stores.
+            const T* rows[2 * PANEL];
+            const int64_t then = p + 1 < p_end ? p + 1 : p_then < p_last ? p_then : p;
+            for (int c = 0; c < PANEL; ++c) {
+                rows[c] = weight + (p * PANEL + (c < columns ? c : 0)) * g.K;
+                rows[PANEL + c] = weight + (then * PANEL + (c < columns_of(g, then) ? c : 0)) * g.K;
+            }
             dot_few_of<CHUNK>(int(height), a, g.K, rows, g.K, sums);
             finish(g, sums, int(height), m_begin, p * PANEL, columns);
         }

@@ -74,6 +74,26 @@ RK_INLINE void store_some(T* p, Vec v, int n) {
 RK_INLINE Vec all(float f) { return f; }
 RK_INLINE Vec larger(Vec x, Vec top) { return top < x ? x : top; }  // top if x is NaN
 RK_INLINE void transpose(Vec*) {}
+// W pairs of bf16, and the value of each in its lower or upper half.
+RK_INLINE Vec load_pairs(const bf16* p) {
+    float f;
+    std::memcpy(&f, p, 4);
+    return f;
+}
+RK_INLINE Vec lower_half(Vec v) {
+    uint32_t u;
+    std::memcpy(&u, &v, 4);
+    u <<= 16;
+    std::memcpy(&v, &u, 4);
+    return v;
+}
+RK_INLINE Vec upper_half(Vec v) {
+    uint32_t u;
+    std::memcpy(&u, &v, 4);
+    u &= 0xFFFF0000u;
+    std::memcpy(&v, &u, 4);
+    return v;
+}
 
 #elif defined(RK_ISA_AVX2)
 
@@ -140,6 +160,11 @@ RK_INLINE Vec load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinte
 RK_INLINE Vec load(const bf16* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+RK_INLINE Vec load_pairs(const bf16* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
+RK_INLINE Vec lower_half(Vec v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v.v), 16)); }
+RK_INLINE Vec upper_half(Vec v) {
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(v.v), _mm256_set1_epi32(int(0xFFFF0000u))));
 }
 RK_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v.v); }
 RK_INLINE void store(f16* p, Vec v) {
@@ -242,6 +267,11 @@ RK_INLINE Vec load(const int8_t* p) {
 }
 RK_INLINE Vec load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 RK_INLINE Vec load(const bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+RK_INLINE Vec load_pairs(const bf16* p) { return _mm512_loadu_ps(p); }
+RK_INLINE Vec lower_half(Vec v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v.v), 16)); }
+RK_INLINE Vec upper_half(Vec v) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v.v), _mm512_set1_epi32(int(0xFFFF0000u))));
+}
 RK_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v.v); }
 RK_INLINE void store(f16* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -299,6 +329,23 @@ RK_INLINE Some select(const SomeMask& m, const Some& a, const Some& b) { RK_EACH
 RK_INLINE Some at_least(const Some& low, const Some& x) { RK_EACH(Vec, at_least(low.v[i], x.v[i])); }
 RK_INLINE Some scale_by_exp2(const Some& p, const Some& t) { RK_EACH(Vec, scale_by_exp2(p.v[i], t.v[i])); }
 #undef RK_EACH
+
+// A register of a row's values as they are stored: W of them, or of bf16 W pairs, which are moved about like floats and widened
+// last. unpacked: value `part` of each.
+template <class T>
+constexpr int VALUES_IN = 1;
+template <>
+constexpr int VALUES_IN<bf16> = 2;
+template <class T>
+RK_INLINE Vec load_packed(const T* p) {
+    return load(p);
+}
+RK_INLINE Vec load_packed(const bf16* p) { return load_pairs(p); }
+template <class T>
+RK_INLINE Vec unpacked(Vec v, int part) {
+    if constexpr (VALUES_IN<T> == 1) return v;
+    else return part == 0 ? lower_half(v) : upper_half(v);
+}
 
 // Storage dtype decided at run time: for inputs and outputs, where one branch a register costs nothing against the arithmetic.
 RK_INLINE Vec load_some_as(Dtype t, const void* p, int64_t i, int n) {

@@ -293,8 +293,9 @@ static void about_listed(const float* x, int64_t K, const int8_t* weights, const
 
 template <class T>
 RK_INLINE void rows_dot_of(const RowsArgs& a, const int32_t* neurons, int n, float* sums) {
-    const T* row[PANEL];
-    for (int c = 0; c < PANEL; ++c) row[c] = static_cast<const T*>(a.weight.data) + int64_t(neurons[c < n ? c : 0]) * a.K;
+    const T* row[2 * PANEL];
+    for (int c = 0; c < PANEL; ++c)
+        row[c] = row[PANEL + c] = static_cast<const T*>(a.weight.data) + int64_t(neurons[c < n ? c : 0]) * a.K;
     dot_few<1, CHUNK>(static_cast<const float*>(a.x.data), a.K, row, a.K, sums);
 }
 

@@ -106,14 +106,14 @@ def packed_forward(
     if before is None:
         turned = _angles(decoder, op, positions, sequences, lengths)
         return _decode(decoder, Batch(_words(decoder, op, ids), turned, sequences, None, None, True))
-    keys = Shared(op, sequences, before, turning_point(m))
+    keys = Shared(op, sequences, before, turning_points(m))
     turned = _angles(decoder, op, positions + keys.starts, keys.whole, keys.reach, lengths)
     return _decode(decoder, Batch(_words(decoder, op, ids), turned, sequences, keys, None, True))
 
 
-def turning_point(m: Any) -> int:
-    """The longest sequence of a model whose angles are those of a short one."""
-    return min(map(rope.turning_point, _said(inner(m)).values()))
+def turning_points(m: Any) -> list[int]:
+    """The longest sequences of a model whose angles are those of a short one; layers may differ."""
+    return sorted(set(map(rope.turning_point, _said(inner(m)).values())))
 
 
 def max_tokens(m: Any) -> int:
@@ -190,8 +190,9 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
         packing._warn_of_pads(op, ids, m.config.pad_token_id)
     counts, crosses = None, False
     if past:
-        before, lengths, turn = counted[:, past - 1], counted[:, -1], turning_point(decoder)
-        counts, crosses = lengths - before, bool(((before > 0) & (before <= turn) & (lengths > turn)).any())
+        before, lengths = counted[:, past - 1], counted[:, -1]
+        counts, turns = lengths - before, turning_points(decoder)
+        crosses = any(bool(((before > 0) & (before <= turn) & (lengths > turn)).any()) for turn in turns if turn < past + t)
     turned = _angles(decoder, op, own, keys.whole, None if crosses else counted[:, -1], counts)
     words = _given(decoder, new.pack(embeds)) if ids is None else _words(decoder, op, new.pack(ids))
     return Batch(words, turned, new, None if cache is None else keys, states, as_dict), ours
@@ -318,7 +319,7 @@ def _norm(kind: ModelType, m: Any, x: Tensor) -> Tensor:
 def _decode(decoder: Any, batch: Batch) -> Tensor:
     """[total, D] through all layers and the last norm; collects what stock's hidden_states are."""
     kind, x = type_of(decoder), batch.words
-    for i, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
+    for i, layer in zip(range(decoder.config.num_hidden_layers), decoder.layers, strict=False):
         if batch.states is not None:
             batch.states.append(x)
         at = sparse.seat(decoder, i)
@@ -375,7 +376,7 @@ def _feed_forward(m: Any, x: Tensor, residual: Tensor | None, at: sparse.Seat = 
     if (firing := sparse.firing_of(m)) is not None:
         y = sparse.feed_forward(m, x, residual, firing, at)
         return y.float() if residual is None else y
-    fused = hasattr(m, "gate_up_proj")
+    fused = "gate_up_proj" in m._modules
     act = activation_of(m.activation_fn if fused else m.act_fn)
 
     def piece(x: Tensor, r: Tensor | None) -> Tensor:
@@ -415,7 +416,7 @@ def served() -> dict[str, Served]:
     found: dict[str, Served] = {}
     for module, a in MODEL_TYPES.items():
         found |= {
-            f"{module}.{a.model}": Served(decoder_forward, roles_of, packed_forward, max_tokens, turning_point=turning_point),
+            f"{module}.{a.model}": Served(decoder_forward, roles_of, packed_forward, max_tokens, turning_points=turning_points),
             f"{module}.{a.causal}": Served(
                 causal_forward,
                 roles_of,
@@ -423,10 +424,10 @@ def served() -> dict[str, Served]:
                 max_tokens,
                 lambda m: m.lm_head,
                 cap=word_cap,
-                turning_point=turning_point,
+                turning_points=turning_points,
             ),
             f"{module}.{a.classifier}": Served(
-                classifier_forward, roles_of, packed_forward, max_tokens, head=_head, turning_point=turning_point
+                classifier_forward, roles_of, packed_forward, max_tokens, head=_head, turning_points=turning_points
             ),
         }
     return found

@@ -32,7 +32,7 @@ SLOPE = 0.01  # of leaky_relu
 
 def activation_problem(m: Any) -> str | None:
     """Why m, one of ACTIVATIONS, cannot be served; None if it can."""
-    slope = getattr(m, "negative_slope", SLOPE)
+    slope = vars(m).get("negative_slope", SLOPE)  # nn.Module takes its time to find nothing
     return None if slope == SLOPE else f"negative_slope is {slope}, and only {SLOPE} is served"
 
 
@@ -41,7 +41,7 @@ def activation_of(m: Any) -> str:
     if (why := activation_problem(m)) is not None:  # it may have been set after patch()
         raise PatchError(f"{class_of(m)}: {why}; call rk.unpatch(model)")
     kind = ACTIVATIONS[name_of(m)]
-    return "gelu_tanh" if getattr(m, "approximate", "none") == "tanh" else kind
+    return "gelu_tanh" if vars(m).get("approximate", "none") == "tanh" else kind
 
 
 def _linear(m: Any, x: Tensor) -> Tensor:

@@ -148,9 +148,10 @@ def dense(
     m: Any, x: Tensor, act: str | None = None, *, residual: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """linear of module m, with LoRA's adapters or without."""
-    if lora.is_lora(m):
-        return lora.product(m, x, act, out_dtype, residual)
-    as_patched(m, nn.Linear)
+    if type(m) is not nn.Linear:  # asked seven times a layer, also where a step has one row
+        if lora.is_lora(m):
+            return lora.product(m, x, act, out_dtype, residual)
+        as_patched(m, nn.Linear)
     return linear(x, m.weight, m.bias, activation=act, residual=residual, out_dtype=out_dtype)
 
 
@@ -233,8 +234,8 @@ def _kept_result(like: Tensor, mask: Tensor | None, pad: int | None, op: str) ->
 def kept(like: Tensor, mask: Tensor | None, pad: int | None, op: str) -> Kept:
     """_tokens, where a tracer writes it down: how many there are is known when the graph runs."""
     sequences = _tokens(like, mask, pad, op)
-    assert sequences.index is not None
-    return Kept(sequences.cu_seqlens, sequences.index)
+    index = torch.arange(sequences.total, device=like.device) if sequences.index is None else sequences.index
+    return Kept(sequences.cu_seqlens, index)
 
 
 def _tokens(like: Tensor, mask: Tensor | None, pad: int | None, op: str) -> Sequences:

@@ -6,7 +6,7 @@ was changed since is an error, for new queries would meet old keys.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from rerank_kernels.models.bound import class_of, forward_of, name_of, serving
 from rerank_kernels.models.decoder_types import inner
 from rerank_kernels.models.fingerprint import Fingerprint
 from rerank_kernels.models.packing import are_tensors, ready
-from rerank_kernels.models.registry import ENCODERS, turning_point
+from rerank_kernels.models.registry import ENCODERS
 
 
 def prefix(model: nn.Module, ids: Any) -> Prefix:
@@ -37,19 +37,12 @@ def prefix(model: nn.Module, ids: Any) -> Prefix:
             f"prefix: model must be a patched decoder, its *Model or *ForCausalLM, got {_shown(model)}; for scores of query "
             "and document take rk.Reranker, which shares what they begin with by itself"
         )
-    tokens = _ids(ids)
-    turn = turning_point(model)
-    if turn is not None and len(tokens) > turn:
-        check.fail(
-            "prefix", "ids", f"at most {turn} tokens, beyond which a sequence's angles change", len(tokens),
-            "pass the whole sequence with use_cache=False",
-        )  # fmt: skip
-    return Prefix(model, tokens)
+    return Prefix(model, _ids(ids))
 
 
 def _takes_a_cache(m: Any) -> bool:
     served = ENCODERS.get(name_of(m))
-    return served is not None and forward_of(m) is not None and served.turning_point is not None and served.gives != "logits"
+    return served is not None and forward_of(m) is not None and served.turning_points is not None and served.gives != "logits"
 
 
 def _shown(model: Any) -> str:
@@ -103,6 +96,9 @@ class Prefix:
 
     def __repr__(self) -> str:
         return f"Prefix({len(self)} tokens of {class_of(self.model)})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("Prefix: it belongs to one model and is not copied or stored; make another with rk.prefix(model, ids)")
 
     def continued(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """The model's output for continuations [B, T], padded on any side, which do not hold the prefix themselves.

@@ -81,7 +81,7 @@ def packed_logits(
     model: nn.Module, ids: Tensor, cu_seqlens: Tensor, token_types: Tensor | None = None, before: Before | None = None
 ) -> HeadOutput:
     """Logits and scores, float32 [B, L], of a patched classifier; ids and token_types [total], no padding. before: of each
-    sequence the place of an earlier one that it continues, or None; where turning_point() is not None."""
+    sequence the place of an earlier one that it continues, or None; where turning_points() is not None."""
     served = _served(model, "logits")
     with _entered(model):
         assert served.head is not None
@@ -124,10 +124,10 @@ def kind(model: nn.Module) -> str | None:
     return None if served is None else "embedding" if served.gives == "states" else "cross-encoder"
 
 
-def turning_point(model: nn.Module) -> int | None:
-    """The longest sequence of a model that begins with the bits of a short one, so that they may share them; None: no sequence
-    begins with the bits of another."""
-    find = ENCODERS[name_of(model)].turning_point
+def turning_points(model: nn.Module) -> list[int] | None:
+    """Lengths of a model: what two sequences begin with has the same bits in both if for each length both are longer or neither
+    is. None: no sequence begins with the bits of another."""
+    find = ENCODERS[name_of(model)].turning_points
     return None if find is None else find(model)
 
 
@@ -155,7 +155,7 @@ def _packed(
 ) -> Tensor:
     if before is None:
         return served.packed(model, ids, sequences, token_types)
-    if served.turning_point is None:
+    if served.turning_points is None:
         raise ValueError(f"{class_of(model)}: before is for decoders, whose tokens see nothing behind them; leave it out")
     return served.packed(model, ids, sequences, token_types, before)
 

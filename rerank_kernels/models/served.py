@@ -24,8 +24,9 @@ class Served:
     words: Callable[[Any], nn.Linear] | None = None  # the module -> its language head; None: it writes no text
     head: Callable[[Any], Head] | None = None  # the module -> its classification head; None: it has none
     cap: Callable[[Any], float | None] = lambda m: None  # the module -> how far the logits of its language head go
-    # The module -> the longest sequence that begins with the bits of a short one; None: none begins with those of another.
-    turning_point: Callable[[Any], int] | None = None
+    # The module -> lengths; of two sequences that are both longer than each or not, one may begin with the bits of the other.
+    # None: no sequence begins with the bits of another.
+    turning_points: Callable[[Any], list[int]] | None = None
 
     @property
     def gives(self) -> str:

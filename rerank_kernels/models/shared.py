@@ -21,8 +21,8 @@ class Shared:
 
     cache = None
 
-    def __init__(self, op: str, sequences: Sequences, before: Sequence[int | None], turn: int) -> None:
-        """before: of each sequence the place of the one that it continues, or None. turn: the longest whole sequence whose
+    def __init__(self, op: str, sequences: Sequences, before: Sequence[int | None], turns: Sequence[int]) -> None:
+        """before: of each sequence the place of the one that it continues, or None. turns: the longest whole sequences whose
         angles are those of a short one; what is shared by one that is longer and one that is not has no angles."""
         if len(before) != sequences.count or any(b is not None and not 0 <= b < i for i, b in enumerate(before)):
             wanted = f"{sequences.count} places of earlier sequences, or None"
@@ -42,9 +42,10 @@ class Shared:
             if (b := before[i]) is not None:
                 reach[b] = max(reach[b], reach[i])
         for i, b in enumerate(before):
-            if b is not None and (reach[i] > turn) != (reach[b] > turn):
-                wanted = f"of sequences that all have at most {turn} tokens, or all more"
-                check.fail(op, "before", wanted, f"{reach[i]} and {reach[b]} tokens", "their angles differ: share nothing here")
+            for turn in turns:
+                if b is not None and (reach[i] > turn) != (reach[b] > turn):
+                    wanted = f"of sequences that all have at most {turn} tokens, or all more"
+                    check.fail(op, "before", wanted, f"{reach[i]} and {reach[b]} tokens", "share nothing: their angles differ")
         starts = torch.tensor([0 if b is None else lengths[b] for b in before], dtype=torch.int64, device=device)
         counts = torch.from_numpy(np.diff(cu)).to(device)
         self.starts = torch.repeat_interleave(starts, counts, output_size=sequences.total)  # tokens before a token's sequence

@@ -34,7 +34,7 @@ def act_problem(act: Any) -> str | None:
 
 def firing_of(m: Any) -> dict[str, Any] | None:
     """What sparse_ffn is told of the activation of m, a decoder's mlp; None where m does not run through it."""
-    if hasattr(m, "gate_up_proj"):  # Phi-3's one matrix of both
+    if "gate_up_proj" in m._modules:  # Phi-3's one matrix of both
         return None
     act = m.act_fn
     found: dict[str, Any] | None

@@ -18,6 +18,7 @@ from rerank_kernels.backend import modes, registry
 from rerank_kernels.ops.opaque import opaque
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "tanh", "relu", "silu", "sigmoid", "quick_gelu", "relu2", "leaky_relu", "mish")
+_NONE_OR = (None, *ACTIVATIONS)
 
 
 def _linear_result(x: Tensor, weight: Tensor, *_: Any, out_dtype: torch.dtype | None = None, **__: Any) -> Tensor:
@@ -52,18 +53,20 @@ def linear(
     check.floating("linear", x=x, weight=weight, bias=bias, residual=residual)
     if x.dim() < 1:
         check.fail("linear", "x", "[..., K]", "a scalar")
-    check.shape("linear", "weight", weight, "N", x.shape[-1])
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:  # a look that costs little comes first
+        check.shape("linear", "weight", weight, "N", x.shape[-1])
     n, k = weight.shape
     if k == 0 or n == 0:
         check.fail("linear", "weight", "[N, K] with N, K > 0", check.shape_of(weight))
     if bias is not None:
         check.shape("linear", "bias", bias, n)
-    check.choice("linear", "activation", activation, (None, *ACTIVATIONS))
+    check.choice("linear", "activation", activation, _NONE_OR)
     out_dtype = out_dtype or x.dtype
     check.choice("linear", "out_dtype", out_dtype, check.FLOATS)
     rows = x.contiguous() if x.dim() == 2 else x.reshape(-1, k).contiguous()
     if residual is not None:
-        check.shape("linear", "residual", residual, *x.shape[:-1], n)
+        if residual.shape != (*x.shape[:-1], n):
+            check.shape("linear", "residual", residual, *x.shape[:-1], n)
         residual = residual.reshape(-1, n).contiguous()
     numeric = modes.resolve("linear", mode, x=x, weight=weight)
     y = registry.select("linear", x.device, numeric)(rows, weight, bias, activation, residual, out_dtype)

@@ -66,7 +66,8 @@ class Sequences:
         cu = torch.zeros(valid.shape[0] + 1, dtype=torch.int32, device=mask.device)
         cu[1:] = valid.sum(dim=1).cumsum(0)
         index = valid.reshape(-1).nonzero().squeeze(1)
-        return cls(cu, index.shape[0], (valid.shape[0], valid.shape[1]), index, op)
+        total = index.shape[0]  # where every place holds a token, packing moves nothing: a step of a decoder, mostly
+        return cls(cu, total, (valid.shape[0], valid.shape[1]), None if total == valid.numel() else index, op)
 
     @classmethod
     def of_equal_length(cls, batch: int, length: int, device: torch.device | str | None = None) -> Sequences:

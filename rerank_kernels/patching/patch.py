@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def _patch(obj: Any, numeric: Mode, strict: bool, backend: str | None, predictor
     found = resolve(obj)
     if found is None:
         report = walk.prepare(obj, numeric, strict, backend=backend)
-        _propose([report], predictor)
+        _propose(report, predictor)
         walk.bind(report)
         return report
     if found.problems and (strict or not (found.modules or found.overrides)):
@@ -81,8 +81,8 @@ def _patch(obj: Any, numeric: Mode, strict: bool, backend: str | None, predictor
         raise PatchError(f"patch: {found.system} cannot be served; nothing was patched:{lines}")
     _as_before(found, numeric, backend)
     reports = {path: _prepared(found, path, numeric, strict, backend) for path in found.modules}
-    _propose(reports.values(), predictor)
     report = _merged(found, reports, numeric, backend)
+    _propose(report, predictor)
     for one in reports.values():
         walk.bind(one)
     for override in found.overrides.values():
@@ -93,9 +93,9 @@ def _patch(obj: Any, numeric: Mode, strict: bool, backend: str | None, predictor
     return report
 
 
-def _propose(reports: Iterable[Report], predictor: Predictor | None) -> None:
+def _propose(report: Report, predictor: Predictor | None) -> None:
     """Give the predictor to the decoders of what is being patched."""
-    decoders = {path: f for report in reports for path, f in report.forwards.items() if sparse_layers(f.module)}
+    decoders = {path: forward for path, forward in report.forwards.items() if sparse_layers(forward.module)}
     if predictor is not None and not callable(predictor):
         raise TypeError(f"patch: predictor must be a function of layer and rows, got {type(predictor).__name__}")
     if predictor is not None and not decoders:
@@ -109,8 +109,10 @@ def _propose(reports: Iterable[Report], predictor: Predictor | None) -> None:
                 f"patch: {path or 'the model'} ({class_of(forward.module)}) is patched already, with another predictor or "
                 "none; call rk.unpatch(model) first"
             )
-    for forward in decoders.values():
+    for path, forward in decoders.items():
         forward.predictor = predictor
+        if predictor is not None:
+            report.notes.append(f"{path or 'the model'}: a predictor chooses neurons, which makes it another function")
 
 
 def unpatch(obj: Any) -> None:

@@ -270,10 +270,10 @@ class Reranker:
 
     def _passes(self, ids: list[Ids], queries: list[str] | None, batch_tokens: int) -> Iterator[sharing.Pass]:
         """Of pairs with these queries a decoder computes once what several of them begin with."""
-        turn = None if queries is None else models.turning_point(self.model)
-        if queries is None or turn is None:
+        turns = None if queries is None else models.turning_points(self.model)
+        if queries is None or turns is None:
             return sharing.passes(ids, batch_tokens)
-        return sharing.shared_passes(ids, queries, batch_tokens, turn)
+        return sharing.shared_passes(ids, queries, batch_tokens, turns)
 
     def _tokenised(self, first: list[str], second: list[str] | None) -> tuple[list[Ids], list[Ids] | None]:
         if self.template is None or second is None:

@@ -32,10 +32,10 @@ def passes(ids: Sequence[Ids], batch_tokens: int) -> Iterator[Pass]:
         yield Pass([ids[i] for i in items], None, items, list(range(len(items))))
 
 
-def shared_passes(ids: Sequence[Ids], queries: Sequence[str], batch_tokens: int, turn: int) -> Iterator[Pass]:
-    """The same of pairs, where a query's stand side by side. A pair of more than `turn` tokens shares with none of less."""
+def shared_passes(ids: Sequence[Ids], queries: Sequence[str], batch_tokens: int, turns: Sequence[int]) -> Iterator[Pass]:
+    """The same of pairs, where a query's stand side by side. Two share if for each of `turns` both are longer or neither is."""
     longest: dict[Hashable, int] = {}
-    of = [(len(own) > turn, query) for own, query in zip(ids, queries, strict=True)]
+    of = [(tuple(len(own) > turn for turn in turns), query) for own, query in zip(ids, queries, strict=True)]
     for own, group in zip(ids, of, strict=True):
         longest[group] = max(longest.get(group, 0), len(own))
     place = {group: i for i, group in enumerate(sorted(longest, key=lambda group: -longest[group]))}

@@ -230,9 +230,8 @@ def all_checks(texts: Texts, *, routes: Sequence[str] = (), few: int = 24) -> li
         alone_there = "packed" if texts.answers else "model"  # log-odds have no rounded logits between
         checks.append(Check("padding-invariant", "packed", "Reranker: no padding at all", "alone", packed, alone_there))
     if CACHED[0] in routed:
-        cached = tuple(routed[r] for r in CACHED if r in routed)
-        varied = "dynamic and static" if len(cached) > 1 else "dynamic"
-        through = [Check("batch-invariant", "cache", f"{varied}; the last {STEPS} tokens one by one", "route", cached)]
+        varied = f"dynamic and static; the last {STEPS} tokens one by one"
+        through = [Check("batch-invariant", "cache", varied, "route", tuple(routed[r] for r in CACHED))]
         chunks = tuple(scoring([*homes[:2], *alone[:HOME]], route=r) for r in CHUNKED)
         sizes = ", ".join(r.partition(":")[2] for r in CHUNKED)
         through.append(Check("batch-invariant", "chunks", f"of {sizes} tokens through a cache", "route", chunks))

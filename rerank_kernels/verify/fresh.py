@@ -119,7 +119,7 @@ class Finals:
         inputs, tokens = build(self.texts, Call(call.rows), self.setting.device), [self.texts.tokens[r] for r in call.rows]
         if not call.setting:
             pooling, stock, answers = (self.request[name] for name in ("pooling", "stock", "answers"))
-            self.answers[""] = _final(self.model, pooling, stock, answers, inputs, tokens)
+            self.answers[""] = _final(self.model, pooling, stock, inputs, tokens, answers)
         elif call.setting not in self.answers:
             request = {**self.request, "inputs": [_listed(inputs)], "tokens": tokens}
 
@@ -168,9 +168,9 @@ def _final(
     model: nn.Module,
     pooling: str,
     stock: bool,
-    answers: tuple[int, int | None] | None,
     inputs: Inputs,
     tokens: Sequence[Tokens],
+    answers: tuple[int, int | None] | None = None,
 ) -> Floats:
     """float32 [B, L]: logit, score and complement of a pair. Of a text: its embedding of length 1, its cosine with the first
     text's, and 1 - cosine; or the next token's logits. Ours by the Reranker, stock's of one padded batch."""
@@ -224,7 +224,7 @@ def serve_parent() -> None:
         runner = runner_of(model, pooling, stock)
         answers = [runner(one).cpu().numpy() for one in given]
     else:
-        final = functools.partial(_final, model, pooling, stock, request["answers"], given[0], request["tokens"])
+        final = functools.partial(_final, model, pooling, stock, given[0], request["tokens"], request["answers"])
         answers = [final()]
         if request["wrong"]:
             with one_ulp_off(request["wrong"]):

@@ -28,9 +28,9 @@ from rerank_kernels.verify.checks import (
 
 def routes(model: Any, texts: Texts, device: torch.device) -> dict[str, Route]:
     """The ways to the same numbers that a language head has beside model(**inputs)."""
-    found: dict[str, Route] = {CACHED[0]: functools.partial(_stepped, model, texts, device, _dynamic)}
-    if not any(getattr(layer, "is_sliding", False) for layer in _static(model, 8).layers):
-        found[CACHED[1]] = functools.partial(_stepped, model, texts, device, _static)
+    found: dict[str, Route] = {}
+    for name, cache in zip(CACHED, (_dynamic, _static), strict=True):
+        found[name] = functools.partial(_stepped, model, texts, device, cache)
     for name in CHUNKED:
         size = int(name.partition(":")[2])
         found[name] = functools.partial(_chunked, model, texts, device, size)

@@ -24,7 +24,7 @@ import tensor
 from cases import Case, numbers, offsets
 from conftest import ran
 from invariants import all_same, same
-from prefill import steps_against_prefill
+from prefill import keys_in_a_cache, steps_against_prefill
 from ptxsim.open_bits import open_bits
 from rerank_kernels.backend import registry
 from simulated import triton as simulated
@@ -116,9 +116,11 @@ def test_real_attention(lengths: tuple[int, ...]) -> None:
 def test_decode_and_chunks_have_the_bits_of_the_prefill() -> None:
     with simulated_triton():
         steps_against_prefill()
+        keys_in_a_cache(torch.float32)
     for model in (2, 3):
         with tensor.simulated("triton", model):
             steps_against_prefill(16, torch.float16, mode="tensor")
+            keys_in_a_cache(torch.float16, mode="tensor")
 
 
 @in_dtypes

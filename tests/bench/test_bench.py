@@ -20,7 +20,7 @@ from torch import Tensor
 import cases
 import rerank_kernels as rk
 from bench import run
-from bench.cases import memory, models, ops, shapes
+from bench.cases import decoders, memory, models, ops, shapes
 from bench.harness import files, turns
 from bench.pages import results
 from rerank_kernels.backend import registry
@@ -173,6 +173,43 @@ def test_whole_model_and_its_three_rivals() -> None:
     model.near_truth(right, "an engine")
     with pytest.raises(AssertionError, match=r"an engine, pair \d: logit 0.001 from float64"):
         model.near_truth({i: logit + 1e-3 for i, logit in right.items()}, "an engine")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", decoders.SLACK)
+def test_decoders_and_their_gate(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """The gate falls for a model that looks at the batch, at what is cached, or computes something else."""
+    sizes = {"hidden_size": 96, "intermediate_size": 80, "num_attention_heads": 8, "head_dim": 16}
+    monkeypatch.setattr(decoders, "SHAPES", {"tiny": ("Qwen3", sizes)})
+    decoders.stacks.cache_clear()
+    try:
+        for token in (False, True):
+            ours, *rivals = decoders.contest("tiny", 2, (7, 12) if not token else (12,), dtype, token, True).contestants
+            assert ours.gate is not None
+            ours.gate()
+            slack = {"atol": 0.2 if dtype == "bf16" else 1e-4, "rtol": 0.0}
+            for rival in rivals:
+                assert rival.bar or dtype == "bf16"
+                torch.testing.assert_close(ours.call(0).float(), rival.call(1).float(), **slack)
+            torch.testing.assert_close(ours.call(0), ours.call(1), atol=0.0, rtol=0.0)  # the cache is cut back
+        made = decoders.stacks("tiny", 2)
+        ids, mask = torch.arange(24).view(2, 12), torch.ones(2, 12, dtype=torch.int64)
+        looks: list[tuple[Callable[[Tensor], float], str]] = [
+            (lambda ids: 0.1 * ids.shape[0], "alone"),
+            (lambda ids: 0.1 * ids.shape[1], "behind"),
+            (lambda ids: 0.1, "from"),
+        ]
+        for wrong, says in looks:
+
+            def model(wrong: Callable[[Tensor], float] = wrong, **given: Any) -> Any:
+                out = made[dtype, "ours"](**given)
+                out.last_hidden_state = out.last_hidden_state + wrong(given["input_ids"])
+                return out
+
+            with pytest.raises(AssertionError, match=says):
+                decoders.gate({**made, (dtype, "ours"): model}, 12, ids, mask, dtype)
+    finally:
+        decoders.stacks.cache_clear()
 
 
 # ---- the clock -------------------------------------------------------------------------------------------------------------
@@ -360,6 +397,11 @@ def test_every_bar_of_the_issue_is_in_the_list() -> None:
     assert full.pop("bge-reranker-base, 8x128") == full.pop("bge-reranker-base, 4x512") == [1.2, *runtime, 1.0]
     assert full.pop("bge-reranker-base, 1x128") == [1.2, None, None, None]
     assert full.pop("bge-reranker-base, 32 of 16 to 512") == [3.8, 1.6, 1.25, None, None, None, 1.0]
+    for name in ("llama-3.2-1b", "qwen3-0.6b"):
+        for what, of in (("1x512, fp32", [1.0]), ("8x128, fp32", [1.0]), ("8 of 40 to 500, fp32", [1.5])):
+            assert full.pop(f"{name}, 3 layers, {what}") == of
+        assert full.pop(f"{name}, 3 layers, 1 token after 512, fp32") == [1.0]
+        assert full.pop(f"{name}, 3 layers, 1 token after 512, bf16") == [None, 1.6]
     assert not any(bar for of in full.values() for bar in of), f"bars that the issue has not: {full}"
     assert memory.BAR == 1.15
     quick = bars(True)

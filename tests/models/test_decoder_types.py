@@ -176,6 +176,11 @@ def test_gemma3_with_a_scaled_global_angle():
     near_truth(model)
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_relu_behind_a_norm(kind):
+    near_truth(decoder(kind, hidden_activation="relu"))
+
+
 def test_gemma3_a_cap_on_attention_changes_nothing_as_in_transformers():
     plain, told = decoder("gemma3"), decoder("gemma3", attn_logit_softcapping=0.5)
     (s,) = rows((40,))
@@ -242,6 +247,22 @@ def test_mutant_words_without_their_cap(monkeypatch):
     monkeypatch.setattr(module, "capped", lambda logits, cap: logits)
     with pytest.raises(AssertionError, match="from float64"):
         near_truth(decoder("gemma3"))
+
+
+def test_a_layer_of_gemma3_1b():
+    """Real sizes: heads of 256, one head of keys, sums over 6,912 in chunks."""
+    sizes = dict(hidden_size=1152, intermediate_size=6912, num_key_value_heads=1, head_dim=256, query_pre_attn_scalar=256)
+    model, sequences = decoder("gemma3", torch.bfloat16, layers=1, **sizes), rows((40, 7))
+    for layer in model.model.layers:  # drawn for a width of 64
+        for m in (*layer.self_attn.children(), *layer.mlp.children()):
+            if isinstance(m, torch.nn.Linear):
+                m.weight.mul_(0.2)
+    ratio = further_than_stock(model)
+    assert ratio < 1.1, f"{ratio:.2f} times stock's squared distance from float64"
+    batch = padded(sequences, 0, left=True)
+    got = model(**batch, use_cache=False).logits
+    for i, s in enumerate(sequences):
+        same(got[i, -len(s) :], model(input_ids=s[None], use_cache=False).logits[0], f"{len(s)} tokens in a batch")
 
 
 # ---- what a branch adds is rounded once --------------------------------------------------------------------------------------
@@ -363,6 +384,22 @@ def test_angles_of_a_type_of_layer_that_the_config_leaves_out():
     model.config.rope_parameters = {"full_attention": model.config.rope_parameters["full_attention"]}
     with pytest.raises(rk.PatchError, match=r"config\.rope_parameters has nothing for sliding_attention"):
         rk.patch(model)
+
+
+def test_a_hybrid_cache():
+    """transformers 4 has the class, and calls it deprecated; a StaticCache holds the same layers."""
+    from transformers import StaticCache, cache_utils
+
+    if not hasattr(cache_utils, "HybridCache"):
+        pytest.skip("transformers 5 has none")
+    model, (s,) = decoder("gemma3"), rows((30,))
+    rk.patch(model)
+    with pytest.raises(
+        ValueError, match=r"past_key_values must be a DynamicCache or StaticCache of transformers, got HybridCache"
+    ):
+        model(input_ids=s[None], past_key_values=cache_utils.HybridCache(config=model.config, max_cache_len=40))
+    static = StaticCache(config=model.config, max_cache_len=40)
+    same(model(input_ids=s[None], past_key_values=static).logits, model(input_ids=s[None]).logits, "the advice")
 
 
 def test_after_hidden_states_were_asked_for():

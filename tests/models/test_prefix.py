@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -155,6 +157,20 @@ def test_threads():
         same(with_threads(threads, lambda: rk.prefix(model, prefix).continued(**batch).logits), want, f"{threads} threads")
 
 
+def test_many_threads_and_no_copy():
+    model, (prefix, rests, _) = patched("gemma3", torch.bfloat16), texts()
+    with torch.inference_mode():
+        p = rk.prefix(model, prefix)
+    batch = padded(rests, 0)
+    want = p.continued(**batch).logits
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: p.continued(**batch).logits, range(8)):
+            same(got, want, "beside other threads")
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"Prefix: it belongs to one model and is not copied or stored; make another with"):
+            copied(p)
+
+
 def test_keys_are_held_once_and_for_one_layer_at_a_time(monkeypatch):
     model, (prefix, _, _) = patched("llama", layers=4), texts()
     p = rk.prefix(model, prefix)
@@ -191,8 +207,8 @@ def test_longrope_up_to_its_turning_point():
     with pytest.raises(ValueError, match=r"at most 64 tokens a sequence, for rope type 'longrope', got 65; .* use_cache=False"):
         p.continued(rests[1][None])
     assert not torch.equal(model(input_ids=wholes[1][None], use_cache=False).logits[0, :37], want[0][:37]), "the advice"
-    with pytest.raises(ValueError, match=r"prefix: ids must be at most 64 tokens, beyond which .* got 65; .* use_cache=False"):
-        rk.prefix(model, wholes[1])
+    p, (far,) = rk.prefix(model, wholes[1]), alone(model, [torch.cat([wholes[1], rests[0]])])
+    same(p.continued(rests[0][None]).logits[0], far[65:], "a prefix that is beyond it")
 
 
 def test_dynamic_up_to_its_length():

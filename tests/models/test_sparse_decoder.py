@@ -276,6 +276,7 @@ def test_with_a_predictor_the_promises_hold(dtype):
         for i, y in enumerate(want):
             same(got[i][batch["attention_mask"][i].bool()], y, f"row {i}, {threads} threads")
     assert 0.1 < report.active()["model.layers.0.mlp"] < 0.4
+    assert "note: model: a predictor chooses neurons, which makes it another function" in str(report)
 
 
 def test_a_predictor_that_looks_at_the_batch_breaks_them():

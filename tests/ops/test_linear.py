@@ -276,6 +276,26 @@ def test_blocks_and_shares(isa: str, dtype: torch.dtype, k: int) -> None:
             same(got, want[:rows, :columns], f"{what}, against three rows at a time")
 
 
+@pytest.mark.parametrize("k", [1, 31, 33, 63, 512, 545, 1055])
+def test_the_way_of_few_rows(isa: str, dtype: torch.dtype, k: int) -> None:
+    """One to nine rows, alone and beside forty, which go in tiles; edges of a register, of a pair of values and of a chunk."""
+    for of_x, of_w in mixed(dtype):
+        x, w = numbers("x", (40, k), of_x), numbers("w", (70, k), of_w)
+        want = linear(x, w, out_dtype=torch.float32)
+        for rows, columns in itertools.product(range(1, 10), (1, 33, 70)):
+            got = linear(x[:rows], w[:columns], out_dtype=torch.float32)
+            same(got, want[:rows, :columns], f"{isa}, {of_x} x {of_w}, {rows} rows, {columns} columns, against forty rows")
+
+
+def test_few_rows_see_the_order_of_a_pair(isa: str, dtype: torch.dtype) -> None:
+    """Control: a kernel that took the second value of each pair first would have other bits here."""
+    x, w = numbers("x", (8, 512), dtype), numbers("w", (70, 512), dtype)
+    turned = torch.arange(512).view(-1, 2).flip(1).flatten()
+    for rows in range(1, 9):
+        right, wrong = (linear(a[:rows], b, out_dtype=torch.float32) for a, b in ((x, w), (x[:, turned], w[:, turned])))
+        assert not torch.equal(right, wrong), f"{isa}, {rows} rows"
+
+
 def test_blocks_of_the_scalar_kernel(isa: str, dtype: torch.dtype) -> None:
     """The same for the slowest: two blocks above 512 rows."""
     for of_x, of_w in mixed(dtype):

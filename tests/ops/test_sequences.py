@@ -38,6 +38,20 @@ def test_from_a_mask() -> None:
     same(s.pack(x[..., 0]), packed[:, 0], "pack of one number per token")
 
 
+def test_a_mask_without_padding_moves_nothing() -> None:
+    """A step of a decoder has none, and its keys are read where the cache holds them."""
+    x = torch.arange(12.0).view(2, 3, 2)
+    full, holed = torch.ones(2, 3, dtype=torch.bool), torch.tensor([[1, 1, 1], [1, 0, 1]])
+    whole, some = Sequences.from_mask(full), Sequences.from_mask(holed)
+    assert whole.index is None and whole.lengths == (3, 3) and whole.padded == (2, 3)
+    assert whole.pack(x).data_ptr() == x.data_ptr() and torch.equal(whole.unpack(whole.pack(x)), x)
+    assert some.index is not None and some.lengths == (3, 2)
+    assert torch.equal(some.unpack(some.pack(x)), x * holed[..., None])
+    cache = torch.arange(24.0).view(1, 4, 3, 2)  # [B, H_kv, T, D]
+    keys = Sequences.from_mask(full[:1]).pack(cache.transpose(1, 2))
+    assert keys.data_ptr() == cache.data_ptr() and torch.equal(keys, cache[0].transpose(0, 1))
+
+
 def test_of_equal_length() -> None:
     s, x = Sequences.of_equal_length(3, 4), numbers("x", (3, 4, 5), torch.float32)
     assert (s.total, s.lengths, s.cu_seqlens.dtype) == (12, (4, 4, 4), torch.int32)

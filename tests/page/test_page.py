@@ -408,3 +408,10 @@ def test_a_command_off_a_terminal_says_that_it_lives(
         said
     )
     assert command == "score" or any("left" in s for s in said)
+
+
+def test_a_language_head_has_next_tokens() -> None:
+    own, stock = (report(who, kind="language head") for who in (page.OURS, page.STOCK))
+    made = verified(own, stock)
+    assert "the next-token logits of 64 texts" in made and "next tokens changed" in made and "token changed" in made
+    assert "pairs of documents changed places" not in made and "order changed</th>" not in made

@@ -71,6 +71,11 @@ def fresh(family, head):
     return copy.deepcopy(_made(family, head))
 
 
+def batch_of(family):
+    """Of a decoder each padded place sees a token within its window: in float64 stock's eager attention gives NaN elsewhere."""
+    return padded(rows((7, 4, 23) if family in DECODERS else LENGTHS), PAD.get(family, 0))
+
+
 def answer(model, batch):
     out = model(**batch)
     found = out.logits if hasattr(out, "logits") else out.last_hidden_state
@@ -91,7 +96,7 @@ def steady(model, batch):
 @functools.lru_cache(maxsize=8)
 def stock(family, head, names):
     """(float64, as it is) of a stock model that `names` were done to."""
-    twin, batch = fresh(family, head), padded(rows(LENGTHS), PAD.get(family, 0))
+    twin, batch = fresh(family, head), batch_of(family)
     with undone():
         try:
             for name in names:
@@ -109,7 +114,7 @@ def run(model_index, names, moment):
     """ "served" or "refused"; fails if the answer is another number than stock's, or if the refusal names no place."""
     family, head = (MODELS + OF_DECODERS)[model_index]
     truth, plain = stock(family, head, tuple(names))
-    model, batch = fresh(family, head), padded(rows(LENGTHS), PAD.get(family, 0))
+    model, batch = fresh(family, head), batch_of(family)
     with undone():
         places = [DONE[name](model) for name in names] if moment == "before patch" else []
         try:

@@ -106,7 +106,8 @@ class Made:
     def attention(self) -> list[Any]:
         heads, group, d = self.random.randint(1, 3), self.random.randint(1, 3), self.size(70)
         lengths, dtype = self.lengths(), self.dtype()
-        own = [max(0, n + self.random.randint(-3, 9)) for n in lengths] if self.random.random() < 0.3 else None
+        more = self.random.choice([9, 150])  # keys than queries
+        own = [max(0, n + self.random.randint(-3, more)) for n in lengths] if self.random.random() < 0.5 else None
 
         def heads_of(tokens: int, count: int) -> Tensor:
             """Of their own, or a slice out of a wider array, as a fused projection gives them."""
@@ -120,6 +121,8 @@ class Made:
         q, k, v = heads_of(sum(lengths), heads * group), heads_of(keys, heads), heads_of(keys, heads)
         window = [self.random.choice([-1, 0, 3, 100, 2**62]) for _ in range(2)]
         cu_k = None if own is None else self.offsets(own)
+        if cu_k is not None and self.random.random() < 0.5:  # where each begins and ends
+            cu_k = self.place(torch.stack([cu_k[:-1], cu_k[1:]]))
         scores = [self.random.choice([0.125, 1.0, -2.0]), self.random.choice([0.0, 0.0, 0.5, 50.0])]
         return [q, k, v, self.offsets(lengths), cu_k, *window, *scores]
 
@@ -263,10 +266,10 @@ def a_wrapper(t: Tensor, _: random.Random) -> Tensor:
 
 
 def wild_offsets(t: Tensor, r: random.Random) -> Tensor:
-    if t.dtype != torch.int32 or t.dim() != 1:
+    if t.dtype != torch.int32:
         return t
-    wild = [r.choice([0, -1, 1, 2**31 - 1, -(2**31), 5]) for _ in t]
-    return torch.tensor(wild, dtype=torch.int32)
+    wild = [r.choice([0, -1, 1, 2**31 - 1, -(2**31), 5]) for _ in range(t.numel())]
+    return torch.tensor(wild, dtype=torch.int32).view(t.shape)
 
 
 HOSTILE = (

@@ -58,7 +58,7 @@ def reranker(kind="qwen3", dtype=torch.float32, cls="ForCausalLM", template=None
 def unshared(monkeypatch, own, pairs, **options):
     """Every token of every pair computed, and the number of them."""
     with monkeypatch.context() as patch:
-        patch.setattr(served, "turning_point", lambda model: None)
+        patch.setattr(served, "turning_points", lambda model: None)
         return own.score(pairs, **options)
 
 
@@ -80,7 +80,7 @@ def computed(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("kind", ["qwen3", "gemma", "mistral"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma", "mistral", "gemma3"])
 def test_same_bits_as_without(monkeypatch, kind, template, dtype):
     """qwen3 and mistral have windows that are shorter than what is shared."""
     own = reranker(kind, dtype, template=TEMPLATES[template])
@@ -169,7 +169,7 @@ def test_passes_hold_whole_pairs_within_their_tokens():
     ids = [*lists((50, 61, 40, 200, 45), 30), *lists((70, 33, 33), 20, seed=1)]
     queries = ["a"] * 5 + ["b"] * 3
     for tokens in (1, 100, 150, 300, 10**6):
-        made = list(sharing.shared_passes(ids, queries, tokens, 2**62))
+        made = list(sharing.shared_passes(ids, queries, tokens, [2**62]))
         assert sorted(i for own in made for i in own.items) == list(range(8))
         for own in made:
             whole(ids, own)
@@ -182,7 +182,7 @@ def test_passes_hold_whole_pairs_within_their_tokens():
 
 def test_equal_pairs_keep_a_token_of_their_own():
     (same_ids,) = lists((9,))
-    (own,) = sharing.shared_passes([same_ids] * 3, ["q"] * 3, 100, 2**62)
+    (own,) = sharing.shared_passes([same_ids] * 3, ["q"] * 3, 100, [2**62])
     assert [len(s) for s in own.sequences] == [8, 1, 1, 1] and own.before == [None, 0, 0, 0]
 
 
@@ -190,15 +190,29 @@ def test_two_levels():
     """What all queries begin with, then what each one's pairs do."""
     first, (a, b), (c,) = lists((20,))[0], lists((9, 8), 5, seed=2), lists((7,), seed=3)
     ids = [np.concatenate([first, rest]) for rest in (a, b, c)]
-    (own,) = sharing.shared_passes(ids, ["x", "x", "y"], 1000, 2**62)
+    (own,) = sharing.shared_passes(ids, ["x", "x", "y"], 1000, [2**62])
     whole(ids, own)
     assert own.before == [None, 0, 1, 1, 0] and [len(s) for s in own.sequences] == [20, 5, 4, 3, 7]
+
+
+def test_layers_that_turn_at_other_lengths():
+    """Two share where they are on the same side of each length."""
+    ids = lists((9, 10, 11, 20, 21), 5)
+    (own,) = sharing.shared_passes(ids, ["q"] * 5, 1000, [10, 20])
+    whole(ids, own)
+    of = {i: own.before[end] for i, end in zip(own.items, own.ends, strict=True)}
+    assert of[0] == of[1] != of[2] == of[3] and of[4] is None
+    three = Sequences.from_cu_seqlens(torch.tensor([0, 3, 4, 9], dtype=torch.int32), 9)
+    for turns in ([2, 3], [2, 8], [9, 10]):
+        shared.Shared("op", three, [None, 0, 0], turns)
+    with pytest.raises(ValueError, match=r"at most 4 tokens, or all more"):
+        shared.Shared("op", three, [None, 0, 0], [3, 4])
 
 
 def test_an_encoder_shares_nothing():
     model = models.tiny("bert")
     rk.patch(model)
-    assert served.turning_point(model) is None
+    assert served.turning_points(model) is None
     cu = torch.tensor([0, 3, 5], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"before is for decoders, whose tokens see nothing behind them; leave it out"):
         served.packed_logits(model, torch.ones(5, dtype=torch.long), cu, before=[None, 0])
@@ -209,13 +223,13 @@ def test_bad_places():
     two = Sequences.from_cu_seqlens(torch.tensor([0, 3, 5], dtype=torch.int32), 5)
     for before in ([None], [0, None], [None, 1], [None, -1]):
         with pytest.raises(ValueError, match=r"op: before must be 2 places of earlier sequences, or None, got \["):
-            shared.Shared("op", two, before, 2**62)
+            shared.Shared("op", two, before, [2**62])
     three = Sequences.from_cu_seqlens(torch.tensor([0, 3, 4, 9], dtype=torch.int32), 9)
     with pytest.raises(
         ValueError, match=r"before must be of sequences that all have at most 5 tokens, or all more, got 4 and 8"
     ):
-        shared.Shared("op", three, [None, 0, 0], 5)
-    shared.Shared("op", three, [None, None, 0], 5)
+        shared.Shared("op", three, [None, 0, 0], [5])
+    shared.Shared("op", three, [None, None, 0], [5])
 
 
 # ---- the tests can fail ------------------------------------------------------------------------------------------------------
@@ -238,14 +252,14 @@ def test_mutant_places_from_0(monkeypatch):
 
 def test_mutant_the_prefix_of_another_query(monkeypatch):
     class Turned(shared.Shared):
-        def __init__(self, op, sequences, before, turn):
+        def __init__(self, op, sequences, before, turns):
             nodes = sorted({b for b in before if b})  # behind what all share
             turned = dict(zip(nodes, nodes[1:] + nodes[:1], strict=True))
             super().__init__(
                 op,
                 sequences,
                 [b if b is None or turned.get(b, b) >= i else turned.get(b, b) for i, b in enumerate(before)],
-                turn,
+                turns,
             )
 
     monkeypatch.setattr(module, "Shared", Turned)
@@ -270,8 +284,8 @@ def test_mutant_angles_of_the_part(monkeypatch):
     """Of longrope, by the length of what is shared and not of the whole."""
 
     class Short(shared.Shared):
-        def __init__(self, op, sequences, before, turn):
-            super().__init__(op, sequences, before, turn)
+        def __init__(self, op, sequences, before, turns):
+            super().__init__(op, sequences, before, turns)
             self.reach = torch.tensor(sequences.lengths)
 
     monkeypatch.setattr(module, "Shared", Short)

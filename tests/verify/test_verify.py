@@ -230,7 +230,7 @@ def test_a_powerless_check_fails_the_run(monkeypatch) -> None:
     def blind(*args, **kwargs):
         checks = all_checks(*args, **kwargs)
         return [
-            dataclasses.replace(c, scorings=tuple(tuple(dataclasses.replace(k, side="right") for k in s) for s in c.scorings))
+            dataclasses.replace(c, scorings=tuple(tuple(dataclasses.replace(k, side="") for k in s) for s in c.scorings))
             if c.name == "padding side"
             else c
             for c in checks
