@@ -139,8 +139,8 @@ def test_embeddings(results: common.Results) -> None:
 
     stock = {n: rows(n) for n in (1, 32)}
     rk.patch(model)
-    ours = {n: rows(n) for n in (1, 7, 32)}
-    assert ours[1] == ours[7] == ours[32]
+    ours = {n: rows(n) for n in (1, 32)}
+    assert ours[1] == ours[32]
     moved = {"batch 32": common.differ(stock[1], stock[32])}
     results.note("stock FlagModel", "embeddings float32", moved)
     assert any(moved.values())
