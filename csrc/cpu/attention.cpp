@@ -192,9 +192,9 @@ static void attend_one_of(const AttentionArgs& a, int64_t q_row, int64_t k_first
         const int some = int(T_k - j < PANEL ? T_k - j : PANEL);
         prefetch_tokens(a, a.k, a.k_token, k_at, j + PANEL, PANEL, T_k);
         if (group <= FEW_ROWS) {
-            const T* row[PANEL];  // past the last, the first again: nobody reads their scores
-            for (int c = 0; c < PANEL; ++c) row[c] = keys + (j + (c < some ? c : 0)) * a.k_token;
-            dot_few_of<CHUNK>(int(group), rows, a.D, row, a.D, laid);
+            const T* row[2 * PANEL];  // these keys and the next ones; past the last, the first again: nobody reads their scores
+            for (int c = 0; c < 2 * PANEL; ++c) row[c] = keys + (j + c < T_k ? j + c : j) * a.k_token;
+            dot_few_of<CHUNK>(int(group), rows, a.D, row, row + PANEL, a.D, laid);
             for (int64_t r = 0; r < group; ++r)
                 for (int c = 0; c < PANEL; c += W) store(scores + r * lds + j + c, load(laid + r * PANEL + c));
         } else {

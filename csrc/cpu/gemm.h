@@ -125,18 +125,20 @@ constexpr int FEW_ROWS = W == 16 ? 8 : 1;
 // memory where a register is wide; fewer rows are then read at once, which the caches like better.
 constexpr int SIDE = W == 16 ? 1 : PANEL / W;
 
-// weights: the SIDE * W rows, and as many that are likely to be next.
+// weights: SIDE * W rows; then: as many that are likely to be next, fetched meanwhile.
 template <int ROWS, int SPAN, class T>
-static __attribute__((noinline)) void dot_few_columns(const float* a, int64_t lda, const T* const* weights, int64_t K,
-                                                      float* sums) {
+static __attribute__((noinline)) void dot_few_columns(const float* a, int64_t lda, const T* const* weights,
+                                                      const T* const* then, int64_t K, float* sums) {
     constexpr int DEEP = W * VALUES_IN<T>;  // k that a register of a row's values holds
     // While a chunk is in the products, the next one is fetched, a row's lines one after the other: memory gives rows faster
-    // than lines from many rows in turn. So many lines a step, so many of them from one row.
+    // than lines from many rows in turn. So many lines a step, so many of them from one row. Rows shorter than a chunk, such
+    // as keys, are not worth it.
     constexpr int LINE = 64 / int(sizeof(T)), LINES = SPAN / LINE, STEP = W == 1 ? 0 : SIDE * W * DEEP / LINE;
     constexpr int BURST = STEP < LINES ? STEP : LINES;
+    const bool long_rows = K >= SPAN;
     for (int64_t k0 = 0; k0 < K; k0 += SPAN) {
         const int64_t k1 = k0 + SPAN < K ? k0 + SPAN : K, whole = k0 + (k1 - k0) / DEEP * DEEP;
-        const T* const* const ahead = k1 < K ? weights : weights + SIDE * W;
+        const T* const* const ahead = k1 < K ? weights : then;
         const int64_t ahead_k = k1 < K ? k1 : 0;
         Vec acc[ROWS][SIDE];
 #pragma GCC unroll 8
@@ -145,7 +147,7 @@ static __attribute__((noinline)) void dot_few_columns(const float* a, int64_t ld
             for (int g = 0; g < SIDE; ++g) acc[r][g] = all(0.0f);
         for (int64_t k = k0; k < whole; k += DEEP) {
 #pragma GCC unroll 4
-            for (int i = 0; i < STEP; i += BURST) {
+            for (int i = 0; i < STEP && long_rows; i += BURST) {
                 const int64_t line = (k - k0) / DEEP * STEP + i;
                 const T* from = ahead[line / LINES] + ahead_k + line % LINES * LINE;
 #pragma GCC unroll 32
@@ -190,17 +192,21 @@ static __attribute__((noinline)) void dot_few_columns(const float* a, int64_t ld
     }
 }
 
-// weights: PANEL rows, and PANEL that are likely to be next, which are fetched meanwhile.
+// weights: PANEL rows; then: PANEL rows that are likely to be next.
 template <int ROWS, int SPAN, class T>
-RK_INLINE void dot_few(const float* a, int64_t lda, const T* const* weights, int64_t K, float* sums) {
-    for (int c = 0; c < PANEL; c += SIDE * W) dot_few_columns<ROWS, SPAN>(a, lda, weights + c, K, sums + c);
+RK_INLINE void dot_few(const float* a, int64_t lda, const T* const* weights, const T* const* then, int64_t K, float* sums) {
+    for (int c = 0; c < PANEL; c += SIDE * W) {
+        const T* const* const next = c + SIDE * W < PANEL ? weights + c + SIDE * W : then;
+        dot_few_columns<ROWS, SPAN>(a, lda, weights + c, next, K, sums + c);
+    }
 }
 
 template <int SPAN, class T, int ROWS = FEW_ROWS>
-RK_INLINE void dot_few_of(int rows, const float* a, int64_t lda, const T* const* weights, int64_t K, float* sums) {
+RK_INLINE void dot_few_of(int rows, const float* a, int64_t lda, const T* const* weights, const T* const* then, int64_t K,
+                          float* sums) {
     if constexpr (ROWS > 1)
-        if (rows < ROWS) return dot_few_of<SPAN, T, ROWS - 1>(rows, a, lda, weights, K, sums);
-    dot_few<ROWS, SPAN>(a, lda, weights, K, sums);
+        if (rows < ROWS) return dot_few_of<SPAN, T, ROWS - 1>(rows, a, lda, weights, then, K, sums);
+    dot_few<ROWS, SPAN>(a, lda, weights, then, K, sums);
 }
 
 // out[m, n] = round(act(sum + bias) + residual) for a tile of finished sums.
@@ -282,13 +288,13 @@ static void linear_block_of(const LinearArgs& g, int64_t m_begin, int64_t m_end,
         for (int64_t p = p_begin; p < p_end; ++p) {
             const int columns = columns_of(g, p);
             // This panel's and, to be fetched, the next one's; past the last, the first again: sums that nobody stores.
-            const T* rows[2 * PANEL];
-            const int64_t then = p + 1 < p_end ? p + 1 : p_then < p_last ? p_then : p;
+            const T *rows[PANEL], *then[PANEL];
+            const int64_t next = p + 1 < p_end ? p + 1 : p_then < p_last ? p_then : p;
             for (int c = 0; c < PANEL; ++c) {
                 rows[c] = weight + (p * PANEL + (c < columns ? c : 0)) * g.K;
-                rows[PANEL + c] = weight + (then * PANEL + (c < columns_of(g, then) ? c : 0)) * g.K;
+                then[c] = weight + (next * PANEL + (c < columns_of(g, next) ? c : 0)) * g.K;
             }
-            dot_few_of<CHUNK>(int(height), a, g.K, rows, g.K, sums);
+            dot_few_of<CHUNK>(int(height), a, g.K, rows, then, g.K, sums);
             finish(g, sums, int(height), m_begin, p * PANEL, columns);
         }
         return;

@@ -243,20 +243,25 @@ static float norm_of(const float* x, int64_t K) {
     return float(__builtin_sqrt(sum) * 1.0001);
 }
 
-// sums[i] = about dot(x, row[i]) for up to 4 rows of 8-bit weights: in the order that is fastest, for it decides no bit.
+// sums[i] = about dot(x, row[i]) for up to 4 rows of 8-bit weights: in the order that is fastest, for it decides no bit. What
+// lies `ahead` of them is fetched: a row of 4096 weights is one page, where the hardware's prefetcher stops.
 constexpr int ABOUT_ROWS = 4;
-RK_INLINE void about(const float* x, int64_t K, const int8_t* const* row, float* sums) {
+RK_INLINE void about(const float* x, int64_t K, const int8_t* const* row, float* sums, int64_t ahead) {
     Vec acc[ABOUT_ROWS][2];
 #pragma GCC unroll 4
     for (int i = 0; i < ABOUT_ROWS; ++i) acc[i][0] = acc[i][1] = all(0.0f);
     int64_t k = 0;
-    for (; k + 2 * W <= K; k += 2 * W)
+    for (; k + 2 * W <= K; k += 2 * W) {
+#pragma GCC unroll 4
+        for (int i = 0; i < ABOUT_ROWS; ++i)
+            if (PREFETCH > 0) __builtin_prefetch(row[i] + ahead + k);
 #pragma GCC unroll 2
         for (int j = 0; j < 2; ++j) {
             const Vec v = load(x + k + j * W);
 #pragma GCC unroll 4
             for (int i = 0; i < ABOUT_ROWS; ++i) acc[i][j] = fmadd(load(row[i] + k + j * W), v, acc[i][j]);
         }
+    }
     for (int i = 0; i < ABOUT_ROWS; ++i) {
         float tail = 0.0f;
         for (int64_t t = k; t < K; ++t) tail += float(row[i][t]) * x[t];
@@ -273,7 +278,7 @@ static void about_all(const float* x, int64_t M, int64_t K, const int8_t* weight
         for (int i = 0; i < ABOUT_ROWS; ++i) row[i] = weights + (f + (i < n ? i : 0)) * K;
         for (int64_t m = 0; m < M; ++m) {
             float some[ABOUT_ROWS];
-            about(x + m * K, K, row, some);
+            about(x + m * K, K, row, some, ABOUT_ROWS * K);
             for (int i = 0; i < n; ++i) sums[m * F + f + i] = some[i];
         }
     }
@@ -286,17 +291,16 @@ static void about_listed(const float* x, int64_t K, const int8_t* weights, const
         const int8_t* row[ABOUT_ROWS];
         for (int i = 0; i < ABOUT_ROWS; ++i) row[i] = weights + int64_t(neurons[j + (i < n ? i : 0)]) * K;
         float some[ABOUT_ROWS];
-        about(x, K, row, some);
+        about(x, K, row, some, PREFETCH);
         for (int i = 0; i < n; ++i) sums[j + i] = some[i];
     }
 }
 
 template <class T>
 RK_INLINE void rows_dot_of(const RowsArgs& a, const int32_t* neurons, int n, float* sums) {
-    const T* row[2 * PANEL];
-    for (int c = 0; c < PANEL; ++c)
-        row[c] = row[PANEL + c] = static_cast<const T*>(a.weight.data) + int64_t(neurons[c < n ? c : 0]) * a.K;
-    dot_few<1, CHUNK>(static_cast<const float*>(a.x.data), a.K, row, a.K, sums);
+    const T* row[PANEL];
+    for (int c = 0; c < PANEL; ++c) row[c] = static_cast<const T*>(a.weight.data) + int64_t(neurons[c < n ? c : 0]) * a.K;
+    dot_few<1, CHUNK>(static_cast<const float*>(a.x.data), a.K, row, row, a.K, sums);
 }
 
 // values[i] = dot(x, weight[neurons[i]]) + bias[neurons[i]] for up to PANEL neurons, each with its own chain.

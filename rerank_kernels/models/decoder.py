@@ -374,8 +374,7 @@ TOKENS_AT_ONCE = 1024
 def _feed_forward(m: Any, x: Tensor, residual: Tensor | None, at: sparse.Seat = sparse.NOWHERE) -> Tensor:
     """residual + down(act(gate(x)) · up(x)), float32 without a residual; of relu and its kin only what active neurons touch."""
     if (firing := sparse.firing_of(m)) is not None:
-        y = sparse.feed_forward(m, x, residual, firing, at)
-        return y.float() if residual is None else y
+        return sparse.feed_forward(m, x, residual, firing, at)
     fused = "gate_up_proj" in m._modules
     act = activation_of(m.activation_fn if fused else m.act_fn)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rerank_kernels import check
 from rerank_kernels.backend.firing import counting
+from rerank_kernels.backend.modes import PORTABLE
 from rerank_kernels.errors import PatchError
 from rerank_kernels.models import lora
 from rerank_kernels.models.bound import Forward, class_of, name_of, served_by
@@ -75,14 +76,20 @@ def seat(decoder: Any, layer: int) -> Seat:
 
 
 def feed_forward(m: Any, x: Tensor, residual: Tensor | None, firing: dict[str, Any], at: Seat) -> Tensor:
-    """down(act(gate(x)) · up(x)) + residual, of which only what active neurons touch is computed."""
+    """down(act(gate(x)) · up(x)) + residual, computed where neurons are active alone; float32 without a residual."""
     for part in (m.gate_proj, m.up_proj, m.down_proj):
         as_patched(part, nn.Linear)
     forward, neurons = at.forward, m.up_proj.weight.shape[0]
+    if residual is None and forward is not None and forward.mode != PORTABLE:
+        raise PatchError(
+            f"{class_of(m)}: a sparse layer whose result is normed is served in mode 'portable' alone; call rk.unpatch(model), "
+            "then rk.patch(model)"
+        )
+    wide = x.float() if residual is None else x  # exact, and says the dtype of the result
 
     def run() -> Tensor:
         return sparse_ffn(
-            x, m.up_proj.weight, m.down_proj.weight, gate_weight=m.gate_proj.weight, residual=residual,
+            wide, m.up_proj.weight, m.down_proj.weight, gate_weight=m.gate_proj.weight, residual=residual,
             up_bias=m.up_proj.bias, gate_bias=m.gate_proj.bias, down_bias=m.down_proj.bias,
             candidates=None if forward is None else _candidates(m, x, forward, at), **firing,
         )  # fmt: skip

@@ -148,7 +148,7 @@ MUTANTS = [
     ),
     Mutant(
         "a mask off by one",
-        Edit(FILE, "< seen[e / 2] ?", "<= seen[e / 2] ?"),
+        Edit(FILE, "< seen[e / 2] ? score(", "<= seen[e / 2] ? score("),
         CAUSAL,
         invariants.right,
         WRONG,

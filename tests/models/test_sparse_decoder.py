@@ -18,10 +18,12 @@ from conftest import ran
 from invariants import same, with_threads
 from models import decoder, padded, rows
 from rerank_kernels.backend import registry
+from rerank_kernels.backend.modes import TENSOR
 from rerank_kernels.backend.pytorch import linear as honest_linear
 from rerank_kernels.backend.weights import FfnWeights
 from rerank_kernels.models import decoder as module
 from rerank_kernels.models import sparse
+from rerank_kernels.models.bound import Forward
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LENGTHS = (30, 3, 17, 1)
@@ -86,13 +88,28 @@ def test_a_layer_is_the_dense_one_with_one_rounding(act, dtype):
         same(module._feed_forward(mlp, x[:n], x[:n]), dense[:n], f"{n} rows, sparse against dense")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_normed_behind_a_layer_is_float32(dtype):
+    """Gemma 2 norms what the layer gives before it is added: there the rounding comes once, after the sum."""
+    model, _ = patched("relu", dtype, kind="gemma2")
+    mlp, x = model.model.layers[0].mlp, torch.randn(20, 64).to(dtype)
+    gate, up = (rk.linear(x, m.weight, out_dtype=torch.float32) for m in (mlp.gate_proj, mlp.up_proj))
+    dense = rk.linear(torch.relu(gate) * up, mlp.down_proj.weight)
+    assert dense.dtype == torch.float32
+    for n in (1, 20):
+        same(module._feed_forward(mlp, x[:n], None), dense[:n], f"{n} rows")
+    at = sparse.Seat(Forward(mlp, module.decoder_forward, TENSOR), 0)
+    with pytest.raises(rk.PatchError, match=r"Gemma2MLP: a sparse layer .* is served in mode 'portable' alone"):
+        module._feed_forward(mlp, x, None, at)
+
+
 def test_it_runs_through_sparse_ffn(monkeypatch):
     """Also in the other model types; a model whose activation is another one does not."""
     seen = []
     honest = sparse.sparse_ffn
     monkeypatch.setattr(sparse, "sparse_ffn", lambda *a, **k: seen.append(k) or honest(*a, **k))
     for act, (_, words) in ACTS.items():
-        for kind in ("llama", "qwen3", "gemma"):
+        for kind in ("llama", "qwen3", "gemma", "gemma2", "gemma3"):
             patched(act, kind=kind)[0](rows((5,))[0][None])
             assert len(seen) == 2 and all(k.get(name) == value for k in seen for name, value in words.items())
             seen.clear()

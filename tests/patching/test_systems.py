@@ -1001,10 +1001,10 @@ def test_cross_encoder_around_a_language_head_is_refused():
 FEW = PAIRS[5:15]
 
 
-def flag_answers_as_the_reranker(dtype=torch.bfloat16, side="right", pad=True):
-    own, inner = copy.deepcopy(systems.llm_tokenizer(side)), systems.llm("gemma", dtype)
+def flag_answers_as_the_reranker(dtype=torch.bfloat16, side="right", pad=True, kind="gemma"):
+    own, inner = copy.deepcopy(systems.llm_tokenizer(side)), systems.llm(kind, dtype)
     own.model_max_length = 400
-    want = rk.Reranker(copy.deepcopy(inner), own).score(FEW)
+    want = rk.Reranker(copy.deepcopy(inner), own, template="bge-reranker-v2-gemma").score(FEW)
     if not pad:
         own.pad_token = None
     flag = systems.BaseLLMReranker(inner, own)
@@ -1030,6 +1030,11 @@ def test_flag_llm_reranker_gives_the_bits_of_the_reranker(dtype, side, pad):
         stock = flag.compute_score(FEW)
         same(stock, systems.BaseLLMReranker(systems.llm("gemma", dtype), flag.tokenizer).compute_score(FEW), "stock again")
         assert dtype == torch.float32 or np.abs(stock - want.logit).max() > 1e-3, "stock's rounded logit"
+
+
+def test_flag_llm_reranker_with_a_cap():
+    """Gemma 2 caps the logits of its words."""
+    flag_answers_as_the_reranker(torch.float32, kind="gemma2")
 
 
 def test_stock_flag_llm_reranker_does_not():
