@@ -57,11 +57,12 @@ def texts(model, own) -> Texts:
     return package._texts(model, own, PAIRS, cut=24, room=40, limit=HOME)
 
 
-def only(monkeypatch, *names: str) -> None:
-    """verify without its other checks and controls, which test_verify.py holds."""
+def only(monkeypatch, *names: str, sighted: bool = False) -> None:
+    """verify without its other checks, and without the controls that test_verify.py holds."""
     true = package.all_checks
     monkeypatch.setattr(package, "all_checks", lambda *a, **k: [c for c in true(*a, **k) if c.name in names])
-    monkeypatch.setattr(package, "sighted_controls", lambda *a: [])
+    if not sighted:
+        monkeypatch.setattr(package, "sighted_controls", lambda *a: [])
 
 
 # ---- models ------------------------------------------------------------------------------------------------------------------
@@ -80,11 +81,12 @@ def test_a_language_head_passes_and_is_left_as_it_was() -> None:
 
 def test_a_template_makes_pairs_of_it(monkeypatch) -> None:
     """Qwen3 with a window: its prompts are a reranker's, and Reranker's log-odds are checked."""
-    only(monkeypatch, "padding side", "packed", "cache")
+    only(monkeypatch, "padding side", "packed", "cache", sighted=True)
+    monkeypatch.setattr(package, "SEEN", 2)  # fewer than the tokens that answer
     model, own = head("qwen3", torch.bfloat16)
     report = run(model, own, max_length=None, limit=HOME)
     assert report.ok and report.kind == "cross-encoder", report.as_dict()
-    assert seen(report) == {"padding side", "packed", "cache"}
+    assert seen(report) == {"padding side", "packed", "cache"} and len(report.controls) >= 3
     cache = next(r for r in report.results if r.check == "cache")
     assert cache.total == 2 * HOME and cache.ordered > 0
 
