@@ -24,7 +24,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo generate test test-all sanitize cuda-check gpu gpu-report bench stacks installs figures readme lint format verify build clean FORCE
+.PHONY: help demo generate sparse test test-all sanitize cuda-check gpu gpu-report bench stacks installs figures readme lint format verify build clean FORCE
 
 # Absolute, so that a recipe may use them from any directory.
 BIN := $(abspath $(VENV))/bin
@@ -45,6 +45,9 @@ demo: $(VENV)/installed  ## rank real text with a real model, then show that the
 
 generate: $(VENV)/smollm2  ## a real decoder writes alone, in batches, cached and not: one text for a prompt (ARGS='--tokens 48')
 	$(OFFLINE) $(BIN)/python python/generate.py $(ARGS)
+
+sparse: $(VENV)/installed  ## a small ReLU decoder is trained, then runs sparse: shares, speed, and one text in 80 runs (ARGS='--quick')
+	$(OFFLINE) $(BIN)/python python/sparse.py $(ARGS)
 
 test: $(VENV)/installed $(VENV)/nvcc  ## every test, shared out over the cores; GPU code is compiled and runs in a simulator
 	$(OFFLINE) $(BIN)/python -m pytest $(SHARED) $(ARGS)

@@ -143,7 +143,7 @@ class Transformer(nn.Module):
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         given = {k: v for k, v in features.items() if k in ("input_ids", "attention_mask")}
         if self.output == "causal_logits":
-            given["logits_to_keep"] = 1
+            given |= {"logits_to_keep": 1, "use_cache": False}
         return {**features, self.output: self.model(**given)[0]}
 
 

@@ -1,8 +1,9 @@
 // attention.cu: packed attention, bidirectional or windowed (causal is a window), grouped heads, any head size and length.
 //
-// For each query row: s_j = dot(q, k_j) * scale, or tanh(that / softcap) * softcap; max exact; e_j = exp(s_j - max); l = row_sum(e), lane j mod 32;
-// out = sum(e_j v_j) / l, one chain per tile of 64 keys, tiles ascending. j counts from the sequence's own first key
-// (NUMERICS.md, "attention"). Nothing here splits a chain: warps and threads split rows, keys' scores and output columns.
+// For each query row: s_j = dot(q, k_j) * scale, or tanh(that / softcap) * softcap; max exact; e_j = exp(s_j - max); l =
+// row_sum(e), lane j mod 32; out = sum(e_j v_j) / l, one chain per tile of 64 keys, tiles ascending. j counts from the
+// sequence's own first key (NUMERICS.md, "attention"). Nothing here splits a chain: warps and threads split rows, keys' scores
+// and output columns.
 //
 // A row here is a (token, query head) pair: the query heads of one key head lie side by side, token by token, so that they
 // share the keys and values that a block reads, and a short sequence still fills its block. A warp owns 32 rows, a block 1, 2

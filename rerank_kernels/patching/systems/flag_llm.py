@@ -83,7 +83,7 @@ class _Model(_Instead):
             return self.last[1]
         try:
             with asking(self.yes) as question:
-                logits: Tensor = self._held(**given).logits
+                logits: Tensor = self._held(**given, use_cache=False).logits  # nobody continues it
         except (PatchError, BackendError) as error:  # a RuntimeError, which is taken for a lack of memory
             raise _Stopped(error) from None
         if not question.answered:  # undone meanwhile
