@@ -68,7 +68,7 @@ def counting(tally: Tally) -> Iterator[None]:
 def tell(hidden: Tensor) -> None:
     """Of activations [M, F] before a product with up."""
     if (tally := _tally.get()) is not None and hidden.device.type == "cpu":
-        tally(int(hidden.count_nonzero()), hidden.shape[0])
+        tally(int((hidden != 0).sum()), hidden.shape[0])
 
 
 def tell_counts(counts: Tensor) -> None:

@@ -161,7 +161,7 @@ def test_training_after_unpatch_through_a_wrapper() -> None:
     assert model.classifier.weight.grad is not None
 
 
-@pytest.mark.parametrize("wrap", [w for w in WRAPPERS if w is not by_compiling])
+@pytest.mark.parametrize("wrap", [w for w in WRAPPERS if w not in (by_compiling, by_unwrapping)])
 def test_patch_after_a_wrapper_is_refused(wrap: Callable[[Any], None]) -> None:
     model = tiny("bert")
     wrap(model)
@@ -169,6 +169,18 @@ def test_patch_after_a_wrapper_is_refused(wrap: Callable[[Any], None]) -> None:
         rk.patch(model)
     del model.forward
     assert rk.patch(model).replaced
+
+
+def test_patch_after_unwrapping() -> None:
+    """What stands there is the class's own forward, as a method of the model."""
+    model = tiny("bert")
+    stock, ours = logits(model), tiny("bert")
+    rk.patch(ours)
+    by_unwrapping(model)
+    rk.patch(model)
+    assert equal(logits(model), logits(ours)) and not equal(stock, logits(ours))
+    rk.unpatch(model)
+    assert equal(logits(model), stock)
 
 
 def test_patch_twice_unpatch_once() -> None:
