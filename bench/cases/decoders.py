@@ -98,7 +98,7 @@ def contest(name: str, layers: int, lengths: tuple[int, ...], dtype: str, token:
     wide = 2 * (sizes["num_attention_heads"] + KV_HEADS) * sizes["head_dim"] + 3 * sizes["intermediate_size"]
     per_token = layers * sizes["hidden_size"] * wide
     fmas = per_token * (len(lengths) if token else sum(lengths))
-    return Work([ours, *rivals], fmas, per_token * DTYPES[dtype].itemsize, about={"group": "model"})
+    return Work([ours, *rivals], fmas, per_token * DTYPES[dtype].itemsize, about={"group": "decoder"})
 
 
 def on_a_cpu(place: Place, quick: bool) -> Iterator[tuple[str, Build]]:

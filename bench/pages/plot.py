@@ -69,7 +69,7 @@ def cpu_prices(content: Content) -> dict[str, dict[str, float]]:
     for r in content["results"]:
         shown = r["group"] != "linear" or r["case"].split("x")[0] in rows
         stock = next(lines(r))
-        if r["group"] != "model" and shown and stock["ratio"] is not None and r.get("active", 0.1) == 0.1:
+        if r["group"] not in ("model", "decoder") and shown and stock["ratio"] is not None and r.get("active", 0.1) == 0.1:
             prices[r["case"]] = {"portable": stock["ratio"]}
     return prices
 

@@ -17,7 +17,7 @@ WHY = {"wrong": "WRONG: ", "error": "", "why": ""}
 
 
 def kept(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """ "cpu", "cuda", "scaling-cpu", "scaling-cuda", "limits", "serving" -> the newest whole run in `folder`.
+    """ "cpu", "cuda", "scaling-cpu", "scaling-cuda", "limits", "serving", "decoders" -> the newest whole run in `folder`.
 
     Not --quick, --against or --only.
     """
@@ -27,6 +27,8 @@ def kept(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
         for study in ("limits", "serving"):
             if study in content and not content.get("quick"):
                 found[study] = content  # whole in itself, also where it was all of the run
+        if any(r.get("group") == "decoder" for r in content.get("results", ())) and not content.get("quick"):
+            found["decoders"] = content  # likewise
         if content.get("quick") or content.get("only") or "against" in content:
             continue
         device = content.get("device", "cpu")

@@ -46,11 +46,11 @@ class Table(NamedTuple):
         console.print(drawn)
 
 
-def cpu(content: Content, models: bool | None = None, only: Sequence[str] | None = None) -> Table:
-    """One line per rival, with its bar; who has no time says why."""
+def cpu(content: Content, kind: str | None = None, only: Sequence[str] | None = None) -> Table:
+    """One line per rival, with its bar; who has no time says why. kind: of model, decoder and op."""
     rows = []
     for r in content["results"]:
-        if models in (None, r["group"] == "model"):
+        if kind in (None, r["group"] if r["group"] in ("model", "decoder") else "op"):
             for line in list(lines(r))[: 1 if only else None]:
                 bar = "" if line["bar"] is None else f"{line['bar']:.2f}{', FALLS SHORT' * (line['verdict'] == 'FALLS SHORT')}"
                 if line["ratio"] is None:
@@ -200,10 +200,11 @@ STUDIES: dict[str, Callable[[Content], Table]] = {  # what a run may hold beside
 }
 # name -> the runs it needs, what of a run it is made of, and how
 TABLES: dict[str, tuple[tuple[str, ...], str, Callable[..., Table | str]]] = {
-    "cpu-models": (("cpu",), "results", lambda c: cpu(c, True)),
+    "cpu-models": (("cpu",), "results", lambda c: cpu(c, "model")),
     "cpu-models-short": (("cpu",), "results", cpu_models_short),
-    "cpu-ops": (("cpu",), "results", lambda c: cpu(c, False)),
-    "cpu-ops-short": (("cpu",), "results", lambda c: cpu(c, False, SHORT_OPS)),
+    "cpu-ops": (("cpu",), "results", lambda c: cpu(c, "op")),
+    "cpu-ops-short": (("cpu",), "results", lambda c: cpu(c, "op", SHORT_OPS)),
+    "cpu-decoders": (("decoders",), "results", lambda c: cpu(c, "decoder")._replace(about=facts(c).rstrip())),
     "cpu-machine": (("cpu",), "machine", facts),
     "gpu-models": (("cuda",), "results", lambda c: gpu(c, True)),
     "gpu-ops": (("cuda",), "results", lambda c: gpu(c, False)),

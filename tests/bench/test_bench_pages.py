@@ -63,6 +63,7 @@ BITS = [
     {"model": "m", "way": w, "dtype": "fp32", "pairs": 8, "differ": {"padding": d}, "furthest": d * 1e-7}
     for w, d in (("stock", 5), ("ours", 0))
 ]
+DECODERS = [raced("llama, 1x8, fp32", 1.0, ("stock, SDPA", 4.0, 1.0), group="decoder")]
 SERVING = [{"way": "2 processes", "model": "m", "rates": {"stock": 5.0, "ours": 12.5}, "ratio": 2.5}]
 LIMITS = [
     {"threads": 2, "gflops": 99.0, "cache_gbs": 9.0, "memory_gbs": 8.0},
@@ -110,6 +111,8 @@ def data(tmp_path: Path) -> Path:
         "only": {"results": [], "only": ["linear"]},
         "limits": {"results": [], "only": ["limits"], "limits": LIMITS},
         "serving": {"results": [], "only": ["serving"], "serving": SERVING},
+        "decoders": {"results": DECODERS, "only": ["llama"]},
+        "quick decoders": {"results": [], "quick": True, "only": ["llama"]},
         "quick": {"results": [], "quick": True},
         "against": {"results": [], "against": "HEAD"},
         "gpu": {"results": CASES, "device": "cuda"},
@@ -124,13 +127,13 @@ def data(tmp_path: Path) -> Path:
 
 def test_the_newest_whole_run_of_each_kind(data: Path) -> None:
     found = results.kept(data)
-    assert set(found) == {"cpu", "cuda", "scaling-cpu", "limits", "serving"}
+    assert set(found) == {"cpu", "cuda", "scaling-cpu", "limits", "serving", "decoders"}
     assert found["cpu"]["results"] == CPU
 
 
 def test_tables_stand_between_their_markers(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["cpu-models", "cpu-models-short", "cpu-ops", "cpu-ops-short", "cpu-bits", "cpu-memory", "cpu-machine"]
-    names += ["cpu-limits", "cpu-serving"]
+    names += ["cpu-limits", "cpu-serving", "cpu-decoders"]
     names += ["gpu-models", "gpu-ops", "gpu-machine", "bits"]
     assert set(names) == set(tables.TABLES)
     page = tmp_path / "page.md"
@@ -153,6 +156,10 @@ def test_tables_stand_between_their_markers(data: Path, tmp_path: Path, capsys: 
         and "| gelu 1x2 | 3 M | 4 MB | 1.00 ms, memory | 2.00 ms | 50% |" in text
     )
     assert "| 2 processes | 5.0 | 12.5 | 2.50 |" in text
+    assert (
+        text.count("| llama, 1x8, fp32 |") == 1
+        and "| llama, 1x8, fp32 | stock, SDPA | 1.00 ms | 4.00 ms | 4.00 | 1.00 |" in text
+    )
     assert "| b, 8x128 | 220 MiB | 200 MiB | 1.10 |" in text and "| fp32, stock | 5 | 5.0e-07 |" in text
     # 0.50: compile, the best of theirs, over cuda; 2.00: the median over the rounds, over triton; 3 TFLOP/s in 1 ms
     assert "| linear 1x8x8 fp16 | 2.00 ms, compile | 4.00 ms, cuda | 0.50 | 1.00 ms, triton | 2.00 | 3.0T |" in text
