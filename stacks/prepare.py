@@ -79,7 +79,7 @@ def write_minilm(folder: Path) -> None:
 
 
 def write_xlmr(folder: Path) -> None:
-    model, tokenizer, _ = load_shape("shape:tiny")
+    model, tokenizer, *_ = load_shape("shape:tiny")
     config = one_label(json.loads(model.config.to_json_string(use_diff=False)), "XLMRobertaForSequenceClassification")
     weights = {name: w for name, w in model.state_dict().items() if not name.endswith("position_ids")}
     for name, w in weights.items():

@@ -43,7 +43,7 @@ TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 FOLDER = "path/to/bge-reranker-base"
 MAKE_FOLDER = f"""
 from rerank_kernels.verify import load
-model, tokenizer, _ = load("shape:tiny")
+model, tokenizer, *_ = load("shape:tiny")
 model.save_pretrained({FOLDER!r}), tokenizer.save_pretrained({FOLDER!r})
 """
 # of the caller's environment, what would change what the blocks do
