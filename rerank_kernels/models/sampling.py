@@ -109,6 +109,10 @@ class _Own:
         before = self.before
         if before is None or bool(before.all()) or getattr(processor, "prompt_ignore_length", None) is not None:
             return processor
+        if name_of(processor) in OF_THE_PROMPT:
+            served = "one that reads no prompt, in a batch with padding"
+            hint = "it takes padding for tokens; pass each prompt by itself, or leave that argument of generate out"
+            check.fail(OP, "generate's processors", served, class_of(processor), hint)
 
         def read(ids: Tensor, scores: Tensor) -> Tensor:
             there = torch.cat([before, before.new_ones(len(ids), ids.shape[1] - before.shape[1])], 1)
@@ -205,9 +209,10 @@ def _kept(row: Singles, keep: npt.NDArray[np.bool_]) -> Singles:
 
 
 PROCESSORS = "transformers.generation.logits_process."
-READERS = frozenset(
+OF_THE_PROMPT = {f"{PROCESSORS}Encoder{name}LogitsProcessor" for name in ("RepetitionPenalty", "NoRepeatNGram")}
+READERS = OF_THE_PROMPT | {
     f"{PROCESSORS}{name}LogitsProcessor" for name in ("RepetitionPenalty", "NoRepeatNGram", "SequenceBias", "NoBadWords")
-)
+}
 MIN_LENGTH = f"{PROCESSORS}MinLengthLogitsProcessor"
 WARPERS: dict[str, Callable[[Any, Singles], Singles]] = {
     f"{PROCESSORS}TemperatureLogitsWarper": _temperature,

@@ -134,6 +134,15 @@ def test_padding_is_none_of_the_tokens_that_a_processor_reads(given):
         assert text[: len(wanted)] == wanted and set(text[len(wanted) :]) <= {0}
 
 
+@pytest.mark.parametrize("given", [dict(encoder_repetition_penalty=3.0), dict(encoder_no_repeat_ngram_size=1)], ids=list)
+def test_processors_of_the_prompt_take_no_padding(given):
+    model, (s, _) = patched(), rows((9, 9))
+    assert len(sample(model, one(s), [5], **given)[0]) == 12
+    assert len(sample(model, batch_of(rows((9, 9))), [5, 6], **given)) == 2
+    with pytest.raises(ValueError, match="processors must be one that reads no prompt, in a batch with padding, got Encoder"):
+        sample(model, batch_of([s], to=12), [5], **given)
+
+
 def test_a_text_stops_at_a_string():
     """As the docstring advises: generate's own stop_strings gets no tokenizer here."""
     own = tokenizer("roberta")

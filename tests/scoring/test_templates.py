@@ -316,7 +316,9 @@ def test_answers_that_the_model_has_no_row_for(lacks):
     small = models.decoder("qwen3", vocab_size=own.convert_tokens_to_ids("yes") if lacks == "the model" else len(own))
     if lacks == "its head":
         small.lm_head = torch.nn.Linear(64, own.convert_tokens_to_ids("yes"), bias=False)
-    with pytest.raises(ValueError, match=r"template must be one that asks for tokens 0 to \d+, got 'qwen3-reranker', of tokens"):
+    with pytest.raises(
+        ValueError, match=r"template must be one that asks for tokens 0 to \d+, got 'qwen3-reranker', of tokens"
+    ):
         rk.Reranker(small, own)
 
 
