@@ -76,7 +76,7 @@ class AnswerHead:
     """The log-odds of one word of the vocabulary beside another, at the last token of each sequence.
 
     The two rows of the language head are subtracted in float32 before the one dot. Two logits that are rounded first keep both
-    errors: up to 0.06 each between 16 and 32 in bfloat16. A head with a cap on its logits has two dots.
+    errors: up to 0.06 each between 16 and 32 in bfloat16. A head with a cap on its logits, or with adapters, has two.
     """
 
     words: nn.Linear  # the language head
@@ -86,23 +86,28 @@ class AnswerHead:
 
     def __call__(self, x: Tensor, sequences: Sequences) -> HeadOutput:
         """[total, D] -> float32 [B, 1] each: logit, score, complement."""
+        last = last_rows(x, sequences.cu_seqlens)
+        if lora.is_lora(self.words):
+            return self._of_two(lora.product(self.words, last, out_dtype=torch.float32)[:, self._rows])
         as_patched(self.words, nn.Linear)
+        if self.cap is not None:
+            both = None if self.words.bias is None else self.words.bias[self._rows].float()
+            return self._of_two(score_head(last, self.words.weight[self._rows].float(), both).logit)
         row, bias = self.words.weight[self.yes].float(), None
         if self.words.bias is not None:
             bias = self.words.bias[self.yes, None].float()
-        last = last_rows(x, sequences.cu_seqlens)
-        if self.cap is not None:
-            return self._of_two(last)
         if self.no is not None:
             row = row - self.words.weight[self.no].float()
             bias = None if bias is None else bias - self.words.bias[self.no].float()
         return score_head(last, row[None], bias)
 
-    def _of_two(self, last: Tensor) -> HeadOutput:
-        """Each logit has its cap first, so no one dot is their difference; both stay float32."""
-        rows = [self.yes] if self.no is None else [self.yes, self.no]
-        bias = None if self.words.bias is None else self.words.bias[rows].float()
-        each = capped(score_head(last, self.words.weight[rows].float(), bias).logit, self.cap)
+    @property
+    def _rows(self) -> list[int]:
+        return [self.yes] if self.no is None else [self.yes, self.no]
+
+    def _of_two(self, logits: Tensor) -> HeadOutput:
+        """Of float32 [B, 2], or 1. Each has its cap first, so no one dot is their difference."""
+        each = capped(logits, self.cap)
         logit = each if self.no is None else each[:, :1] - each[:, 1:]
         return HeadOutput(logit, sigmoid(logit), sigmoid(-logit))
 

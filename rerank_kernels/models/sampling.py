@@ -37,8 +37,8 @@ class Sampling:
 
     A text is decided by the prompt's tokens, its seed, temperature, top_k, top_p and min_p, and by nothing else of the batch. A
     text that is continued from prompt and tokens goes on as it would have. Logits may hold -inf; NaN and +inf are a ValueError
-    that names the sequence. Other processors of generate's run as they are. Beams, and warpers that are not named here, are
-    refused.
+    that names the sequence. Penalties read a sequence's own tokens: padding is none. Other processors of generate's run as they
+    are. Beams, and warpers that are not named here, are refused.
     """
 
     def __init__(self, seeds: Iterable[int], *, streamer: Any = None) -> None:
@@ -72,7 +72,10 @@ class Sampling:
         config.do_sample = False
         tokens = _tokens(input_ids, model_kwargs.get("attention_mask"), getattr(config, "_mask_length", None))
         draw = _Draw(self.seeds, tokens, input_ids.shape[1], config.return_dict_in_generate and config.output_scores)
-        steps = type(logits_processor)([draw.look, *map(_served, logits_processor), draw])
+        own = _Own(input_ids, model_kwargs.get("attention_mask"))
+        readers = READERS if config.min_new_tokens is not None else READERS | {MIN_LENGTH}  # else it counts the padding in
+        served = [own.reading(p) if name_of(p) in readers else _served(p) for p in logits_processor]
+        steps = type(logits_processor)([draw.look, *served, draw])
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
         out = model._sample(
@@ -93,6 +96,30 @@ def _tokens(ids: Tensor, mask: Tensor | None, seen: int | None) -> list[int]:
     if mask is not None:
         return [int(n) for n in (mask != 0).sum(1).tolist()]
     return [ids.shape[1] if seen is None else seen] * ids.shape[0]
+
+
+class _Own:
+    """The tokens of each sequence without the padding, for processors that read them; transformers hands on whole rows."""
+
+    def __init__(self, ids: Tensor, mask: Tensor | None) -> None:
+        width = ids.shape[1]
+        self.before = None if mask is None else mask[:, mask.shape[1] - width :] != 0
+
+    def reading(self, processor: Any) -> Any:
+        before = self.before
+        if before is None or bool(before.all()) or getattr(processor, "prompt_ignore_length", None) is not None:
+            return processor
+        if name_of(processor) in OF_THE_PROMPT:
+            served = "one that reads no prompt, in a batch with padding"
+            hint = "it takes padding for tokens; pass each prompt by itself, or leave that argument of generate out"
+            check.fail(OP, "generate's processors", served, class_of(processor), hint)
+
+        def read(ids: Tensor, scores: Tensor) -> Tensor:
+            there = torch.cat([before, before.new_ones(len(ids), ids.shape[1] - before.shape[1])], 1)
+            rows = zip(ids, there, scores, strict=True)
+            return torch.cat([processor(row[keep][None], score[None]) for row, keep, score in rows])
+
+        return read
 
 
 class _Draw:
@@ -182,6 +209,11 @@ def _kept(row: Singles, keep: npt.NDArray[np.bool_]) -> Singles:
 
 
 PROCESSORS = "transformers.generation.logits_process."
+OF_THE_PROMPT = {f"{PROCESSORS}Encoder{name}LogitsProcessor" for name in ("RepetitionPenalty", "NoRepeatNGram")}
+READERS = OF_THE_PROMPT | {
+    f"{PROCESSORS}{name}LogitsProcessor" for name in ("RepetitionPenalty", "NoRepeatNGram", "SequenceBias", "NoBadWords")
+}
+MIN_LENGTH = f"{PROCESSORS}MinLengthLogitsProcessor"
 WARPERS: dict[str, Callable[[Any, Singles], Singles]] = {
     f"{PROCESSORS}TemperatureLogitsWarper": _temperature,
     f"{PROCESSORS}TopKLogitsWarper": _top_k,

@@ -49,7 +49,7 @@ def load_model(folder: Folder, kind: str, trust: bool = False) -> Any:
         config: Any = AutoConfig.from_pretrained(folder.path, **own)
         config._attn_implementation = None  # transformers' own choice, whatever the folder says: a name may mean a download
         model, info = auto.from_pretrained(
-            folder.path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **own
+            folder.path, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **own
         )
     wrong = sorted(info.get("mismatched_keys") or ())
     if wrong:

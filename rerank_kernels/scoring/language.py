@@ -61,11 +61,12 @@ def next_logits(model: Any, inputs: Inputs) -> Tensor:
 
 
 def written(model: Any, inputs: Inputs, count: int, cached: bool = True) -> Tensor:
-    """float32 [B, 2 count]: the tokens that greedy search writes, and the logit of each. No end stops it."""
+    """float32 [B, 2 count]: the tokens that greedy search writes, and the logit of each. No end stops it, and no penalty or
+    beam that the model's generation_config asks for changes it."""
     with torch.inference_mode(), quiet():
         out = model.generate(
             **inputs, do_sample=False, max_new_tokens=count, min_new_tokens=count, use_cache=cached, pad_token_id=0,
-            return_dict_in_generate=True, output_logits=True,
+            return_dict_in_generate=True, output_logits=True, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
         )  # fmt: skip
     ids = out.sequences[:, -count:]
     logits = torch.stack([step.float() for step in out.logits], 1).gather(2, ids[..., None])[..., 0]

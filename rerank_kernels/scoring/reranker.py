@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rerank_kernels import check
 from rerank_kernels.backend.modes import MODES
+from rerank_kernels.models import lora
 from rerank_kernels.models import registry as models
 from rerank_kernels.models.bound import forward_of, serving
 from rerank_kernels.ops.softmax import sum as row_sum
@@ -165,6 +166,14 @@ class Reranker:
                 check.fail("Reranker", "template", wanted, f"{template!r:.60}", 'pass instruction="" to leave it out')
             self.instruction = self.settings.default
         self._answers = self._prompts.answers() if writes else None
+        if self._answers is not None:
+            last = min(int(self.model.config.vocab_size), lora.held(self.model.lm_head).weight.shape[0]) - 1
+            if any(token is not None and token > last for token in self._answers):
+                wanted, came = (
+                    f"one that asks for tokens 0 to {last}",
+                    f"{self._prompts.template.name!r}, of tokens {self._answers}",
+                )
+                check.fail("Reranker", "template", wanted, came, "tokenizer and model are of two folders")
         if self.settings.answers not in (None, self._answers):
             came = f"{self.template.name!r}, of tokens {self._answers}" if self.template else "none"
             check.fail("Reranker", "template", f"one that asks for tokens {self.settings.answers}, as this folder does", came)

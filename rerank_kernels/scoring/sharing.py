@@ -99,7 +99,7 @@ class _Tree:
 
 def _common(ids: list[Ids], done: int) -> int:
     """How many first tokens all have in common, the last token of none of them; `done` of them are known."""
-    first, common = ids[0], min(map(len, ids)) - 1
+    first, common = ids[0], max(min(map(len, ids)) - 1, done)  # an empty one has nothing in common
     for other in ids[1:]:
         differs = np.flatnonzero(first[done:common] != other[done:common])
         if len(differs):

@@ -16,6 +16,7 @@ import rerank_kernels as rk
 from models import FAMILIES, PAD, decoder, padded, rows, tiny
 from rerank_kernels.models import lora as served
 from rerank_kernels.models.bound import Forward
+from rerank_kernels.models.registry import packed_answers
 
 LENGTHS = (7, 1, 70, 23, 64)
 BOUND = {torch.float32: 5e-6, torch.float16: 8e-3, torch.bfloat16: 8e-2}
@@ -84,6 +85,21 @@ def test_adapters_in_a_decoder_with_words():
     rk.patch(model)
     kept = batch["attention_mask"].bool()
     assert (model(**batch).logits - truth)[kept].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])  # the second caps its logits
+def test_adapters_of_the_words_that_answer(kind):
+    model = lora.adapted(decoder(kind), ("lm_head",), saves=False)
+    inner, ids = model.base_model.model, rows((9, 17))
+    with torch.no_grad():
+        want = torch.stack([inner.double()(s[None]).logits[0, -1, [7, 9]] for s in ids])
+        rk.patch(inner.float())
+        cu = torch.tensor([0, 9, 26], dtype=torch.int32)
+        for no, wanted in ((None, want[:, 0]), (9, want[:, 0] - want[:, 1])):
+            logit = packed_answers(inner, torch.cat(ids), cu, 7, no).logit[:, 0]
+            torch.testing.assert_close(logit.double(), wanted, atol=1e-4, rtol=0)
+            alone = packed_answers(inner, ids[1], torch.tensor([0, 17], dtype=torch.int32), 7, no).logit[0, 0]
+            assert alone == logit[1]
 
 
 def merged(model):

@@ -114,6 +114,35 @@ def test_other_processors_and_a_streamer():
     assert max(out) < 20 and heard == [s.tolist(), *([t] for t in out), "end"]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(temperature=0.3, repetition_penalty=100.0),
+        dict(no_repeat_ngram_size=1),
+        dict(eos_token_id=list(range(20, 100)), min_length=16),
+        dict(eos_token_id=list(range(20, 100)), min_new_tokens=5),
+    ],
+    ids=lambda given: list(given)[-1],
+)
+def test_padding_is_none_of_the_tokens_that_a_processor_reads(given):
+    """What stands at padding is a token that the text has."""
+    model, seqs = patched(), rows((5, 13, 9))
+    given = dict(new=24, pad_token_id=0, temperature=2.0, top_k=0, top_p=1.0) | given
+    alone = [sample(model, one(s), [seed], **given)[0] for s, seed in zip(seqs, SEEDS, strict=True)]
+    together = sample(model, padded(seqs, alone[0][3], left=True, to=30), SEEDS, **given)
+    for text, wanted in zip(together, alone, strict=True):
+        assert text[: len(wanted)] == wanted and set(text[len(wanted) :]) <= {0}
+
+
+@pytest.mark.parametrize("given", [dict(encoder_repetition_penalty=3.0), dict(encoder_no_repeat_ngram_size=1)], ids=list)
+def test_processors_of_the_prompt_take_no_padding(given):
+    model, (s, _) = patched(), rows((9, 9))
+    assert len(sample(model, one(s), [5], **given)[0]) == 12
+    assert len(sample(model, batch_of(rows((9, 9))), [5, 6], **given)) == 2
+    with pytest.raises(ValueError, match="processors must be one that reads no prompt, in a batch with padding, got Encoder"):
+        sample(model, batch_of([s], to=12), [5], **given)
+
+
 def test_a_text_stops_at_a_string():
     """As the docstring advises: generate's own stop_strings gets no tokenizer here."""
     own = tokenizer("roberta")
@@ -246,6 +275,19 @@ def test_mutant_steps_counted_from_the_prompts_end(monkeypatch):
     monkeypatch.setattr(module, "_tokens", lambda ids, mask, seen: [0] * ids.shape[0])
     with pytest.raises(AssertionError):
         test_a_text_goes_on_as_it_would_have()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(no_repeat_ngram_size=1),
+        dict(eos_token_id=list(range(20, 100)), min_length=16),
+    ],
+)
+def test_mutant_processors_read_the_padding(monkeypatch, given):
+    monkeypatch.setattr(module._Own, "reading", lambda self, processor: processor)
+    with pytest.raises(AssertionError):
+        test_padding_is_none_of_the_tokens_that_a_processor_reads(given)
 
 
 def test_mutant_a_draw_before_the_warpers(monkeypatch):

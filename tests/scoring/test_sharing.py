@@ -186,6 +186,14 @@ def test_equal_pairs_keep_a_token_of_their_own():
     assert [len(s) for s in own.sequences] == [8, 1, 1, 1] and own.before == [None, 0, 0, 0]
 
 
+def test_a_prompt_without_tokens(monkeypatch):
+    own, (a, b) = reranker(template=Template("bare", ("{query}", "{document}"))), lists((9, 8), 5)
+    pairs = [(CORPUS[0], "yes"), ("", ""), ("", CORPUS[0])]
+    same(own.score(pairs), unshared(monkeypatch, own, pairs))
+    (found,) = sharing.shared_passes([a, a[:0], b], ["q"] * 3, 100, [2**62])
+    assert found.before is None and found.items == [0, 2, 1]
+
+
 def test_two_levels():
     """What all queries begin with, then what each one's pairs do."""
     first, (a, b), (c,) = lists((20,))[0], lists((9, 8), 5, seed=2), lists((7,), seed=3)

@@ -35,7 +35,7 @@ def _cpu():
 def tokenizer():
     own = models.tokenizer("roberta")
     own.add_tokens(WORDS)
-    own.model_max_length = 400
+    own.bos_token, own.model_max_length = "<s>", 400
     return own
 
 
@@ -131,7 +131,6 @@ def test_ids_are_those_of_the_authors(max_length):
     pairs = [(QUERY, t) for t in (*TEXTS, long)]
     assert [prompts.ids(*pair) for pair in pairs] == qwen3_ids(pairs, max_length)
     assert len(prompts.ids(QUERY, long)) == max_length
-    own.bos_token = own.bos_token or "<s>"
     prompts = Prompts(TEMPLATES["bge-reranker-v2-gemma"], own, max_length, "")
     assert [prompts.ids(QUERY, t) for t in (*TEXTS, long)] == [gemma_ids(QUERY, t, max_length) for t in (*TEXTS, long)]
 
@@ -309,6 +308,18 @@ def test_mutant_logits_rounded_before_they_are_subtracted(monkeypatch):
     assert error() < 1e-5
     monkeypatch.setattr(heads.AnswerHead, "__call__", rounded)
     assert error() > 1e-3
+
+
+@pytest.mark.parametrize("lacks", ["the model", "its head"])
+def test_answers_that_the_model_has_no_row_for(lacks):
+    own = tokenizer()
+    small = models.decoder("qwen3", vocab_size=own.convert_tokens_to_ids("yes") if lacks == "the model" else len(own))
+    if lacks == "its head":
+        small.lm_head = torch.nn.Linear(64, own.convert_tokens_to_ids("yes"), bias=False)
+    with pytest.raises(
+        ValueError, match=r"template must be one that asks for tokens 0 to \d+, got 'qwen3-reranker', of tokens"
+    ):
+        rk.Reranker(small, own)
 
 
 def test_refusals():

@@ -91,6 +91,18 @@ def test_a_template_makes_pairs_of_it(monkeypatch) -> None:
     assert cache.total == 2 * HOME and cache.ordered > 0
 
 
+def test_a_generation_config_changes_nothing_that_is_checked() -> None:
+    """Beams, which keep the best of several texts, and a penalty, which would read the padding."""
+    model, own = head()
+    asked = {"num_beams": 3, "no_repeat_ngram_size": 1, "repetition_penalty": 9.0}
+    call = Call((0, 1, 2))
+    want = language.routes(model, texts(model, own), torch.device("cpu"))[GREEDY](call)
+    for name, value in asked.items():
+        setattr(model.generation_config, name, value)
+    got = language.routes(model, texts(model, own), torch.device("cpu"))[GREEDY](call)
+    assert np.array_equal(got, want)
+
+
 def test_stock_falls_where_it_must(monkeypatch) -> None:
     only(monkeypatch, "batch", "padding length", "padding side", *THROUGH)
     model, own = head()
