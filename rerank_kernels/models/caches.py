@@ -117,11 +117,11 @@ def length(op: str, cache: Any, batch: int, new: int, windows: list[int | None],
         if keys.shape != wanted or values.shape != wanted:
             came = f"{check.shape_of(keys)} and {check.shape_of(values)}"
             check.fail(op, "past_key_values", f"keys and values {list(wanted)} of layer {i}", came, HINT)
-        if keys.dtype != dtype:
-            check.fail(op, "past_key_values", f"{dtype} as the model", keys.dtype, HINT)
+        if (other := next((t.dtype for t in (keys, values) if t.dtype != dtype), None)) is not None:
+            check.fail(op, "past_key_values", f"{dtype} as the model", other, HINT)
         if name_of(layer) == ROLLING and keys.shape[2] != min(past, layer.sliding_window - 1):
             check.fail(op, "past_key_values", f"the last {layer.sliding_window - 1} keys of layer {i}", keys.shape[2], HINT)
-    for i, layer in enumerate(held):  # a cut or a call that broke off may have reached some layers alone
+    for i, layer in enumerate(held if batch else ()):  # a cut or a call that broke off may have reached some layers alone
         if layer.keys is not None and (seen := _seen(layer)) not in (None, past):
             check.fail(op, "past_key_values", f"{past} places in layer {i}, as in the first one", seen, HINT)
     return past
@@ -216,7 +216,7 @@ class Keys:
         """Keys and values [B, H_kv, S, D] as [places, H_kv, D] without a copy, where a place is what k.stride(2) makes it; None
         where that cannot be."""
         (b, heads, s, d), (batch, head, place, feature) = k.shape, k.stride()
-        if self._runs is None or v.stride() != k.stride() or feature != 1 or place < 1 or batch % place:
+        if not b or self._runs is None or v.stride() != k.stride() or feature != 1 or place < 1 or batch % place:
             return None
         apart = batch // place  # from a sequence's first place to the next one's
         places = (b - 1) * apart + s

@@ -195,7 +195,7 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
         before, lengths = counted[:, past - 1], counted[:, -1]
         counts, turns = lengths - before, turning_points(decoder)
         crosses = any(bool(((before > 0) & (before <= turn) & (lengths > turn)).any()) for turn in turns if turn < past + t)
-    turned = _angles(decoder, op, own, keys.whole, None if crosses else counted[:, -1], counts)
+    turned = _angles(decoder, op, own, keys.whole, None if crosses else there.sum(1), counts)
     words = _given(decoder, new.pack(embeds)) if ids is None else _words(decoder, op, new.pack(ids))
     return Batch(words, turned, new, None if cache is None else keys, states, as_dict), ours
 

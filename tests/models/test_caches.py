@@ -83,6 +83,26 @@ def test_an_emptied_cache_of_another_batch_is_refused_by_name(which):
     assert torch.equal(model(IDS[:, :5], past_key_values=cache).logits, model(IDS[:, :5], use_cache=False).logits)
 
 
+def test_values_of_another_dtype_are_refused():
+    model, cache = patched("llama"), DynamicCache()
+    model(IDS[:, :5], past_key_values=cache)
+    for layer in cache.layers:
+        layer.values = layer.values.half()  # torch.cat would make float32 of them
+    with pytest.raises(ValueError, match=r"past_key_values must be torch.float32 as the model, got torch.float16"):
+        model(IDS[:, 5:6], past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_no_rows_and_no_places(kind):
+    model = patched(kind)
+    cache = DynamicCache(config=model.config)
+    assert model(IDS[:, :0], past_key_values=cache).logits.shape == (2, 0, VOCABULARY)
+    assert torch.equal(model(IDS[:, :5], past_key_values=cache).logits, model(IDS[:, :5], use_cache=False).logits)
+    cache = DynamicCache(config=model.config)
+    for _ in range(2):
+        assert model(IDS[:0, :5], past_key_values=cache).logits.shape == (0, 5, VOCABULARY)
+
+
 # ---- the tests can fail ------------------------------------------------------------------------------------------------------
 
 
