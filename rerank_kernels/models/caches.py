@@ -104,9 +104,12 @@ def length(op: str, cache: Any, batch: int, new: int, windows: list[int | None],
         if name_of(layer) in (FIXED, ROLLING_FIXED) and not drops and past + new > layer.max_cache_len:
             room = f"room for {past + new} places in layer {i}"
             check.fail(op, "past_key_values", room, layer.max_cache_len, "make one with a larger max_cache_len")
-    if past == 0:
-        return 0
-    for i in range(layers):
+    for i, layer in enumerate(held if past == 0 else ()):  # emptied ones may stand there still
+        keys = layer.keys
+        if keys is not None and keys.dim() == 4 and (keys[:, :, 0:0].shape != (batch, heads, 0, d) or keys.dtype != dtype):
+            room = f"keys [{batch}, {heads}, places, {d}] of {dtype} in layer {i}"
+            check.fail(op, "past_key_values", room, f"{check.shape_of(keys)} of {keys.dtype}", HINT)
+    for i in range(layers if past else 0):
         if i >= len(cache.layers) or cache.layers[i].keys is None:
             check.fail(op, "past_key_values", f"keys and values of {layers} layers", f"none of layer {i}", HINT)
         layer, keys, values = cache.layers[i], cache.layers[i].keys, cache.layers[i].values
@@ -114,11 +117,22 @@ def length(op: str, cache: Any, batch: int, new: int, windows: list[int | None],
         if keys.shape != wanted or values.shape != wanted:
             came = f"{check.shape_of(keys)} and {check.shape_of(values)}"
             check.fail(op, "past_key_values", f"keys and values {list(wanted)} of layer {i}", came, HINT)
-        if keys.dtype != dtype:
-            check.fail(op, "past_key_values", f"{dtype} as the model", keys.dtype, HINT)
+        if (other := next((t.dtype for t in (keys, values) if t.dtype != dtype), None)) is not None:
+            check.fail(op, "past_key_values", f"{dtype} as the model", other, HINT)
         if name_of(layer) == ROLLING and keys.shape[2] != min(past, layer.sliding_window - 1):
             check.fail(op, "past_key_values", f"the last {layer.sliding_window - 1} keys of layer {i}", keys.shape[2], HINT)
+    for i, layer in enumerate(held if batch else ()):  # a cut or a call that broke off may have reached some layers alone
+        if layer.keys is not None and (seen := _seen(layer)) not in (None, past):
+            check.fail(op, "past_key_values", f"{past} places in layer {i}, as in the first one", seen, HINT)
     return past
+
+
+def _seen(layer: Any) -> int | None:
+    """The places that a layer has seen; None where it does not count them, or a GPU would have to be waited for."""
+    if name_of(layer) != FIXED:
+        return int(layer.get_seq_length())
+    count = getattr(layer, "cumulative_length", None)
+    return None if count is None or (isinstance(count, Tensor) and count.device.type != "cpu") else int(count)
 
 
 HINT = "a cache belongs to one model and one batch; make a new one"
@@ -189,11 +203,20 @@ class Keys:
         k, v = (keys.pack(t.transpose(1, 2)) for t in kept)
         return k, v, keys
 
+    def foresee(self, layers: int) -> None:
+        """An error of a layer that drops keys, before any layer has stored one: the cache stays as it was."""
+        t = self._there.shape[1] - self.past
+        for layer in self.cache.layers[:layers] if self.cache is not None and self.past else ():
+            if name_of(layer) in (ROLLING, ROLLING_FIXED):
+                size = layer.sliding_window if name_of(layer) == ROLLING else layer.max_cache_len
+                if size - 1 < self.past:
+                    self._rolling(size - 1 + t)
+
     def _in_place(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Spans] | None:
         """Keys and values [B, H_kv, S, D] as [places, H_kv, D] without a copy, where a place is what k.stride(2) makes it; None
         where that cannot be."""
         (b, heads, s, d), (batch, head, place, feature) = k.shape, k.stride()
-        if self._runs is None or v.stride() != k.stride() or feature != 1 or place < 1 or batch % place:
+        if not b or self._runs is None or v.stride() != k.stride() or feature != 1 or place < 1 or batch % place:
             return None
         apart = batch // place  # from a sequence's first place to the next one's
         places = (b - 1) * apart + s

@@ -72,8 +72,9 @@ def causal_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     ready(m, roles_of)
     with explained(m, roles_of):
         batch, given = _pack(m, _enter(m), args, kwargs, cached=True)
+        places = _places(m, batch.new, given.get("logits_to_keep", 0))  # an error of it leaves the cache as it was
         packed = _decode(inner(m), batch)
-        kept = _kept(m, batch.new.unpack(packed), given.get("logits_to_keep", 0))
+        kept = batch.new.unpack(packed)[:, places]
         if not traced() and (question := asked()) is not None:
             logits = question.answer(lora.held(m.lm_head), packed, batch.new, word_cap(m))
         else:
@@ -177,6 +178,7 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
     there = valid(op, mask, cache, b, past, t, (embeds if ids is None else ids).device)
     new = Sequences.from_mask(there[:, past:], (b, t), op=op)
     keys, counted = Keys(op, cache, there, new, past), there.long().cumsum(1)
+    keys.foresee(len(windows))
     if positions is None:
         own = new.pack(counted[:, past:] - 1)
     else:
@@ -193,7 +195,7 @@ def _pack(m: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *
         before, lengths = counted[:, past - 1], counted[:, -1]
         counts, turns = lengths - before, turning_points(decoder)
         crosses = any(bool(((before > 0) & (before <= turn) & (lengths > turn)).any()) for turn in turns if turn < past + t)
-    turned = _angles(decoder, op, own, keys.whole, None if crosses else counted[:, -1], counts)
+    turned = _angles(decoder, op, own, keys.whole, None if crosses else there.sum(1), counts)
     words = _given(decoder, new.pack(embeds)) if ids is None else _words(decoder, op, new.pack(ids))
     return Batch(words, turned, new, None if cache is None else keys, states, as_dict), ours
 
@@ -292,14 +294,18 @@ def _turned(
     return rope.rows(said, positions, longest, own, op=op)
 
 
-def _kept(m: Any, x: Tensor, keep: Any) -> Tensor:
-    """The rows of [B, T, D] whose logits are asked for, as stock's logits_to_keep says."""
+def _places(m: Any, new: Sequences, keep: Any) -> Any:
+    """Index of the places whose logits are asked for, as stock's logits_to_keep says."""
+    op = f"{class_of(m)}.forward"
     if isinstance(keep, Tensor):
         if keep.dim() == 1 and not keep.dtype.is_floating_point and keep.dtype != torch.bool:
-            return x[:, keep]
+            t = new.padded[1]  # type: ignore[index]
+            if not traced() and keep.numel() and not (-t <= int(keep.min()) and int(keep.max()) < t):
+                check.fail(op, "logits_to_keep", f"places in [{-t}, {t - 1}]", keep.tolist()[:8])
+            return keep
     elif isinstance(keep, int | np.integer) and not isinstance(keep, bool) and keep >= 0:
-        return x[:, -int(keep) :] if keep else x  # more than there are: all of them
-    check.fail(f"{class_of(m)}.forward", "logits_to_keep", "a number >= 0, or a 1-D tensor of places", keep)
+        return slice(-int(keep), None) if keep else slice(None)  # more than there are: all of them
+    check.fail(op, "logits_to_keep", "a number >= 0, or a 1-D tensor of places", keep)
 
 
 def _output(m: Any, batch: Batch, cls: Any, **fields: Any) -> Any:

@@ -89,7 +89,7 @@ SELF = (
     Assumed("head_dim", "what config says", lambda value, m: value == _head_size(m.config), needed=True),
     Assumed("scaling", "a number", lambda value, _: isinstance(value, float), needed=True),
     Assumed("is_causal", "True", lambda value, _: bool(value)),
-    Assumed("is_sliding", "what config.layer_types says", lambda value, m: value == _slides(m)),
+    Assumed("is_sliding", "what config.layer_types says", lambda value, m: _slides(m) in (None, value)),
     _CAP._replace(attribute="attn_logit_softcapping"),
 )
 GROUPS = Assumed(
@@ -114,8 +114,10 @@ FUSED = (
 )
 
 
-def _slides(m: Any) -> bool:
-    return bool(m.config.layer_types[m.layer_idx] == SLIDING)
+def _slides(m: Any) -> bool | None:
+    """Whether config gives a layer a window; None where it names no types of layers, and stock reads none."""
+    types = getattr(m.config, "layer_types", None)
+    return None if types is None else bool(types[m.layer_idx] == SLIDING)
 
 
 ACT = Assumed(

@@ -76,6 +76,13 @@ def _ids(ids: Any) -> Tensor:
     return tokens.detach().long().cpu().clone()
 
 
+def _are_ids(op: str, ids: Any, mask: Any) -> None:
+    if ids is None:
+        check.fail(op, "input_ids", "token ids [B, T]", None, "a prefix of embeddings is not served")
+    are_tensors(op, input_ids=ids, attention_mask=mask)
+    check.shape(op, "input_ids", ids, "B", "T")
+
+
 class Prefix:
     """Keys and values of some first tokens, made by rk.prefix; len() is their number. Any number of threads may continue it."""
 
@@ -113,8 +120,7 @@ class Prefix:
         if options.pop("use_cache", None):
             check.fail(op, "use_cache", "left out", True, "continue the cache that Prefix.cache() makes")
         self._check(op)
-        are_tensors(op, input_ids=input_ids, attention_mask=attention_mask)
-        check.shape(op, "input_ids", input_ids, "B", "T")
+        _are_ids(op, input_ids, attention_mask)
         if attention_mask is not None:
             check.shape(op, "attention_mask", attention_mask, *input_ids.shape)
             before = attention_mask.new_ones(len(input_ids), len(self))
@@ -134,8 +140,7 @@ class Prefix:
 
         op = "Prefix.cache"
         self._check(op)
-        are_tensors(op, input_ids=input_ids, attention_mask=attention_mask)
-        check.shape(op, "input_ids", input_ids, "B", "T")
+        _are_ids(op, input_ids, attention_mask)
         b, t = input_ids.shape
         there = caches.valid(op, attention_mask, None, b, 0, t, input_ids.device)
         first = torch.where(there.any(1), there.long().argmax(1), t)

@@ -65,6 +65,10 @@ SERVED = {
     "another config beside its angles": ("llama", lambda m: setattr(m.model, "config", other_angles(m))),
     "Gemma with an embedding that does not scale": ("gemma", plain_embedding),
     "norms that Llama's forward does not call": ("llama", head_norms),
+    "a window that Llama's forward does not read": (
+        "llama",
+        lambda m: setattr(m.model.layers[0].self_attn, "is_sliding", True),
+    ),
 }
 REFUSED = {
     "bidirectional": ("llama", bidirectional, "config.is_causal must be True, got False"),

@@ -327,6 +327,15 @@ def test_adapters():
 # ---- bad arguments -----------------------------------------------------------------------------------------------------------
 
 
+def test_embeddings_do_not_continue_a_prefix():
+    p = rk.prefix(patched("llama"), [5, 6])
+    for call, op in ((p.continued, "continued"), (p.cache, "cache")):
+        with pytest.raises(
+            ValueError, match=rf"Prefix.{op}: input_ids must be token ids \[B, T\], got None; a prefix of embeddings"
+        ):
+            call(None)
+
+
 def test_what_has_no_prefix():
     with pytest.raises(
         rk.PatchError, match=r"prefix: model must be a patched decoder, .* got LlamaForCausalLM, which is not patched; call"
