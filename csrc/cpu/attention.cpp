@@ -213,9 +213,10 @@ static void attend_one_of(const AttentionArgs& a, int64_t q_row, int64_t k_first
             const bool whole = d + STRIP <= a.D;
             if (!whole)
                 for (int64_t i = 0; i < count; ++i)
-                    for (int c = 0; c < STRIP; ++c)
+                    for (int c = 0; c < STRIP; ++c) {
+                        laid[i * STRIP + c] = 0.0f;
                         if (d + c < a.D) widen_of(values + (j + i) * a.v_token + d + c, 1, laid + i * STRIP + c);
-                        else laid[i * STRIP + c] = 0.0f;
+                    }
             for (int64_t r = 0; r < group; r += VALUE_ROWS) {
                 const int some = int(group - r < VALUE_ROWS ? group - r : VALUE_ROWS);
                 float* const to = sums + r * width + d;

@@ -333,9 +333,9 @@ RK_INLINE Some scale_by_exp2(const Some& p, const Some& t) { RK_EACH(Vec, scale_
 // A register of a row's values as they are stored: W of them, or of bf16 W pairs, which are moved about like floats and widened
 // last. unpacked: value `part` of each.
 template <class T>
-constexpr int VALUES_IN = 1;
+inline constexpr int VALUES_IN = 1;
 template <>
-constexpr int VALUES_IN<bf16> = 2;
+inline constexpr int VALUES_IN<bf16> = 2;
 template <class T>
 RK_INLINE Vec load_packed(const T* p) {
     return load(p);
