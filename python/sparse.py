@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rerank import console, docstrings  # python/rerank.py, beside this file
+from prove import set_threads  # beside this file, as rerank.py is
+from rerank import console, docstrings
 from rich.progress import Progress
 from rich.table import Table
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -195,14 +196,6 @@ def as_usual(model: Model) -> Iterator[None]:
     yield
     for layer in model.model.layers:
         del layer.mlp.forward
-
-
-@contextmanager
-def set_threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    yield
-    torch.set_num_threads(before)
 
 
 if __name__ == "__main__":

@@ -51,3 +51,13 @@ def keys_in_a_cache(dtype: torch.dtype, **more: Any) -> None:
         got = attention(q, k, v, cu_seqlens=offsets((1, 2, 1, 3, 2)), cu_seqlens_k=spans, **options, **more)
         same(got, want, f"keys in a cache against packed ones, {options}")
         assert got.isfinite().all()
+
+
+def decoding_by_another_order(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cu_seqlens: Any, cu_seqlens_k: Any, **options: Any
+) -> torch.Tensor:
+    """A mutant of attention: one query alone adds its keys from the last to the first."""
+    if cu_seqlens_k is not None and q.shape[0] == 1:
+        turned = torch.arange(len(k)).flip(0)
+        return attention(q, k[turned], v[turned], cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, scale=options["scale"])
+    return attention(q, k, v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, **options)

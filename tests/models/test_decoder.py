@@ -15,6 +15,7 @@ import rerank_kernels as rk
 from conftest import ran
 from invariants import force_isa, same, with_threads
 from models import DECODERS, decoder, padded, rows
+from prefill import decoding_by_another_order
 from rerank_kernels.backend import registry
 from rerank_kernels.models import caches, rope
 from rerank_kernels.models import decoder as module
@@ -341,15 +342,7 @@ def test_mutant_a_query_sees_one_key_more_than_its_window(monkeypatch):
 def test_mutant_decoding_by_another_order(monkeypatch):
     """A kernel of its own for one new token."""
 
-    def split(q, k, v, *, cu_seqlens, cu_seqlens_k, **options):
-        if cu_seqlens_k is not None and q.shape[0] == 1:
-            turned = torch.arange(len(k)).flip(0)
-            return rk.attention(
-                q, k[turned], v[turned], cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, scale=options["scale"]
-            )
-        return rk.attention(q, k, v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, **options)
-
-    monkeypatch.setattr(module, "attention", split)
+    monkeypatch.setattr(module, "attention", decoding_by_another_order)
     with pytest.raises(AssertionError, match="differ"):
         test_chunks_through_a_cache("llama", "dynamic", 1)
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import rerank_kernels as rk
 import rerank_kernels.verify as package
 from models import CORPUS, decoder, tokenizer
+from prefill import decoding_by_another_order
 from rerank_kernels.models import caches
 from rerank_kernels.models import decoder as module
 from rerank_kernels.scoring.language import next_logits
@@ -227,15 +227,7 @@ def test_mutant_decoding_by_another_order(monkeypatch) -> None:
     """A kernel of its own for one new token of one sequence: only chunks of 1 and generate() of a text alone see it."""
     only(monkeypatch, "batch", *THROUGH)
 
-    def split(q, k, v, *, cu_seqlens, cu_seqlens_k, **options):
-        if cu_seqlens_k is not None and q.shape[0] == 1:
-            turned = torch.arange(len(k)).flip(0)
-            return rk.attention(
-                q, k[turned], v[turned], cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, scale=options["scale"]
-            )
-        return rk.attention(q, k, v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, **options)
-
-    monkeypatch.setattr(module, "attention", split)
+    monkeypatch.setattr(module, "attention", decoding_by_another_order)
     assert broken(run(*head())) == {"chunks", "generate"}
 
 
