@@ -17,16 +17,17 @@ from torch import Tensor
 import cases
 import rerank_kernels as rk
 from bench import run
-from bench.cases import models, ops, shapes
+from bench.cases import contests, models, ops, shapes
 from bench.harness import gpu, worker
+from bench.harness.worker import Worker
 from bench.pages import results, tables
 
-TINY = shapes.Shape("xlm-roberta", 2, 32, 64, 2, 3000, 514)
+TINY = shapes.Shape("XLMRoberta", 2, 32, 64, 2, 3000, 514)
 WAYS = (("cpu", "portable"), ("pytorch", "portable"))
 
 
 def model(*lengths: int, dtype: str) -> ops.Build:
-    return lambda place: models.Model(place, models.BASE, lengths, dtype).contest()
+    return lambda place: models.Model(place, TINY, lengths, dtype).contest()
 
 
 def given(build: ops.Build, *arguments: Any, **more: Any) -> ops.Build:
@@ -43,23 +44,22 @@ SMALL = {
     "gelu": given(ops.gelu, 40, 64),
     "bmm": given(ops.bmm, 6, 16, 24, 8, "fp16"),
     "sparse_ffn": given(ops.sparse_ffn, 16, 64, 200, "bf16", gate=True),
-    "model, mixed": model(16, 40, 9, 30, 8, dtype="fp32"),
+    "model, mixed": model(16, 40, 9, 30, 8, 7, 5, 6, 12, dtype="fp32"),
     "model, equal": model(16, 16, 16, dtype="bf16"),
 }
 
 
 @pytest.fixture(autouse=True)
-def _tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setitem(shapes.RERANKERS, models.BASE, TINY)
-    models.forget()
+def _forgotten() -> Any:
+    contests.forget()
     yield
-    models.forget()
+    contests.forget()
 
 
 def played(monkeypatch: pytest.MonkeyPatch, table: Mapping[str, ops.Build], **gone: str) -> dict[str, Any]:
     """Name -> the record of the case, made in this process on the CPU."""
-    monkeypatch.setattr(gpu, "jobs", lambda: {name: (True, build) for name, build in table.items()})
-    monkeypatch.setattr(gpu, "place", lambda device, _: ops.Place(torch.device(device), False, WAYS))
+    monkeypatch.setattr(contests, "on_a_gpu", lambda: {name: (True, build) for name, build in table.items()})
+    monkeypatch.setattr(contests, "place", lambda device, _: ops.Place(torch.device(device), False, WAYS))
     with torch.no_grad():
         return {name: gpu.case(name, gone, "cpu", False, True) for name in table}
 
@@ -71,11 +71,11 @@ def test_every_kind_of_case(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         c = r["contestants"]
         assert c["cpu portable"]["ms"] > 0 and c["pytorch portable"]["ms"] > 0 and r["flops"] > 0 and r["bytes"] > 0, c
         theirs = [n for n in c if not c[n]["ours"]]
-        assert theirs and set(results.ratios(c)["cpu portable"]) == set(theirs), name
-    assert found["attention, mixed"]["contestants"].keys() >= {"padded", "one by one"}
+        assert theirs and [line["against"] for line in results.lines(r, "portable") if line["ratio"]] == theirs, name
+    assert found["attention, mixed"]["contestants"].keys() >= {"F.sdpa, padded", "F.sdpa, one by one"}
     assert found["model, mixed"]["contestants"].keys() >= {models.PADDED, models.SORTED, models.SINGLE}
-    content = {"results": list(found.values()), "machine": {"torch": "2"}, "not_measured": ["late"], "seconds": 1.0}
-    tables.show_gpu(Console(width=150), content)
+    content = {"results": list(found.values()), "machine": {"torch": "2"}, "not_measured": ["late"], "device": "cuda"}
+    tables.show(Console(width=150), content)
     printed = capsys.readouterr().out
     assert all(name in printed for name in SMALL) and "out of time: late" in printed
 
@@ -95,7 +95,7 @@ def test_a_wrong_kernel_has_no_time(monkeypatch: pytest.MonkeyPatch, name: str, 
     (result,) = played(monkeypatch, {name: SMALL[name]}).values()
     for way in ("cpu portable", "pytorch portable"):
         assert says in result["contestants"][way]["wrong"] and "ms" not in result["contestants"][way]
-    assert results.ratios(result["contestants"]) == {} and "WRONG" in results.line_of(result)
+    assert not any(line["ratio"] for line in results.lines(result)) and "WRONG" in results.line_of(result)
     assert all("ms" in c for c in result["contestants"].values() if not c["ours"])
 
 
@@ -130,11 +130,10 @@ def test_what_fails_costs_its_own_cell(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_list() -> None:
-    table = gpu.jobs()
+    table = contests.on_a_gpu()
     quick = [n for n, (of_quick, _) in table.items() if of_quick]
     assert 15 <= len(quick) <= 30 and len(table) <= 150
-    assert next(iter(table)).startswith("base") and list(table)[-1].endswith("compiled")
-    assert max(map(len, table)) <= 36
+    assert next(iter(table)).startswith("base") and list(table)[-1].endswith("max-autotune")
     for m in (1, 16, 128, 1024, 4096, 16384):
         assert f"linear {m}x768x3072 fp16" in table and f"linear {m}x1024x4096 fp16" in table
 
@@ -144,10 +143,12 @@ def test_without_a_gpu_nothing_is_measured(capsys: pytest.CaptureFixture[str]) -
     assert run.main(["--device", "cuda", "--quick"]) == 2
     printed = capsys.readouterr().out
     assert "linear 1x768x3072 fp16: not measured" in printed and ("GPU" in printed or "CUDA" in printed)
-    assert run.main(["--device", "cuda", "--only", "nothing of the kind"]) == 2
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--device", "cuda", "--only", "nothing of the kind"])
+    assert stop.value.code == 2
 
 
-def dies(name: str, gone: dict[str, str], how: str) -> dict[str, Any]:
+def dies(name: str, gone: Mapping[str, str], how: str) -> dict[str, Any]:
     """In place of a case: "b" dies at its second contestant, as long as nobody says that it is gone."""
     for contestant in ("one", "two"):
         worker.step(contestant)
@@ -162,18 +163,18 @@ def dies(name: str, gone: dict[str, str], how: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("how", "says"), [("kill", "ended with -11"), ("hang", "no answer")])
 def test_another_worker_goes_on_behind_what_killed_the_first(monkeypatch: pytest.MonkeyPatch, how: str, says: str) -> None:
-    monkeypatch.setattr(gpu, "STEP", 2.0 if how == "hang" else 50.0)
-    monkeypatch.setattr(gpu, "CASE", f"{__name__}:dies")
+    monkeypatch.setattr(gpu, "STEP", 4.0 if how == "hang" else 50.0)
+    monkeypatch.setattr(gpu, "case", dies)
     path = os.pathsep.join(str(p) for p in reversed(Path(__file__).parents[:3]))
-    crew = gpu.Crew(time.time() + 100, environment={"PYTHONPATH": path})
-    records = gpu.run("abc", crew, Console(), how=how)
-    crew.dismiss()
-    assert [r["case"] for r in records] == ["a", "b", "c"] and crew.started == 2
+    started: list[worker.Worker] = []
+    monkeypatch.setattr(worker, "Worker", lambda **how: started.append(Worker(**how)) or started[-1])
+    records = gpu.run("abc", time.time() + 100, Console(), how, environment={"PYTHONPATH": path})
+    worker.close()
+    assert [r["case"] for r in records] == ["a", "b", "c"] and len(started) == 2
     assert [list(r["contestants"]) for r in records] == [["one"], ["two", "one"], ["one"]]
     assert says in records[1]["contestants"]["two"]["error"]
 
 
 def test_a_worker_that_cannot_start_is_not_started_for_ever(capsys: pytest.CaptureFixture[str]) -> None:
-    crew = gpu.Crew(time.time() + 100, program=["-c", "raise SystemExit(1)"])
-    assert gpu.run(["a"], crew, Console()) == [] and crew.started == 1
-    assert "the worker does not start" in capsys.readouterr().out
+    assert gpu.run(["a", "b"], time.time() + 100, Console(), program=["-c", "raise SystemExit(1)"]) == []
+    assert capsys.readouterr().out.count("the worker does not start") == 1
