@@ -162,9 +162,6 @@ def attending(stock: Any, how: str) -> Any:
     return other
 
 
-# ---- which of them a run has -----------------------------------------------------------------------------------------------
-
-
 def on_a_cpu(place: Place, quick: bool) -> Iterator[tuple[str, Build]]:
     """Quick runs cut every model to two layers: every path is walked, but the times are no model's and no bar is for them."""
 

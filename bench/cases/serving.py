@@ -67,8 +67,6 @@ def _burning(count: int) -> Iterator[None]:
             process.wait()
 
 
-# ---- the process's side ----------------------------------------------------------------------------------------------------
-
 _loaded: list[Callable[[], object]] = []
 
 

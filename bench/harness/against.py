@@ -36,9 +36,6 @@ SLOWER = 1.05
 BUILT = OUT / "built"
 
 
-# ---- comparing -------------------------------------------------------------------------------------------------------------
-
-
 Side = Callable[[], Any]  # a revision's Worker; a new one if it died
 Case = tuple[str, str]  # and whose call
 
@@ -92,9 +89,6 @@ def show(console: Console, rev: str, records: Sequence[Mapping[str, Any]]) -> No
     slower = [r["case"] for r in records if r["verdict"] == "SLOWER"]
     told = f": {', '.join(slower)}" if slower else ""
     console.print(f"slower than {rev}: {len(slower)} of {len(records)}{told}", markup=False, soft_wrap=True)
-
-
-# ---- the other revision ----------------------------------------------------------------------------------------------------
 
 
 def checked_out(rev: str, folder: pathlib.Path, console: Console, root: pathlib.Path = ROOT) -> None:

@@ -30,9 +30,6 @@ MOST_DEATHS = 12
 BUILDING, CLOCK = "building the case", "the clock"
 
 
-# ---- the worker's side -----------------------------------------------------------------------------------------------------
-
-
 def case(name: str, gone: Mapping[str, str], device: str, compile: bool, quick: bool) -> dict[str, Any]:  # noqa: A002
     """The record of a case without those that are `gone`, each with why."""
     gone, begun, work, cells = dict(gone), "", Work(()), {}
@@ -71,9 +68,6 @@ def compile_ahead(names: Sequence[str], compile: bool) -> None:  # noqa: A002
                 settled()
             except Exception:
                 os._exit(3)
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------------------
 
 
 def run(table: Sequence[str], until: float, console: Console, *how: Any, **of_worker: Any) -> list[dict[str, Any]]:

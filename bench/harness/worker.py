@@ -125,9 +125,6 @@ def once(function: Callable[..., Any], *arguments: Any) -> Any:
         return worker.ask(function, *arguments)
 
 
-# ---- the other side --------------------------------------------------------------------------------------------------------
-
-
 def step(name: str) -> None:
     """What begins now, for the asking side; nothing where nobody asks."""
     if _asking is not None:

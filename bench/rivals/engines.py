@@ -47,8 +47,6 @@ class Question:
     check: tuple[int, ...]
 
 
-# ---- the run's side --------------------------------------------------------------------------------------------------------
-
 _exported: dict[str, tuple[shapes.Shape, tempfile.TemporaryDirectory[str]]] = {}  # how -> the model in that folder
 
 
@@ -80,9 +78,6 @@ def _export(shape: shapes.Shape, how: str) -> str:
 def close() -> None:
     while _exported:
         _exported.popitem()[1][1].cleanup()
-
-
-# ---- the export ------------------------------------------------------------------------------------------------------------
 
 
 class _Logits(torch.nn.Module):
@@ -142,9 +137,6 @@ def _attention_as_one_node(model: Any) -> None:
     AttentionInterface.register("onnx_node", attention)
     AttentionMaskInterface.register("onnx_node", keys)
     model.set_attn_implementation("onnx_node")
-
-
-# ---- the contestant's process ----------------------------------------------------------------------------------------------
 
 
 def _onnxruntime(file: str, threads: int) -> Run:

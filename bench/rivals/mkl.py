@@ -68,9 +68,6 @@ def ready(case: str, who: str, quick: bool) -> Callable[[int], float]:
     return there.turn
 
 
-# ---- the bits --------------------------------------------------------------------------------------------------------------
-
-
 def bits(shape: shapes.Shape, pairs: int = PAIRS) -> list[dict[str, Any]]:
     """One record per way and dtype: what changed -> the pairs, of so many, whose bits are not those of the pair alone."""
     found = []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +21,7 @@ import cases
 import rerank_kernels as rk
 from bench import run
 from bench.cases import contests, models, ops, shapes
-from bench.harness import gpu, worker
+from bench.harness import gpu, turns, worker
 from bench.harness.worker import Worker
 from bench.pages import results, tables
 
@@ -178,3 +181,136 @@ def test_another_worker_goes_on_behind_what_killed_the_first(monkeypatch: pytest
 def test_a_worker_that_cannot_start_is_not_started_for_ever(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.run(["a", "b"], time.time() + 100, Console(), program=["-c", "raise SystemExit(1)"]) == []
     assert capsys.readouterr().out.count("the worker does not start") == 1
+
+
+# ---- fair rivals: who they are, who is missing, and which times are told; there is no GPU here, so one is pretended
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> ops.Place:
+    """A place that counts as a GPU's, whose tensors are on the CPU."""
+    monkeypatch.setattr(ops.Place, "on_gpu", True)
+    monkeypatch.setattr(ops.Place, "sets", lambda self, size: 1)
+    return ops.Place(torch.device("cpu"), True, WAYS)
+
+
+def rivals(work: turns.Work) -> dict[str, turns.Contestant]:
+    return {c.name: c for c in work.contestants if not c.ours}
+
+
+def why(c: turns.Contestant) -> str:
+    assert c.away is not None, f"{c.name} is there"
+    with pytest.raises(turns.Missing) as lost:
+        c.away()
+    return str(lost.value)
+
+
+@torch.no_grad()
+def test_attention_has_every_backend_of_sdpa_and_the_packed_kernels(on_gpu: ops.Place) -> None:
+    found = rivals(ops.attention(on_gpu, (8, 8), 2, 16, "fp16"))
+    kinds = {f"F.sdpa, {kind}" for kind in ("math", "flash", "efficient", "cudnn")}
+    assert kinds | {"F.sdpa", "varlen", "FlashAttention 2", "FlashAttention 3"} == set(found)
+    with found["F.sdpa, math"].around():
+        assert not torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
+        math = found["F.sdpa, math"].call(0)
+    torch.testing.assert_close(math, found["F.sdpa"].call(0), atol=1e-3, rtol=0)
+    assert why(found["FlashAttention 2"]) == "not installed: flash_attn"
+    in_fp32 = rivals(ops.attention(on_gpu, (8, 5), 2, 16))
+    assert why(in_fp32["varlen"]) == "takes half precision only" and "F.sdpa, padded, cudnn" in in_fp32
+
+
+@torch.no_grad()
+def test_a_backend_that_refuses_has_a_row_that_says_so(on_gpu: ops.Place) -> None:
+    work = ops.attention(on_gpu, (8, 8), 2, 16)
+    cells = turns.play(work, turns.Pace(0.0, 1, 1.0), gates=False)
+    assert "ms" in cells["F.sdpa"] and "ms" in cells["F.sdpa, math"]
+    assert "ms" not in cells["F.sdpa, cudnn"] and "RuntimeError" in cells["F.sdpa, cudnn"]["error"]
+    result = {**work.record("attention", cells), "case": "attention 8x8 fp32"}
+    row = {r[1]: r for r in tables.gpu({"results": [result]}).rows}
+    assert row["FlashAttention 3"][2] == "not installed: flash_attn_interface" and "RuntimeError" in row["F.sdpa, cudnn"][2]
+
+
+def test_products_and_element_wise_ops(on_gpu: ops.Place) -> None:
+    found = rivals(ops.linear(on_gpu, 4, 32, 8, gelu=True))
+    assert list(found) == ["F.gelu(F.linear)", "compile, default", "compile, max-autotune-no-cudagraphs", "b-inv"]
+    assert why(found["b-inv"]) == "not installed: batch_invariant_ops"
+    assert "compile, default" not in rivals(ops.linear(replace(on_gpu, compile=False), 4, 32, 8, gelu=True))
+
+
+@torch.no_grad()
+def test_models_have_stocks_ways_and_the_modes_of_torch_compile(on_gpu: ops.Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "compile", lambda model, *, dynamic, mode: asked.append(mode) or model)
+    model = models.Model(on_gpu, TINY, (9, 9, 9), "fp32")
+    found = rivals(model.contest())
+    names = ["stock, SDPA", "stock, no mask", "stock, eager attention", "stock, FlashAttention 2", "b-inv"]
+    assert list(found) == names and why(found["stock, FlashAttention 2"]) == "not installed: flash_attn"
+    logits = [found[name].call(0)[0] for name in names[:3]]  # type: ignore[index]
+    assert all(torch.allclose(got, logits[0], atol=1e-5) for got in logits)
+    for mode in models.COMPILED:
+        assert list(rivals(model.contest(compiled=mode))) == ["stock, SDPA", f"stock, compile, {mode}"]
+    assert asked == ["default", "reduce-overhead", "max-autotune"]
+    listed = [name for name in contests.on_a_gpu() if name.endswith(models.COMPILED)]
+    assert [n for n in listed if n.startswith("base 1x128")] == [f"base 1x128 fp16, {mode}" for mode in models.COMPILED]
+
+
+class Stream:
+    def __init__(self) -> None:
+        self.wait_stream = self.synchronize = lambda *_: None
+
+
+class Graph:
+    """Captures calls, which then make no work for the clock, or refuses."""
+
+    refuses = False
+
+    def capture_begin(self) -> None:
+        if self.refuses:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def capture_end(self) -> None:
+        pass
+
+    def replay(self) -> None:
+        pass
+
+
+class Event:
+    """The device is busy for 3 ms between two of them."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.record = self.synchronize = lambda: None
+
+    def elapsed_time(self, end: Event) -> float:
+        return 3.0
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_kernels_and_calls_have_times_of_their_own(monkeypatch: pytest.MonkeyPatch, refuses: bool) -> None:
+    """An op's time is the graph's, and the call's stands beside it; a model's is the call's, and beside it its kernels'."""
+    fakes: dict[str, Any] = {"Stream": Stream, "CUDAGraph": Graph, "Event": Event, "current_stream": Stream}
+    fakes |= {"stream": lambda _: contextlib.nullcontext(), "is_initialized": lambda: True, "memory_reserved": lambda: 0}
+    fakes |= {"synchronize": lambda: None, "empty_cache": lambda: None}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(turns, "still_there", lambda error: None)
+    monkeypatch.setattr(Graph, "refuses", refuses)
+    monkeypatch.setattr(turns, "kernels_ms", lambda call: 0.25)
+    monkeypatch.setattr(turns, "seconds", lambda call, n, awake=0.0: 1.7e-3)  # two calls fill a turn of two milliseconds
+    op, whole = (turns.Contestant(n, ours=True, graph=n == "op") for n in ("op", "model"))
+    cells = turns.play(turns.Work([op, whole]), turns.Pace(0.0, 3, 10.0))
+    assert cells["op"]["graph"] is not refuses and "kernels_ms" not in cells["op"]
+    assert [results.said(c) for c in cells.values()] == ["1.50 ms (call 1.70)", "1.70 ms (kernels 0.250)"]
+
+
+def test_the_sum_of_kernels_is_the_profilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def event(kind: Any, us: float) -> Any:
+        return SimpleNamespace(device_type=kind, time_range=SimpleNamespace(elapsed_us=lambda: us))
+
+    kinds = torch.autograd.DeviceType
+    seen = [event(kinds.CUDA, 250.0), event(kinds.CPU, 9000.0), event(kinds.CUDA, 750.0)]
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: contextlib.nullcontext(SimpleNamespace(events=lambda: seen)))
+    assert turns.kernels_ms(lambda i: None) == 1.0
+    seen.clear()
+    assert turns.kernels_ms(lambda i: None) is None
+    assert turns.kernels_ms(lambda i: 1 // 0) is None
