@@ -38,11 +38,12 @@ Results = list[dict[str, Any]]
 
 def contested(quick: bool) -> dict[str, Callable[[], Work]]:
     """All of a CPU's contests, with MKL's strict setting as one more contestant where it is to be beaten."""
-    table = contests.on_a_cpu(quick)
-    for name, build in table.items():
+    table: dict[str, Callable[[], Work]] = {}
+    for name, build in contests.listed("cpu", quick).items():
+        table[name] = functools.partial(build, contests.place("cpu"))
         if mkl.chosen(name):
             bar = None if quick and name.startswith("bge") else mkl.BAR
-            table[name] = functools.partial(mkl.away, build, name, quick, bar)
+            table[name] = functools.partial(mkl.away, table[name], name, quick, bar)
     return table
 
 
@@ -143,7 +144,7 @@ def chosen(args: argparse.Namespace, parser: argparse.ArgumentParser, out: Conso
         content = {"machine": machine.facts(args.device), "against": args.against, "results": records}
         return content, int(slower or not any("ratio" in r for r in records))
     if args.device == "cuda":
-        every = [n for n, (of_quick, _) in contests.on_a_gpu().items() if of_quick or not args.quick]
+        every = list(contests.listed("cuda", args.quick))
         more: dict[str, tuple[str, Callable[[], Results]]] = {}
     else:
         every, more = list(contested(args.quick)), studies(args.quick)

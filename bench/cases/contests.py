@@ -12,21 +12,16 @@ from bench.cases import decoders, models, ops, shapes
 from bench.cases.ops import Build, Place
 from bench.harness.worker import Call
 
-Job = tuple[bool, Build]  # whether a quick run has it, and how to build it of a place
-
-
-def on_a_cpu(quick: bool) -> dict[str, Build]:
-    """Name -> how to build it; built when its turn comes, so that no two sets of weights are held at a time."""
-    place = Place()
-    return dict([*ops.on_a_cpu(place), *models.on_a_cpu(place, quick), *decoders.on_a_cpu(place, quick)])
-
 
 @functools.cache
-def on_a_gpu() -> dict[str, Job]:
-    """In the order in which they run: what is least missed when time runs out comes last."""
+def listed(device: str, quick: bool) -> dict[str, Build]:
+    """Name -> how to build it of a place; built when its turn comes, so that no two sets of weights are held at a time. What is
+    least missed when a GPU's time runs out comes last."""
+    if device == "cpu":
+        return dict([*ops.on_a_cpu(), *models.on_a_cpu(quick), *decoders.on_a_cpu(quick)])
     batches = (shapes.MIXED_LENGTHS, (128,) * 32, (512,) * 32)
     every = (*models.on_a_gpu(batches), *ops.on_a_gpu(batches), *models.on_a_gpu(batches, models.COMPILED))
-    return {name: (quick, build) for name, quick, build in every}
+    return {name: build for name, of_quick, build in every if of_quick or not quick}
 
 
 def forget() -> None:
@@ -35,7 +30,7 @@ def forget() -> None:
         cache.cache_clear()
 
 
-def place(device: str, compile: bool) -> Place:  # noqa: A002  the option's name
+def place(device: str, compile: bool = False) -> Place:  # noqa: A002  the option's name
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     return Place(torch.device(device), compile)
@@ -44,7 +39,7 @@ def place(device: str, compile: bool) -> Place:  # noqa: A002  the option's name
 def prepare(case: str, who: str, quick: bool, device: str = "cpu", tree: str = "") -> tuple[Call, str]:
     """In a process of its own: this contestant's call, and its bits; with no name, ours."""
     assert (rk.__file__ or "").startswith(tree), f"{tree} was asked for, and {rk.__file__} was imported"
-    work = on_a_cpu(quick)[case]() if device == "cpu" else on_a_gpu()[case][1](place(device, False))
+    work = listed(device, quick)[case](place(device))
     one = next(c for c in work.contestants if c.name == who) if who else work.ours
 
     def around(i: int) -> object:  # clocked from Python, as a user meets it

@@ -16,7 +16,7 @@ from torch import Tensor
 import invariants
 import rerank_kernels as rk
 from bench.cases import shapes
-from bench.cases.ops import DTYPES, Build, Place
+from bench.cases.ops import DTYPES, Build, Place, given
 from bench.harness.turns import Contestant, Work
 
 SHAPES = {
@@ -85,6 +85,7 @@ def gate(models: Mapping[tuple[str, str], Any], first: int, ids: Tensor, mask: T
 
 
 def contest(
+    place: Place,
     name: str,
     layers: int,
     lengths: tuple[int, ...],
@@ -111,11 +112,13 @@ def contest(
     return Work(contestants, fmas, per_token * DTYPES[dtype].itemsize, about={"group": "decoder"})
 
 
-def on_a_cpu(place: Place, quick: bool) -> Iterator[tuple[str, Build]]:
+def on_a_cpu(quick: bool) -> Iterator[tuple[str, Build]]:
     layers = 1 if quick else 3
     for name in SHAPES:
         for (lengths, dtype, token), bar in CASES.items():
             of = f"1 token after {lengths[0]}" if token else shapes.said(lengths)
             bars = (None, None) if quick else (bar, HALF_BAR)
-            build = functools.partial(contest, name, layers, lengths, dtype, token, *bars)
-            yield f"{name}, {layers} layer{'s'[: layers - 1]}, {of}, {dtype}", build
+            yield (
+                f"{name}, {layers} layer{'s'[: layers - 1]}, {of}, {dtype}",
+                given(contest, name, layers, lengths, dtype, token, *bars),
+            )

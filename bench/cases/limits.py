@@ -53,9 +53,9 @@ def measure(budget: float = 1.0) -> list[dict[str, Any]]:
     threads = torch.get_num_threads()
     top = machine(threads)
     records: list[dict[str, Any]] = [{"threads": threads, **top}]
-    for name, build in ops.on_a_cpu(ops.Place()):
+    for name, build in ops.on_a_cpu():
         if MEASURED.fullmatch(name):
-            work = build()
+            work = build(ops.Place())
             (cell,) = play(Work([work.ours]), Pace(budget, 5, 10.0), gates=False).values()
             records.append({"case": name, **reached(work, cell["ms"], top)})
     return records

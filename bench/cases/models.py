@@ -16,7 +16,7 @@ from torch import Tensor
 import invariants
 import rerank_kernels as rk
 from bench.cases import shapes
-from bench.cases.ops import DTYPES, Build, Place, installed
+from bench.cases.ops import DTYPES, Build, Place, given, installed
 from bench.cases.shapes import BASE, LARGE, MINILM, Shape
 from bench.harness.turns import Contestant, Work
 from bench.rivals import engines
@@ -162,10 +162,10 @@ def attending(stock: Any, how: str) -> Any:
     return other
 
 
-def on_a_cpu(place: Place, quick: bool) -> Iterator[tuple[str, Build]]:
+def on_a_cpu(quick: bool) -> Iterator[tuple[str, Build]]:
     """Quick runs cut every model to two layers: every path is walked, but the times are no model's and no bar is for them."""
 
-    def build(name: str, lengths: Sequence[int]) -> Work:
+    def contest(place: Place, name: str, lengths: Sequence[int]) -> Work:
         model = Model(place, shapes.shape(name, 2 if quick else None), lengths, "fp32")
         return model.contest(bars=name == BASE and not quick, with_engines=name != LARGE)
 
@@ -173,22 +173,22 @@ def on_a_cpu(place: Place, quick: bool) -> Iterator[tuple[str, Build]]:
     for name, sizes in equal.items():
         for lengths in (*((t,) * b for b, t in sizes), *([shapes.MIXED_LENGTHS] if name == BASE else [])):
             said = f"{name.partition('/')[2]}{' cut to 2 layers' if quick else ''}, {shapes.said(lengths)}"
-            yield said, functools.partial(build, name, lengths)
+            yield said, given(contest, name, lengths)
 
 
 def on_a_gpu(batches: Sequence[tuple[int, ...]], compiled: Sequence[str] = ()) -> Iterator[tuple[str, bool, Build]]:
     """torch.compile takes its time, so its cases are asked for apart."""
 
-    def build(name: str, lengths: tuple[int, ...], dtype: str, mode: str | None = None) -> Build:
-        return lambda place: Model(place, shapes.shape(name), lengths, dtype).contest(compiled=mode)
+    def contest(place: Place, name: str, lengths: Sequence[int], dtype: str, mode: str | None = None) -> Work:
+        return Model(place, shapes.shape(name), lengths, dtype).contest(compiled=mode)
 
     for mode in compiled:
         for lengths in (*batches, (128,)):
-            yield f"base {shapes.said(lengths)} fp16, {mode}", False, build(BASE, lengths, "fp16", mode)
+            yield f"base {shapes.said(lengths)} fp16, {mode}", False, given(contest, BASE, lengths, "fp16", mode)
     for name in () if compiled else (BASE, LARGE):
         for dtype in ("fp16", "fp32", "bf16"):
             for lengths in (*batches, (128,)):
                 mixed = len(set(lengths)) > 1
                 quick = name == BASE and (dtype == "fp16" or (mixed and dtype == "fp32"))
                 if name == BASE or dtype != "bf16" or mixed:
-                    yield f"{SHORT[name]} {shapes.said(lengths)} {dtype}", quick, build(name, lengths, dtype)
+                    yield f"{SHORT[name]} {shapes.said(lengths)} {dtype}", quick, given(contest, name, lengths, dtype)

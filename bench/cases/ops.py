@@ -323,39 +323,40 @@ def sparse_ffn(
 # ---- which sizes a run has -------------------------------------------------------------------------------------------------
 
 
-def on_a_cpu(place: Place) -> Iterator[tuple[str, Build]]:
-    """Name and how to build it; built when its turn comes, so that no two sets of weights are held at a time."""
+def given(build: Build, *arguments: Any, **more: Any) -> Build:
+    """What wants a place and nothing else."""
+    return lambda place: build(place, *arguments, **more)
+
+
+def on_a_cpu() -> Iterator[tuple[str, Build]]:
+    """Name and how to build it of a place."""
     words = {"fp32": "", "fp16": " float16", "bf16": " bfloat16"}
-    given = functools.partial
     for k, n in (*BASE_SIZES, *LARGE_SIZES):
         for m, bar in LINEAR_BARS.items():
-            yield f"linear {m}x{k}x{n}", given(linear, place, m, k, n, bar=bar)
+            yield f"linear {m}x{k}x{n}", given(linear, m, k, n, bar=bar)
     for dtype in ("fp16", "bf16"):
-        yield f"linear 2048x768x3072{words[dtype]}", given(linear, place, 2048, 768, 3072, dtype)
-    yield "linear + gelu 2048x768x3072", given(linear, place, 2048, 768, 3072, gelu=True)
+        yield f"linear 2048x768x3072{words[dtype]}", given(linear, 2048, 768, 3072, dtype)
+    yield "linear + gelu 2048x768x3072", given(linear, 2048, 768, 3072, gelu=True)
     for dtype in ("fp32", "bf16"):
         for m, d in ((2048, 768), (2048, 1024), (128, 768)):  # the tensors of 128 rows fit into the caches
-            yield f"layer_norm + residual {m}x{d}{words[dtype]}", given(layer_norm, place, m, d, dtype)
+            yield f"layer_norm + residual {m}x{d}{words[dtype]}", given(layer_norm, m, d, dtype)
         for m in (2048, 128):
-            yield f"activation gelu {m}x3072{words[dtype]}", given(gelu, place, m, 3072, dtype)
+            yield f"activation gelu {m}x3072{words[dtype]}", given(gelu, m, 3072, dtype)
     for m, d in ((12288, 128), (6144, 512), (1536, 128)):
-        yield f"softmax {m}x{d}", given(softmax, place, m, d)
+        yield f"softmax {m}x{d}", given(softmax, m, d)
     for heads, t in ((12, 128), (12, 256), (12, 384), (12, 512), (16, 512)):
-        yield f"attention {2048 // t}x{t}, {heads} heads of 64", given(attention, place, (t,) * (2048 // t), heads, 64)
+        yield f"attention {2048 // t}x{t}, {heads} heads of 64", given(attention, (t,) * (2048 // t), heads, 64)
     for gate, m, share, bar in (
         *((False, 1, share, SPARSE_BAR if share == 0.1 else None) for share in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)),
         (False, 128, 0.1, PREFILL_BAR),
         (True, 1, 0.1, SPARSE_BAR),
     ):
-        build = given(sparse_ffn, place, m, 4096, 11008, gate=gate, active=share, bar=bar)
+        build = given(sparse_ffn, m, 4096, 11008, gate=gate, active=share, bar=bar)
         yield f"sparse_ffn {'ReGLU' if gate else 'ReLU'} {m}x4096x11008, {share:.0%} active", build
 
 
 def on_a_gpu(batches: Sequence[tuple[int, ...]]) -> Iterator[tuple[str, bool, Build]]:
     """Name, whether a quick run has it, and how to build it of a place; what is least missed when time runs out comes last."""
-
-    def given(build: Build, *arguments: Any, **more: Any) -> Build:
-        return lambda place: build(place, *arguments, **more)
 
     for heads, d in ((12, 64), (16, 64), (8, 128)):
         for lengths in batches:

@@ -121,11 +121,10 @@ def checked_out(rev: str, folder: pathlib.Path, console: Console, root: pathlib.
 
 def listed(device: str, quick: bool) -> list[Case]:
     """On a GPU a case has each of our ways."""
+    table = [name for name in contests.listed(device, quick) if not name.endswith(COMPILED)]
     if device == "cpu":
-        return [(case, "") for case in contests.on_a_cpu(quick)]
-    table = [n for n, (of_quick, _) in contests.on_a_gpu().items() if (of_quick or not quick) and not n.endswith(COMPILED)]
-    ways = contests.place(device, False).ways
-    return [(name, " ".join(way)) for name in table for way in ways(name.rpartition(" ")[2])]
+        return [(name, "") for name in table]
+    return [(name, " ".join(way)) for name in table for way in contests.place(device).ways(name.rpartition(" ")[2])]
 
 
 def measured(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:

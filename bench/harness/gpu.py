@@ -19,6 +19,7 @@ from rich.console import Console
 
 from bench.cases import contests
 from bench.cases.contests import place as place
+from bench.cases.models import COMPILED
 from bench.harness import machine, worker
 from bench.harness.turns import DeviceLost, Missing, Pace, Work, play, settled, short
 from bench.pages.results import line_of
@@ -42,7 +43,7 @@ def case(name: str, gone: Mapping[str, str], device: str, compile: bool, quick: 
     try:
         begins(BUILDING)
         if not {BUILDING, CLOCK} & gone.keys():
-            work = contests.on_a_gpu()[name][1](contests.place(device, compile))
+            work = contests.listed("cuda", quick)[name](contests.place(device, compile))
             kept = [c for c in work.contestants if c.name not in gone]
             pace = Pace(0.1, 5, 0.5) if quick else Pace(0.25, 7, 0.5)
             cells = play(dataclasses.replace(work, contestants=kept), pace, begins=begins)
@@ -58,7 +59,7 @@ def compile_ahead(names: Sequence[str], compile: bool) -> None:  # noqa: A002
     tunes itself: beside others it would choose badly."""
     for name in names:
         try:
-            for c in contests.on_a_gpu()[name][1](contests.place("cuda", compile)).contestants:
+            for c in contests.listed("cuda", False)[name](contests.place("cuda", compile)).contestants:
                 if c.name.startswith("triton") or ("compile" in c.name and "autotune" not in c.name):
                     with c.around():
                         c.call(0)
@@ -80,7 +81,7 @@ def run(table: Sequence[str], until: float, console: Console, *how: Any, **of_wo
             started, there = time.perf_counter(), None
             try:
                 there = worker.resident(NAME, patience=START, **of_worker)
-                there.at, there.patience = "", max(1.0, min(STEP, left + 60.0))
+                there.at, there.patience = "", max(1.0, min(STEP * (4 if name.endswith(COMPILED) else 1), left + 60.0))
                 records.append(there.ask(case, name, gone, *how))
             except Missing as error:
                 if there is None or not there.at:  # it did not come to its first step

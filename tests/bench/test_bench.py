@@ -183,7 +183,7 @@ def test_decoders_and_their_gate(monkeypatch: pytest.MonkeyPatch, dtype: str) ->
     contests.forget()
     try:
         for token in (False, True):
-            ours, *rivals = decoders.contest("tiny", 2, (7, 12) if not token else (12,), dtype, token).contestants
+            ours, *rivals = decoders.contest(PLACE, "tiny", 2, (7, 12) if not token else (12,), dtype, token).contestants
             assert ours.gate is not None
             ours.gate()
             slack = {"atol": 0.2 if dtype == "bf16" else 1e-4, "rtol": 0.0}

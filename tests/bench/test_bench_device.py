@@ -61,7 +61,7 @@ def _forgotten() -> Any:
 
 def played(monkeypatch: pytest.MonkeyPatch, table: Mapping[str, ops.Build], **gone: str) -> dict[str, Any]:
     """Name -> the record of the case, made in this process on the CPU."""
-    monkeypatch.setattr(contests, "on_a_gpu", lambda: {name: (True, build) for name, build in table.items()})
+    monkeypatch.setattr(contests, "listed", lambda device, quick: table)
     monkeypatch.setattr(contests, "place", lambda device, _: ops.Place(torch.device(device), False, WAYS))
     with torch.no_grad():
         return {name: gpu.case(name, gone, "cpu", False, True) for name in table}
@@ -133,8 +133,7 @@ def test_what_fails_costs_its_own_cell(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_list() -> None:
-    table = contests.on_a_gpu()
-    quick = [n for n, (of_quick, _) in table.items() if of_quick]
+    table, quick = (contests.listed("cuda", of_quick) for of_quick in (False, True))
     assert 15 <= len(quick) <= 30 and len(table) <= 150
     assert next(iter(table)).startswith("base") and list(table)[-1].endswith("max-autotune")
     for m in (1, 16, 128, 1024, 4096, 16384):
@@ -250,7 +249,7 @@ def test_models_have_stocks_ways_and_the_modes_of_torch_compile(on_gpu: ops.Plac
     for mode in models.COMPILED:
         assert list(rivals(model.contest(compiled=mode))) == ["stock, SDPA", f"stock, compile, {mode}"]
     assert asked == ["default", "reduce-overhead", "max-autotune"]
-    listed = [name for name in contests.on_a_gpu() if name.endswith(models.COMPILED)]
+    listed = [name for name in contests.listed("cuda", False) if name.endswith(models.COMPILED)]
     assert [n for n in listed if n.startswith("base 1x128")] == [f"base 1x128 fp16, {mode}" for mode in models.COMPILED]
 
 
