@@ -10,7 +10,7 @@ import torch
 import rerank_kernels as rk
 from bench.cases import decoders, models, ops, shapes
 from bench.cases.ops import Build, Place
-from bench.harness.worker import Call
+from bench.harness.worker import Calls
 
 
 @functools.cache
@@ -36,7 +36,7 @@ def place(device: str, compile: bool = False) -> Place:  # noqa: A002  the optio
     return Place(torch.device(device), compile)
 
 
-def prepare(case: str, who: str, quick: bool, device: str = "cpu", tree: str = "") -> tuple[Call, str]:
+def prepare(case: str, who: str, quick: bool, device: str = "cpu", tree: str = "") -> tuple[Calls, str]:
     """In a process of its own: this contestant's call, and its bits; with no name, ours."""
     assert (rk.__file__ or "").startswith(tree), f"{tree} was asked for, and {rk.__file__} was imported"
     work = listed(device, quick)[case](place(device))

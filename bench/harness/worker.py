@@ -26,7 +26,7 @@ import torch
 from bench.harness.turns import AWAKE, Missing, seconds, short
 
 PAUSE = 0.02  # seconds after which no thread spins any more
-Call = Callable[[int], object]  # the i-th of a turn
+Calls = Callable[[int], object]  # the i-th of a turn
 _asking: Connection[Any, Any] | None = None  # in a worker's process
 
 
@@ -136,7 +136,7 @@ def serve(pipe: Connection[Any, Any], threads: int) -> None:
     global _asking
     _asking = pipe
     torch.set_num_threads(threads)
-    nothing: Call = lambda i: None  # noqa: E731
+    nothing: Calls = lambda i: None  # noqa: E731
     call = nothing
     with torch.no_grad(), contextlib.suppress(EOFError):
         while True:

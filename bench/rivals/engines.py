@@ -163,7 +163,7 @@ def _loaded(engine: str, file: str, threads: int) -> Run:
     return (_openvino if engine == "OpenVINO" else _onnxruntime)(file, threads)
 
 
-def prepare(engine: str, file: str, threads: int, asked: Question) -> tuple[worker.Call, dict[int, list[float]]]:
+def prepare(engine: str, file: str, threads: int, asked: Question) -> tuple[worker.Calls, dict[int, list[float]]]:
     run, rows = _loaded(engine, file, threads), shapes.tokens(asked.shape, asked.lengths)
     made = [{n: t.numpy() for n, t in batch.items()} for batch in shapes.batches(asked.shape, rows, asked.size)]
 

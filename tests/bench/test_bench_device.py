@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
@@ -244,8 +245,14 @@ def test_models_have_stocks_ways_and_the_modes_of_torch_compile(on_gpu: ops.Plac
     found = rivals(model.contest())
     names = ["stock, SDPA", "stock, no mask", "stock, eager attention", "stock, FlashAttention 2", "b-inv"]
     assert list(found) == names and why(found["stock, FlashAttention 2"]) == "not installed: flash_attn"
-    logits = [found[name].call(0)[0] for name in names[:3]]  # type: ignore[index]
-    assert all(torch.allclose(got, logits[0], atol=1e-5) for got in logits)
+    fused, counts = F.scaled_dot_product_attention, [0]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: counts.append(1) or fused(*a, **k))
+    logits = []
+    for name in names[:3]:
+        logits.append(found[name].call(0)[0])  # type: ignore[index]
+        assert torch.allclose(logits[-1], logits[0], atol=1e-5)
+        counts[0], counts[1:] = sum(counts), []
+        assert counts[0] == min(len(logits), 2) * TINY.layers, f"{name}: calls of SDPA by then"
     for mode in models.COMPILED:
         assert list(rivals(model.contest(compiled=mode))) == ["stock, SDPA", f"stock, compile, {mode}"]
     assert asked == ["default", "reduce-overhead", "max-autotune"]
