@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from rerank_kernels.backend import registry
+from rerank_kernels.backend.native import proven
 from rerank_kernels.errors import BackendError
 from rerank_kernels.tables import Column, Table
 from rerank_kernels.verify.controls import Control
@@ -151,6 +152,8 @@ def environment(setting: Setting | None = None) -> dict[str, Any]:
     except BackendError as error:
         out["backend"], out["promises"] = f"none: {error}", []
     out["isa"] = isa() or "-"
+    if not (said := proven.said()).startswith("off"):
+        out["cublaslt"] = said
     if registry.missing("cpu") is None:
         out["build"] = str(torch.ops.rerank_kernels.build_info())
     return out

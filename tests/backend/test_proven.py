@@ -1,6 +1,6 @@
 """cuBLASLt in place of ours: only where a trial showed equal bits, on this device, with this version, and never in a capture.
 
-The library is a stand-in (simulated/lt.cpp), ours are csrc/cuda's kernels in the simulator, with an H100's sums. The real one
+cuBLASLt is a stand-in (simulated/lt.cpp), ours are csrc/cuda's kernels in the simulator, with an H100's sums. The real one
 was never asked: tools/probes/cublaslt.py does that on a GPU.
 """
 
@@ -31,9 +31,9 @@ from simulated import served
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tests" / "simulated" / "lt.cpp"
 EQUAL, ZEROS, LAST_ROW, SPLITS, FIRST_SPLITS, WORKSPACE, SHORT_SUMS, FAILS, FAILS_LATER = range(9)
-TRIAL = 3  # calls of the library in a trial
+TRIAL = 3  # calls of cuBLASLt in a trial
 N, K = 136, 40
-KEY = "key = str(device), library.path, library.version"
+KEY = "key = str(device), lt.path, lt.version"
 
 pytestmark = pytest.mark.skipif(served.missing("cuda") is not None, reason=str(served.missing("cuda")))
 
@@ -73,8 +73,8 @@ class StandIn:
             self.path = shutil.copy(self.compiled, self.folder / f"libcublasLt.so.{next(self.count)}")
         self.c = ctypes.CDLL(str(self.path))
         self.c.standin_behave(behaviour, ctypes.c_size_t(version))
-        library = cublaslt.Library(str(self.path))
-        self.monkeypatch.setattr(cublaslt, "loaded", lambda: library)
+        loaded = cublaslt.CublasLt(str(self.path))
+        self.monkeypatch.setattr(cublaslt, "loaded", lambda: loaded)
 
     @property
     def calls(self) -> int:
@@ -117,7 +117,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("form", [cublaslt.PRODUCT, cublaslt.BIAS, cublaslt.RESIDUAL])
 @pytest.mark.parametrize("dtype", tensor.HALVES, ids=str)
-def test_a_library_with_our_bits_serves(standin: StandIn, monkeypatch: Any, form: str, dtype: torch.dtype) -> None:
+def test_what_has_our_bits_serves(standin: StandIn, monkeypatch: Any, form: str, dtype: torch.dtype) -> None:
     standin.load(EQUAL)
     for i, m in enumerate((64, 33, 50, 64)):
         assert same(call(m, dtype, form), ours(monkeypatch, m, dtype, form))
@@ -240,7 +240,7 @@ def test_without_memory_for_a_trial_ours_serve(standin: StandIn, monkeypatch: An
     assert "no memory for the trial" in proven.said()
 
 
-def test_without_a_library_ours_serve(standin: StandIn, monkeypatch: Any) -> None:
+def test_without_cublaslt_ours_serve(standin: StandIn, monkeypatch: Any) -> None:
     monkeypatch.setattr(cublaslt, "loaded", cublaslt.loaded)
     monkeypatch.setattr(cublaslt, "paths", lambda: ["/a/libcublasLt.so.12", "/b/libcublasLt.so.13"])
     cublaslt.loaded.cache_clear()
@@ -251,7 +251,7 @@ def test_without_a_library_ours_serve(standin: StandIn, monkeypatch: Any) -> Non
         cublaslt.loaded.cache_clear()
 
 
-def test_a_library_that_is_loaded_is_found(standin: StandIn) -> None:
+def test_what_is_loaded_is_found(standin: StandIn) -> None:
     standin.load(EQUAL)
     assert str(standin.path) in cublaslt.paths()
 
@@ -377,12 +377,12 @@ PROVEN = {
     "the trial has easy rows only": ('HARD = ("normal", "far', 'HARD = ("normal",) * 8 or ("normal", "far'),
     "its last row is left out": ("want.view(torch.int16)).sum())", "want.view(torch.int16))[:-1].sum())"),
     "one M for a class": ("return rows // 2 + 1, rows // 4 * 3 - 3, rows", "return (rows // 2 + 1,)"),
-    "a verdict for every version": (KEY, "key = str(device), library.path, 0"),
-    "a verdict for every library": (
-        "key = str(device), library.path, library.version",
-        'key = str(device), "", library.version',
+    "a verdict for every version": (KEY, "key = str(device), lt.path, 0"),
+    "a verdict for every file": (
+        "key = str(device), lt.path, lt.version",
+        'key = str(device), "", lt.version',
     ),
-    "a verdict for every device": (KEY, 'key = "", library.path, library.version'),
+    "a verdict for every device": (KEY, 'key = "", lt.path, lt.version'),
     "a trial in a capture": ("            if capturing(x.device):", "            if False:"),
     "a trial per call": ("verdict = here.verdicts.get(kind)", "verdict = here.verdicts.pop(kind, None)"),
     "a failure is no verdict": ('here.verdicts[kind] = Verdict(None, f"failed', 'Verdict(None, f"failed'),
@@ -411,7 +411,7 @@ def test_mutant_of_the_binding_is_caught(standin: StandIn, monkeypatch: pytest.M
     made = mutant(cublaslt, *CUBLASLT[name])
     monkeypatch.setattr(cublaslt, "Product", made.Product)
     monkeypatch.setattr(proven, "Product", made.Product)
-    monkeypatch.setattr(cublaslt.Library, "__call__", made.Library.__call__)
+    monkeypatch.setattr(cublaslt.CublasLt, "__call__", made.CublasLt.__call__)
     monkeypatch.setattr(proven, "CublasLtError", (cublaslt.CublasLtError, made.CublasLtError))
     with pytest.raises(AssertionError):
         keeps(standin, monkeypatch)

@@ -16,7 +16,7 @@ enum Behaviour {
     EQUAL,         // one algorithm, whose sums are an H100's
     ZEROS,         // and another sign where a sum is zero
     LAST_ROW,      // and one bit off in the last row, from 40 rows on
-    SPLITS,        // all of its algorithms split K
+    SPLITS,        // all of its algorithms split K, though the sums are an H100's this time
     FIRST_SPLITS,  // the first does, the second does not
     WORKSPACE,     // they want a workspace
     SHORT_SUMS,    // they say that their sums are float16

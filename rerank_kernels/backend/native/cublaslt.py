@@ -1,7 +1,7 @@
 """cuBLASLt, as torch has loaded it: y = x · weightᵀ, with a bias or a residual at most, by one algorithm that splits no sum.
 
-x [M, K], weight [N, K], y [M, N] in rows are D = Aᵀ B in columns, with A = weight and B = x. No link and no import needs the
-library: it is looked up among what the process holds already. No algorithm here has a workspace, a split of K or a reduction.
+x [M, K], weight [N, K], y [M, N] in rows are D = Aᵀ B in columns, with A = weight and B = x. No link and no import needs it: it
+is looked up among what the process holds already. No algorithm here has a workspace, a split of K or a reduction.
 
 Whether its bits are ours is not known here: `proven` finds out.
 """
@@ -74,15 +74,15 @@ def paths() -> list[str]:
 
 
 @functools.cache
-def loaded() -> Library | str:
+def loaded() -> CublasLt | str:
     """What torch has loaded, or why it cannot be taken: none, or no single one."""
     found = paths()
     if len(found) == 1:
-        return Library(found[0])
+        return CublasLt(found[0])
     return f"this process has loaded {len(found)} libraries libcublasLt.so, not one{': ' if found else ''}{', '.join(found)}"
 
 
-class Library:
+class CublasLt:
     def __init__(self, path: str) -> None:
         self.path = path
         self.c = c.CDLL(path)
@@ -95,16 +95,16 @@ class Library:
 
 
 class Product:
-    """One algorithm of one library on the device that is current: the first in the library's own order that splits nothing.
+    """One algorithm on the device that is current: the first in cuBLASLt's own order that splits nothing.
 
     Any thread may call it, for any number of rows that its kind allows.
     """
 
-    def __init__(self, library: Library, handle: c.c_void_p, kind: Kind) -> None:
-        self.library, self.handle, self.kind = library, handle, kind
+    def __init__(self, lt: CublasLt, handle: c.c_void_p, kind: Kind) -> None:
+        self.lt, self.handle, self.kind = lt, handle, kind
         self._one_call = threading.Lock()  # rows and addresses are written into what follows
         self._desc = c.c_void_p()
-        library("MatmulDescCreate", c.byref(self._desc), _COMPUTE_32F, _R_32F)
+        lt("MatmulDescCreate", c.byref(self._desc), _COMPUTE_32F, _R_32F)
         self._set("MatmulDescSetAttribute", self._desc, _DESC_TRANSA, c.c_int32(_OP_T))
         if kind.form == BIAS:
             self._set("MatmulDescSetAttribute", self._desc, _DESC_EPILOGUE, c.c_uint32(_EPILOGUE_BIAS))
@@ -127,20 +127,20 @@ class Product:
                 self._set("MatmulDescSetAttribute", self._desc, _DESC_BIAS_POINTER, c.c_void_p(more.data_ptr()))
             operands = (c.c_void_p(weight.data_ptr()), self._weight, c.c_void_p(x.data_ptr()), self._x, c.byref(self._beta))
             results = (added, self._y, into, self._y, c.byref(self.algorithm), None, c.c_size_t(0), c.c_void_p(stream))
-            self.library("Matmul", self.handle, self._desc, c.byref(self._alpha), *operands, *results)
+            self.lt("Matmul", self.handle, self._desc, c.byref(self._alpha), *operands, *results)
 
     def _unsplit(self) -> tuple[Algorithm, dict[str, int]]:
         found, count, preference = (Heuristic * 32)(), c.c_int(), c.c_void_p()
-        self.library("MatmulPreferenceCreate", c.byref(preference))
+        self.lt("MatmulPreferenceCreate", c.byref(preference))
         wanted = [(_PREFER_WORKSPACE, c.c_uint64(0)), (_PREFER_REDUCTION, c.c_uint32(0))]
         wanted += [(attribute, c.c_uint32(ALIGNMENT)) for attribute in _PREFER_ALIGNMENT]
         try:
             for attribute, value in wanted:
                 self._set("MatmulPreferenceSetAttribute", preference, attribute, value)
             given = (self.handle, self._desc, self._weight, self._x, self._y, self._y, preference)
-            self.library("MatmulAlgoGetHeuristic", *given, len(found), found, c.byref(count))
+            self.lt("MatmulAlgoGetHeuristic", *given, len(found), found, c.byref(count))
         finally:
-            self.library("MatmulPreferenceDestroy", preference)
+            self.lt("MatmulPreferenceDestroy", preference)
         for one in found[: count.value]:
             config = dict(self._config(one.algorithm))
             whole = config["splitk"] in (0, 1) and config["reduction"] == 0 and one.workspace == 0
@@ -151,17 +151,17 @@ class Product:
     def _layout(self, rows: int, columns: int) -> c.c_void_p:
         layout = c.c_void_p()
         sizes = c.c_uint64(rows), c.c_uint64(columns), c.c_int64(rows)
-        self.library("MatrixLayoutCreate", c.byref(layout), _DATA[self.kind.dtype], *sizes)
+        self.lt("MatrixLayoutCreate", c.byref(layout), _DATA[self.kind.dtype], *sizes)
         return layout
 
     def _set(self, name: str, of: c.c_void_p, attribute: int, value: Any) -> None:
-        self.library(name, of, attribute, c.byref(value), c.c_size_t(c.sizeof(value)))
+        self.lt(name, of, attribute, c.byref(value), c.c_size_t(c.sizeof(value)))
 
     def _config(self, algorithm: Algorithm) -> Iterator[tuple[str, int]]:
         """-1 for what it does not say."""
         for name, attribute in _CONFIG.items():
             value, written = c.c_uint32(), c.c_size_t()
-            get = self.library.c.cublasLtMatmulAlgoConfigGetAttribute
+            get = self.lt.c.cublasLtMatmulAlgoConfigGetAttribute
             status = get(c.byref(algorithm), attribute, c.byref(value), c.c_size_t(c.sizeof(value)), c.byref(written))
             if status and name in ("stages", "cluster"):  # some are 16 bits wide, and some libraries do not have them
                 short = c.c_uint16()
@@ -172,13 +172,13 @@ class Product:
     def _tensor_cores(self, algorithm: Algorithm) -> bool:
         """Whether it says that its products are a tensor core's and its sums float32 and nothing else."""
         flags, written = c.c_uint64(), c.c_size_t()
-        get = self.library.c.cublasLtMatmulAlgoCapGetAttribute
+        get = self.lt.c.cublasLtMatmulAlgoCapGetAttribute
         status = get(c.byref(algorithm), _NUMERICS, c.byref(flags), c.c_size_t(c.sizeof(flags)), c.byref(written))
         return not status and bool(flags.value & _TENSOR_CORES) and flags.value & _SUMS == _SUMS_32F
 
 
-def handle(library: Library) -> c.c_void_p:
+def handle(lt: CublasLt) -> c.c_void_p:
     """For the device that is current."""
     made = c.c_void_p()
-    library("Create", c.byref(made))
+    lt("Create", c.byref(made))
     return made

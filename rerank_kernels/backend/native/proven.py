@@ -1,9 +1,9 @@
 """cuBLASLt's products in place of ours in mode tensor, where a trial has shown that its bits are ours. Off by default.
 
 RERANK_KERNELS_CUBLASLT=1 asks for it. The first call of a kind (`cublaslt.Kind`: dtype, N, K, form, and a class of M) on a
-device and a version of the library is the trial: rows that are hard to add, and every bit is compared. If one differs, if the
-library splits every sum, or if it fails, then ours serve that kind as long as the process lives; `rerank-kernels info` says so.
-So the setting is in no bit. A CUDA graph that is being captured holds no trial: ours serve there until one was made outside.
+device, with a version of cuBLASLt, is the trial: rows that are hard to add, and every bit is compared. If one differs, if it
+splits every sum, or if it fails, then ours serve that kind as long as the process lives; `rerank-kernels info` says so. So the
+setting is in no bit. A CUDA graph that is being captured holds no trial: ours serve there until one was made outside.
 
 Which calls: no activation, and no bias beside a residual, since only then there is one rounding in float32 to agree on. From 33
 rows to 32,768: what is smaller is bound by reading the weight.
@@ -46,10 +46,10 @@ class Verdict:
 
 @dataclass
 class Here:
-    """One device with one version of the library."""
+    """One device with one version of cuBLASLt."""
 
     device: torch.device
-    library: cublaslt.Library
+    lt: cublaslt.CublasLt
     handle: ctypes.c_void_p
     verdicts: dict[Kind, Verdict] = field(default_factory=dict)
     one_trial: threading.Lock = field(default_factory=threading.Lock)
@@ -99,14 +99,14 @@ def kind_of(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
 
 
 def of(device: torch.device) -> Here | None:
-    """None where no library can be taken. Called with the device current."""
-    library = cublaslt.loaded()
-    if isinstance(library, str):
+    """None where no cuBLASLt can be taken. Called with the device current."""
+    lt = cublaslt.loaded()
+    if isinstance(lt, str):
         return None
-    key = str(device), library.path, library.version
+    key = str(device), lt.path, lt.version
     with _opening:
         if key not in _here:
-            _here[key] = Here(device, library, cublaslt.handle(library))
+            _here[key] = Here(device, lt, cublaslt.handle(lt))
         return _here[key]
 
 
@@ -122,7 +122,7 @@ def judged(here: Here, kind: Kind, ours: Ours) -> Verdict:
 
 def tried(here: Here, kind: Kind, ours: Ours) -> Verdict:
     try:
-        product = Product(here.library, here.handle, kind)
+        product = Product(here.lt, here.handle, kind)
         for rows, differ in compared(here.device, product, ours):
             if differ:
                 return Verdict(None, f"{differ:,} of {rows * kind.n:,} results have other bits than ours, at M = {rows}")
@@ -205,8 +205,12 @@ def addend(rows: int, columns: int, dtype: torch.dtype, device: torch.device) ->
 
 
 def said() -> str:
-    """One paragraph for `rerank-kernels info`: off, or what serves and what does not, with the reasons."""
-    if not wanted():
+    """For `rerank-kernels info`: off, or on with what serves and what does not, and why; or what is wrong with the setting."""
+    try:
+        off = not wanted()
+    except BackendError as error:
+        return str(error)
+    if off:
         return f"off; {SETTING}=1 lets cuBLASLt serve products of mode tensor where its bits are ours"
     if not _here:
         held = cublaslt.loaded()
@@ -215,7 +219,7 @@ def said() -> str:
     for here in _here.values():
         served = [kind for kind, verdict in here.verdicts.items() if verdict.product is not None]
         tally = f"{len(served)} kinds of products by cuBLASLt, {len(here.verdicts) - len(served)} by ours"
-        lines.append(f"on, {here.device}, version {here.library.version}: {tally}")
+        lines.append(f"on, {here.device}, version {here.lt.version}: {tally}")
         lines += [f"  ours: {kind}: {verdict.why}" for kind, verdict in here.verdicts.items() if verdict.product is None]
     return "\n".join(lines)
 
