@@ -1,4 +1,4 @@
-"""The launchers of the CUDA library that have several ways, and how one takes a way that is forced."""
+"""The launchers of the CUDA library that have several ways, and how to force one."""
 
 from __future__ import annotations
 
