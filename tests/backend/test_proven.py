@@ -272,6 +272,7 @@ def test_in_a_capture_there_is_no_trial(standin: StandIn, monkeypatch: Any) -> N
     standin.load(EQUAL)
     standin.capturing = True
     assert same(call(), ours(monkeypatch)) and standin.calls == 0
+    assert standin.c.standin_opened() == 0, "nor is it opened, which may take memory"
     standin.capturing = False
     call()
     standin.capturing = True
@@ -356,11 +357,16 @@ def keeps(standin: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     standin.load(EQUAL)
     standin.capturing = True
     call()
-    assert standin.calls == 0
+    assert standin.c.standin_opened() == 0
+    standin.capturing = False
+    call(128)
+    standin.capturing = True
+    call()
+    assert standin.calls == TRIAL + 1
     standin.capturing = False
     for _ in range(3):
         call()
-    assert standin.calls == TRIAL + 3
+    assert standin.calls == 2 * TRIAL + 4
 
 
 def mutant(module: types.ModuleType, old: str, new: str) -> types.ModuleType:
@@ -384,13 +390,14 @@ PROVEN = {
     ),
     "a verdict for every device": (KEY, 'key = "", lt.path, lt.version'),
     "a trial in a capture": ("            if capturing(x.device):", "            if False:"),
+    "opened in a capture": ("    if key not in _here and capturing(device):", "    if False:"),
     "a trial per call": ("verdict = here.verdicts.get(kind)", "verdict = here.verdicts.pop(kind, None)"),
     "a failure is no verdict": ('here.verdicts[kind] = Verdict(None, f"failed', 'Verdict(None, f"failed'),
 }
 CUBLASLT = {
     "splits are taken": ('whole = config["splitk"] in (0, 1)', 'whole = config["splitk"] in (0, 1, 4)'),
     "workspaces are taken": (" and one.workspace == 0", ""),
-    "float16 sums are taken": (" and flags.value & _SUMS == _SUMS_32F", ""),
+    "float16 sums are taken": (" and numerics & _SUMS == _SUMS_32F", ""),
     "a status is not looked at": ('raise CublasLtError(f"cublasLt{name}', '(f"cublasLt{name}'),
 }
 

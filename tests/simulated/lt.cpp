@@ -51,7 +51,7 @@ struct Heuristic {
 
 static int behaviour = EQUAL;
 static size_t version = 130100;
-static std::atomic<int> calls{0};
+static std::atomic<int> calls{0}, opened{0};
 
 static float wide(u16 h, int type) { return type == 2 ? from_half(h) : from_bf16(h); }
 
@@ -77,9 +77,10 @@ static float step(float c, const float* a, const float* b, int count, int least)
 extern "C" {
 void standin_behave(int how, size_t as_version) { behaviour = how, version = as_version, calls = 0; }
 int standin_calls() { return calls; }
+int standin_opened() { return opened; }
 
 size_t cublasLtGetVersion() { return version; }
-int cublasLtCreate(void** handle) { return *handle = new int, 0; }
+int cublasLtCreate(void** handle) { return *handle = new int, ++opened, 0; }
 
 int cublasLtMatmulDescCreate(Desc** desc, int compute, int scale) {
     if (compute != 68 || scale != 0) return 7;

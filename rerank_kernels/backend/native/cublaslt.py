@@ -141,12 +141,17 @@ class Product:
             self.lt("MatmulAlgoGetHeuristic", *given, len(found), found, c.byref(count))
         finally:
             self.lt("MatmulPreferenceDestroy", preference)
-        for one in found[: count.value]:
-            config = dict(self._config(one.algorithm))
+        listed = [(one, dict(self._config(one.algorithm)), self._numerics(one.algorithm)) for one in found[: count.value]]
+        for one, config, numerics in listed:
             whole = config["splitk"] in (0, 1) and config["reduction"] == 0 and one.workspace == 0
-            if one.state == 0 and whole and self._tensor_cores(one.algorithm):
+            float32 = numerics & _TENSOR_CORES and numerics & _SUMS == _SUMS_32F
+            if one.state == 0 and whole and float32:
                 return one.algorithm, config
-        raise CublasLtError(f"none of its {count.value} algorithms is without a split of K, a reduction and a workspace")
+        first = "".join(f"; the first: {config}, numerics {numerics:#x}" for _, config, numerics in listed[:1])
+        raise CublasLtError(
+            f"none of its {len(listed)} algorithms is without a split of K, a reduction and a workspace, on tensor cores "
+            f"with float32 sums{first}"
+        )
 
     def _layout(self, rows: int, columns: int) -> c.c_void_p:
         layout = c.c_void_p()
@@ -169,12 +174,12 @@ class Product:
                 value = c.c_uint32(short.value)
             yield name, -1 if status else value.value
 
-    def _tensor_cores(self, algorithm: Algorithm) -> bool:
-        """Whether it says that its products are a tensor core's and its sums float32 and nothing else."""
+    def _numerics(self, algorithm: Algorithm) -> int:
+        """What it says of its products and sums, 0 if it says nothing."""
         flags, written = c.c_uint64(), c.c_size_t()
         get = self.lt.c.cublasLtMatmulAlgoCapGetAttribute
         status = get(c.byref(algorithm), _NUMERICS, c.byref(flags), c.c_size_t(c.sizeof(flags)), c.byref(written))
-        return not status and bool(flags.value & _TENSOR_CORES) and flags.value & _SUMS == _SUMS_32F
+        return 0 if status else flags.value
 
 
 def handle(lt: CublasLt) -> c.c_void_p:

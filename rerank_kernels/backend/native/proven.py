@@ -5,8 +5,9 @@ device, with a version of cuBLASLt, is the trial: rows that are hard to add, and
 splits every sum, or if it fails, then ours serve that kind as long as the process lives; `rerank-kernels info` says so. So the
 setting is in no bit. A CUDA graph that is being captured holds no trial: ours serve there until one was made outside.
 
-Which calls: no activation, and no bias beside a residual, since only then there is one rounding in float32 to agree on. From 33
-rows to 32,768: what is smaller is bound by reading the weight.
+Which calls: no activation, and no bias beside a residual, since only then there is one rounding in float32 to agree on. The rest
+would want a product in float32 with our epilogue behind it, which writes and reads every sum once more. From 33 rows to 32,768:
+what is smaller is bound by reading the weight.
 """
 
 from __future__ import annotations
@@ -99,11 +100,13 @@ def kind_of(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
 
 
 def of(device: torch.device) -> Here | None:
-    """None where no cuBLASLt can be taken. Called with the device current."""
+    """None where no cuBLASLt can be taken, or not now: a capture forbids what opening it does. The device must be current."""
     lt = cublaslt.loaded()
     if isinstance(lt, str):
         return None
     key = str(device), lt.path, lt.version
+    if key not in _here and capturing(device):
+        return None
     with _opening:
         if key not in _here:
             _here[key] = Here(device, lt, cublaslt.handle(lt))
