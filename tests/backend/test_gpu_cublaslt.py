@@ -21,7 +21,6 @@ from rerank_kernels.backend.native import cublaslt, proven
 pytestmark = pytest.mark.gpu
 ROWS = (1, 16, 32, 33, 47, 63, 64, 65, 100, 127, 128, 129, 200, 333, 1000, 1024, 1025, 4095, 4096)
 SHAPES = ((768, 768), (3072, 768), (768, 3072), (1024, 4096), (24, 40))  # N, K
-Call = Callable[[int], Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +48,7 @@ def shape(request: pytest.FixtureRequest) -> tuple[int, int]:
 
 
 @pytest.fixture(params=(cublaslt.PRODUCT, cublaslt.BIAS, cublaslt.RESIDUAL))
-def call(request: pytest.FixtureRequest, shape: tuple[int, int], dtype: torch.dtype) -> Call:
+def call(request: pytest.FixtureRequest, shape: tuple[int, int], dtype: torch.dtype) -> Callable[[int], Tensor]:
     """rk.linear of the first m rows."""
     (n, k), form = shape, request.param
 
@@ -70,7 +69,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-def test_the_setting_is_in_no_bit(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_setting_is_in_no_bit(call: Callable[[int], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(proven.SETTING, "0")
     ours = {m: call(m) for m in ROWS}
     monkeypatch.setenv(proven.SETTING, "1")
@@ -78,7 +77,7 @@ def test_the_setting_is_in_no_bit(call: Call, monkeypatch: pytest.MonkeyPatch) -
         invariants.same(call(m), ours[m], f"M = {m}, with {proven.SETTING}=1 against without")
 
 
-def test_in_a_graph(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_graph(call: Callable[[int], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured before its trial, and after it."""
     monkeypatch.setenv(proven.SETTING, "0")
     ours = call(200)

@@ -208,6 +208,16 @@ def test_the_arithmetic_is_held_to_what_mma_sync_gives(probe: Any, simulator: Dr
     assert any(row[4] == "wgmma n8" and row[8] is not None for row in found["rows"])
 
 
+def test_a_zero_factor_has_no_exponent(probe: Any, simulator: Driver, monkeypatch: Any) -> None:
+    """The control: beside a factor that is small and not zero, a large one counts."""
+    arithmetic = asked(probe, monkeypatch)
+    kernels = probe("_cubin").load("sums")
+    for dtype, half in arithmetic.DTYPES.items():
+        assert arithmetic.beside_zeros(kernels, half, dtype, rows=64) == {"mma.sync": 0, "wgmma n64": 0}
+        wrong = arithmetic.beside_zeros(kernels, half, dtype, rows=64, zero=2.0**-24)
+        assert min(wrong.values()) > 1000
+
+
 def test_a_driver_that_says_no_is_an_error(probe: Any, simulator: Driver, monkeypatch: Any) -> None:
     kernels = probe("_cubin").load("sums")
     with pytest.raises(RuntimeError, match="cuModuleGetFunction gives status 500"):

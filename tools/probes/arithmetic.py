@@ -2,8 +2,9 @@
 256 columns, with its operands exchanged?
 
 Mode tensor's sums are defined by the arithmetic, so any of them may serve if they are. Sums of 16 products with and without a
-sum before, and chains of 768, compared bit for bit with mma.sync's; every NaN counts as the same. And what scale-d = 0 does to
-a zero's sign in place of registers that hold +0.
+sum before, and chains of 768, compared bit for bit with mma.sync's; every NaN counts as the same. Besides: what scale-d = 0 does
+to a zero's sign in place of registers that hold +0; and whether zero times a large number counts as large, since then a step of
+hidden keys, whose weights are +0, would cut bits off a sum.
 
 One line of JSON: how many sums were compared, how many differ, a row for each kind of operands and instruction that differs.
 """
@@ -56,6 +57,20 @@ def differing(got: Tensor, want: Tensor) -> tuple[int, int, list[str] | None]:
     return int(differ.sum()), int(zeros.sum()), shown
 
 
+def beside_zeros(kernels: Any, half: str, dtype: torch.dtype, rows: int = 512, zero: float = 0.0) -> dict[str, int]:
+    """By instruction, how many small sums differ if every second product is zero times a large number, not zero times zero."""
+    a, b = operands("normal", rows, 16, torch.float32, 4) * 2.0**-6, operands("normal", WIDE, 16, torch.float32, 5) * 2.0**-6
+    c = operands("normal", rows, WIDE, torch.float32, 6) * 2.0**-12
+    a[:, 1::2], b[:, 1::2] = zero, 0.0
+    large = b.clone()
+    large[:, 1::2] = 2.0**14
+    found = {}
+    for name, kernel in (("mma.sync", f"sums_{half}_sync"), ("wgmma n64", f"sums_{half}_64")):
+        want, got = (sums(kernels, kernel, a.to(dtype), w.to(dtype), c) for w in (b, large))
+        found[name] = differing(got, want)[0]
+    return found
+
+
 def main() -> None:
     kernels = _cubin.load("sums")
     until = float(os.environ.get("GPU_REPORT_UNTIL", "inf")) - 3.0
@@ -77,9 +92,10 @@ def main() -> None:
                         tally[i] += count
                     if differ:
                         rows.append([half, kind, k, before, name, got.numel(), differ, zeros, shown])
+    zeros_beside = {half: beside_zeros(kernels, half, dtype) for dtype, half in DTYPES.items()}
     heads = ["dtype", "operands", "K", "a sum before", "instruction", "sums", "differ", "of these a zero's sign", "the first"]
-    said = {"compared": compared, "differ": sum(r[6] for r in rows), "instructions": by_instruction, "heads": heads}
-    print(json.dumps({**said, "rows": rows}))
+    said = {"compared": compared, "differ": sum(r[6] for r in rows), "instructions": by_instruction}
+    print(json.dumps({**said, "a zero beside a large factor counts in": zeros_beside, "heads": heads, "rows": rows}))
 
 
 if __name__ == "__main__":

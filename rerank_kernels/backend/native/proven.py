@@ -5,7 +5,7 @@ device, with a version of cuBLASLt, is the trial: rows that are hard to add, and
 splits every sum, or if it fails, then ours serve that kind as long as the process lives; `rerank-kernels info` says so. So the
 setting is in no bit. A CUDA graph that is being captured holds no trial: ours serve there until one was made outside.
 
-Which calls: no activation, and no bias beside a residual, since only then there is one rounding in float32 to agree on. The rest
+Which calls: no activation, and no bias beside a residual, since only then there is one rounding in float32 to agree on. Others
 would want a product in float32 with our epilogue behind it, which writes and reads every sum once more. From 33 rows to 32,768:
 what is smaller is bound by reading the weight.
 """
