@@ -3,8 +3,8 @@
 
 Mode tensor's sums are defined by the arithmetic, so any of them may serve if they are. Sums of 16 products with and without a
 sum before, and chains of 768, compared bit for bit with mma.sync's; every NaN counts as the same. Besides: what scale-d = 0
-does to a zero's sign in place of registers that hold +0; and whether zero times a large number counts as large, since then a step of
-hidden keys, whose weights are +0, would cut bits off a sum.
+does to a zero's sign in place of registers that hold +0. And whether zero times a large number counts as large, since then a
+step of hidden keys, whose weights are +0, would cut bits off a sum.
 
 One line of JSON: how many sums were compared, how many differ, a row for each kind of operands and instruction that differs.
 """
