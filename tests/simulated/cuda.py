@@ -98,8 +98,8 @@ LONGEST = {
 
 @dataclasses.dataclass
 class Options:
-    """How the simulator runs kernels (program.py, Kernel.launch); `arch` is the architecture that nvcc compiles PTX for, but for
-    a room that has its own.
+    """How the simulator runs kernels (program.py, Kernel.launch); `arch` is the architecture that nvcc compiles PTX for; a room
+    may have its own.
     """
 
     arch: str = "80"
@@ -343,7 +343,8 @@ def _build(kit: toolkit.Toolkit, made: Path, torch_side: list[Path], flags: list
             return out
 
         devices = [
-            pool.submit(kit.object, CUDA / f"{s}.cu", Path(scratch) / f"{s.replace('/', '-')}.cu.o", arch_of(s)) for s in SOURCES
+            pool.submit(kit.object, CUDA / f"{s}.cu", Path(scratch) / f"{s.replace('/', '-')}.cu.o", arch_of(s))
+            for s in SOURCES
         ]
         hosts = [pool.submit(compile_host, s) for s in [*torch_side, HERE / "cudart.cpp"]]
         objects = [job.result() for job in [*hosts, *devices]]

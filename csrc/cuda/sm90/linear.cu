@@ -109,39 +109,54 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[T::TM][T::BN / 2], Ri
     for (int i = 0; i < T::TM; ++i)
 #pragma unroll
         for (int j = 0; j < T::BN / 2; ++j) sum[i][j] = 0.0f;
+    const auto multiply = [&](uint64_t x, uint64_t w) {
+#pragma unroll
+        for (int i = 0; i < T::TM; ++i) Columns<T::BN>::template multiply<Half>(sum[i], x + i * ROWS_ON, w);
+    };
+    const auto hold_all = [&] {
+#pragma unroll
+        for (int i = 0; i < T::TM; ++i) hold(sum[i]);
+    };
     int under_way = -1;  // the stage whose products may be
-    const auto multiply_stage = [&](auto all, int left) {
-        constexpr bool WHOLE = decltype(all)::value;
-        full[ring.slot].wait(ring.parity);
-        const unsigned at = stages + ring.slot * T::STAGE;
-        const uint64_t x = by_rows(at + rows_at), w = by_rows(at + T::X_BYTES);
-#pragma unroll
-        for (int i = 0; i < T::TM; ++i) hold(sum[i]);
-#pragma unroll
-        for (int s = 0; s < STEPS; ++s)
-            if (s == 0 || WHOLE || s < left) {
-                if (s == 0 || !WHOLE) begin_wgmma();  // ptxas wants it after a branch, too
-#pragma unroll
-                for (int i = 0; i < T::TM; ++i)
-                    Columns<T::BN>::template multiply<Half>(sum[i], x + i * ROWS_ON + s * STEP_ON, w + s * STEP_ON);
-            }
-        if (!WHOLE) begin_wgmma();
-        commit_wgmma();
-#pragma unroll
-        for (int i = 0; i < T::TM; ++i) hold(sum[i]);
-        wait_for_wgmma<1>();  // those of the stage before are through
+    const auto give_back = [&] {
         if (under_way >= 0 && speaks) empty[under_way].arrive();
-        under_way = ring.slot;
-        ring.step();
     };
 #pragma unroll 1
-    for (int k = 0; k < steps / STEPS; ++k) multiply_stage(std::true_type(), STEPS);
-    if (steps % STEPS > 0) multiply_stage(std::false_type(), steps % STEPS);
+    for (int k = 0; k < steps / STEPS; ++k) {
+        full[ring.slot].wait(ring.parity);
+        const uint64_t x = by_rows(stages + ring.slot * T::STAGE + rows_at);
+        const uint64_t w = by_rows(stages + ring.slot * T::STAGE + T::X_BYTES);
+        hold_all();
+        begin_wgmma();
+#pragma unroll
+        for (int s = 0; s < STEPS; ++s) multiply(x + s * STEP_ON, w + s * STEP_ON);
+        commit_wgmma();
+        hold_all();
+        wait_for_wgmma<1>();  // those of the stage before are through
+        give_back();
+        under_way = ring.slot;
+        ring.step();
+    }
+    if (steps % STEPS > 0) {  // the last stage, if it is not a whole one
+        full[ring.slot].wait(ring.parity);
+        uint64_t x = by_rows(stages + ring.slot * T::STAGE + rows_at), w = by_rows(stages + ring.slot * T::STAGE + T::X_BYTES);
+#pragma unroll 1
+        for (int s = 0; s < steps % STEPS; ++s, x += STEP_ON, w += STEP_ON) {
+            hold_all();
+            begin_wgmma();
+            multiply(x, w);
+            commit_wgmma();
+            hold_all();
+            wait_for_wgmma<0>();
+        }
+        give_back();
+        under_way = ring.slot;
+        ring.step();
+    }
     issued();
     wait_for_wgmma<0>();
-#pragma unroll
-    for (int i = 0; i < T::TM; ++i) hold(sum[i]);
-    if (speaks) empty[under_way].arrive();
+    hold_all();
+    give_back();
 }
 
 // A warpgroup's rows of one tile on their way out, a warp's 16 rows and SLAB columns at a time through its own memory. Groups
