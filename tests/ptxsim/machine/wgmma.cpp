@@ -164,6 +164,7 @@ static void fence(Warp& w, const Inst& in) {
     if (w.mask != FULL) fault(w, u32(__builtin_ctz(w.mask)), in, "wgmma.fence without all 32 lanes of the warp");
     for (u8& use : w.uses) use &= u8(~UNFENCED);
 }
+static void gather(Warp&, const Inst&) {}  // the lanes of a warp before wait_group
 static void commit(Warp& w, const Inst& in) {
     if (w.mask != FULL) fault(w, u32(__builtin_ctz(w.mask)), in, "wgmma.commit_group without all 32 lanes of the warp");
     w.product_groups++;
@@ -270,6 +271,7 @@ static void set_registers(Warp& w, const Inst& in) {
 void add_wgmma(Table& t) {
     t.add("wgmma", issue);
     t.add("wgmma.fence", fence);
+    t.add("wgmma.gather", gather);
     t.add("wgmma.commit_group", commit);
     t.add("setmaxnreg", set_registers);
 }
