@@ -120,7 +120,9 @@ def pipeline(a: Side, b: Side, tiles: int, kind: str = "f16", registers: bool = 
                 text += f"or.b64 %d1{i}, %d1{i}, {side.descriptor():#x};\n"
             first = "{" + ", ".join(f"%a{16 * t + 4 * step + i}" for i in range(4)) + "}" if registers else "%d10"
             turned = ("" if registers else f", {int(a.transposed)}") + f", {int(b.transposed)}"
-            text += f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {_sums(n)}, {first}, %d11, 1, {scale}, 1{turned};\n"
+            text += (
+                f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {_sums(n)}, {first}, %d11, 1, {scale}, 1{turned};\n"
+            )
         text += "wgmma.commit_group.sync.aligned;\n"
         if t:
             text += "wgmma.wait_group.sync.aligned 1;\n"
@@ -174,14 +176,15 @@ def edited(text: str, edit: Sequence[str] | None) -> str:
 
 def multiply(
     x: np.ndarray, y: np.ndarray, a: Side, b: Side, *, kind: str = "f16", registers: bool = False, stages: int = 2,
-    edit: Sequence[str] | None = None, **options: Any,
+    edit: Sequence[str] | None = None, every: Sequence[str] | None = None, **options: Any,
 ) -> tuple[np.ndarray, LaunchReport]:  # fmt: skip
-    """The product of x [64][k] and y [n][k], float32 values, by `pipeline`."""
+    """The product of x [64][k] and y [n][k], float32 values, by `pipeline`; `every` replaces a text wherever it stands."""
     xs, ys = halves(x, kind), halves(y, kind)
     xt, yt = (np.ascontiguousarray(v.T) if side.transposed else v for v, side in ((xs, a), (ys, b)))
     out = np.full((64, len(y)), np.nan, np.float32)
     tiles = -(-x.shape[1] // 64)
     text = edited(pipeline(a, b, tiles, kind, registers, stages), edit)
+    text = text.replace(*every) if every else text
     shared = stages * (a.bytes + b.bytes) + 16 * stages
     memory = [(v.ctypes.data, v.nbytes, False, name) for v, name in ((xt, "a"), (yt, "b"))]
     report = run(text, "k", 1, 160, [a.map(xt), b.map(yt), out, xs], shared, memory=memory, **options)

@@ -33,7 +33,8 @@ struct Product {  // a wgmma, from its issue to the wait of its warp that covers
     const Inst* in;
     uint64_t a, b, number;  // number: of the warp's wgmmas
     uint32_t group, time;
-    bool add, done;  // done: by the wait of one of the four warps
+    bool add, done;              // done: by the wait of one of the four warps
+    std::vector<uint8_t> bytes;  // the matrices in shared memory when it was issued; kept once for the four warps
     bool operator==(const Product& o) const {
         return in == o.in && a == o.a && b == o.b && add == o.add && group == o.group;
     }
