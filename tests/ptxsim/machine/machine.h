@@ -144,7 +144,7 @@ struct Warp {
     Group groups[33];
     u32 committed[32];
     std::vector<Copy> copies;
-    bool polls;                     // its last turn ended with a wait that was over too early
+    u64 polled;                     // steps since it last asked an mbarrier in vain
     u64 fenced[32];                 // when each lane last ran fence.proxy.async
     std::vector<u8> uses;           // of the registers that wgmmas use: Use
     std::vector<Product> products;  // issued and not waited for
@@ -176,6 +176,7 @@ struct Block {
     std::map<u32, Mbar> mbars;                   // by address
     std::vector<Bulk> copies;                    // on their way
     std::vector<u64> generic;                    // for every 16 bytes: when (<< 16) and by whom last written, but by a bulk copy
+    u32 idle;                                    // rounds in which no warp did more than ask an mbarrier in vain
     u64 proxy_time;                              // counts these writes and their fences
     std::vector<std::vector<Product>> products;  // what the first warp of each warpgroup has issued
     // Race detector: warp w knows of all that warp v did before time seen[w][v]; low[w] and high[w] are the row's extremes.

@@ -33,6 +33,7 @@ std::string waits_for(const Block& b, u32 at) {
 // The phase is over if nothing is missing: who waits may go on.
 static void settle(Block& b, u32 at, Mbar& m) {
     if (m.pending != 0 || m.bytes != 0) return;
+    b.idle = 0;
     m.phase++;
     m.pending = m.count;
     m.done = m.clock;
