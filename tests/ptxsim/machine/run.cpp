@@ -198,8 +198,8 @@ struct Packed {  // an instruction as decode.py packs it
     s32 guard, target, more, line;
 };
 
-// sizes: instructions, pool, constants, specials, file bytes, static shared, local bytes, shared granule, global granule, registers
-// that wgmmas use; touches: Program::touches
+// sizes: instructions, pool, constants, specials, file bytes, static shared, local bytes, shared granule, global granule,
+// registers that wgmmas use; touches: Program::touches
 void* ptxsim_program(const void* code, const s32* pool, const u64* constants, const u32* specials, const u32* sizes,
                      const s32* touches) {
     Program* p = new Program;

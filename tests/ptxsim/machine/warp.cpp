@@ -454,7 +454,7 @@ std::string waiting(const Warp& w) {
                           : g.state == AT_MBARRIER ? "waits for an mbarrier"
                           : g.state == AT_WGMMA    ? "waits for the other warps of its warpgroup to commit their wgmmas"
                           : g.state == RUNNABLE    ? "polls"
-                              : "waits at a collective for lanes";
+                                                   : "waits at a collective for lanes";
         s += text("\n  warp %u, lanes 0x%08x: ", w.id, g.mask) + why;
         if (g.state == AT_BARRIER) s += text(" %u", g.bar);
         else if (g.state == AT_MBARRIER) s += waits_for(*w.block, g.bar);
