@@ -1,7 +1,8 @@
 // wgmma.cpp: the products of a warpgroup, four neighbouring warps with 16 of the 64 rows each.
 //
 // A product runs when the first of the four warps waits for its group, for all four of them; what it reads must be then what it
-// was at the issue. So a stage that comes too late, or goes too early, is seen whatever the schedule. Matrices in shared memory lie as the PTX ISA's canonical layouts say.
+// was at the issue. So a stage that comes too late, or goes too early, is seen whatever the schedule. Matrices in shared memory
+// lie as the PTX ISA's canonical layouts say.
 #include <algorithm>
 
 #include "lanes.h"
@@ -26,7 +27,8 @@ struct Matrix {
           stride(u32(d >> 32 & 0x3fff) << 4),
           base(u32(d >> 49 & 7)),
           bits((4 - u32(d >> 62)) & 3) {}
-    // Eight neighbours: with `transposed` rows (of a; columns of b) 8 i to 8 i + 7 of one k, else k = 8 i to 8 i + 7 of one row.
+    // Eight neighbours: with `transposed` rows (of a; columns of b) 8 i to 8 i + 7 of one k, else k = 8 i to 8 i + 7 of one
+    // row.
     u32 eight(u32 i, u32 other, bool transposed) const {
         u32 at = start;
         if (!transposed) at += other % 8 * (16u << bits) + other / 8 * stride + i * (bits ? 16 : leading);
@@ -76,10 +78,12 @@ static void read_matrix(Warp& w, const Inst& in, u64 d, u32 size, bool transpose
         u16 v[8];
         memcpy(v, w.block->shared + at, 16);
         if (memcmp(v, bytes, 16) != 0)
-            fault(w, 0, in,
-                  text("shared+%u has changed while a wgmma was to read it: written too early, before a wait for the wgmma, or too "
-                       "late, and the wgmma did not wait for it",
-                       at));
+            fault(
+                w, 0, in,
+                text(
+                    "shared+%u has changed while a wgmma was to read it: written too early, before a wait for the wgmma, or too "
+                    "late, and the wgmma did not wait for it",
+                    at));
         bytes += 16;
         for (u32 e = 0; e < 8; e++) {
             const float x = bf16 ? from_bf16(v[e]) : from_half(v[e]);
@@ -100,8 +104,8 @@ void watch(Warp& w, const Inst& in, u32 pc) {
         const bool written = t[i] & 1;
         if (use & SUM_IN_FLIGHT || (written && use & OPERAND_IN_FLIGHT))
             fault(w, u32(__builtin_ctz(w.mask)), in,
-                  text("%s of a register that a wgmma in flight %s: no wgmma.wait_group has covered it", written ? "write" : "read",
-                       use & SUM_IN_FLIGHT ? "adds to" : "reads"));
+                  text("%s of a register that a wgmma in flight %s: no wgmma.wait_group has covered it",
+                       written ? "write" : "read", use & SUM_IN_FLIGHT ? "adds to" : "reads"));
         if (written) use |= UNFENCED;
     }
 }
@@ -130,8 +134,15 @@ static void issue(Warp& w, const Inst& in) {
     if (w.mask != FULL) fault(w, u32(__builtin_ctz(w.mask)), in, "wgmma without all 32 lanes of the warp");
     if (group >= b.products.size()) fault(w, 0, in, "wgmma in a warp whose warpgroup has not four warps");
     const bool in_registers = what(in) & A_IN_REGISTERS;
-    Product p{&in, in_registers ? 0 : uniform(w, in, in.x[0], "a"), uniform(w, in, in.x[1], "b"), w.product_count++,
-              w.product_groups, 0, bool(what(in) & ADD), false, {}};
+    Product p{&in,
+              in_registers ? 0 : uniform(w, in, in.x[0], "a"),
+              uniform(w, in, in.x[1], "b"),
+              w.product_count++,
+              w.product_groups,
+              0,
+              bool(what(in) & ADD),
+              false,
+              {}};
     if (in.x[2] >= 0) {
         const u32 add = w.pred(in.x[2]);
         if (add != 0 && add != FULL) fault(w, 0, in, "scale-d differs between the lanes of a warp");
@@ -144,8 +155,10 @@ static void issue(Warp& w, const Inst& in) {
         if (!in_registers) look_at(w, in, "a", p.a, 64, what(in) & A_TRANSPOSED, bytes);
         look_at(w, in, "b", p.b, columns(in), what(in) & B_TRANSPOSED, bytes);
     } else if (!(issued[p.number] == p)) {
-        fault(w, 0, in, text("the warps of a warpgroup issue different wgmmas: another one's wgmma %llu is at {line %d}, or has other "
-                             "descriptors, scale-d or groups", (unsigned long long)p.number, issued[p.number].in->line));
+        fault(w, 0, in,
+              text("the warps of a warpgroup issue different wgmmas: another one's wgmma %llu is at {line %d}, or has other "
+                   "descriptors, scale-d or groups",
+                   (unsigned long long)p.number, issued[p.number].in->line));
     }
     const s32* t = touched(w, u32(&in - w.program->code.data()));
     for (s32 i = 1; i <= t[0]; i++) {
