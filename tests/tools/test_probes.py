@@ -146,7 +146,8 @@ def simulator(probe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
     source = tmp_path / "sums.cu"
     source.write_text(wgmma.sums((8, 64)))
     driver = Driver(kit.ptx(source, "90a"))
-    monkeypatch.setattr(cubin.ctypes, "CDLL", lambda name: driver)
+    real = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver if str(name).startswith("libcuda.so") else real(name))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     driver.sizes = {}
     into = cubin.Kernel.__call__
