@@ -30,7 +30,7 @@ from simulated import served
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tests" / "simulated" / "lt.cpp"
-EQUAL, ZEROS, LAST_ROW, SPLITS, FIRST_SPLITS, WORKSPACE, SHORT_SUMS, FAILS, FAILS_LATER = range(9)
+EQUAL, ZEROS, LAST_ROW, SPLITS, FIRST_SPLITS, WORKSPACE, SHORT_SUMS, FAILS, FAILS_LATER, CLOSED = range(10)
 TRIAL = 3  # calls of cuBLASLt in a trial
 N, K = 136, 40
 KEY = "key = str(device), lt.path, lt.version"
@@ -205,6 +205,7 @@ def test_one_bit_in_a_hard_row_and_it_never_serves(standin: StandIn, monkeypatch
         (WORKSPACE, "none of its 2 algorithms"),
         (SHORT_SUMS, "none of its 2 algorithms"),
         (FAILS, "cublasLtMatmul gives status 13"),
+        (CLOSED, "cublasLtCreate gives status 3"),
     ],
 )
 def test_what_splits_or_fails_never_serves(standin: StandIn, monkeypatch: Any, behaviour: int, said: str) -> None:
@@ -311,6 +312,15 @@ def test_the_rows_of_a_trial_are_what_they_are_called(dtype: torch.dtype) -> Non
     assert rows["far exponents"].abs().log2().clamp(min=-60).std() > rows["normal"].abs().log2().clamp(min=-60).std() + 1
     other = proven.operand(64, K, dtype, torch.device("cpu"), -1)[2::8].float()
     assert torch.equal(rows["cancelling"][:, 1::2], rows["cancelling"][:, ::2]) and torch.equal(other[:, 1::2], -other[:, ::2])
+
+
+def test_the_rows_are_the_same_whatever_the_default_dtype_is(monkeypatch: Any) -> None:
+    want = proven.operand(16, K, torch.bfloat16, torch.device("cpu"), 1)
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert same(proven.operand(16, K, torch.bfloat16, torch.device("cpu"), 1), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_what_is_added_has_every_kind_beside_every_kind_of_sum() -> None:

@@ -51,7 +51,8 @@ class Here:
 
     device: torch.device
     lt: cublaslt.CublasLt
-    handle: ctypes.c_void_p
+    handle: ctypes.c_void_p | None
+    closed: str = ""  # why it could not be opened
     verdicts: dict[Kind, Verdict] = field(default_factory=dict)
     one_trial: threading.Lock = field(default_factory=threading.Lock)
 
@@ -109,7 +110,10 @@ def of(device: torch.device) -> Here | None:
         return None
     with _opening:
         if key not in _here:
-            _here[key] = Here(device, lt, cublaslt.handle(lt))
+            try:
+                _here[key] = Here(device, lt, cublaslt.handle(lt))
+            except CublasLtError as error:
+                _here[key] = Here(device, lt, None, str(error))
         return _here[key]
 
 
@@ -124,6 +128,8 @@ def judged(here: Here, kind: Kind, ours: Ours) -> Verdict:
 
 
 def tried(here: Here, kind: Kind, ours: Ours) -> Verdict:
+    if here.handle is None:
+        return Verdict(None, here.closed)
     try:
         product = Product(here.lt, here.handle, kind)
         for rows, differ in compared(here.device, product, ours):
@@ -171,8 +177,8 @@ def operand(rows: int, columns: int, dtype: torch.dtype, device: torch.device, s
         mine = made[i :: len(HARD)]
         if not len(mine):
             continue
-        x = torch.randn(mine.shape, generator=generator, device=device)
-        chance = torch.rand(mine.shape, generator=generator, device=device)
+        x = torch.randn(mine.shape, generator=generator, device=device, dtype=torch.float32)
+        chance = torch.rand(mine.shape, generator=generator, device=device, dtype=torch.float32)
         if kind == "far exponents":
             far = torch.floor(chance * (18 if half else 80)) - (13 if half else 40)
             x *= torch.exp2(far)
