@@ -9,6 +9,7 @@ import ast
 import contextlib
 import functools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -493,6 +494,27 @@ def test_goals_are_reached_missed_or_never_measured() -> None:
     assert verdicts(WAYS)[4] == ("0.95", goals.REACHED), "its own choice by the better backend, and no small M"
     assert verdicts([record("base 1x128 fp16", "cuda tensor", 1.3)])[2] == ("1.30 ms", goals.MISSED)
     assert verdicts([record("base 1x128 fp16", "cuda portable", 1.3, mode="portable")])[2] == never
+
+
+def test_every_goal_has_cases_in_the_steps_that_it_names() -> None:
+    from tools.gpu_report.work import models, ways
+
+    for goal in goals.GOALS:
+        names = ways.table() if goal.steps == goals.WAYS else models.table()
+        cases = [case for case in names if re.search(goal.case, case)]
+        assert cases, f"{goal.words}: nothing measures it"
+        if goal.rival and "reduce-overhead" in goal.rival:
+            assert [case for case in cases if case.endswith("compiled: reduce-overhead")]
+
+
+def test_models_are_timed_in_two_steps_and_no_case_in_both() -> None:
+    from tools.gpu_report.work import models
+
+    (plain,) = [s for s in steps() if s.name == "models"]
+    (compiled,) = [s for s in steps() if s.name == "models-compiled"]
+    first, second = (models.listed(*s.command[3:]) for s in (plain, compiled))
+    assert not {*first} & {*second} and {*first, *second} == {*models.table()}
+    assert {case[3] for case in second.values()} == {"default", "reduce-overhead", "max-autotune"}
 
 
 def test_the_page_has_the_goals_as_they_are() -> None:

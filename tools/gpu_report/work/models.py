@@ -55,13 +55,17 @@ def table() -> dict[str, Case]:
     return found
 
 
-def main(*only: str) -> None:
+def listed(*only: str) -> dict[str, Case]:
     """Without a word: what needs no compiler of torch's. `compiled`: the rest."""
+    return {n: case for n, case in table().items() if (only or not case[3]) and all(word in n for word in only)}
+
+
+def main(*only: str) -> None:
     place = gpu.place("cuda", False)
-    listed = {name: case for name, case in table().items() if only or not case[3]}
+    chosen = listed(*only)
     with torch.no_grad():
-        for name in cases([n for n in listed if all(word in n for word in only)]):
-            work = work_of(place, *listed[name])
+        for name in cases(list(chosen)):
+            work = work_of(place, *chosen[name])
             try:
                 found = play(work, PACE, begins=begun)
             except DeviceLost as error:
