@@ -26,7 +26,7 @@ def fma(a: Floats, b: Floats, c: Floats) -> Floats:
 
 
 def exp(x: Floats) -> Floats:
-    """The four steps of NUMERICS.md. 0 below -104 and inf above 89 need no step of their own: there the last rounding gives them."""
+    """The four steps of NUMERICS.md. Below -104 and above 89 the last rounding gives 0 and inf."""
 
     def f(digits: str) -> Floats:
         return np.full(x.shape, float.fromhex(digits), np.float32)

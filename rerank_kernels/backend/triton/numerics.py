@@ -66,8 +66,8 @@ def fmadd(a, b, c):
 
 @triton.jit
 def scale_by_exp2(p, t, SHIFT: tl.constexpr, BACK: tl.constexpr):
-    """p * 2^n, t = n + ROUND_MAGIC: 2^(n + SHIFT) is normal, so the first product is exact, and that with BACK = 2^-SHIFT rounds
-    once. The shift by 23 leaves nothing of ROUND_MAGIC. A NaN in p stays one."""
+    """p * 2^n, t = n + ROUND_MAGIC. 2^(n + SHIFT) is normal, so the first product is exact, and the one with BACK = 2^-SHIFT
+    rounds once. The shift by 23 leaves nothing of ROUND_MAGIC. A NaN in p stays one."""
     return p * ((t.to(tl.int32, bitcast=True) << 23) + ((SHIFT + 127) << 23)).to(tl.float32, bitcast=True) * BACK
 
 
