@@ -5,8 +5,7 @@
 // There is no include guard for that reason, and no torch header, so that `nvcc -ptx` or `g++` alone compiles it.
 //
 // F provides: + - * /, fmadd(a, b, c) = a * b + c rounded once, sqrt_of(a), lt(a, b) -> mask, select(mask, a, b), abs_of(a),
-// scale_by_exp2<SHIFT>(p, t), at_least(low, x) (below). Compile with -ffp-contract=off (g++), --fmad=false (nvcc), never with
-// fast-math.
+// scale_by_exp2<SHIFT>(p, t) (below). Compile with -ffp-contract=off (g++), --fmad=false (nvcc), never with fast-math.
 
 #ifdef __CUDACC__
 #define RK_FN __host__ __device__ __forceinline__
@@ -99,17 +98,6 @@ template <class F>
 RK_FN F at_least(F low, F x) {
     return select(lt(x, low), low, x);
 }
-#ifdef __CUDACC__
-RK_FN float at_least(float low, float x) {
-#ifdef __CUDA_ARCH__
-    float y;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(low), "f"(x));  // one instruction
-    return y;
-#else
-    return x < low ? low : x;
-#endif
-}
-#endif
 
 // For x <= 0: exp(-104) is 0 already.
 template <class F>
