@@ -170,9 +170,10 @@ MUTANTS = [
         "chunk sums added by atomics: the order of the blocks is in the bits",
         Edit(
             "portable/linear.cu",
-            "            if (setup.four) store_four(to, y[0]);\n            else\n",
-            "            if (c + 3 < columns) for (int e = 0; e < 4; ++e) atomicAdd(to - chunk * g.M * g.N + e, y[0].v[e]);\n"
-            "            else\n",
+            "    if (setup.four) store_four(to, y[0]);\n    else\n",
+            "    if (c + 3 < part.columns)\n"
+            "        for (int e = 0; e < 4; ++e) atomicAdd(to - part.chunk * g.M * g.N + e, y[0].v[e]);\n"
+            "    else\n",
         ),
         "linear-1536x24-float32",
         DIFFER,
@@ -181,7 +182,11 @@ MUTANTS = [
     ),
     Mutant(
         "two blocks write one place",
-        Edit("portable/linear.cu", "(chunk * setup.batches * g.M + first + r) * g.N + n0 + c;", "(first + r) * g.N + n0 + c;"),
+        Edit(
+            "portable/linear.cu",
+            "(part.chunk * setup.batches * g.M + part.m + r) * g.N + part.n + c;",
+            "(part.m + r) * g.N + part.n + c;",
+        ),
         "linear-1536x24-float32",
         "RACE|race",
         force=("linear", 7),

@@ -32,6 +32,14 @@ struct Part {
     int rows, columns;
     int64_t k_begin, k_end;
     const char *x, *w;
+
+    // Where row r of an operand begins; past the end, the last row that exists.
+    __device__ __forceinline__ const char* x_row(const LinearSetup& setup, int r) const {
+        return x + (r < rows ? r : rows - 1) * setup.x.bytes;
+    }
+    __device__ __forceinline__ const char* w_row(const LinearSetup& setup, int r) const {
+        return w + (r < columns ? r : columns - 1) * setup.w.bytes;
+    }
 };
 template <class T>
 __device__ __forceinline__ Part part_of(const LinearArgs& g, const LinearSetup& setup) {
@@ -79,8 +87,8 @@ template <class T, bool X_HALF, bool W_HALF>
 __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tile(const LinearArgs g, const LinearSetup setup) {
     extern __shared__ __align__(16) char shared[];
     const Part part = part_of<T>(g, setup);
-    const auto x_row = [&](int r) { return part.x + (r < part.rows ? r : part.rows - 1) * setup.x.bytes; };
-    const auto w_row = [&](int r) { return part.w + (r < part.columns ? r : part.columns - 1) * setup.w.bytes; };
+    const auto x_row = [&](int r) { return part.x_row(setup, r); };
+    const auto w_row = [&](int r) { return part.w_row(setup, r); };
     using D = Dot<T, X_HALF, W_HALF>;
     float total[T::TM][T::TN];
     D::run(shared, setup.x, x_row, setup.w, w_row, part.rows, part.columns, part.k_begin, part.k_end, total);
@@ -105,8 +113,8 @@ __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_large_tile(c
     using D = LargeDot<T, X_HALF, W_HALF>;
     {
         const Part part = part_of<T>(g, setup);
-        const auto x_row = [&](int r) { return part.x + (r < part.rows ? r : part.rows - 1) * setup.x.bytes; };
-        const auto w_row = [&](int r) { return part.w + (r < part.columns ? r : part.columns - 1) * setup.w.bytes; };
+        const auto x_row = [&](int r) { return part.x_row(setup, r); };
+        const auto w_row = [&](int r) { return part.w_row(setup, r); };
         D::run(shared, setup.x, x_row, setup.w, w_row, part.k_begin, part.k_end);
     }
     const Part part = part_of<T>(g, setup);  // afresh: the loop leaves no registers to keep it in
