@@ -37,7 +37,6 @@ from rerank_kernels.backend.triton.numerics import (
     LANES,
     MINUS_INFINITY,
     exp_of_negative,
-    exp_of_nonpositive,
     fmadd,
     fold_lanes,
     half_fold,
@@ -305,8 +304,8 @@ def _visit(
         s = tl.where(seen, s, MINUS_INFINITY)
     new_top = tl.maximum(top, tl.max(s, axis=1))  # a NaN loses to a number here: the sum brings it back
     base = tl.where(new_top == MINUS_INFINITY, 0.0, new_top)
-    p = exp_of_nonpositive(s - base[:, None])
-    shrink = exp_of_nonpositive(top - base)
+    p = exp_of_negative(s - base[:, None])
+    shrink = exp_of_negative(top - base)
     bottom = bottom * shrink + tl.reshape(fold_lanes(half_fold(p, p.shape[0], 32), p.shape[0]), (p.shape[0],))
     weights = p.to(v_first.dtype.element_ty)
     value = _features(v_first, j, v_token, length, D, 0, LOW, LOW <= D, MASKED)
