@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
+from rerank_kernels.graphs.buckets import Inputs, Tokens
 from rerank_kernels.models import decoder_roles, lora, packing, rope, sparse
 from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.caches import Keys, belongs, chosen, length, valid
@@ -29,7 +30,7 @@ from rerank_kernels.models.decoder_types import MODEL_TYPES as MODEL_TYPES
 from rerank_kernels.models.decoder_types import ModelType, angles_of, inner, type_of
 from rerank_kernels.models.heads import LastTokenHead, asked, capped
 from rerank_kernels.models.leaves import activation_of
-from rerank_kernels.models.packing import dense, explained, lookup, ready
+from rerank_kernels.models.packing import dense, explained, in_table, lookup, ready
 from rerank_kernels.models.roles import Roles
 from rerank_kernels.models.served import Served
 from rerank_kernels.models.shared import Shared
@@ -97,9 +98,8 @@ def packed_forward(
     m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None, before: Sequence[int | None] | None = None
 ) -> Tensor:
     """[total, D] of any of the three: ids [total], no padding. before: the earlier sequence that each continues (shared.py)."""
-    decoder = m if inner(m) is m else _enter(m)
-    if types is not None:
-        raise ValueError(f"{class_of(decoder)}: token_types are not served, a decoder has none; leave them out")
+    decoder = entered(m)
+    _no_types(decoder, types)
     op, cu = class_of(decoder), sequences.cu_seqlens
     lengths = (cu[1:] - cu[:-1]).long()
     positions = torch.arange(ids.shape[0], device=cu.device)
@@ -110,6 +110,47 @@ def packed_forward(
     keys = Shared(op, sequences, before, turning_points(m))
     turned = _angles(decoder, op, positions + keys.starts, keys.whole, keys.reach, lengths)
     return _decode(decoder, Batch(_words(decoder, op, ids), turned, sequences, keys, None, True))
+
+
+def tokens_of(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None) -> Tokens | str:
+    """What packed_forward takes, on the host, and looked at, for a graph; or why no graph serves them."""
+    decoder = inner(m)
+    op = class_of(decoder)
+    _no_types(decoder, types)
+    _not_longer(op, sequences.longest, max_tokens(decoder))
+    in_table(op, "input_ids", ids, decoder.embed_tokens)
+    if sequences.longest > min(turning_points(m)):
+        return "a sequence beyond the angles' turning point"
+    cu = sequences.cu_seqlens.long()
+    starts = torch.repeat_interleave(cu[:-1], cu[1:] - cu[:-1], output_size=sequences.total)
+    return Tokens(ids, None, torch.arange(sequences.total) - starts, sequences)
+
+
+def states_of(m: Any, given: Inputs) -> Tensor:
+    """[T, D], inside a graph: all sequences are whole, and of dead rows nobody reads a thing."""
+    decoder, turned = inner(m), {}
+    for turn, said in _said(decoder).items():
+        tables = rope.tables(said, given.ids.shape[0], given.ids.device)
+        given.held.extend(tables)
+        cos, sin = (t.index_select(0, given.positions) for t in tables)
+        turned[turn] = cos, sin
+    words = _words(decoder, class_of(decoder), given.ids, known=True)
+    return _decode(decoder, Batch(words, turned, given.sequences, None, None, True))
+
+
+def entered(m: Any) -> Any:
+    """The decoder in m, whose packed entry runs."""
+    return m if inner(m) is m else _enter(m)
+
+
+def no_graph(m: Any) -> str | None:
+    """What of a model no graph can hold; None if one can hold it."""
+    return "sparse feed-forward layers" if sparse.layers(inner(m)) else None
+
+
+def _no_types(decoder: Any, types: Tensor | None) -> None:
+    if types is not None:
+        raise ValueError(f"{class_of(decoder)}: token_types are not served, a decoder has none; leave them out")
 
 
 def turning_points(m: Any) -> list[int]:
@@ -247,8 +288,8 @@ def angles(cu_seqlens: Tensor, positions: Tensor, pairs: int, said: str, limit: 
     return _turned(rope.read(said), limit, op, positions, keys, lengths)
 
 
-def _words(decoder: Any, op: str, ids: Tensor) -> Tensor:
-    words = lookup(op, "input_ids", ids, decoder.embed_tokens)
+def _words(decoder: Any, op: str, ids: Tensor, known: bool = False) -> Tensor:
+    words = lookup(op, "input_ids", ids, decoder.embed_tokens, known)
     scale = getattr(decoder.embed_tokens, "embed_scale", None)
     return _given(decoder, words) if scale is None else _scaled(words, scale)
 
@@ -285,13 +326,17 @@ def _turned(
     counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     longest = keys.longest
-    if longest > limit:
-        wanted = f"at most {limit} tokens a sequence, for config.max_position_embeddings"
-        check.fail(op, "input_ids", wanted, longest, f"tokenise with truncation=True, max_length={limit}")
+    _not_longer(op, longest, limit)
     own = None
     if lengths is not None and longest > rope.turning_point(said):
         own = torch.repeat_interleave(lengths, lengths if counts is None else counts, output_size=positions.shape[0])
     return rope.rows(said, positions, longest, own, op=op)
+
+
+def _not_longer(op: str, longest: int, limit: int) -> None:
+    if longest > limit:
+        wanted = f"at most {limit} tokens a sequence, for config.max_position_embeddings"
+        check.fail(op, "input_ids", wanted, longest, f"tokenise with truncation=True, max_length={limit}")
 
 
 def _places(m: Any, new: Sequences, keep: Any) -> Any:
@@ -419,9 +464,12 @@ def _roles(module: str, name: str) -> Roles:
 def served() -> dict[str, Served]:
     """Exact class -> how it is served."""
     found: dict[str, Served] = {}
+    inside: dict[str, Any] = dict(
+        turning_points=turning_points, tokens=tokens_of, states=states_of, entered=entered, why=no_graph
+    )
     for module, a in MODEL_TYPES.items():
         found |= {
-            f"{module}.{a.model}": Served(decoder_forward, roles_of, packed_forward, max_tokens, turning_points=turning_points),
+            f"{module}.{a.model}": Served(decoder_forward, roles_of, packed_forward, max_tokens, **inside),
             f"{module}.{a.causal}": Served(
                 causal_forward,
                 roles_of,
@@ -429,11 +477,9 @@ def served() -> dict[str, Served]:
                 max_tokens,
                 lambda m: m.lm_head,
                 cap=word_cap,
-                turning_points=turning_points,
+                **inside,
             ),
-            f"{module}.{a.classifier}": Served(
-                classifier_forward, roles_of, packed_forward, max_tokens, head=_head, turning_points=turning_points
-            ),
+            f"{module}.{a.classifier}": Served(classifier_forward, roles_of, packed_forward, max_tokens, head=_head, **inside),
         }
     return found
 

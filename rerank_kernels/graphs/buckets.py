@@ -1,0 +1,86 @@
+"""Buckets: the sizes that graphs are captured for, and how the numbers of a call lie in the one buffer that a graph reads.
+
+A graph has fixed sizes, so a call is filled up to the next bucket. What fills it are dead rows, of token 0, which belong to no
+sequence, and sequences without tokens. Rows are independent of one another (NUMERICS.md): neither can move a bit of a live one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rerank_kernels.ops.sequences import Sequences
+
+TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+SEQUENCES = (1, 8, 32, 128)
+
+
+class Tokens(NamedTuple):
+    """The packed tokens of a call, on the host: integers [total] each. Whoever makes them has looked at every number."""
+
+    ids: Tensor
+    types: Tensor | None  # None: 0 each
+    positions: Tensor
+    sequences: Sequences
+
+    def to(self, device: torch.device) -> Tokens:
+        """In one copy, but for the offsets: what waits for the device is the number of copies."""
+        numbers = (self.ids, self.types, self.positions)
+        there = iter(torch.stack([t.long() for t in numbers if t is not None]).to(device))
+        ids, types, positions = (None if t is None else next(there) for t in numbers)
+        assert ids is not None and positions is not None
+        return Tokens(ids, types, positions, self.sequences.to(device))
+
+
+class Bucket(NamedTuple):
+    tokens: int
+    sequences: int
+
+    @property
+    def numbers(self) -> int:
+        """Of the buffer: ids, types, positions, places in the padded batch, and offsets."""
+        return 4 * self.tokens + self.sequences + 1
+
+
+LARGEST = Bucket(TOKENS[-1], SEQUENCES[-1])
+
+
+def bucket(sequences: Sequences) -> Bucket | None:
+    """The smallest that holds them; None beyond the largest, and where there is nothing."""
+    tokens = next((n for n in TOKENS if n >= sequences.total), None)
+    count = next((n for n in SEQUENCES if n >= sequences.count), None)
+    return None if tokens is None or count is None or not sequences.total else Bucket(tokens, count)
+
+
+def write(buffer: Any, size: Bucket, tokens: Tokens) -> None:
+    """All numbers of a call into an int64 array of NumPy: what an earlier call left there is overwritten."""
+    sequences = tokens.sequences
+    n, t = sequences.total, size.tokens
+    for i, numbers in enumerate((tokens.ids, tokens.types, tokens.positions, sequences.index)):
+        part = buffer[i * t : (i + 1) * t]
+        part[:n] = 0 if numbers is None else numbers.numpy()
+        part[n:] = 0
+    offsets = buffer[4 * t : size.numbers]
+    offsets[: sequences.count + 1] = sequences.cu_seqlens.numpy()
+    offsets[sequences.count + 1 :] = n  # sequences without tokens, behind the last
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The numbers of a call on the device, filled up to a bucket: int64 [T] each, and sequences, some without tokens."""
+
+    ids: Tensor
+    types: Tensor
+    positions: Tensor
+    places: Tensor  # where a token stands in the padded batch
+    sequences: Sequences
+    held: list[Tensor] = field(default_factory=list)  # what else a graph reads, and has to keep alive
+
+    @classmethod
+    def of(cls, buffer: Tensor, size: Bucket) -> Inputs:
+        ids, types, positions, places = (buffer[i * size.tokens : (i + 1) * size.tokens] for i in range(4))
+        cu = buffer[4 * size.tokens : size.numbers].to(torch.int32)
+        return cls(ids, types, positions, places, Sequences(cu, size.tokens, op="graph"))
