@@ -25,6 +25,7 @@ FORBIDDEN = {
     *("_unique2", "unique_consecutive", "bincount", "lift_fresh", "lift_fresh_copy", "pin_memory", "_pin_memory", "allclose"),
 }
 LOOKS = {"tolist", "numpy", "item", "cpu", "cuda", "__bool__", "__int__", "__float__", "__index__", "__array__", "to_dense"}
+simulated = False  # the kernels are a GPU's own, and take offsets that end before the last row
 OFFSETS = {"attention": 3, "attention_tensor": 3, "pool": 1}  # ops that read offsets -> which argument they are
 FAKE = {"new_empty", "empty", "empty_like", "new_empty_strided", "empty_strided"}
 
@@ -40,7 +41,7 @@ def short(function: Any) -> str:
 def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """As on a GPU, where the kernels of ops that read offsets leave alone what is of no sequence; a CPU refuses it."""
     name = short(function)
-    if name not in OFFSETS or "rerank_kernels" not in str(function):
+    if simulated or name not in OFFSETS or "rerank_kernels" not in str(function):
         return function(*args, **kwargs)
     given = list(args)
     total = int(given[OFFSETS[name]][-1])

@@ -36,7 +36,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self.replays = 0
-        self.eager: Counter[str] = Counter()  # why -> calls that ran without a graph
+        self.without: Counter[str] = Counter()  # why -> calls that ran without a graph
         self._lock = threading.RLock()
         self._device: Device | None = None
         self._drop(None, None)
@@ -47,7 +47,7 @@ class Graphs:
     def leave(self, why: str) -> None:
         """Count a call that runs without a graph."""
         with self._lock:
-            self.eager[why] += 1
+            self.without[why] += 1
 
     def become(self, state: object, make: Callable[[], Device]) -> None:
         """Drop all graphs, with their memory: from now on they are captured of `state`, which knows what they read."""

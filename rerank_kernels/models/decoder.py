@@ -31,6 +31,7 @@ from rerank_kernels.models.decoder_types import ModelType, angles_of, inner, typ
 from rerank_kernels.models.heads import LastTokenHead, asked, capped
 from rerank_kernels.models.leaves import activation_of
 from rerank_kernels.models.packing import dense, explained, in_table, lookup, ready
+from rerank_kernels.models.replay import Replay, possible
 from rerank_kernels.models.roles import Roles
 from rerank_kernels.models.served import Served
 from rerank_kernels.models.shared import Shared
@@ -89,9 +90,43 @@ def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
 
     ready(m, roles_of)
     with explained(m, roles_of):
-        batch, _ = _pack(m, _enter(m), args, kwargs, cached=False)
-        logit = _head(m)(_decode(inner(m), batch), batch.new).logit
+        decoder = _enter(m)
+        replay = possible(m, decoder.embed_tokens.weight.device, lambda: no_graph(m))
+        if replay is not None and (logit := _replayed(m, replay, args, kwargs)) is not None:
+            return SequenceClassifierOutputWithPast(logits=logit)
+        batch, _ = _pack(m, decoder, args, kwargs, cached=False)
+        logit = _head(m)(_decode(decoder, batch), batch.new).logit
         return _output(m, batch, SequenceClassifierOutputWithPast, logits=logit)
+
+
+def _replayed(m: Any, replay: Replay, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Logits of a call of input_ids and attention_mask alone, by a graph; None if another way has to serve it."""
+    given = packing._signature(m.__class__).bind(None, *args, **kwargs).arguments
+    given |= given.pop("kwargs", {})
+    ids, mask = given.pop("input_ids", None), given.pop("attention_mask", None)
+    others = [v for name, v in given.items() if name != "self" and v is not None and not (name == "use_cache" and v is False)]
+    where, op, config = inner(m).embed_tokens.weight.device, f"{class_of(m)}.forward", m.config
+    usual = getattr(config, "return_dict", True) and not any(
+        getattr(config, name, False) for name in ("torchscript", "output_hidden_states", "output_attentions")
+    )
+    plain = all(isinstance(t, Tensor) and t.device == where and t.dim() == 2 for t in (ids, ids if mask is None else mask))
+    if others or not usual or not plain:
+        replay.leave("arguments besides input_ids and attention_mask")
+        return None
+    ids, mask = packing.fetched(ids, mask)
+    b, t = ids.shape
+    new = Sequences.from_mask(valid(op, mask, None, b, 0, t, ids.device), (b, t), op=op)
+    if mask is None:
+        packing._warn_of_pads(op, ids, config.pad_token_id)
+    tokens = tokens_of(m, new.pack(ids), new, None)
+    if isinstance(tokens, str):
+        replay.leave(tokens)
+        return None
+    return replay.run("logits of a call", tokens, functools.partial(_logits, m), lambda _, out: out[0][:b].clone())
+
+
+def _logits(m: Any, given: Inputs) -> tuple[Tensor, ...]:
+    return (_head(m)(states_of(m, given), given.sequences).logit,)
 
 
 def packed_forward(

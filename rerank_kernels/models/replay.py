@@ -109,5 +109,5 @@ def said(forward: Forward) -> str:
     where = next(forward.module.parameters()).device
     if where.type not in device.DEVICES:
         return "none, no GPU" if where.type == "cpu" else f"none on {where.type}"
-    eager = "".join(f"; {n} without: {why}" for why, n in sorted(graphs.eager.items()))
-    return f"{len(graphs)} captured, {graphs.replays} replayed{eager}"
+    without = "".join(f"; {n} without: {why}" for why, n in sorted(graphs.without.items()))
+    return f"{len(graphs)} captured, {graphs.replays} replayed{without}"

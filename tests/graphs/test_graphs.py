@@ -17,15 +17,19 @@ import pytest
 import torch
 from torch import nn
 
+import conftest
 import lora
+import recorder
 import rerank_kernels as rk
 from invariants import same
-from models import FAMILIES, decoder, padded, rows, tiny
+from models import FAMILIES, VOCABULARY, decoder, padded, rows, tiny
 from recorder import Recorder, recording
 from rerank_kernels.graphs import buckets, captured
 from rerank_kernels.graphs.buckets import SEQUENCES, TOKENS
 from rerank_kernels.models.registry import packed_answers, packed_embeddings, packed_logits
 from rerank_kernels.models.replay import said
+from rerank_kernels.ops.sequences import Sequences
+from simulated import served
 
 SMALL = (8, 16, 24, 48)
 
@@ -153,6 +157,17 @@ def test_a_classifier_of_a_decoder(device: type[Recorder]) -> None:
     with_graphs, without = both(decoder("qwen3", cls="ForSequenceClassification", num_labels=1))
     run = lambda m: packed_logits(m, *packed((9, 1, 30)))  # noqa: E731
     same(replayed(with_graphs, run)[0].logit, run(without).logit, "logit")
+    for how in ({}, {"left": True}, {"to": 40}):
+        (got,) = replayed(with_graphs, call((9, 1, 30), 5, **how))
+        same(got, call((9, 1, 30), 5)(without), f"logits of a call, {how}")
+    ids = torch.full((1, 9), VOCABULARY)
+    for model in (with_graphs, without):
+        with pytest.raises(ValueError, match=rf"input_ids must be in \[0, {VOCABULARY - 1}\]"):
+            model(ids)
+    batch = padded(rows((9,)), 0)
+    asked = {"inputs_embeds": with_graphs.model.embed_tokens(batch["input_ids"]).detach(), "input_ids": None}
+    same(with_graphs(**(batch | asked)).logits, without(**batch).logits, "logits of embeddings")
+    assert "1 without: arguments besides input_ids and attention_mask" in said(with_graphs.forward)
 
 
 # ---- what is replayed is the model as it is ----------------------------------------------------------------------------------
@@ -404,6 +419,43 @@ def test_around_another_capture(device: type[Recorder], monkeypatch: pytest.Monk
     monkeypatch.setattr("rerank_kernels.graphs.device.capturing", lambda: True)
     same(call((9,))(with_graphs), call((9,))(without), "logits")
     assert "1 without: a graph of somebody else" in said(with_graphs.forward)
+
+
+# ---- CUDA's and Triton's own kernels, in the simulator -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["portable", "tensor"])
+@pytest.mark.parametrize("served_by", ["cuda", pytest.param("triton", marks=pytest.mark.exhaustive)])
+def test_kernels_leave_dead_rows_alone(served_by: str, mode: str) -> None:
+    """Rows behind the last sequence, which hold NaN, and sequences without tokens, reach nothing."""
+    conftest.ran(served_by)
+    draw, dtype = torch.Generator().manual_seed(0), torch.float16
+    q, k, v = (torch.randn(24, 2, 32, generator=draw).to(dtype) for _ in range(3))
+    for t in (q, k, v):
+        t[9:] = float("nan")
+    live, padded = (torch.tensor(cu, dtype=torch.int32) for cu in ([0, 5, 9], [0, 5, *[9] * 9]))
+    with served.simulator(served_by)():
+        want = rk.attention(q[:9], k[:9], v[:9], cu_seqlens=live, mode=mode)
+        got = rk.attention(q, k, v, cu_seqlens=Sequences(padded, 24), mode=mode)
+        same(got[:9], want, f"attention, {served_by}, mode {mode}")
+        if mode == "portable":
+            for pooling in ("cls", "mean"):
+                want = rk.pool(q[:9].flatten(1), pooling, cu_seqlens=live)
+                got = rk.pool(q.flatten(1), pooling, cu_seqlens=Sequences(padded, 24))
+                same(got[:2], want, f"{pooling}, {served_by}")
+                assert not got[2:].any(), "sequences without tokens give 0"
+
+
+def test_a_model_on_simulated_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same through CUDA's launchers, whose tiles go by the rows of the bucket."""
+    conftest.ran("cuda")
+    monkeypatch.setattr(recorder, "simulated", True)
+    monkeypatch.setattr(buckets, "TOKENS", (24,))
+    monkeypatch.setattr(buckets, "SEQUENCES", (8,))
+    monkeypatch.setattr(captured, "LARGEST", buckets.Bucket(24, 8))
+    with served.simulator("cuda")(), recording(monkeypatch, ("cuda",)):
+        with_graphs, without = pair()
+        same(replayed(with_graphs, call((9, 4)))[0], call((9, 4))(without), "logits")
 
 
 def test_a_reranker(device: type[Recorder], tmp_path: Any) -> None:
