@@ -45,11 +45,11 @@ def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return function(*args, **kwargs)
     given = list(args)
     total = int(given[OFFSETS[name]][-1])
-    rows = 3 if name.startswith("attention") else 1
-    given[:rows] = [t[:total] for t in given[:rows]]
+    if name == "pool":
+        return function(args[0][:total], *args[1:], **kwargs)
+    of_keys = total if given[4] is None else int(given[4][-1])
+    given[:3] = [t[:n] for t, n in zip(args, (total, of_keys, of_keys), strict=False)]
     found = function(*given, **kwargs)
-    if rows == 1:
-        return found
     return torch.cat([found, found.new_full((args[0].shape[0] - total, *found.shape[1:]), float("nan"))])
 
 

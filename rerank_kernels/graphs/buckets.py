@@ -16,6 +16,14 @@ from rerank_kernels.ops.sequences import Sequences
 
 TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 SEQUENCES = (1, 8, 32, 128)
+KEYS = (*TOKENS, 12288, 16384, 24576, 32768)  # of sequences that begin with tokens of others
+
+
+class Reads(NamedTuple):
+    """Where sequences read their keys, if some of them continue others."""
+
+    rows: Tensor  # int64 [K], the token at each place of the whole sequences
+    whole: Sequences
 
 
 class Tokens(NamedTuple):
@@ -25,6 +33,7 @@ class Tokens(NamedTuple):
     types: Tensor | None  # None: 0 each
     positions: Tensor
     sequences: Sequences
+    reads: Reads | None = None
 
     def to(self, device: torch.device) -> Tokens:
         """In one copy, but for the offsets: what waits for the device is the number of copies."""
@@ -38,21 +47,26 @@ class Tokens(NamedTuple):
 class Bucket(NamedTuple):
     tokens: int
     sequences: int
+    keys: int = 0  # 0: those of the tokens
 
     @property
     def numbers(self) -> int:
-        """Of the buffer: ids, types, positions, places in the padded batch, and offsets."""
-        return 4 * self.tokens + self.sequences + 1
+        """Of the buffer: ids, types, positions, places in the padded batch, and offsets; then index and offsets of the keys."""
+        return 4 * self.tokens + self.sequences + 1 + (self.keys + self.sequences + 1 if self.keys else 0)
+
+    @property
+    def largest(self) -> Bucket:
+        """Of those that have keys of their own, or none."""
+        return Bucket(TOKENS[-1], SEQUENCES[-1], KEYS[-1] if self.keys else 0)
 
 
-LARGEST = Bucket(TOKENS[-1], SEQUENCES[-1])
-
-
-def bucket(sequences: Sequences) -> Bucket | None:
+def bucket(tokens: Tokens) -> Bucket | None:
     """The smallest that holds them; None beyond the largest, and where there is nothing."""
-    tokens = next((n for n in TOKENS if n >= sequences.total), None)
-    count = next((n for n in SEQUENCES if n >= sequences.count), None)
-    return None if tokens is None or count is None or not sequences.total else Bucket(tokens, count)
+    sequences, reads = tokens.sequences, tokens.reads
+    t = next((n for n in TOKENS if n >= sequences.total), None)
+    b = next((n for n in SEQUENCES if n >= sequences.count), None)
+    k = 0 if reads is None else next((n for n in KEYS if n >= reads.whole.total), None)
+    return None if t is None or b is None or k is None or not sequences.total else Bucket(t, b, k)
 
 
 def write(buffer: Any, size: Bucket, tokens: Tokens) -> None:
@@ -63,9 +77,18 @@ def write(buffer: Any, size: Bucket, tokens: Tokens) -> None:
         part = buffer[i * t : (i + 1) * t]
         part[:n] = 0 if numbers is None else numbers.numpy()
         part[n:] = 0
-    offsets = buffer[4 * t : size.numbers]
-    offsets[: sequences.count + 1] = sequences.cu_seqlens.numpy()
-    offsets[sequences.count + 1 :] = n  # sequences without tokens, behind the last
+    end = 4 * t + size.sequences + 1
+    _offsets(buffer[4 * t : end], sequences)
+    if tokens.reads is not None:
+        rows, whole = tokens.reads
+        buffer[end : end + whole.total] = rows.numpy()
+        buffer[end + whole.total : end + size.keys] = 0
+        _offsets(buffer[end + size.keys : size.numbers], whole)
+
+
+def _offsets(to: Any, sequences: Sequences) -> None:
+    to[: sequences.count + 1] = sequences.cu_seqlens.numpy()
+    to[sequences.count + 1 :] = sequences.total  # sequences without tokens, behind the last
 
 
 @dataclass(frozen=True)
@@ -77,10 +100,19 @@ class Inputs:
     positions: Tensor
     places: Tensor  # where a token stands in the padded batch
     sequences: Sequences
+    reads: Reads | None
     held: list[Tensor] = field(default_factory=list)  # what else a graph reads, and has to keep alive
 
     @classmethod
     def of(cls, buffer: Tensor, size: Bucket) -> Inputs:
         ids, types, positions, places = (buffer[i * size.tokens : (i + 1) * size.tokens] for i in range(4))
-        cu = buffer[4 * size.tokens : size.numbers].to(torch.int32)
-        return cls(ids, types, positions, places, Sequences(cu, size.tokens, op="graph"))
+        end = 4 * size.tokens + size.sequences + 1
+        sequences, reads = _sequences(buffer[4 * size.tokens : end], size.tokens), None
+        if size.keys:
+            at = end + size.keys
+            reads = Reads(buffer[end:at], _sequences(buffer[at : size.numbers], size.keys))
+        return cls(ids, types, positions, places, sequences, reads)
+
+
+def _sequences(offsets: Tensor, total: int) -> Sequences:
+    return Sequences(offsets.to(torch.int32), total, op="graph")

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rerank_kernels.graphs.buckets import LARGEST, SEQUENCES, TOKENS, Bucket, Inputs, Tokens, bucket, write
+from rerank_kernels.graphs.buckets import SEQUENCES, TOKENS, Bucket, Inputs, Tokens, bucket, write
 from rerank_kernels.graphs.device import Device
 
 R = TypeVar("R")
@@ -60,7 +60,7 @@ class Graphs:
         state: what the caller knows the model to be. If another thread has found it to be another by now, nothing is replayed.
         what: names the body. keep: has to copy what it keeps, for the next replay writes the outputs anew.
         """
-        size = bucket(tokens.sequences)
+        size = bucket(tokens)
         with self._lock:
             found = self._replayable(state, size)
             if isinstance(found, str):
@@ -106,7 +106,7 @@ class Graphs:
         if (found := self._captured.get((what, size))) is not None:
             return found
         # The largest one first: the memory that it needs serves all others after it.
-        for one in (size,) if self._captured else dict.fromkeys((LARGEST, size)):
+        for one in (size,) if self._captured else dict.fromkeys((size.largest, size)):
             if what not in self._refused and one.tokens < self._ceiling:
                 self._try(device, what, one, body)
         if what in self._refused:
@@ -117,7 +117,7 @@ class Graphs:
         with torch.inference_mode(False), torch.no_grad():
             try:
                 if not self._buffer.shape[0]:
-                    self._buffer = device.zeros(LARGEST.numbers)
+                    self._buffer = device.zeros(Bucket(1, 1, 1).largest.numbers)
                 # What is captured runs once before, and must not take for a token what a call of another size left there.
                 buffer = self._buffer[: size.numbers].zero_()
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
-from rerank_kernels.graphs.buckets import Inputs, Tokens
+from rerank_kernels.graphs.buckets import Inputs, Reads, Tokens
 from rerank_kernels.models import decoder_roles, lora, packing, rope, sparse
 from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.caches import Keys, belongs, chosen, length, valid
@@ -34,7 +34,7 @@ from rerank_kernels.models.packing import dense, explained, in_table, lookup, re
 from rerank_kernels.models.replay import Replay, possible
 from rerank_kernels.models.roles import Roles
 from rerank_kernels.models.served import Served
-from rerank_kernels.models.shared import Shared
+from rerank_kernels.models.shared import Gathered, Shared
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import activation
 from rerank_kernels.ops.norm import rms_norm
@@ -49,7 +49,7 @@ class Batch(NamedTuple):
     words: Tensor  # [total, D], word embeddings
     angles: Mapping[str, tuple[Tensor, Tensor]]  # of each of the type's `turns`: cos and sin, float32 [total, P]
     new: Sequences  # of the new tokens
-    keys: Keys | Shared | None  # where their keys are; None: nowhere else, the whole sequences are here
+    keys: Keys | Gathered | None  # where their keys are; None: nowhere else, the whole sequences are here
     states: list[Tensor] | None  # packed hidden states, collected if output_hidden_states
     as_dict: bool
 
@@ -114,6 +114,7 @@ def _replayed(m: Any, replay: Replay, args: tuple[Any, ...], kwargs: dict[str, A
         replay.leave("arguments besides input_ids and attention_mask")
         return None
     ids, mask = packing.fetched(ids, mask)
+    assert ids is not None
     b, t = ids.shape
     new = Sequences.from_mask(valid(op, mask, None, b, 0, t, ids.device), (b, t), op=op)
     if mask is None:
@@ -147,30 +148,39 @@ def packed_forward(
     return _decode(decoder, Batch(_words(decoder, op, ids), turned, sequences, keys, None, True))
 
 
-def tokens_of(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None) -> Tokens | str:
+def tokens_of(
+    m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None, before: Sequence[int | None] | None = None
+) -> Tokens | str:
     """What packed_forward takes, on the host, and looked at, for a graph; or why no graph serves them."""
     decoder = inner(m)
     op = class_of(decoder)
     _no_types(decoder, types)
-    _not_longer(op, sequences.longest, max_tokens(decoder))
+    keys = None if before is None else Shared(op, sequences, before, turning_points(m))
+    longest = (sequences if keys is None else keys.whole).longest
+    _not_longer(op, longest, max_tokens(decoder))
     in_table(op, "input_ids", ids, decoder.embed_tokens)
-    if sequences.longest > min(turning_points(m)):
+    if longest > min(turning_points(m)):
         return "a sequence beyond the angles' turning point"
     cu = sequences.cu_seqlens.long()
-    starts = torch.repeat_interleave(cu[:-1], cu[1:] - cu[:-1], output_size=sequences.total)
-    return Tokens(ids, None, torch.arange(sequences.total) - starts, sequences)
+    begins = torch.repeat_interleave(cu[:-1], cu[1:] - cu[:-1], output_size=sequences.total)
+    positions = torch.arange(sequences.total) - begins
+    if keys is None:
+        return Tokens(ids, None, positions, sequences)
+    return Tokens(ids, None, positions + keys.starts, sequences, Reads(keys.index, keys.whole))
 
 
 def states_of(m: Any, given: Inputs) -> Tensor:
     """[T, D], inside a graph: all sequences are whole, and of dead rows nobody reads a thing."""
     decoder, turned = inner(m), {}
     for turn, said in _said(decoder).items():
-        tables = rope.tables(said, given.ids.shape[0], given.ids.device)
+        longest = given.ids.shape[0] if given.reads is None else given.reads.rows.shape[0]
+        tables = rope.tables(said, longest, given.ids.device)
         given.held.extend(tables)
         cos, sin = (t.index_select(0, given.positions) for t in tables)
         turned[turn] = cos, sin
     words = _words(decoder, class_of(decoder), given.ids, known=True)
-    return _decode(decoder, Batch(words, turned, given.sequences, None, None, True))
+    keys = None if given.reads is None else Gathered(*given.reads)
+    return _decode(decoder, Batch(words, turned, given.sequences, keys, None, True))
 
 
 def entered(m: Any) -> Any:

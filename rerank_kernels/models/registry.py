@@ -132,10 +132,10 @@ def _through(served: Served, model: Any, numbers: Numbers, before: Before | None
     """tail(states, sequences), by a graph where one can be, named `what`; without a tail both of them."""
     where = next(model.parameters()).device
     replay = possible(model, where, lambda: served.why(model))
-    if replay is not None and before is not None:
-        replay.leave("first tokens that sequences share")
-    elif replay is not None and (found := _replayed(replay, served, model, numbers, what, tail)) is not None:
-        return found
+    if replay is not None and (before is None or served.turning_points is not None):
+        found = _replayed(replay, served, model, numbers, before, what, tail)
+        if found is not None:
+            return found
     ids, _, types = (t if t is None else t.to(where) for t in numbers)
     sequences = _sequences(model, *numbers[:2]).to(where)
     assert ids is not None
@@ -143,11 +143,13 @@ def _through(served: Served, model: Any, numbers: Numbers, before: Before | None
     return (x, sequences) if tail is None else tail(x, sequences)
 
 
-def _replayed(replay: Replay, served: Served, model: Any, numbers: Numbers, what: Hashable, tail: Any) -> Any:
+def _replayed(
+    replay: Replay, served: Served, model: Any, numbers: Numbers, before: Before | None, what: Hashable, tail: Any
+) -> Any:
     ids, cu, types = fetched(*numbers)
     assert ids is not None and cu is not None and served.tokens is not None and served.states is not None
     sequences, states = _sequences(model, ids, cu), served.states
-    tokens = served.tokens(model, ids, sequences, types)
+    tokens = served.tokens(model, ids, sequences, types, *(() if before is None else (before,)))
     if isinstance(tokens, str):
         return replay.leave(tokens)
 

@@ -39,8 +39,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Recorder]]:
     """A CPU that has graphs, of a few small buckets."""
     monkeypatch.setattr(buckets, "TOKENS", SMALL)
     monkeypatch.setattr(captured, "TOKENS", SMALL)
-    for module in (buckets, captured):
-        monkeypatch.setattr(module, "LARGEST", buckets.Bucket(SMALL[-1], SEQUENCES[-1]))
+    monkeypatch.setattr(buckets, "KEYS", (*SMALL, 128))
     with recording(monkeypatch) as made:
         yield made
 
@@ -151,6 +150,25 @@ def test_decoders(device: type[Recorder], kind: str) -> None:
         for words in ((7, 11), (7, None)):
             run = lambda m, n=lengths, w=words: packed_answers(m, *packed(n), *w)  # noqa: E731
             same(replayed(with_graphs, run)[0].logit, run(without).logit, f"{kind}, {lengths}")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+def test_sequences_that_continue_others(device: type[Recorder], kind: str) -> None:
+    """As the prompts of an LLM reranker do, whose first tokens are computed once."""
+    with_graphs, without = both(decoder(kind))
+    cases = [
+        ((8, 3, 5), (None, 0, 0)),
+        ((20, 1, 9, 4), (None, 0, 0, None)),
+        ((3, 4, 2, 6, 1), (None, 0, 1, 1, 0)),
+        ((24, 12, 12), (None, 0, 0)),
+        ((20, 10, 10, 8), (None, 0, 0, 0)),
+    ]
+    for lengths, before in cases:
+        run = lambda m, n=lengths, b=before: packed_answers(m, *packed(n), 7, 11, b)  # noqa: E731
+        same(replayed(with_graphs, run)[0].logit, run(without).logit, f"{kind}, {lengths}, {before}")
+    long = lambda m: packed_answers(m, *packed((40, *[2] * 4)), 7, 11, (None, 0, 0, 0, 0))  # noqa: E731
+    same(long(with_graphs).logit, long(without).logit, "more keys than the largest bucket")
+    assert f"1 without: {captured.BEYOND}" in said(with_graphs.forward)
 
 
 def test_a_classifier_of_a_decoder(device: type[Recorder]) -> None:
@@ -452,7 +470,6 @@ def test_a_model_on_simulated_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "simulated", True)
     monkeypatch.setattr(buckets, "TOKENS", (24,))
     monkeypatch.setattr(buckets, "SEQUENCES", (8,))
-    monkeypatch.setattr(captured, "LARGEST", buckets.Bucket(24, 8))
     with served.simulator("cuda")(), recording(monkeypatch, ("cuda",)):
         with_graphs, without = pair()
         same(replayed(with_graphs, call((9, 4)))[0], call((9, 4))(without), "logits")

@@ -37,6 +37,15 @@ def offsets_not_padded(array: Any, size: Bucket, tokens: Tokens) -> None:
     array[4 * size.tokens + tokens.sequences.count + 1 : size.numbers] = 0
 
 
+def index_not_refreshed(array: Any, size: Bucket, tokens: Tokens) -> None:
+    """The keys are those of an earlier call's sequences."""
+    begin, end = 4 * size.tokens + size.sequences + 1, size.numbers - size.sequences - 1
+    before = array[begin:end].copy()
+    WRITE(array, size, tokens)
+    if tokens.reads is not None:
+        array[begin:end] = before
+
+
 def places_of_the_pads(array: Any, size: Bucket, tokens: Tokens) -> None:
     """Tokens come back to the first places of the batch."""
     WRITE(array, size, tokens)
@@ -87,7 +96,7 @@ def ids_not_looked_at(patch: pytest.MonkeyPatch) -> None:
 
 def smallest_first(patch: pytest.MonkeyPatch) -> None:
     """Each larger graph needs memory of its own."""
-    patch.setattr(captured, "LARGEST", Bucket(right.SMALL[0], buckets.SEQUENCES[-1]))
+    patch.setattr(Bucket, "largest", property(lambda self: self._replace(keys=buckets.KEYS[-1])))
 
 
 def again_and_again(patch: pytest.MonkeyPatch) -> None:
@@ -104,6 +113,7 @@ MUTANTS: list[tuple[Patch, Callable[..., None], tuple[Any, ...]]] = [
     (of_write(stale_types), right.test_token_types_and_positions, ()),
     (of_write(offsets_not_padded), right.test_the_bits_of_a_call_without_a_graph, ("bert",)),
     (of_write(places_of_the_pads), right.test_hidden_states_come_back_to_their_places, ({"left": True}, torch.float32)),
+    (of_write(index_not_refreshed), right.test_sequences_that_continue_others, ("qwen3",)),
     (dead_rows_in_a_sum, right.test_the_bits_of_a_call_without_a_graph, ("bert",)),
     (stale_weights, right.test_a_change_between_calls_counts_from_the_next, (right.elsewhere,)),
     (stale_weights, right.test_a_change_between_calls_counts_from_the_next, (lambda m: m.half(),)),
