@@ -8,6 +8,7 @@ to the device is made at the last moment at which a GPU may make it.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -105,6 +106,7 @@ class Recorder:
 
     made: list[Recorder]
     memory = 1 << 30
+    slow = False  # so that another thread would come in, if it could
 
     def __init__(self, where: torch.device) -> None:
         assert where.type == "cpu"
@@ -135,6 +137,8 @@ class Recorder:
         self.turn = (self.turn + 1) % len(self.pinned)
         array, coming = self.pinned[self.turn]
         write(array[: to.shape[0]])
+        if self.slow:
+            time.sleep(0.002)
         coming.append(lambda: to.copy_(torch.from_numpy(array[: to.shape[0]])))
 
     def arrive(self) -> None:

@@ -61,7 +61,10 @@ class Report:
         lines += [f"unknown: {path or '(the model)'}: {what}" for path, what in self.unknown.items()]
         lines += [f"override: {path}: {why}" for path, why in self.overrides.items()]
         lines += [f"note: {note}" for note in self.notes]
-        lines += [f"graphs: {what}" for what in dict.fromkeys(self.graphs().values())]
+        graphs = self.graphs()
+        alike = len(set(graphs.values())) == 1
+        named = {"" if alike else f"{path or '(the model)'}: ": what for path, what in graphs.items()}
+        lines += [f"graphs: {name}{what}" for name, what in named.items()]
         calls = [f"{path or '(the model)'} {n}" for path, n in self.calls().items()]
         lines.append("calls: " + ", ".join(calls[:8]) + (f" and {len(calls) - 8} more" if len(calls) > 8 else ""))
         if active := self.active():

@@ -263,6 +263,7 @@ def test_results_outlive_the_next_call(device: type[Recorder]) -> None:
 
 
 def test_two_threads(device: type[Recorder]) -> None:
+    device.slow = True
     with_graphs, without = pair()
     runs = [call((n % 13 + 1, n % 7 + 1), n) for n in range(40)]
     want = [run(without) for run in runs]
