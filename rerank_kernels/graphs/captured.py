@@ -54,6 +54,11 @@ class Graphs:
         with self._lock:
             self._drop(state, make)
 
+    def forget(self) -> None:
+        """Drop all graphs, with their memory."""
+        with self._lock:
+            self._drop(None, None)
+
     def run(self, state: object, what: Hashable, tokens: Tokens, body: Body, keep: Keep[R]) -> R | None:
         """keep(inputs, outputs) of body(inputs) for `tokens`; None where it has to run without a graph.
 

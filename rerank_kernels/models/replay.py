@@ -71,10 +71,11 @@ class Replay:
 def possible(m: Any, where: torch.device, why: Callable[[], str | None] = lambda: None) -> Replay | None:
     """For a call of m, whose weights are at `where`, behind `ready`; None if no graph can serve it. why: what of the model
     stands in the way, asked again when the model is another."""
-    if where.type not in device.DEVICES or traced():
+    if traced() or (forward := served_by(m)) is None or not forward.wants_graphs:
         return None
-    forward = served_by(m)
-    if forward is None or not forward.wants_graphs:
+    if where.type not in device.DEVICES:
+        if len(forward.graphs):  # it came from a GPU, where they would keep their memory
+            forward.graphs.forget()
         return None
     found = _replay(forward, where, why)
     if isinstance(found, Replay):

@@ -107,6 +107,7 @@ def unpatch(model: nn.Module) -> None:
                 forward = value.forward if isinstance(value, Refusal) else value
                 if forward.module is module:  # a shallow copy holds another's
                     forward.undone = True
+                    forward.graphs.forget()  # a report may hold the forward
                 held.pop(name, None)
 
 

@@ -25,6 +25,7 @@ from invariants import same
 from models import FAMILIES, VOCABULARY, decoder, padded, rows, tiny
 from recorder import Recorder, recording
 from rerank_kernels.graphs import buckets, captured
+from rerank_kernels.graphs import device as graphs_device
 from rerank_kernels.graphs.buckets import SEQUENCES, TOKENS
 from rerank_kernels.models.registry import packed_answers, packed_embeddings, packed_logits
 from rerank_kernels.models.replay import said
@@ -281,6 +282,24 @@ def test_in_and_out_of_inference_mode(device: type[Recorder]) -> None:
     for inference in (True, False, True):
         with torch.inference_mode(inference):
             same(replayed(with_graphs, call((9, 4)))[0], want, f"inference_mode({inference})")
+
+
+def test_no_graph_is_left_where_none_can_serve(device: type[Recorder]) -> None:
+    """Their memory is given back by unpatch, and at the first call on a device that has no graphs."""
+    model, run = patched(tiny("bert")), call((9, 4))
+    graphs = graphs_of(model)
+    replayed(model, run)
+    assert len(graphs)
+    here = graphs_device.DEVICES.pop("cpu")
+    try:
+        run(model)
+        assert len(graphs) == 0
+    finally:
+        graphs_device.DEVICES["cpu"] = here
+    replayed(model, run)
+    assert len(graphs)
+    rk.unpatch(model)
+    assert len(graphs) == 0
 
 
 def test_graphs_go_with_their_model(device: type[Recorder]) -> None:
