@@ -77,7 +77,8 @@ class Recording(TorchDispatchMode):
         kwargs, name = kwargs or {}, short(function)
         copied = name == "_to_copy" and kwargs.get("device") not in (None, torch.device("cpu"))
         repeats = name == "repeat_interleave" and kwargs.get("output_size") is None
-        if name in FORBIDDEN or copied or repeats:
+        masked = name in ("index", "index_put_") and any(t is not None and t.dtype == torch.bool for t in args[1])
+        if name in FORBIDDEN or copied or repeats or masked:
             raise Refused(f"operation not permitted when stream is capturing: {name}")
         out = run(function, args, kwargs)
         self.steps.append((function, addresses(args), addresses(kwargs), out))
@@ -86,7 +87,9 @@ class Recording(TorchDispatchMode):
 
 class Looking(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (name := getattr(function, "__name__", "")) in LOOKS:
+        name = getattr(function, "__name__", "")
+        key = args[1] if name in ("__getitem__", "__setitem__") else ()
+        if name in LOOKS or any(isinstance(k, list) for k in (key if isinstance(key, tuple) else (key,))):
             raise Refused(f"operation not permitted when stream is capturing: {name}")
         return function(*args, **(kwargs or {}))
 

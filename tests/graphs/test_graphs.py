@@ -189,6 +189,33 @@ def test_a_classifier_of_a_decoder(device: type[Recorder]) -> None:
     assert "1 without: arguments besides input_ids and attention_mask" in said(with_graphs.forward)
 
 
+LOOKS: list[Any] = [
+    lambda x: x.sum().item(),
+    lambda x: x.tolist(),
+    lambda x: float(x[0]),
+    lambda x: bool((x > 0).any()),
+    lambda x: x.cpu(),
+    lambda x: x.to("meta"),
+    lambda x: x.nonzero(),
+    lambda x: x[x > 0],
+    lambda x: x.unique(),
+    lambda x: x[[0, 1]],
+    lambda x: x + torch.tensor([1.0, 2.0, 3.0]),
+    lambda x: torch.repeat_interleave(x, x.long()),
+    lambda x: torch.equal(x, x),
+]
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_the_recorder_refuses_what_cuda_would(look: Any) -> None:
+    x = torch.tensor([1.0, 2.0, 3.0])
+    with pytest.raises(recorder.Refused), recorder.Looking(), recorder.Recording():
+        look(x)
+    with recorder.Looking(), recorder.Recording() as written:
+        torch.relu(x[:2] + torch.zeros(2)).masked_fill(x[:2] > 1, 0.0)
+    assert len(written.steps) > 4
+
+
 # ---- what is replayed is the model as it is ----------------------------------------------------------------------------------
 
 
@@ -449,6 +476,17 @@ def test_inside_a_trace(device: type[Recorder]) -> None:
     replays = graphs_of(with_graphs).replays
     same(traced(batch["input_ids"], batch["attention_mask"])["logits"], without(**batch).logits, "logits of a trace")
     assert graphs_of(with_graphs).replays == replays
+
+
+def test_inside_torch_compile(device: type[Recorder]) -> None:
+    """The compiler works around a patched model, whose graphs are its own."""
+    with_graphs, without = pair()
+    batch = padded(rows((9, 4)), 0)
+    compiled = torch.compile(with_graphs, backend="eager")
+    with torch.inference_mode():
+        for _ in range(3):
+            same(compiled(**batch).logits, without(**batch).logits, "logits under torch.compile")
+    assert graphs_of(with_graphs).replays == 2
 
 
 def test_around_another_capture(device: type[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
