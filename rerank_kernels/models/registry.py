@@ -146,8 +146,10 @@ def _through(served: Served, model: Any, numbers: Numbers, before: Before | None
 def _replayed(
     replay: Replay, served: Served, model: Any, numbers: Numbers, before: Before | None, what: Hashable, tail: Any
 ) -> Any:
+    if served.tokens is None or served.states is None:
+        return replay.leave("a model type without graphs")
     ids, cu, types = fetched(*numbers)
-    assert ids is not None and cu is not None and served.tokens is not None and served.states is not None
+    assert ids is not None and cu is not None
     sequences, states = _sequences(model, ids, cu), served.states
     tokens = served.tokens(model, ids, sequences, types, *(() if before is None else (before,)))
     if isinstance(tokens, str):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -543,6 +544,25 @@ def test_a_reranker(device: type[Recorder], tmp_path: Any) -> None:
     same(torch.from_numpy(scores[0].logit), torch.from_numpy(scores[1].logit), "scores")
     assert graphs_of(with_graphs.model).replays and without.report.graphs()[""] == "off"
     assert not rk.Reranker(without.model, without.tokenizer).model.forward.wants_graphs
+
+
+def test_the_numbers_of_a_call_leave_none_of_another(device: type[Recorder]) -> None:
+    ids, sequences = torch.arange(1, 10), Sequences.from_cu_seqlens(torch.tensor([0, 4, 9]), 9)
+    whole = Sequences.from_cu_seqlens(torch.tensor([0, 4, 13]), 13)
+    reads = buckets.Reads(torch.arange(13), whole)
+    tokens = buckets.Tokens(ids, None, ids + 20, sequences, reads)
+    size = buckets.bucket(tokens)
+    assert size == (16, 8, 16)
+    array = np.full(size.numbers, 99)
+    buckets.write(array, size, tokens)
+    given = buckets.Inputs.of(torch.from_numpy(array), size)
+    assert given.ids.tolist() == [*range(1, 10), *[0] * 7]
+    assert given.positions.tolist() == [*range(21, 30), *[0] * 7]
+    assert given.types.tolist() == given.places.tolist() == [0] * 16
+    assert given.sequences.cu_seqlens.tolist() == [0, 4, *[9] * 7] and given.sequences.total == 16
+    assert given.reads is not None and given.reads.rows.tolist() == [*range(13), 0, 0, 0]
+    assert given.reads.whole.cu_seqlens.tolist() == [0, 4, *[13] * 7] and given.reads.whole.total == 16
+    assert 99 not in array
 
 
 def test_buckets() -> None:
