@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,12 +28,12 @@ from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.caches import Keys, belongs, chosen, length, valid
 from rerank_kernels.models.decoder_types import MODEL_TYPES as MODEL_TYPES
 from rerank_kernels.models.decoder_types import ModelType, angles_of, inner, type_of
-from rerank_kernels.models.heads import LastTokenHead, asked, capped
+from rerank_kernels.models.heads import AnswerHead, LastTokenHead, asked, capped
 from rerank_kernels.models.leaves import activation_of
 from rerank_kernels.models.packing import dense, explained, in_table, lookup, ready
 from rerank_kernels.models.replay import Replay, possible
 from rerank_kernels.models.roles import Roles
-from rerank_kernels.models.served import Served
+from rerank_kernels.models.served import Head, Served
 from rerank_kernels.models.shared import Gathered, Shared
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import activation
@@ -73,11 +73,19 @@ def causal_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
 
     ready(m, roles_of)
     with explained(m, roles_of):
-        batch, given = _pack(m, _enter(m), args, kwargs, cached=True)
+        decoder, question = _enter(m), None if traced() else asked()
+        replay = None if question is None else possible(m, decoder.embed_tokens.weight.device, lambda: no_graph(m))
+        if replay is not None and question is not None:
+            head = AnswerHead(lora.held(m.lm_head), question.yes, question.no, word_cap(m))
+            logit = _replayed(m, replay, args, kwargs, (question.yes, question.no), head, cached=True)
+            if logit is not None:
+                question.answered = True
+                return CausalLMOutputWithPast(logits=logit[:, None])
+        batch, given = _pack(m, decoder, args, kwargs, cached=True)
         places = _places(m, batch.new, given.get("logits_to_keep", 0))  # an error of it leaves the cache as it was
         packed = _decode(inner(m), batch)
         kept = batch.new.unpack(packed)[:, places]
-        if not traced() and (question := asked()) is not None:
+        if question is not None:
             logits = question.answer(lora.held(m.lm_head), packed, batch.new, word_cap(m))
         else:
             logits = capped(dense(lora.held(m.lm_head), kept, out_dtype=torch.float32), word_cap(m))
@@ -92,15 +100,18 @@ def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     with explained(m, roles_of):
         decoder = _enter(m)
         replay = possible(m, decoder.embed_tokens.weight.device, lambda: no_graph(m))
-        if replay is not None and (logit := _replayed(m, replay, args, kwargs)) is not None:
+        if replay is not None and (logit := _replayed(m, replay, args, kwargs, "logits", _head(m))) is not None:
             return SequenceClassifierOutputWithPast(logits=logit)
         batch, _ = _pack(m, decoder, args, kwargs, cached=False)
         logit = _head(m)(_decode(decoder, batch), batch.new).logit
         return _output(m, batch, SequenceClassifierOutputWithPast, logits=logit)
 
 
-def _replayed(m: Any, replay: Replay, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Logits of a call of input_ids and attention_mask alone, by a graph; None if another way has to serve it."""
+def _replayed(
+    m: Any, replay: Replay, args: tuple[Any, ...], kwargs: dict[str, Any], what: Hashable, head: Head, cached: bool = False
+) -> Tensor | None:
+    """The head's logits of a call of input_ids and attention_mask alone, by a graph; None if another way has to serve it.
+    cached: config.use_cache asks for a cache where the caller does not."""
     given = packing._signature(m.__class__).bind(None, *args, **kwargs).arguments
     given |= given.pop("kwargs", {})
     ids, mask = given.pop("input_ids", None), given.pop("attention_mask", None)
@@ -109,6 +120,9 @@ def _replayed(m: Any, replay: Replay, args: tuple[Any, ...], kwargs: dict[str, A
     usual = getattr(config, "return_dict", True) and not any(
         getattr(config, name, False) for name in ("torchscript", "output_hidden_states", "output_attentions")
     )
+    if cached and given.get("use_cache", config.use_cache) is not False:
+        replay.leave("a cache")
+        return None
     plain = all(isinstance(t, Tensor) and t.device == where and t.dim() == 2 for t in (ids, ids if mask is None else mask))
     if others or not usual or not plain:
         replay.leave("arguments besides input_ids and attention_mask")
@@ -123,11 +137,11 @@ def _replayed(m: Any, replay: Replay, args: tuple[Any, ...], kwargs: dict[str, A
     if isinstance(tokens, str):
         replay.leave(tokens)
         return None
-    return replay.run("logits of a call", tokens, functools.partial(_logits, m), lambda _, out: out[0][:b].clone())
 
+    def body(numbers: Inputs) -> tuple[Tensor, ...]:
+        return (head(states_of(m, numbers), numbers.sequences).logit,)
 
-def _logits(m: Any, given: Inputs) -> tuple[Tensor, ...]:
-    return (_head(m)(states_of(m, given), given.sequences).logit,)
+    return replay.run(("a call", what), tokens, body, lambda _, out: out[0][:b].clone())
 
 
 def packed_forward(

@@ -28,6 +28,7 @@ from recorder import Recorder, recording
 from rerank_kernels.graphs import buckets, captured
 from rerank_kernels.graphs import device as graphs_device
 from rerank_kernels.graphs.buckets import SEQUENCES, TOKENS
+from rerank_kernels.models.heads import asking
 from rerank_kernels.models.registry import packed_answers, packed_embeddings, packed_logits
 from rerank_kernels.models.replay import said
 from rerank_kernels.ops.sequences import Sequences
@@ -171,6 +172,30 @@ def test_sequences_that_continue_others(device: type[Recorder], kind: str) -> No
     long = lambda m: packed_answers(m, *packed((40, *[2] * 4)), 7, 11, (None, 0, 0, 0, 0))  # noqa: E731
     same(long(with_graphs).logit, long(without).logit, "more keys than the largest bucket")
     assert f"1 without: {captured.BEYOND}" in said(with_graphs.forward)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_decoder_that_is_asked_for_two_words(device: type[Recorder], kind: str) -> None:
+    """As the patched FlagLLMReranker asks; with a cache, or for all words, there is no graph."""
+    with_graphs, without = both(decoder(kind))
+
+    def asks(no: int | None, **more: Any) -> Any:
+        def run(model: Any) -> torch.Tensor:
+            with asking(7, no) as question:
+                found = model(**padded(rows((9, 1, 30)), 0, left=True), **more).logits
+            assert question.answered
+            return found
+
+        return run
+
+    for no in (11, None):
+        same(replayed(with_graphs, asks(no, use_cache=False))[0], asks(no, use_cache=False)(without), f"{kind}, 7 and {no}")
+    same(asks(11)(with_graphs), asks(11)(without), "with a cache")
+    assert said(with_graphs.forward).endswith(f"; 1 without: a cache; 1 without: {captured.FIRST}")
+    before = said(with_graphs.forward)
+    batch = padded(rows((9, 4)), 0)
+    same(with_graphs(**batch, use_cache=False).logits, without(**batch, use_cache=False).logits, "all words")
+    assert said(with_graphs.forward) == before
 
 
 def test_a_classifier_of_a_decoder(device: type[Recorder]) -> None:
