@@ -20,6 +20,7 @@ Body = Callable[[Inputs], Outputs]
 Keep = Callable[[Inputs, Outputs], R]
 
 MOST = 256  # graphs of one forward: beyond it all are dropped, for a caller that asks for other words of a head at each call
+SHARED_FROM = 1 << 20  # bytes of an output that all graphs of a body write to one place, or each would keep its own
 FIRST = "the first call of a model as it is"
 BEYOND = f"more than {TOKENS[-1]:,} tokens or {SEQUENCES[-1]} sequences, or none"
 
@@ -89,6 +90,7 @@ class Graphs:
         self._captured: dict[tuple[Hashable, Bucket], _Captured] = {}
         self._refused: dict[Hashable, str] = {}  # what -> why it cannot be captured
         self._ceiling = TOKENS[-1] + 1  # tokens for which there was no memory
+        self._places: dict[Hashable, Outputs] = {}  # what -> where its largest graph writes
         self._buffer = torch.empty(0)
 
     def _replayable(self, state: object, size: Bucket | None) -> tuple[Device, Bucket] | str:
@@ -128,7 +130,7 @@ class Graphs:
 
                 def run() -> tuple[Inputs, Outputs]:
                     inputs = Inputs.of(buffer, size)
-                    return inputs, body(inputs)
+                    return inputs, self._placed(what, body(inputs))
 
                 replay, (inputs, outputs) = device.capture(run)
             except torch.OutOfMemoryError:
@@ -138,3 +140,14 @@ class Graphs:
                 self._refused[what] = f"capture was refused: {first:.120}"
             else:
                 self._captured[what, size] = _Captured(replay, inputs, outputs)
+                if size == size.largest:
+                    self._places.setdefault(what, outputs)
+
+    def _placed(self, what: Hashable, outputs: Outputs) -> Outputs:
+        """Outputs where the largest graph has its own: only one replay runs at a time, and what it gives is copied."""
+        places = self._places.get(what, ())
+        if len(places) != len(outputs):
+            return outputs
+        return tuple(
+            place[: t.shape[0]].copy_(t) if t.nbytes >= SHARED_FROM else t for place, t in zip(places, outputs, strict=True)
+        )

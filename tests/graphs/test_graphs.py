@@ -43,6 +43,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Recorder]]:
     monkeypatch.setattr(buckets, "TOKENS", SMALL)
     monkeypatch.setattr(captured, "TOKENS", SMALL)
     monkeypatch.setattr(buckets, "KEYS", (*SMALL, 128))
+    monkeypatch.setattr(captured, "SHARED_FROM", 256)
     with recording(monkeypatch) as made:
         yield made
 
@@ -314,6 +315,15 @@ def test_results_outlive_the_next_call(device: type[Recorder]) -> None:
     for got, run in zip(replayed(with_graphs, *runs), runs, strict=True):
         same(got.last_hidden_state, run(without).last_hidden_state, "an earlier result")
         same(got.pooler_output, run(without).pooler_output, "an earlier result")
+
+
+def test_large_outputs_lie_in_one_place(device: type[Recorder]) -> None:
+    """Or each size would keep hidden states of its own."""
+    model = patched(tiny("bert", head=False))
+    replayed(model, *(lambda m, n=n: m(**padded(rows((n,)), 0)) for n in (5, 13, 24, 48)))
+    graphs = graphs_of(model)
+    (large,) = {g.outputs[0].untyped_storage().data_ptr() for g in graphs._captured.values()}
+    assert large and len(graphs) == 5
 
 
 def test_two_threads(device: type[Recorder]) -> None:
