@@ -32,6 +32,7 @@ from rerank_kernels.models.heads import asking
 from rerank_kernels.models.registry import packed_answers, packed_embeddings, packed_logits
 from rerank_kernels.models.replay import said
 from rerank_kernels.ops.sequences import Sequences
+from rerank_kernels.verify.controls import one_ulp_off
 from simulated import served
 
 SMALL = (8, 16, 24, 48)
@@ -293,6 +294,21 @@ def test_a_change_between_calls_counts_from_the_next(device: type[Recorder], cha
     assert not torch.equal(want, before)
     for _ in range(3):
         same(run(with_graphs), want, "logits after the change")
+
+
+def test_a_kernel_that_goes_wrong_shows(device: type[Recorder]) -> None:
+    """The controls of `verify` make kernels wrong, and what was captured before would hide it."""
+    with_graphs, without = pair()
+    run = call((9, 4))
+    (right,) = replayed(with_graphs, run)
+    for _ in range(2):
+        with one_ulp_off("linear"):
+            want = run(without)
+            assert not torch.equal(want, right)
+            for _ in range(3):
+                same(run(with_graphs), want, "logits of wrong kernels")
+        for _ in range(3):
+            same(run(with_graphs), right, "logits of right kernels")
 
 
 def test_copies_have_graphs_of_their_own(device: type[Recorder]) -> None:

@@ -59,12 +59,22 @@ def dead_rows_in_a_sum(patch: pytest.MonkeyPatch) -> None:
 
 def stale_weights(patch: pytest.MonkeyPatch) -> None:
     """Graphs are kept as long as the fingerprint is the same: where weights lie is not looked at."""
-    patch.setattr(replay._State, "same", lambda self, seen, backend: self.seen is seen and self.backend == backend)
+    patch.setattr(replay._State, "same", lambda self, seen, backend: (self.seen, self.backend) == (seen, backend))
 
 
 def stale_modules(patch: pytest.MonkeyPatch) -> None:
     """Only weights are looked at."""
     patch.setattr(replay._State, "same", lambda self, seen, backend: SAME(self, self.seen, backend))
+
+
+def kernels_unseen(patch: pytest.MonkeyPatch) -> None:
+    """Who serves the ops is not looked at."""
+
+    def same(self: Any, *args: Any) -> bool:
+        self.select = replay.registry.select
+        return SAME(self, *args)
+
+    patch.setattr(replay._State, "same", same)
 
 
 def strides_unseen(patch: pytest.MonkeyPatch) -> None:
@@ -120,6 +130,7 @@ MUTANTS: list[tuple[Patch, Callable[..., None], tuple[Any, ...]]] = [
     (stale_modules, right.test_a_change_between_calls_counts_from_the_next, (right.another_eps,)),
     (stale_modules, right.test_a_change_between_calls_counts_from_the_next, (right.renew,)),
     (strides_unseen, right.test_a_change_between_calls_counts_from_the_next, (right.turned,)),
+    (kernels_unseen, right.test_a_kernel_that_goes_wrong_shows, ()),
     (not_copied, right.test_results_outlive_the_next_call, ()),
     (no_lock, right.test_two_threads, ()),
     (ids_not_looked_at, right.test_errors_are_the_same, right.WRONG[0]),
