@@ -134,6 +134,7 @@ ROOMS = (
     ("tables",),
     ("backend",),
     ("ops",),
+    ("graphs",),
     ("models",),
     ("patching",),
     ("scoring",),
