@@ -317,7 +317,7 @@ def _near_sparse_ffn(case: Case, a: Tensors) -> tuple[Near, ...]:
 
     def fired(v: Near) -> Near:
         """At the threshold the value jumps by it."""
-        y = near_activation(Near(torch.where(v.value > threshold, v.value, torch.zeros_like(v.value)), v.slack), act)
+        y = near_activation(Near(torch.where(v.value <= threshold, torch.zeros_like(v.value), v.value), v.slack), act)
         jump = TRUTHS["activation"](torch.tensor(threshold, dtype=torch.float64), act)
         return Near(y.value, y.slack + jump * ((v.value - threshold).abs() <= v.slack + U * threshold))
 
@@ -326,7 +326,7 @@ def _near_sparse_ffn(case: Case, a: Tensors) -> tuple[Near, ...]:
         gate = fired(near_linear(exact(a["x"]), a["gate_weight"], a.get("gate_bias"), count))
         up = near_activation(up, case.options.get("up_activation"))
         slack = gate.slack * (up.value.abs() + up.slack) + gate.value * up.slack + U * (gate.value * up.value).abs()
-        hidden = Near(gate.value * up.value, slack)
+        hidden = Near(torch.where(gate.value == 0, gate.value, gate.value * up.value), slack)
     else:
         hidden = fired(up)
     y = near_linear(hidden, a["down_weight"], a.get("down_bias"))

@@ -27,9 +27,9 @@ class Mode:
     """A numeric mode.
 
     name: what the user writes. arithmetic: the class of its products, the way in which they are added; NUMERICS.md says it in
-    full. version: of its bits; a change of any of them is another. ops: those that it changes; a backend serves each by a function named <op>_<mode>, and all other ops as in PORTABLE.
-    promises: what a backend may promise in it, at most. operands: the dtypes that its products take, all of one call in one.
-    needs: what a device must have for it.
+    full. version: of its bits; a change of any of them is another. ops: those that it changes; a backend serves each by a
+    function named <op>_<mode>, and all other ops as in PORTABLE. promises: what a backend may promise in it, at most. operands:
+    the dtypes that its products take, all of one call in one. needs: what a device must have for it.
     """
 
     name: str
