@@ -85,6 +85,7 @@ def _try_products() -> None:
 def _plan(args: argparse.Namespace) -> int:
     import torch
 
+    from rerank_kernels.backend.modes import TENSOR
     from rerank_kernels.backend.plan import ARCHITECTURES, cuda_gap, plan, triton_gap
     from rerank_kernels.tables import Column, Table
     from rerank_kernels.verify.models import SHAPE, SHAPES
@@ -108,7 +109,7 @@ def _plan(args: argparse.Namespace) -> int:
             Column("in a sum", number=True),
             Column("tiles, rows x columns: threads, shared KB"),
         ],
-        title="mode tensor, fp16 and bf16, float32 sums",
+        title=f"mode tensor, version {TENSOR.version}, fp16 and bf16, float32 sums",
     )
     try:
         for arch in architectures:
