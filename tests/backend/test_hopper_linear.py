@@ -280,7 +280,7 @@ MUTANTS = [
     Mutant(
         "a warpgroup does not go past the stages of the other's tile",
         Edit(FILE, "if constexpr (!T::TOGETHER) ring.skip(stages_of_k);", ""),
-        f"race|{DIFFER}|{STANDS}|changed",
+        f"race|{DIFFER}|{STANDS}|changed|under way|arrivals",
         LONG,
     ),
     Mutant(
