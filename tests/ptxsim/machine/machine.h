@@ -195,7 +195,7 @@ struct Launch {
     u64 random, steps = 0;
     u32 time = 1;  // of the race detector: counts barriers
     std::vector<Touched> cells;
-    std::vector<u32> read_times;  // with mbarriers, for every cell: when each of 32 warps and agents last read it
+    std::vector<u32> read_times;         // with mbarriers, for every cell: when each of 32 warps and agents last read it
     std::set<std::pair<s32, s32>> told;  // pairs of lines whose race has been reported
     std::vector<std::string> problems;
     u32 problem_count = 0;
@@ -256,8 +256,9 @@ void race_bulk_issued(Block& b, const Bulk& c);
 void race_bulk_landed(Block& b, const Bulk& c);
 void race_mbarrier_arrive(Warp& w, Mbar& m);
 void race_mbarrier_wait(Warp& w, const Mbar& m);
-void race_wgmma_read(Warp& w, s32 line, u32 offset);  // 16 bytes
-u32 race_wgmma_over(Warp& w);                         // when its reads are known to have ended
+void race_wgmma_read(Warp& w, s32 line, u32 offset);    // 16 bytes
+void race_wgmma_issued(Warp& w, s32 line, u32 offset);  // 16 bytes
+u32 race_wgmma_over(Warp& w);                           // when its reads are known to have ended
 void race_wgmma_known(Warp& w, u32 time);
 void race_arrive(Warp& w, Bar& bar);                              // before the release of what it waits for
 void race_wait_over(Bar& bar, const std::vector<Warp*>& waited);  // all that waited there go on
