@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.cpp_extension
@@ -71,6 +71,7 @@ _ATTENTION = """if (args.dtype == Dtype::F32) start(attention_rows<float>);
     else if (args.dtype == Dtype::F16) start(attention_rows<f16>);
     else start(attention_rows<bf16>);"""
 _LINEAR_TENSOR = "g.x.dtype == Dtype::F16 ? linear_tensor_tile<T, f16> : linear_tensor_tile<T, bf16>"
+_LINEAR_HOPPER = "g.x.dtype == Dtype::F16 ? linear_hopper<WAY, f16> : linear_hopper<WAY, bf16>"
 _ATTENTION_TENSOR = """if (args.dtype == Dtype::F16) start(attention_tensor_rows<WIDTH, f16>);
     else start(attention_tensor_rows<WIDTH, bf16>);"""
 _ATTENTION_WIDTH = """args.D <= 32    ? start_attention<32>
@@ -88,6 +89,7 @@ LONGEST = {
         ("portable/linear.cu", _LINEAR, "start(Yes(), Yes());"),
         ("portable/attention.cu", _ATTENTION, "start(attention_rows<f16>);"),
         ("sm80/linear.cu", _LINEAR_TENSOR, "linear_tensor_tile<T, f16>"),
+        ("sm90/linear.cu", _LINEAR_HOPPER, "linear_hopper<WAY, f16>"),
         ("sm80/attention.cu", _ATTENTION_TENSOR, "start(attention_tensor_rows<WIDTH, f16>);"),
         ("sm80/attention.cu", _ATTENTION_WIDTH, "start_attention<64>;"),
     ],
@@ -96,13 +98,24 @@ LONGEST = {
 
 @dataclasses.dataclass
 class Options:
-    """How the simulator runs kernels (program.py, Kernel.launch); `arch` is the architecture that nvcc compiles PTX for."""
+    """How the simulator runs kernels (program.py, Kernel.launch); `arch` is the architecture that nvcc compiles PTX for, but for
+    a room that has its own.
+    """
 
     arch: str = "80"
     launch: dict[str, Any] = dataclasses.field(default_factory=dict)
     edit: Edit | None = None
     poison: int = 0xFF  # the byte that new tensors are filled with: NaNs, so that a place nobody writes shows
 
+
+class Gpu(NamedTuple):
+    """What a launcher may ask the runtime about a device."""
+
+    capability: int
+    multiprocessors: int
+
+
+AMPERE, HOPPER = Gpu(80, 108), Gpu(90, 132)
 
 _options = Options()
 _signatures = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -138,13 +151,22 @@ def missing() -> str | None:
 
 
 @contextlib.contextmanager
-def simulated(*, arch: str = "80", edit: Edit | None = None, poison: int = 0xFF, **launch: Any) -> Iterator[None]:
-    """Inside the block ops on CPU tensors are served by backend "cuda". Re-entrant: the inner options hold inside."""
+def simulated(
+    *, arch: str = "80", gpu: Gpu = AMPERE, edit: Edit | None = None, poison: int = 0xFF, **launch: Any
+) -> Iterator[None]:
+    """Inside the block ops on CPU tensors are served by backend "cuda" on a GPU like `gpu`. Re-entrant: the inner options hold
+    inside.
+    """
     global _options
-    fill = ctypes.c_int.in_dll(ctypes.CDLL(str(library())), "ptxsim_poison")
+    loaded = ctypes.CDLL(str(library()))
+    fill = ctypes.c_int.in_dll(loaded, "ptxsim_poison")
+    facts = [ctypes.c_int.in_dll(loaded, f"ptxsim_{name}") for name in Gpu._fields]
+    gpu_before = [fact.value for fact in facts]
     before, laid_out, registered_as = _options, weights.SCREENS_ON, dict(registry.BACKENDS)
     _options, weights.SCREENS_ON = Options(arch, launch, edit, poison), ()
     fill.value = poison
+    for fact, value in zip(facts, gpu, strict=True):
+        fact.value = value
     there, gone = registered_as["cuda"], registered_as["cpu"]
     registry.BACKENDS["cuda"] = dataclasses.replace(there, devices=("cpu",), missing=lambda: None)
     # its ops on CPU tensors are csrc/cuda's now: what a test asks of it here would be compared with itself
@@ -161,6 +183,8 @@ def simulated(*, arch: str = "80", edit: Edit | None = None, poison: int = 0xFF,
     finally:
         _options, weights.SCREENS_ON = before, laid_out
         fill.value = before.poison
+        for fact, value in zip(facts, gpu_before, strict=True):
+            fact.value = value
         registry.BACKENDS.update(registered_as)
         registry.missing.cache_clear()
 
@@ -222,7 +246,13 @@ def ptx(source: str, arch: str, edit: Edit | None = None) -> Path:
     assert edit is None or (CUDA / edit.file).is_file(), f"there is no {edit.file}: the edit would change nothing"
     if edit and edit.file.endswith(".cu") and edit.file != f"{source}.cu":
         edit = None  # it does not reach this one
-    return kit.ptx((_edited(edit) if edit else CUDA) / f"{source}.cu", arch)
+    return kit.ptx((_edited(edit) if edit else CUDA) / f"{source}.cu", arch_of(source, arch))
+
+
+def arch_of(source: str, arch: str = "80") -> str:
+    """A room that is compiled for one architecture is that one's, whatever the others are compiled for."""
+    only = toolkit.found.ROOMS.get(source.partition("/")[0])
+    return only[0] if only else arch
 
 
 @functools.cache
@@ -312,7 +342,9 @@ def _build(kit: toolkit.Toolkit, made: Path, torch_side: list[Path], flags: list
             run("c++", *flags, "-c", source, "-o", out)
             return out
 
-        devices = [pool.submit(kit.object, CUDA / f"{s}.cu", Path(scratch) / f"{s.replace('/', '-')}.cu.o") for s in SOURCES]
+        devices = [
+            pool.submit(kit.object, CUDA / f"{s}.cu", Path(scratch) / f"{s.replace('/', '-')}.cu.o", arch_of(s)) for s in SOURCES
+        ]
         hosts = [pool.submit(compile_host, s) for s in [*torch_side, HERE / "cudart.cpp"]]
         objects = [job.result() for job in [*hosts, *devices]]
         lib = Path(torch.__file__).parent / "lib"

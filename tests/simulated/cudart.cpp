@@ -30,7 +30,8 @@ std::vector<ptxsim_memory> memory;
 int depth = 0, last_error = 0;
 
 enum { SUCCESS = 0, INVALID_VALUE = 1, LAUNCH_FAILURE = 719, NOT_FOUND = 98 };
-constexpr int MOST_SHARED = 99 * 1024;  // the smallest limit of sm_80 to sm_120
+// Of a block: the smallest limit of sm_80 to sm_120, but for what only a Hopper runs.
+int most_shared() { return (ptxsim_capability == 90 ? 227 : 99) * 1024; }
 
 using Launch = int (*)(const char* name, const unsigned* grid, const unsigned* block, uint64_t shared, void** arguments,
                        const ptxsim_memory* memory, uint64_t count);
@@ -47,7 +48,7 @@ extern "C" {
 
 // ---- for Python and for the ops
 
-int ptxsim_poison = 0xff;
+int ptxsim_poison = 0xff, ptxsim_capability = 80, ptxsim_multiprocessors = 108;
 
 void ptxsim_connect(Launch launch) { in_python = launch; }
 
@@ -119,8 +120,20 @@ int cudaLaunchKernel(const void* host, Size grid, Size block, void** arguments, 
 int cudaFuncSetAttribute(const void* host, int attribute, int value) {
     constexpr int max_dynamic_shared = 8;
     const auto found = kernels.find(host);
-    if (found == kernels.end() || attribute != max_dynamic_shared || value > MOST_SHARED) return failed(INVALID_VALUE);
+    if (found == kernels.end() || attribute != max_dynamic_shared || value > most_shared()) return failed(INVALID_VALUE);
     found->second.allowed_shared = value;
+    return SUCCESS;
+}
+int cudaGetDevice(int* device) {
+    *device = 0;
+    return SUCCESS;
+}
+int cudaDeviceGetAttribute(int* value, int attribute, int) {
+    enum { MULTIPROCESSORS = 16, MAJOR = 75, MINOR = 76 };
+    if (attribute == MULTIPROCESSORS) *value = ptxsim_multiprocessors;
+    else if (attribute == MAJOR) *value = ptxsim_capability / 10;
+    else if (attribute == MINOR) *value = ptxsim_capability % 10;
+    else return failed(INVALID_VALUE);
     return SUCCESS;
 }
 int cudaGetLastError() {

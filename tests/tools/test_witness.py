@@ -17,7 +17,7 @@ import toolkit
 from conftest import required
 from tools import pages
 from tools.witness import launches, occupancy
-from tools.witness.kernels import ARCHITECTURES, CUDA, TENSOR_ROOM, of_ptx, of_source, readable
+from tools.witness.kernels import ARCHITECTURES, CUDA, TENSOR_ROOMS, of_ptx, of_source, readable
 from tools.witness.page import PAGE
 from tools.witness.ptx import ptx_kernels
 
@@ -54,7 +54,7 @@ def defects(kit: toolkit.Toolkit, tmp_path: Path, body: str, arch: str = OLD, ro
     source = tmp_path / room / "k.cu"
     source.parent.mkdir(exist_ok=True)
     source.write_text(
-        f'#include <cuda_fp16.h>\n#include "{TENSOR_ROOM}/mma.cuh"\nnamespace rk {{\n'
+        f'#include <cuda_fp16.h>\n#include "{TENSOR_ROOMS}/mma.cuh"\nnamespace rk {{\n'
         f"__global__ void score_kernel(float* p, const float* q, int n) {{ const int i = threadIdx.x; {body} }}\n}}\n"
     )
     (kernel,) = of_source(source, arch)
@@ -105,9 +105,9 @@ MMA = "float s[4] = {p[i]}; const unsigned a[4] = {__float_as_uint(q[i])}; mma<f
 
 
 def test_tensor_cores_belong_in_the_tensor_room(kit: toolkit.Toolkit, tmp_path: Path) -> None:
-    assert defects(kit, tmp_path, MMA, room=TENSOR_ROOM) == ""
+    assert defects(kit, tmp_path, MMA, room=TENSOR_ROOMS) == ""
     assert re.search(r"outside the contract: .*mma\.sync(.|\n)*machine code: .*HMMA", defects(kit, tmp_path, MMA))
-    assert "no HMMA" in defects(kit, tmp_path, "p[i] = q[i];", room=TENSOR_ROOM)
+    assert "no HMMA" in defects(kit, tmp_path, "p[i] = q[i];", room=TENSOR_ROOMS)
 
 
 @pytest.mark.parametrize("what", ["m16n8k8.row.col.f32.f16.f16.f32", "m16n8k4.row.col.f32.tf32.tf32.f32"])
@@ -118,7 +118,7 @@ def test_another_matrix_instruction_is_found(kit: toolkit.Toolkit, tmp_path: Pat
         ': "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3]) : "r"(a[0]), "r"(a[0]), "r"(a[0]));'
     )
     body = MMA.replace("p[i] = s[0];", f"{other} p[i] = s[0];")
-    assert f"mma.sync.aligned.{what}" in defects(kit, tmp_path, body, room=TENSOR_ROOM)
+    assert f"mma.sync.aligned.{what}" in defects(kit, tmp_path, body, room=TENSOR_ROOMS)
 
 
 def test_compiled_without_its_flag_a_kernel_is_found(kit: toolkit.Toolkit) -> None:

@@ -15,7 +15,7 @@ from tools.witness.machine import Code, machine_kernels
 from tools.witness.ptx import dyed, outside_contract, ptx_kernels
 
 CUDA = Path(__file__).parent.parent.parent / "csrc" / "cuda"
-TENSOR_ROOM = "sm80"  # the folder of CUDA whose kernels have tensor cores
+TENSOR_ROOMS = {"sm80": "HMMA", "sm90": "HGMMA"}  # the folders of CUDA whose kernels have tensor cores, and their instruction
 ARCHITECTURES = toolkit.ARCHITECTURES
 
 
@@ -31,14 +31,16 @@ class Kernel:
     stack: int
     spills: int
     static_shared: int
+    serialized: tuple[str, ...] = ()  # ptxas' warnings: wgmma that run one by one, or a fence that it had to add
 
     @property
     def name(self) -> str:
         return readable(self.mangled)
 
     @property
-    def tensor(self) -> bool:
-        return self.family.startswith(f"{TENSOR_ROOM}/")
+    def tensor(self) -> str | None:
+        """The matrix instruction of its room, None if that has none."""
+        return TENSOR_ROOMS.get(self.family.partition("/")[0])
 
     def defects(self) -> list[str]:
         told = [f"PTX outside the contract: {listed(ops)}"] if (ops := outside_contract(self.ptx, self.tensor)) else []
@@ -47,9 +49,10 @@ class Kernel:
         there = sum({"FFMA": 1, "FFMA2": 2}.get(op.split(".")[0], 0) for op in self.dyed.ops)
         told += [f"{wanted} fma in PTX, {there} in the dyed code"] if wanted > there else []
         told += [f"machine code: {listed(ops)}"] if (ops := self.code.forbidden(self.tensor)) else []
-        told += ["mode tensor, and no HMMA"] if self.tensor and not self.code.count("HMMA") else []
+        told += [f"mode tensor, and no {self.tensor}"] if self.tensor and not self.code.count(self.tensor) else []
+        told += [f"ptxas waits for every wgmma: {said}" for said in self.serialized]
         told += [f"{self.stack} bytes of stack, {self.spills} of spills"] if self.stack or self.spills else []
-        if streams(self.name) and not self.code.wide("LDG", "LDGSTS"):
+        if streams(self.name) and not self.code.wide("LDG", "LDGSTS") and not self.code.count("UTMALDG"):
             told.append("streams, but loads no 16 bytes at once")
         return told
 
@@ -105,19 +108,29 @@ def of_ptx(ptx: str, family: str, arch: str) -> list[Kernel]:
                 numbers["stack frame"],
                 spills,
                 numbers["smem"],
+                tuple(re.findall(rf"\((C75\d\d)\)[^\n]*'{mangled}'", said)),
             )
         )
     return kernels
 
 
 def of_source(source: Path, arch: str) -> list[Kernel]:
+    """For an architecture ("90"), as its room is compiled for it ("90a")."""
     kit = toolkit.find()
     assert kit is not None
-    return of_ptx(kit.ptx(source, arch).read_text(), f"{source.parent.name}/{source.stem}", arch)
+    only = toolkit.found.ROOMS.get(source.parent.name)
+    (name,) = (a for a in only or (arch,) if a.rstrip("af") == arch)
+    return of_ptx(kit.ptx(source, name).read_text(), f"{source.parent.name}/{source.stem}", name)
+
+
+def compiled(source: Path, arch: str) -> bool:
+    """Whether the source's room is compiled for this architecture."""
+    only = toolkit.found.ROOMS.get(source.parent.name)
+    return only is None or arch in {a.rstrip("af") for a in only}
 
 
 def every(architectures: tuple[str, ...]) -> list[Kernel]:
     sources = sorted(CUDA.rglob("*.cu"))
     with ThreadPoolExecutor(2) as pool:
-        made = pool.map(lambda job: of_source(*job), [(s, a) for a in architectures for s in sources])
+        made = pool.map(lambda job: of_source(*job), [(s, a) for a in architectures for s in sources if compiled(s, a)])
         return [k for kernels in made for k in kernels]

@@ -1,0 +1,47 @@
+// tiles.h: the tiles of mode tensor on wgmma: the one place where they stand. The kernels of this room are made of them, their
+// launchers choose among them, and `rerank-kernels info --plan` prints them (csrc/cpu/tables.cpp). For every compiler: no CUDA.
+#pragma once
+
+namespace rk::sm90 {
+
+constexpr int DEPTH = 64;  // k's of a stage of linear.cu: 128 bytes of a row
+
+// linear.cu: what a block's consumer warpgroups compute. `together`: they share a tile, its rows split; else each has tiles of
+// its own, in turns, and one's epilogue runs beside the other's products.
+struct LinearTile {
+    int rows, columns;  // outputs of a tile
+    int groups;         // warpgroups that multiply
+    bool together;
+    int stages;  // in shared memory
+    int slab;    // columns of the epilogue's passes
+
+    constexpr int group_rows() const { return together ? rows / groups : rows; }
+    constexpr int stage() const { return (rows + columns) * DEPTH * 2; }
+    constexpr int producers() const { return groups > 1 ? 128 : 32; }  // a whole warpgroup where registers change hands
+    constexpr int threads() const { return groups * 128 + producers(); }
+    constexpr int slabs() const { return groups * 4 * 16 * slab * 4; }  // bytes: a warp's 16 rows of sums
+    constexpr int barriers() const { return (2 * stages + 2) * 8; }
+    // A model in clocks of a multiprocessor, never held to a GPU; only for speed. Of a stage: a wgmma of n columns takes n / 2,
+    // if the bytes come in time, about 56 a clock, and if the chain of sums of one warpgroup does not wait for itself. Of an
+    // epilogue: instructions for each output, at 70 a clock.
+    constexpr double stage_clocks() const {
+        const double products = double(rows / 64) * (DEPTH / 16) * columns / 2, bytes = stage() / 56.0;
+        const double chain = (DEPTH / 16) * (columns / 2 + 16.0);
+        return products > bytes ? (products > chain ? products : chain) : (bytes > chain ? bytes : chain);
+    }
+    constexpr double end_clocks(bool activation) const { return 900 + double(rows) * columns * (activation ? 45 : 12) / 70; }
+    constexpr int shared() const { return 1024 + stages * stage() + slabs() + barriers(); }  // the stages begin at an atom
+};
+constexpr LinearTile LINEAR_TILES[] = {
+    {128, 256, 2, true, 4, 64},   //
+    {128, 192, 2, true, 5, 32},   //
+    {128, 128, 2, false, 6, 64},  //
+    {64, 128, 2, false, 8, 64},   //
+    {64, 64, 1, true, 8, 64},     //
+    {64, 32, 1, true, 8, 32},     //
+    {64, 16, 1, true, 8, 16},     //
+    {64, 8, 1, true, 8, 8},
+};
+constexpr int LINEAR_WAYS = sizeof(LINEAR_TILES) / sizeof(LinearTile);
+
+}  // namespace rk::sm90
