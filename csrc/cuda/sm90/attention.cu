@@ -291,17 +291,19 @@ __global__ void __launch_bounds__(B::SHAPE.threads(), B::SHAPE.blocks())
             arrive(k_empty[stage_of(group_from)]);
             weigh(group_from);
             round();
+            v_full[stage_of(group_from)].wait(turn_of(group_from));
 #pragma unroll 1
             for (int tile = group_from + 1; tile < group_to; ++tile) {
-                const int stage = stage_of(tile), before = stage_of(tile - 1);
-                k_full[stage].wait(turn_of(tile));
+                const int stage = stage_of(tile), turn = turn_of(tile), before = stage_of(tile - 1);
+                k_full[stage].wait(turn);
                 scores(stage);
-                v_full[before].wait(turn_of(tile - 1));
                 products(before);
                 wait_for_wgmma<1>();
                 hold(s);
                 arrive(k_empty[stage]);
                 weigh(tile);
+                hold(s);
+                v_full[stage].wait(turn);
                 wait_for_wgmma<0>();
                 hold(acc);
                 hold(l);
@@ -310,7 +312,6 @@ __global__ void __launch_bounds__(B::SHAPE.threads(), B::SHAPE.blocks())
                 round();
             }
             const int last = stage_of(group_to - 1);
-            v_full[last].wait(turn_of(group_to - 1));
             products(last);
             wait_for_wgmma<0>();
             hold(acc);
