@@ -37,6 +37,7 @@ from rerank_kernels.backend import registry, weights
 ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent
 CUDA = ROOT / "csrc" / "cuda"
+TENSOR_MAP = ROOT / "tests" / "ptxsim" / "machine" / "tensormap.h"
 BUILD = Path(os.environ.get("RERANK_KERNELS_CACHE", ROOT / "build" / "ptxsim"))
 SOURCES = tuple(sorted(str(p.relative_to(CUDA).with_suffix("")) for p in CUDA.rglob("*.cu")))  # "portable/linear"
 # every op but those that are the CPU's own: one without a CUDA kernel fails, it is not the CPU's in disguise
@@ -321,7 +322,7 @@ def library() -> Path:
     # Bsymbolic: our stand-in, not the libcudart that a CUDA build of torch has loaded for all
     link = ["-shared", "-Wl,-Bsymbolic"]
     key = hashlib.sha256("\0".join([torch.__version__, kit.release, *flags, *link]).encode())
-    for p in sorted([*(ROOT / "csrc").rglob("*.[ch]*"), *HERE.glob("c*.[ch]*")]):
+    for p in sorted([*(ROOT / "csrc").rglob("*.[ch]*"), *HERE.glob("c*.[ch]*"), TENSOR_MAP]):
         key.update(p.name.encode() + p.read_bytes())
     made = BUILD / f"simulated-{key.hexdigest()[:20]}.so"
     with alone(made):

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "../ptxsim/machine/tensormap.h"
+
 namespace {
 
 struct Size {
@@ -36,6 +38,31 @@ int most_shared() { return (ptxsim_capability == 90 ? 227 : 99) * 1024; }
 using Launch = int (*)(const char* name, const unsigned* grid, const unsigned* block, uint64_t shared, void** arguments,
                        const ptxsim_memory* memory, uint64_t count);
 Launch in_python = nullptr;
+
+// cuTensorMapEncodeTiled, as far as the simulator knows tensor maps (ptxsim/machine/tensormap.h). It refuses what the driver
+// refuses: see the driver API's page.
+int encode_tiled(ptxsim::TensorMap* made, int type, unsigned rank, void* address, const uint64_t* sizes,
+                 const uint64_t* strides, const unsigned* box, const unsigned* steps, int interleave, int swizzle, int,
+                 int fill) {
+    constexpr uint8_t ELEMENT_BYTES[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2};  // u8 u16 u32 s32 u64 s64 f16 f32 f64 bf16
+    const auto number = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
+    if (number(made) % 64 || type < 0 || type > 9 || rank < 1 || rank > 5 || number(address) % 16) return INVALID_VALUE;
+    if (interleave != 0 || swizzle < 0 || swizzle > 3 || fill != 0) return INVALID_VALUE;
+    ptxsim::TensorMap m{};
+    m.magic = ptxsim::TensorMap::MAGIC;
+    m.element_bytes = ELEMENT_BYTES[type], m.rank = uint8_t(rank), m.swizzle = uint8_t(swizzle), m.address = number(address);
+    const unsigned inner = box[0] * m.element_bytes;
+    if (inner % 16 || (swizzle && inner > 16u << swizzle)) return INVALID_VALUE;
+    for (unsigned i = 0; i < rank; i++) {
+        if (sizes[i] < 1 || sizes[i] > uint64_t(1) << 32 || box[i] < 1 || box[i] > 256 || steps[i] != 1) return INVALID_VALUE;
+        m.last[i] = uint32_t(sizes[i] - 1), m.box[i] = uint16_t(box[i]);
+        if (i + 1 == rank) break;
+        if (strides[i] % 16 || strides[i] >= uint64_t(1) << 40) return INVALID_VALUE;
+        m.strides[i] = strides[i];
+    }
+    *made = m;
+    return SUCCESS;
+}
 
 int failed(int code) {
     last_error = code;
@@ -135,6 +162,16 @@ int cudaDeviceGetAttribute(int* value, int attribute, int) {
     else if (attribute == MINOR) *value = ptxsim_capability % 10;
     else return failed(INVALID_VALUE);
     return SUCCESS;
+}
+int cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned, unsigned long long, int* answer) {
+    enum { FOUND = 0, NO_SUCH_SYMBOL = 1 };
+    const bool known = std::strcmp(name, "cuTensorMapEncodeTiled") == 0;
+    *found = known ? reinterpret_cast<void*>(encode_tiled) : nullptr;
+    if (answer) *answer = known ? FOUND : NO_SUCH_SYMBOL;
+    return SUCCESS;
+}
+int cudaGetDriverEntryPoint(const char* name, void** found, unsigned long long flags, int* answer) {
+    return cudaGetDriverEntryPointByVersion(name, found, 12000, flags, answer);
 }
 int cudaGetLastError() {
     const int code = last_error;

@@ -14,18 +14,27 @@ namespace ptxsim {
 constexpr u16 SEVERAL_THREADS = 0xffff;
 constexpr u32 SEVERAL = 0xffffffff, IN_FLIGHT = 0xffffffff;
 
-static u32 extreme(const std::vector<u32>& row, bool high) {
-    return high ? *std::max_element(row.begin(), row.end()) : *std::min_element(row.begin(), row.end());
-}
+// Who is no warp but touches memory as if it were one: the wgmmas of each warpgroup, which read, and the bulk copies of each
+// mbarrier, which write.
+constexpr u32 WGMMA_AGENT = 24, BULK_AGENT = 32, AGENTS = 96;
+
 static void knows(Block& b, u32 warp) {
-    b.low[warp] = extreme(b.seen[warp], false);
-    b.high[warp] = extreme(b.seen[warp], true);
+    const auto& row = b.seen[warp];
+    u32 low = row[0], high = row[0];
+    const auto take = [&](u32 begin, size_t end) {
+        for (u32 v = begin; v < end; v++) low = std::min(low, row[v]), high = std::max(high, row[v]);
+    };
+    take(1, b.warps.size());
+    if (row.size() == AGENTS) take(WGMMA_AGENT, WGMMA_AGENT + b.warps.size() / 4);
+    b.low[warp] = low, b.high[warp] = high;
 }
 
 void race_start_block(Block& b) {
     Launch& l = *b.launch;
     const u32 now = ++l.time, n = u32(b.warps.size());
-    b.seen.assign(n, std::vector<u32>(n, now));
+    const bool agents = l.program->bulk || l.program->mbarriers;
+    if (agents && n > WGMMA_AGENT) throw Fault{"race, of a kernel with mbarriers, looks at 24 warps at most"};
+    b.seen.assign(n, std::vector<u32>(agents ? AGENTS : n, now));
     b.low.assign(n, now);
     b.high.assign(n, now);
     l.cells.assign(b.shared_bytes / l.program->shared_granule + 1, Touched{});
@@ -39,7 +48,7 @@ void race_arrive(Warp& w, Bar& bar) {
     Block& b = *w.block;
     b.seen[w.id][w.id] = ++w.launch->time;
     knows(b, w.id);
-    bar.clock.resize(b.warps.size());
+    bar.clock.resize(b.seen[w.id].size());
     for (size_t v = 0; v < bar.clock.size(); v++) bar.clock[v] = std::max(bar.clock[v], b.seen[w.id][v]);
 }
 void race_wait_over(Bar& bar, const std::vector<Warp*>& waited) {
@@ -60,6 +69,7 @@ struct Clash {
 };
 
 static Clash touch(Warp& w, u32 me, s32 line, Touched& c, bool write, bool atomic) {
+    const u32 as = me / 32;
     const Block& b = *w.block;
     const auto& seen = b.seen[w.id];
     Clash clash{Clash::NONE, 0, 0};
@@ -90,7 +100,7 @@ static Clash touch(Warp& w, u32 me, s32 line, Touched& c, bool write, bool atomi
             }
     }
     c.rthread = others == 0 || c.rthread == me ? u16(me) : SEVERAL_THREADS;
-    c.rwarps = others | 1u << w.id;
+    c.rwarps = others | 1u << as;
     c.rtime = w.launch->time;
     c.rline = u32(line);
     return clash;
@@ -98,8 +108,11 @@ static Clash touch(Warp& w, u32 me, s32 line, Touched& c, bool write, bool atomi
 
 static std::string thread_name(const Launch& l, u32 t) {
     if (t == SEVERAL_THREADS) return "several threads";
+    if (t >= BULK_AGENT * 32) return "a bulk copy";
+    if (t >= l.threads && t >= WGMMA_AGENT * 32) return text("a wgmma of warpgroup %u", t / 32 - WGMMA_AGENT);
     return text("thread (%u,%u,%u)", t % l.block[0], t / l.block[0] % l.block[1], t / l.block[0] / l.block[1]);
 }
+static bool is_bulk(const Clash& clash) { return clash.thread != SEVERAL_THREADS && clash.thread >= BULK_AGENT * 32; }
 static bool first_time(Launch& l, s32 line, u32 other) { return l.told.insert({line, s32(other)}).second; }
 
 static void report(Warp& w, u32 lane, s32 line, const Clash& clash, bool write, const std::string& where) {
@@ -107,7 +120,9 @@ static void report(Warp& w, u32 lane, s32 line, const Clash& clash, bool write, 
     if (!first_time(l, line, clash.line)) return;
     const std::string what = std::string(write ? "write" : "read");
     if (clash.kind == Clash::COPY)
-        l.problem(text("%s of %s while a cp.async to it is under way: ", what.c_str(), where.c_str()) + place(w, lane, line) +
+        l.problem(text("%s of %s while a %s to it is under way: ", what.c_str(), where.c_str(),
+                       is_bulk(clash) ? "bulk copy" : "cp.async") +
+                  place(w, lane, line) +
                   text("; copied by {line %u} and not waited for", clash.line));
     else
         l.problem(text("race: %s of %s, ", what.c_str(), where.c_str()) + place(w, lane, line) + ", after its " +
@@ -145,6 +160,56 @@ void race_copy_landed(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes) {
         const Clash clash = touch(w, me, line, c, true, false);
         if (clash.kind != Clash::NONE) report(w, lane, line, clash, true, text("shared+%u", i * g));
     }
+}
+
+// ---- mbarriers, bulk copies, wgmma
+
+void race_mbarrier_arrive(Warp& w, Mbar& m) {
+    race_warp_sync(w);
+    const auto& row = w.block->seen[w.id];
+    m.clock.resize(row.size());
+    for (size_t v = 0; v < row.size(); v++) m.clock[v] = std::max(m.clock[v], row[v]);
+}
+void race_mbarrier_wait(Warp& w, const Mbar& m) {
+    auto& row = w.block->seen[w.id];
+    for (size_t v = 0; v < m.done.size(); v++)
+        if (v != w.id) row[v] = std::max(row[v], m.done[v]);
+    knows(*w.block, w.id);
+}
+
+void race_bulk_issued(Block& b, const Bulk& c) {
+    const u32 g = b.launch->program->shared_granule, agent = BULK_AGENT + b.mbars[c.mbar].agent;
+    for (u32 i = c.to / g; i <= (c.to + c.bytes - 1) / g; i++) {
+        Touched& t = b.launch->cells[i];
+        t.wtime = IN_FLIGHT, t.wthread = u16(agent * 32), t.wline = u32(c.in->line), t.atomic = false;
+    }
+}
+void race_bulk_landed(Block& b, const Bulk& c) {
+    Launch& l = *b.launch;
+    const auto found = b.mbars.find(c.mbar);
+    if (found == b.mbars.end()) return;  // complete_bytes says so
+    const u32 g = l.program->shared_granule, agent = BULK_AGENT + found->second.agent;
+    for (u32 i = c.to / g; i <= (c.to + c.bytes - 1) / g; i++)
+        if (l.cells[i].wtime == IN_FLIGHT && l.cells[i].wthread == agent * 32) l.cells[i].wtime = l.time;
+    auto& clock = found->second.clock;
+    clock.resize(AGENTS);
+    clock[agent] = ++l.time;
+}
+
+void race_wgmma_read(Warp& w, s32 line, u32 offset) {
+    Launch& l = *w.launch;
+    const u32 g = l.program->shared_granule, agent = WGMMA_AGENT + w.id / 4;
+    for (u32 i = offset / g; i <= (offset + 15) / g; i++) {
+        const Clash clash = touch(w, agent * 32, line, l.cells[i], false, false);
+        if (clash.kind != Clash::NONE) report(w, 0, line, clash, false, text("shared+%u", i * g));
+    }
+}
+u32 race_wgmma_over(Warp& w) { return ++w.launch->time; }
+void race_wgmma_known(Warp& w, u32 time) {
+    race_warp_sync(w);
+    u32& known = w.block->seen[w.id][WGMMA_AGENT + w.id / 4];
+    known = std::max(known, time);
+    knows(*w.block, w.id);
 }
 
 void race_global(Warp& w, u32 lane, s32 line, Region& r, u64 address, u32 bytes, bool write, const u8* value, bool atomic) {
