@@ -25,7 +25,7 @@ static std::string launch_tables() {
         std::string ways;
         for (int way = 0, before = 0; way < sm80::WARP_WAYS; before = t.warps(way++))
             if (const int warps = t.warps(way); warps != before)
-                add(ways, tile({warps * sm80::WARP_ROWS, sm80::KEYS, warps * 32, t.shared(warps)}));
+                add(ways, tile({warps * sm80::WARP_ROWS, t.keys(), warps * 32, t.shared(warps)}));
         add(attention, "\"" + std::to_string(t.width) + "\": [" + ways + "]");
     }
     return "{\"sm80\": {\"linear\": [" + linear + "], \"attention\": {" + attention + "}}}";

@@ -57,6 +57,21 @@ P1 = _hex("-0x1.310816p-2")
 G1 = _hex("0x1.2444f2p-4")
 G0 = _hex("0x1.988454p+0")
 
+# the short forms of mode tensor: exp2, and gelu of a result in half precision
+X4 = _hex("0x1.3a052cp-7")
+X3 = _hex("0x1.c9fc6ap-5")
+X2 = _hex("0x1.ec036ep-3")
+X1 = _hex("0x1.62e12cp-1")
+TAIL_END = _hex("0x1.a8998p+3")
+MINUS_HALF_LOG2_E = _hex("-0x1.715474p-1")
+SEED = tl.constexpr(0x7EF311C7)
+Q5 = _hex("0x1.3cb030p-4")
+Q4 = _hex("-0x1.aa4dc6p-3")
+Q3 = _hex("0x1.477250p-4")
+Q2 = _hex("0x1.3b4342p-3")
+Q1 = _hex("0x1.941d4ap-3")
+Q0 = _hex("0x1.98e390p-3")
+
 QUICK = _hex("0x1.b3b646p+0")  # quick_gelu
 SLOPE = _hex("0x1.47ae14p-7")  # leaky_relu
 
@@ -166,6 +181,44 @@ def gelu_of(x):
 
 
 @triton.jit
+def _exp2_of_parts(z, f):
+    p = fmadd(f, X4, X3)
+    p = fmadd(p, f, X2)
+    p = fmadd(p, f, X1)
+    p = fmadd(p, f, 1.0)
+    return (p.to(tl.int32, bitcast=True) + (z.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exp2_short(d, c, least):
+    d = tl.maximum(d, least)  # a NaN loses
+    c = tl.full(d.shape, 1.0, tl.float32) * c
+    z = fmadd(d, c, ROUND_MAGIC)
+    return _exp2_of_parts(z, fmadd(d, c, ROUND_MAGIC - z))
+
+
+@triton.jit
+def gelu_short(x):
+    y = tl.minimum(tl.abs(x), TAIL_END)  # a NaN loses, and comes back with the last product
+    t = y * (y * MINUS_HALF_LOG2_E)
+    z = t + ROUND_MAGIC
+    e = _exp2_of_parts(z, t - (z - ROUND_MAGIC))
+    w = fmadd(y, 0.5, 1.0)
+    below = 0.0 - w
+    u = (SEED - w.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    u = fmadd(u, fmadd(below, u, 1.0), u)
+    u = fmadd(u, fmadd(below, u, 1.0), u)
+    u = fmadd(u, fmadd(below, u, 1.0), u)
+    q = fmadd(u, Q5, Q4)
+    q = fmadd(q, u, Q3)
+    q = fmadd(q, u, Q2)
+    q = fmadd(q, u, Q1)
+    q = fmadd(q, u, Q0)
+    tail = e * (q * u)
+    return x * tl.where(x < 0.0, tail, 1.0 - tail)
+
+
+@triton.jit
 def gelu_tanh_of(x):
     return x * sigmoid_of(x * fmadd(x * x, G1, G0))
 
@@ -207,6 +260,8 @@ def mish_of(x):
 def activate(x, KIND: tl.constexpr):
     if KIND == "gelu":
         return gelu_of(x)
+    elif KIND == "gelu_short":
+        return gelu_short(x)
     elif KIND == "gelu_tanh":
         return gelu_tanh_of(x)
     elif KIND == "tanh":
@@ -227,6 +282,12 @@ def activate(x, KIND: tl.constexpr):
         return mish_of(x)
     else:
         return x
+
+
+@triton.jit
+def larger(a, b):
+    """A NaN wins."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
