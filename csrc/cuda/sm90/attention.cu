@@ -8,13 +8,19 @@
 // A step that sm80 leaves out and this kernel does not has p~ = +0 only, so it changes nothing. Only a value that is not
 // finite, inside the sequence, may reach a row that does not see it: here if one of 64 rows sees one of the tile's 128 keys.
 //
-// A block has GROUPS warpgroups of 64 rows each, from the sequence's first row on, and one warp that fetches (the producer).
-// Tiles of keys and values take turns in stages of shared memory. A stage has two mbarriers: full (its bytes have landed) and
-// empty (each warp of the consumers has read them). With GROUPS > 1 the next tile's scores and this tile's products are under
-// way while a group weighs; with one group several blocks share a multiprocessor instead.
+// A block has one to three warpgroups of 64 rows each, from the sequence's first row on. Tiles of keys and values take turns in
+// stages of shared memory. With several groups one warp more fetches (the producer), and a stage has two mbarriers: full (its
+// bytes have landed) and empty (each warp of the consumers has read them); the next tile's scores and this tile's products are
+// under way while a group weighs. A group that is alone in its block fetches for itself, several such blocks share a
+// multiprocessor, and one works while another waits.
 //
 // TMA reads whole tiles: behind a sequence lies the next one. Its keys give scores that are hidden, each its own column. Its
-// values would be multiplied by +0, and may be NaN: the producer sets them to zero before it calls the last tile full.
+// values would be multiplied by +0, and may be NaN: they are set to zero before the last tile's products.
+//
+// V lies in shared memory as wgmma reads b "by columns" (N-major, 128-byte swizzle). The PTX ISA's canonical layout of that, in
+// pieces of 16 bytes, 8 features each: ((8, n), (8, k)) : ((1, LBO), (8, SBO)). The 8 pieces of 64 features lie side by side
+// (1), 8 keys are 8 rows of 128 bytes (8 pieces), 8 more keys are SBO on, and 64 more features LBO. A panel of ours has rows of
+// 128 bytes, one per key: so SBO is 1,024 bytes, LBO a whole panel of 128 keys, and 16 keys more are 2,048 bytes.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -31,7 +37,7 @@ namespace rk {
 
 namespace sm90 {
 
-constexpr int TILE = KEYS, PANEL = BOX;  // features of a panel
+constexpr int TILE = KEYS, STEPS = TILE / STEP, PANEL = BOX;  // keys, their sixteens; features of a panel
 constexpr float NONE_YET = -__builtin_huge_valf();
 
 template <int WIDTH_, int GROUPS_>
@@ -41,7 +47,7 @@ struct Block {
                          STAGES = SHAPE.stages();
     static constexpr int PANEL_BYTES = TILE * PANEL * 2, BYTES = PANELS * PANEL_BYTES;  // of a tile of keys or values
     static constexpr int Q_PANEL = ROWS * PANEL * 2;
-    static constexpr bool OVERLAP = SHAPE.overlap(), TRADES = SHAPE.trades();
+    static constexpr bool SOLO = SHAPE.solo();
     static constexpr int FEWER = SHAPE.producer_registers(), MORE = SHAPE.consumer_registers();
 };
 
@@ -80,6 +86,11 @@ constexpr unsigned TWO_ONES = 0x3c003c00u;
 template <>
 constexpr unsigned TWO_ONES<bf16> = 0x3f803f80u;
 
+// 16 bytes, four times the same
+__device__ __forceinline__ void store_sixteen(unsigned to, unsigned four) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(four) : "memory");
+}
+
 template <class B, class T>
 __global__ void __launch_bounds__(B::SHAPE.threads(), B::SHAPE.blocks())
     attention_wgmma_rows(const __grid_constant__ CUtensorMap keys, const __grid_constant__ CUtensorMap values, AttentionArgs a,
@@ -108,8 +119,7 @@ __global__ void __launch_bounds__(B::SHAPE.threads(), B::SHAPE.blocks())
         barriers_are_ready();
     }
     if (threadIdx.x >= 64 && threadIdx.x < 64 + ONES_BYTES / 16) {
-        const unsigned two = TWO_ONES<T>;
-        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(ones + (threadIdx.x - 64) * 16), "r"(two) : "memory");
+        store_sixteen(ones + (threadIdx.x - 64) * 16, TWO_ONES<T>);
         stores_before_async();
     }
     __syncthreads();
@@ -120,35 +130,45 @@ __global__ void __launch_bounds__(B::SHAPE.threads(), B::SHAPE.blocks())
     const auto stage_of = [&](int tile) { return (tile - begin) % B::STAGES; };
     const auto turn_of = [&](int tile) { return (tile - begin) / B::STAGES % 2; };
 
-    if (warp >= 4 * B::GROUPS) {  // ---- the producer
-        if constexpr (B::TRADES) fewer_registers<B::FEWER>();
+    const int in_last = work.length - (end - 1) * TILE;  // of the last tile's keys the sequence's
+    const auto fetch = [&](unsigned to, const CUtensorMap& from, Barrier full, bool heads_last, int tile) {
+        full.expect(B::BYTES);
+        const int head = blockIdx.y, key = work.key + tile * TILE;
+        for (int p = 0; p < B::PANELS; ++p)
+            load_box(to + p * B::PANEL_BYTES, &from, full, p * PANEL, heads_last ? key : head, heads_last ? head : key);
+    };
+    const auto fetch_keys = [&](int tile) {
+        fetch(k_at + stage_of(tile) * B::BYTES, keys, k_full[stage_of(tile)], setup.k_heads_last, tile);
+    };
+    const auto fetch_values = [&](int tile, Barrier full) {
+        fetch(v_at + stage_of(tile) * B::BYTES, values, full, setup.v_heads_last, tile);
+    };
+    // The last tile's values behind the sequence become zeros, by `threads` threads; a barrier must follow.
+    const auto clear_rest = [&](int thread, int threads) {
+        const unsigned last = v_at + stage_of(end - 1) * B::BYTES;
+        for (int p = 0; p < B::PANELS; ++p)
+            for (int at = in_last * PANEL * 2 + thread * 16; at < B::PANEL_BYTES; at += threads * 16)
+                store_sixteen(last + p * B::PANEL_BYTES + at, 0);
+        stores_before_async();
+    };
+
+    if (!B::SOLO && warp >= 4 * B::GROUPS) {  // ---- the producer
+        fewer_registers<B::FEWER>();
         if (warp > 4 * B::GROUPS) return;
-        const int live = work.length - (end - 1) * TILE;  // of the last tile
-        const auto fetch = [&](unsigned to, const CUtensorMap& from, Barrier full, bool heads_last, int key) {
-            full.expect(B::BYTES);
-            const int head = blockIdx.y, second = heads_last ? key : head, third = heads_last ? head : key;
-            for (int p = 0; p < B::PANELS; ++p) load_box(to + p * B::PANEL_BYTES, &from, full, p * PANEL, second, third);
-        };
         if (lane == 0) {
 #pragma unroll 1
             for (int tile = begin; tile < end; ++tile) {
-                const int stage = stage_of(tile), turn = turn_of(tile), key = work.key + tile * TILE;
+                const int stage = stage_of(tile), turn = turn_of(tile);
                 k_empty[stage].wait(turn ^ 1);
-                fetch(k_at + stage * B::BYTES, keys, k_full[stage], setup.k_heads_last, key);
+                fetch_keys(tile);
                 v_empty[stage].wait(turn ^ 1);
-                const Barrier full = tile + 1 == end && live < TILE ? landed : v_full[stage];
-                fetch(v_at + stage * B::BYTES, values, full, setup.v_heads_last, key);
+                fetch_values(tile, tile + 1 == end && in_last < TILE ? landed : v_full[stage]);
             }
         }
         __syncwarp();
-        if (begin < end && live < TILE) {
-            const unsigned last = v_at + stage_of(end - 1) * B::BYTES;
+        if (begin < end && in_last < TILE) {
             landed.wait(0);
-            for (int p = 0; p < B::PANELS; ++p)
-                for (int at = live * PANEL * 2 + lane * 16; at < B::PANEL_BYTES; at += 32 * 16)
-                    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(last + p * B::PANEL_BYTES + at), "r"(0)
-                                 : "memory");
-            stores_before_async();
+            clear_rest(lane, 32);
             __syncwarp();
             if (lane == 0) v_full[stage_of(end - 1)].arrive();
         }
@@ -156,7 +176,12 @@ __global__ void __launch_bounds__(B::SHAPE.threads(), B::SHAPE.blocks())
     }
 
     // ---- a consumer
-    if constexpr (B::TRADES) more_registers<B::MORE>();
+    if constexpr (!B::SOLO) more_registers<B::MORE>();
+    if (B::SOLO && threadIdx.x == 0)
+        for (int tile = begin; tile < min(begin + B::STAGES, end); ++tile) {
+            fetch_keys(tile);
+            fetch_values(tile, v_full[stage_of(tile)]);
+        }
     const int group = warp / 4, t = lane % 4, first = group * GROUP_ROWS, mine = first + warp % 4 * 16 + lane / 4;
     const bool live = first < work.rows;
 
@@ -191,7 +216,7 @@ __global__ void __launch_bounds__(B::SHAPE.threads(), B::SHAPE.blocks())
     }
 
     float s[TILE / 2], acc[WIDTH / 2], l[4], top[2] = {NONE_YET, NONE_YET}, faded[2];
-    unsigned p[TILE / STEP][4];
+    unsigned p[STEPS][4];
 #pragma unroll
     for (int j = 0; j < WIDTH / 2; ++j) acc[j] = 0.0f;
 #pragma unroll
@@ -218,7 +243,7 @@ __global__ void __launch_bounds__(B::SHAPE.threads(), B::SHAPE.blocks())
         hold(l);
         begin_wgmma();
 #pragma unroll
-        for (int g = 0; g < TILE / STEP; ++g) {
+        for (int g = 0; g < STEPS; ++g) {
             Columns<WIDTH>::template multiply<T, true>(
                 acc, p[g], by_columns(v_at + stage * B::BYTES, B::PANEL_BYTES) + g * COLUMN_STEP_ON);
             Columns<8>::template multiply<T, false>(l, p[g], by_rows(ones));
@@ -238,14 +263,18 @@ __global__ void __launch_bounds__(B::SHAPE.threads(), B::SHAPE.blocks())
             }
         }
         const int key = tile * TILE;
-        const Seen* const own = rows + mine;
-        if (key < own[15 - lane / 4].from || key + TILE > own[-(lane / 4)].to) {  // not all rows of the warp see all of them
+        const int now = thread_now(), place = now % 32 / 4, t = now % 4;
+        const Seen* const own = rows + now / 32 * 16 + place;
+        const Seen &warp_first = own[-place], &warp_last = own[15 - place];
+        const bool whole = key >= warp_last.from && key + TILE <= warp_first.to;  // all rows of the warp see all of them
+        if (!whole) {
             const int at = key + 2 * t, after[2] = {at - own[0].from, at - own[8].from};
             const unsigned seen[2] = {unsigned(own[0].to - own[0].from), unsigned(own[8].to - own[8].from)};
 #pragma unroll
             for (int j = 0; j < TILE / 2; ++j)
                 if (!(unsigned(after[j / 2 % 2] + j / 4 * 8 + j % 2) < seen[j / 2 % 2])) s[j] = NONE_YET;
         }
+        float below[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             float most = top[i];
@@ -253,13 +282,30 @@ __global__ void __launch_bounds__(B::SHAPE.threads(), B::SHAPE.blocks())
             for (int j = 2 * i; j < TILE / 2; j += 4) most = larger(most, larger(s[j], s[j + 1]));
 #pragma unroll
             for (int step = 1; step < 4; step *= 2) most = larger(most, __shfl_xor_sync(WARP, most, step));
-            const float below = most == NONE_YET ? 0.0f : most;
-            faded[i] = exp2_short(top[i] - below, setup.weighing.c, setup.weighing.least);
+            below[i] = most == NONE_YET ? 0.0f : most;
+            faded[i] = exp2_short(top[i] - below[i], setup.weighing.c, setup.weighing.least);
             top[i] = most;
+        }
+        const auto weigh_step = [&](int g) {
 #pragma unroll
-            for (int j = 2 * i; j < TILE / 2; j += 4)
+            for (int j = 8 * g; j < 8 * g + 8; ++j)
+                s[j] = exp2_short(s[j] - below[j / 2 % 2], setup.weighing.c, setup.weighing.least);
+        };
+        // Keys that no row of the warp sees have weights that round to +0: they need no exp. (The branches also keep ptxas from
+        // mixing all steps, which took registers that are not there.)
+        unsigned wanted = ~0u;
+        if (!whole) {
+            const auto up_to = [](int g) { return (1u << min(max(g, 0), STEPS)) - 1u; };
+            wanted = up_to((warp_last.to - key + STEP - 1) / STEP) & ~up_to((warp_first.from - key) / STEP);
+        }
 #pragma unroll
-                for (int e = 0; e < 2; ++e) s[j + e] = exp2_short(s[j + e] - below, setup.weighing.c, setup.weighing.least);
+        for (int g = 0; g < STEPS; ++g) {
+            if (wanted >> g & 1) {
+                weigh_step(g);
+            } else {
+#pragma unroll
+                for (int j = 8 * g; j < 8 * g + 8; ++j) s[j] = 0.0f;
+            }
         }
     };
     // rounded: four registers are the 16 keys of a step, as fragment A has them
@@ -281,8 +327,8 @@ __global__ void __launch_bounds__(B::SHAPE.threads(), B::SHAPE.blocks())
         arrive(v_empty[stage_of(tile)]);
     };
 
-    for (int tile = begin; tile < group_from; ++tile) pass(tile);
-    if constexpr (B::OVERLAP) {
+    if constexpr (!B::SOLO) {
+        for (int tile = begin; tile < group_from; ++tile) pass(tile);
         if (group_from < group_to) {
             k_full[stage_of(group_from)].wait(turn_of(group_from));
             scores(stage_of(group_from));
@@ -318,39 +364,74 @@ __global__ void __launch_bounds__(B::SHAPE.threads(), B::SHAPE.blocks())
             hold(l);
             arrive(v_empty[last]);
         }
+        for (int tile = max(group_from, group_to); tile < end; ++tile) pass(tile);
     } else {
+        // once all warps have read a stage, thread 0 has it filled again
+        const auto refill = [&](int tile, auto fetch) {
+            if (tile + B::STAGES >= end) return;
+            named_barrier<1>(GROUP);
+            if (threadIdx.x == 0) fetch(tile + B::STAGES);
+            __syncwarp();
+        };
 #pragma unroll 1
-        for (int tile = group_from; tile < group_to; ++tile) {
+        for (int tile = begin; tile < end; ++tile) {
             const int stage = stage_of(tile), turn = turn_of(tile);
             k_full[stage].wait(turn);
             scores(stage);
             wait_for_wgmma<0>();
             hold(s);
-            arrive(k_empty[stage]);
+            refill(tile, fetch_keys);
             weigh(tile);
             fade();
             round();
             v_full[stage].wait(turn);
+            if (tile + 1 == end && in_last < TILE) {
+                clear_rest(threadIdx.x, GROUP);
+                named_barrier<1>(GROUP);
+            }
             products(stage);
             wait_for_wgmma<0>();
             hold(acc);
             hold(l);
-            arrive(v_empty[stage]);
+            refill(tile, [&](int next) { fetch_values(next, v_full[stage_of(next)]); });
         }
     }
-    for (int tile = max(group_from, group_to); tile < end; ++tile) pass(tile);
 
+    // A quotient by a row's sum is a product with its reciprocal and two corrections, which lead to the quotient itself,
+    // rounded once (Markstein), where nothing leaves the range of normal numbers; a division takes three times as long.
+    constexpr float SMALLEST = 0x1p-60f, LARGEST = 0x1p60f;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int r = mine + 8 * i;
         if (r >= work.rows) continue;
-        const bool blind = rows[r].to == 0, lost = !(fabsf(top[i]) < -NONE_YET);
-        const float whole = lost ? __int_as_float(0x7fffffff) : l[2 * i];
+        const bool lost = !(fabsf(top[i]) < -NONE_YET);
+        const float whole = lost ? __int_as_float(0x7fffffff) : l[2 * i], part = 1.0f / whole;
         T* const to = work.out + work.token_of(r) * work.out_token + work.head_of(r) * int64_t(WIDTH) + 2 * t;
+        const auto store = [&](auto quotient) {
 #pragma unroll
-        for (int n = 0; n < WIDTH / 8; ++n) {
-            const float x = (acc[4 * n + 2 * i] + 0.0f) / whole, y = (acc[4 * n + 2 * i + 1] + 0.0f) / whole;
-            *reinterpret_cast<unsigned*>(to + n * 8) = blind ? 0u : round_two<T>(x, y);
+            for (int n = 0; n < WIDTH / 8; ++n)
+                *reinterpret_cast<unsigned*>(to + n * 8) =
+                    round_two<T>(quotient(acc[4 * n + 2 * i]), quotient(acc[4 * n + 2 * i + 1]));
+        };
+        float least = LARGEST, most = 0.0f;
+#pragma unroll
+        for (int n = 0; n < WIDTH / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const float size = fabsf(acc[4 * n + 2 * i + e]);
+                least = fminf(least, size);
+                most = fmaxf(most, size);
+            }
+        if (rows[r].to == 0) {
+            store([](float) { return 0.0f; });
+        } else if (least >= SMALLEST && most <= LARGEST) {
+            store([&](float x) {
+                float q = x * part;
+                q = fmadd(fmadd(-whole, q, x), part, q);
+                return fmadd(fmadd(-whole, q, x), part, q);
+            });
+        } else {
+            store([&](float x) { return (x + 0.0f) / whole; });
         }
     }
 }

@@ -52,14 +52,13 @@ constexpr int WORK_BYTES = 128, SEEN_BYTES = 8, ONES_BYTES = 1024;  // what is k
 struct HeadTile {
     int width, groups;
 
-    // The next tile is begun before this one has ended; else several blocks share a multiprocessor, and one works while another
-    // waits.
-    constexpr bool overlap() const { return groups > 1; }
-    constexpr int stages() const { return !overlap() && width > 64 ? 1 : 2; }
-    constexpr int blocks() const { return overlap() ? 1 : width > 64 ? 2 : 3; }  // of a multiprocessor
-    constexpr bool trades() const { return overlap() || width > 64; }            // registers change hands between warpgroups
-    constexpr int threads() const { return groups * 128 + (trades() ? 128 : 32); }
-    constexpr int consumer_registers() const { return groups == 3 ? 160 : groups == 2 ? 240 : 232; }
+    // One warpgroup, which fetches for itself; several such blocks share a multiprocessor, and one works while another waits.
+    // Else a warpgroup more fetches, and the next tile is begun before this one has ended.
+    constexpr bool solo() const { return groups == 1; }
+    constexpr int stages() const { return solo() && width > 64 ? 1 : 2; }
+    constexpr int blocks() const { return !solo() ? 1 : width > 64 ? 2 : 3; }  // of a multiprocessor
+    constexpr int threads() const { return (groups + (solo() ? 0 : 1)) * 128; }
+    constexpr int consumer_registers() const { return groups == 3 ? 160 : 240; }
     constexpr int producer_registers() const { return groups == 3 ? 32 : 24; }
     constexpr int rows() const { return groups * GROUP_ROWS; }
     constexpr int shared() const {
