@@ -90,6 +90,7 @@ class Asynchronous(Instructions):
         elif mods == ["fence", "sync", "aligned"] or mods == ["commit_group", "sync", "aligned"]:
             self.collective("wgmma." + mods[0], [], 0, "-1")
         elif mods == ["wait_group", "sync", "aligned"]:
+            self.collective("wgmma.gather", [], 0, "-1")  # all lanes of the warp first
             self.emit("control", [], 0, control=WGMMA_WAIT, imm=integer(o[0]))
         else:
             raise ParseError("unknown instruction")
@@ -143,9 +144,7 @@ def watch(code: list[Record]) -> tuple[dict[int, int], list[list[int]]]:
             touches.append([2 * numbers[v] for v in r.more])
             continue
         reads, writes = r.reads_and_writes()
-        touches.append(
-            [2 * numbers[v] for v in reads if v in numbers] + [2 * numbers[v] + 1 for v in writes if v in numbers]
-        )
+        touches.append([2 * numbers[v] for v in reads if v in numbers] + [2 * numbers[v] + 1 for v in writes if v in numbers])
         if touches[-1] and r.control == PLAIN:
             r.control = WATCHED
         elif touches[-1] and r.control != COLLECTIVE:

@@ -16,11 +16,13 @@ from .tensormap import tensor_map
 
 HEAD = ".version 8.5\n.target sm_90a\n.address_size 64\n.extern .shared .align 1024 .b8 memory[];\n"
 MODES = {0: 0, 128: 1, 64: 2, 32: 3}  # of a descriptor
+# The warp, the lane, and the row and column that a fragment's registers begin with: lane / 4 and lane % 4.
+PLACE = "shr.u32 %r30, %r0, 5; and.b32 %r31, %r0, 31; shr.u32 %r32, %r31, 2; and.b32 %r33, %r31, 3;\n"
 
 
 @dataclass(frozen=True)
 class Side:
-    """How one matrix of 64 k lies in shared memory: `rows` (a's rows, b's columns), swizzle, and whether rows are contiguous."""
+    """How a matrix of 64 k lies in shared memory: `rows` (a's rows, b's columns), swizzle, whether rows are contiguous."""
 
     rows: int
     swizzle: int = 128
@@ -86,7 +88,8 @@ def pipeline(a: Side, b: Side, tiles: int, kind: str = "f16", registers: bool = 
     n = b.rows
     stage = a.bytes + b.bytes
     full = stages * stage
-    text = f"{HEAD}.visible .entry k(.param .align 128 .b8 ma[128], .param .align 128 .b8 mb[128], .param .u64 out, .param .u64 pa)\n"
+    text = f"{HEAD}.visible .entry k(.param .align 128 .b8 ma[128], .param .align 128 .b8 mb[128],\n"
+    text += ".param .u64 out, .param .u64 pa)\n"
     text += "{\n.reg .pred %p<9>; .reg .b32 %r<60>; .reg .b64 %d<20>; .reg .f32 %f<9>;\n"
     text += f".reg .f32 %s<{n // 2}>; .reg .b32 %a<{16 * tiles}>;\n"
     text += f"mov.u32 %r0, %tid.x; mov.u32 %r1, memory; add.u32 %r2, %r1, {full}; add.u32 %r3, %r2, {8 * stages};\n"
@@ -98,13 +101,14 @@ def pipeline(a: Side, b: Side, tiles: int, kind: str = "f16", registers: bool = 
     for t in range(tiles):
         s = t % stages
         text += _wait(f"%r3+{8 * s}", t // stages % 2 ^ 1, f"EMPTY{t}")
-        text += f"add.u32 %r4, %r2, {8 * s}; mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r4], {stage if not registers else b.bytes};\n"
+        text += f"add.u32 %r4, %r2, {8 * s};\n"
+        text += f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r4], {stage if not registers else b.bytes};\n"
         text += f"add.u32 %r5, %r1, {s * stage}; add.u32 %r6, %r5, {a.bytes};\n"
         text += ("" if registers else a.copies("%r5", "ma", "%r4", 64 * t)) + b.copies("%r6", "mb", "%r4", 64 * t)
     text += "bra END;\nMULTIPLY:\n"
     text += "".join(f"mov.f32 %s{i}, 0f00000000;\n" for i in range(n // 2))
     if registers:  # row = warp * 16 + lane / 4, two neighbours of k
-        text += "ld.param.u64 %d5, [pa]; shr.u32 %r30, %r0, 5; and.b32 %r31, %r0, 31; shr.u32 %r32, %r31, 2; and.b32 %r33, %r31, 3;\n"
+        text += "ld.param.u64 %d5, [pa]; " + PLACE
         text += f"mad.lo.u32 %r34, %r30, 16, %r32; mul.lo.u32 %r34, %r34, {128 * tiles}; mad.lo.u32 %r34, %r33, 4, %r34;\n"
         text += "cvt.u64.u32 %d6, %r34; add.s64 %d5, %d5, %d6;\n"
         for i in range(16 * tiles):
@@ -120,14 +124,16 @@ def pipeline(a: Side, b: Side, tiles: int, kind: str = "f16", registers: bool = 
                 text += f"or.b64 %d1{i}, %d1{i}, {side.descriptor():#x};\n"
             first = "{" + ", ".join(f"%a{16 * t + 4 * step + i}" for i in range(4)) + "}" if registers else "%d10"
             turned = ("" if registers else f", {int(a.transposed)}") + f", {int(b.transposed)}"
-            text += f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {_sums(n)}, {first}, %d11, 1, {scale}, 1{turned};\n"
+            text += (
+                f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {_sums(n)}, {first}, %d11, 1, {scale}, 1{turned};\n"
+            )
         text += "wgmma.commit_group.sync.aligned;\n"
         if t:
             text += "wgmma.wait_group.sync.aligned 1;\n"
             text += f"mbarrier.arrive.shared::cta.b64 _, [%r3+{8 * ((t - 1) % stages)}]; // of tile {t - 1}\n"
     text += "wgmma.wait_group.sync.aligned 0; // last\n"
-    text += f"""ld.param.u64 %d5, [out]; shr.u32 %r30, %r0, 5; and.b32 %r31, %r0, 31; shr.u32 %r32, %r31, 2; and.b32 %r33, %r31, 3;
-        mad.lo.u32 %r34, %r30, 16, %r32; mul.lo.u32 %r34, %r34, {4 * n}; mad.lo.u32 %r34, %r33, 8, %r34;
+    text += "ld.param.u64 %d5, [out]; " + PLACE
+    text += f"""mad.lo.u32 %r34, %r30, 16, %r32; mul.lo.u32 %r34, %r34, {4 * n}; mad.lo.u32 %r34, %r33, 8, %r34;
         cvt.u64.u32 %d6, %r34; add.s64 %d5, %d5, %d6;\n"""
     for i in range(n // 2):
         text += f"st.global.f32 [%d5+{i // 4 * 32 + i // 2 % 2 * 32 * n + i % 2 * 4}], %s{i};\n"
@@ -149,9 +155,11 @@ def by_mma(n: int, k: int, kind: str = "f16") -> str:
         for i in range(4):
             text += f"ld.global.b32 %r1{i}, [%d1+{2 * k0 + i % 2 * 16 * k + i // 2 * 16}];\n"
         for j in range(n // 8):
-            text += f"ld.global.b32 %r14, [%d2+{2 * k0 + 16 * k * j}]; ld.global.b32 %r15, [%d2+{2 * k0 + 16 * k * j + 16}];\n"
+            for i in range(2):
+                text += f"ld.global.b32 %r1{4 + i}, [%d2+{2 * k0 + 16 * k * j + 16 * i}];\n"
             d = "{" + ", ".join(f"%s{4 * j + i}" for i in range(4)) + "}"
-            text += f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {d}, {{%r10, %r11, %r12, %r13}}, {{%r14, %r15}}, {d};\n"
+            text += f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {d},\n"
+            text += f"{{%r10, %r11, %r12, %r13}}, {{%r14, %r15}}, {d};\n"
     for i in range(n // 2):
         text += f"st.global.f32 [%d3+{i // 4 * 32 + i // 2 % 2 * 32 * n + i % 2 * 4}], %s{i};\n"
     return text + "ret;\n}\n"
@@ -174,14 +182,15 @@ def edited(text: str, edit: Sequence[str] | None) -> str:
 
 def multiply(
     x: np.ndarray, y: np.ndarray, a: Side, b: Side, *, kind: str = "f16", registers: bool = False, stages: int = 2,
-    edit: Sequence[str] | None = None, **options: Any,
+    edit: Sequence[str] | None = None, every: Sequence[str] | None = None, **options: Any,
 ) -> tuple[np.ndarray, LaunchReport]:  # fmt: skip
-    """The product of x [64][k] and y [n][k], float32 values, by `pipeline`."""
+    """The product of x [64][k] and y [n][k], float32 values, by `pipeline`; `every` replaces a text wherever it stands."""
     xs, ys = halves(x, kind), halves(y, kind)
     xt, yt = (np.ascontiguousarray(v.T) if side.transposed else v for v, side in ((xs, a), (ys, b)))
     out = np.full((64, len(y)), np.nan, np.float32)
     tiles = -(-x.shape[1] // 64)
     text = edited(pipeline(a, b, tiles, kind, registers, stages), edit)
+    text = text.replace(*every) if every else text
     shared = stages * (a.bytes + b.bytes) + 16 * stages
     memory = [(v.ctypes.data, v.nbytes, False, name) for v, name in ((xt, "a"), (yt, "b"))]
     report = run(text, "k", 1, 160, [a.map(xt), b.map(yt), out, xs], shared, memory=memory, **options)

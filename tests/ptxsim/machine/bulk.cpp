@@ -1,12 +1,13 @@
-// bulk.cpp: cp.async.bulk.tensor from global to shared memory: boxes of a tensor, zeros where it ends, swizzled, and reported to
-// an mbarrier. Eager: a copy lands when it is issued. Lazy: when no warp can go on without it.
+// bulk.cpp: cp.async.bulk.tensor from global to shared memory: boxes of a tensor, zeros where it ends, swizzled, and reported
+// to an mbarrier. Eager: a copy lands when it is issued. Lazy: when no warp can go on without it.
 #include <algorithm>
 
 #include "lanes.h"
 
 namespace ptxsim {
 
-static const char* const SWIZZLES[] = {"no swizzle", "a swizzle of 32 bytes", "a swizzle of 64 bytes", "a swizzle of 128 bytes"};
+static const char* const SWIZZLES[] = {"no swizzle", "a swizzle of 32 bytes", "a swizzle of 64 bytes",
+                                       "a swizzle of 128 bytes"};
 
 static TensorMap map_at(Warp& w, u32 lane, const Inst& in, u64 a) {
     TensorMap m;
@@ -61,8 +62,8 @@ void land_bulk(Block& b, size_t which) {
     land(b, c);
 }
 
-// x[0] shared address, x[1] the map's, x[2] the mbarrier's, x[3..5] and the pool: coordinates; imm, target: offsets of the shared
-// address and the mbarrier's; mod: ADDRESS64 of the first, 4 of the third, 16.. the rank
+// x[0] shared address, x[1] the map's, x[2] the mbarrier's, x[3..5] and the pool: coordinates; imm, target: offsets of the
+// shared address and the mbarrier's; mod: ADDRESS64 of the first, 4 of the third, 16.. the rank
 static void copy(Warp& w, const Inst& in) {
     Block& b = *w.block;
     each_lane(w.mask, [&](u32 i) {
@@ -82,21 +83,25 @@ static void copy(Warp& w, const Inst& in) {
         const u64 to = shared(in.x[0], in.imm, in.mod & ADDRESS64), mbar = shared(in.x[2], in.target, in.mod & 4);
         if (to % 128) fault(w, i, in, text("a bulk copy to shared+%llu, not a multiple of 128", (unsigned long long)to));
         if (to + c.bytes > b.shared_bytes)
-            fault(w, i, in, text("out-of-bounds bulk copy of %u bytes to shared+%llu of a block with %u bytes", c.bytes,
-                                 (unsigned long long)to, b.shared_bytes));
+            fault(w, i, in,
+                  text("out-of-bounds bulk copy of %u bytes to shared+%llu of a block with %u bytes", c.bytes,
+                       (unsigned long long)to, b.shared_bytes));
         if (m.swizzle && pitch != 16u << m.swizzle)
             fault(w, i, in, text("rows of %u bytes with %s: what lies between them is not known", pitch, SWIZZLES[m.swizzle]));
         c.to = u32(to), c.mbar = u32(mbar);
         Mbar& bar = mbar_at(w, i, in, mbar);
         if (!bar.fenced)
-            fault(w, i, in, text("a bulk copy reports to the mbarrier at shared+%u, which was initialised without a fence: "
-                                 "fence.mbarrier_init or fence.proxy.async, by the thread that did it", c.mbar));
+            fault(w, i, in,
+                  text("a bulk copy reports to the mbarrier at shared+%u, which was initialised without a fence: "
+                       "fence.mbarrier_init or fence.proxy.async, by the thread that did it",
+                       c.mbar));
         for (u32 at = c.to / 16; at < (c.to + c.bytes) / 16; at++) {
             const u64 tag = b.generic[at];
             const Warp& writer = b.warps[(tag & 0xffff) / 32];
             if (tag && writer.fenced[tag & 31] <= tag >> 16 && w.fenced[i] <= tag >> 16)
-                fault(w, i, in, text("a bulk copy over shared+%u, which thread %u has written, with no fence.proxy.async between",
-                                     at * 16, u32(tag & 0xffff)));
+                fault(w, i, in,
+                      text("a bulk copy over shared+%u, which thread %u has written, with no fence.proxy.async between",
+                           at * 16, u32(tag & 0xffff)));
             b.generic[at] = 0;
         }
         rows_of(c, [&](u32, u64 address, u32 lo, u32 hi) {

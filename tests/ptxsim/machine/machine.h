@@ -84,8 +84,8 @@ struct Program {
     // Of a program with wgmma, for every instruction: where the pool says which of the registers that a wgmma uses it touches:
     // how many, then 2 * register + written. -1: none.
     std::vector<s32> touches;
-    u32 watched = 0;          // how many such registers there are
-    bool bulk = false;        // has wgmma or bulk copies: who wrote to shared memory by other means must be known
+    u32 watched = 0;    // how many such registers there are
+    bool bulk = false;  // has wgmma or bulk copies: who wrote to shared memory by other means must be known
     bool mbarriers = false;
     std::vector<u64> executed, lanes;  // per instruction: times run by a warp, times run by a lane
 };
@@ -144,7 +144,7 @@ struct Warp {
     Group groups[33];
     u32 committed[32];
     std::vector<Copy> copies;
-    bool polls;                     // its last turn ended with a wait that was over too early
+    u64 polled;                     // steps since it last asked an mbarrier in vain
     u64 fenced[32];                 // when each lane last ran fence.proxy.async
     std::vector<u8> uses;           // of the registers that wgmmas use: Use
     std::vector<Product> products;  // issued and not waited for
@@ -173,10 +173,11 @@ struct Block {
     u32 shared_bytes;
     std::vector<Warp> warps;
     Bar bars[16];
-    std::map<u32, Mbar> mbars;                   // by address
-    std::vector<Bulk> copies;                    // on their way
-    std::vector<u64> generic;                    // for every 16 bytes: when (<< 16) and by whom last written, but by a bulk copy
-    u64 proxy_time;                              // counts these writes and their fences
+    std::map<u32, Mbar> mbars;  // by address
+    std::vector<Bulk> copies;   // on their way
+    std::vector<u64> generic;   // for every 16 bytes: when (<< 16) and by whom last written, but by a bulk copy
+    u32 idle;                   // rounds in which no warp did more than ask an mbarrier in vain
+    u64 proxy_time;             // counts these writes and their fences
     std::vector<std::vector<Product>> products;  // what the first warp of each warpgroup has issued
     // Race detector: warp w knows of all that warp v did before time seen[w][v]; low[w] and high[w] are the row's extremes.
     std::vector<std::vector<u32>> seen;
@@ -254,8 +255,8 @@ void race_bulk_issued(Block& b, const Bulk& c);
 void race_bulk_landed(Block& b, const Bulk& c);
 void race_mbarrier_arrive(Warp& w, Mbar& m);
 void race_mbarrier_wait(Warp& w, const Mbar& m);
-void race_wgmma_read(Warp& w, s32 line, u32 offset);    // 16 bytes
-u32 race_wgmma_over(Warp& w);                           // when its reads are known to have ended
+void race_wgmma_read(Warp& w, s32 line, u32 offset);  // 16 bytes
+u32 race_wgmma_over(Warp& w);                         // when its reads are known to have ended
 void race_wgmma_known(Warp& w, u32 time);
 void race_arrive(Warp& w, Bar& bar);                              // before the release of what it waits for
 void race_wait_over(Bar& bar, const std::vector<Warp*>& waited);  // all that waited there go on

@@ -1,8 +1,8 @@
 // mbarrier.cpp: mbarrier.* and the fences of the asynchronous proxy.
 //
 // An mbarrier's state is kept beside shared memory, under its address: nobody may look into its eight bytes. x[0] the result or
-// -1, x[1] the address register or -1, imm the offset, x[2] and x[3] counts; mod: ADDRESS64, 4 parity, 8 try, 16 announces bytes,
-// 32 no arrival.
+// -1, x[1] the address register or -1, imm the offset, x[2] and x[3] counts; mod: ADDRESS64, 4 parity, 8 try, 16 announces
+// bytes, 32 no arrival.
 #include "lanes.h"
 
 namespace ptxsim {
@@ -33,6 +33,7 @@ std::string waits_for(const Block& b, u32 at) {
 // The phase is over if nothing is missing: who waits may go on.
 static void settle(Block& b, u32 at, Mbar& m) {
     if (m.pending != 0 || m.bytes != 0) return;
+    b.idle = 0;
     m.phase++;
     m.pending = m.count;
     m.done = m.clock;

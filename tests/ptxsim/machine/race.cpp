@@ -122,8 +122,7 @@ static void report(Warp& w, u32 lane, s32 line, const Clash& clash, bool write, 
     if (clash.kind == Clash::COPY)
         l.problem(text("%s of %s while a %s to it is under way: ", what.c_str(), where.c_str(),
                        is_bulk(clash) ? "bulk copy" : "cp.async") +
-                  place(w, lane, line) +
-                  text("; copied by {line %u} and not waited for", clash.line));
+                  place(w, lane, line) + text("; copied by {line %u} and not waited for", clash.line));
     else
         l.problem(text("race: %s of %s, ", what.c_str(), where.c_str()) + place(w, lane, line) + ", after its " +
                   (clash.kind == Clash::READ ? "read" : "write") + " by " + thread_name(l, clash.thread) +

@@ -92,14 +92,14 @@ static void start_block(Block& b, u32 number, u32 dynamic) {
     if (l.options.race) race_start_block(b);
 }
 
-constexpr u32 POLLS = 1000;  // rounds in which no warp did more than ask an mbarrier in vain
+constexpr u32 IDLE_ROUNDS = 1000;  // after which nobody will do more than ask mbarriers in vain
 
 static void run_block(Block& b) {
     Launch& l = *b.launch;
     const u32 n = u32(b.warps.size());
     std::vector<u32> order(n);
     for (u32 i = 0; i < n; i++) order[i] = l.options.sched == 1 ? n - 1 - i : i;
-    u32 polled = 0;
+    b.idle = 0;
     while (b.live) {
         bool any = false;
         if (l.options.sched == 2)
@@ -107,9 +107,9 @@ static void run_block(Block& b) {
         for (u32 i : order) {
             if (!runnable(b.warps[i])) continue;
             run_warp(b.warps[i], l.options.sched == 2 ? 1 + l.draw() % 64 : 100000);
-            any |= !b.warps[i].polls;
+            any |= b.warps[i].polled >= NOT_POLLING;
         }
-        polled = any ? 0 : polled + 1;
+        b.idle = any ? 0 : b.idle + 1;
         if (!any && !b.copies.empty()) {  // the last legal moment
             const u64 n = b.copies.size();
             land_bulk(b, l.options.sched == 0 ? 0 : l.options.sched == 1 ? n - 1 : l.draw() % n);
@@ -117,7 +117,7 @@ static void run_block(Block& b) {
         }
         if (l.steps > l.options.max_steps)
             throw Fault{text("more than %llu warp instructions: an endless loop?", (unsigned long long)l.options.max_steps)};
-        if (polled > POLLS || (!any && b.live && std::none_of(b.warps.begin(), b.warps.end(), runnable))) {
+        if (b.idle > IDLE_ROUNDS || (!any && b.live && std::none_of(b.warps.begin(), b.warps.end(), runnable))) {
             std::string who;
             u32 shown = 0;
             for (const Warp& w : b.warps)
@@ -198,8 +198,8 @@ struct Packed {  // an instruction as decode.py packs it
     s32 guard, target, more, line;
 };
 
-// sizes: instructions, pool, constants, specials, file bytes, static shared, local bytes, shared granule, global granule, registers
-// that wgmmas use; touches: Program::touches
+// sizes: instructions, pool, constants, specials, file bytes, static shared, local bytes, shared granule, global granule,
+// registers that wgmmas use; touches: Program::touches
 void* ptxsim_program(const void* code, const s32* pool, const u64* constants, const u32* specials, const u32* sizes,
                      const s32* touches) {
     Program* p = new Program;

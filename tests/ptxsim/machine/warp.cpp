@@ -28,6 +28,7 @@ void start_warp(Warp& w) {
     w.groups[0] = Group{0, w.born, RUNNABLE, false, 0, 0, 0};
     start_block_copies(w);
     start_warp_wgmma(w);
+    w.polled = NOT_POLLING;
 }
 
 bool runnable(const Warp& w) {
@@ -337,7 +338,8 @@ static bool mbarrier_wait(Warp& w, const Inst& in, u32 mask) {
     if (late && (!may_wait || (w.launch->options.sched == 2 && w.launch->draw() % 4 == 0))) {  // not over yet
         w.pc++;
         save(w);
-        w.expired = w.polls = true;
+        w.expired = true;
+        w.polled = 0;
         return false;
     }
     if (!late) {
@@ -411,7 +413,7 @@ static bool control(Warp& w, const Inst& in, u32 mask) {
 void run_warp(Warp& w, u64 steps) {
     w.current = ~0u;
     if (!choose(w, w.expired)) return;
-    w.expired = w.polls = false;
+    w.expired = false;
     const Inst* code = w.program->code.data();
     u64* executed = w.launch->program->executed.data();
     u64* lanes = w.launch->program->lanes.data();
@@ -433,10 +435,12 @@ void run_warp(Warp& w, u64 steps) {
             w.pc = pc + 1;
         } else if (!control(w, in, mask)) {
             w.launch->steps += steps - left + 1;
+            w.polled += steps - left + 1;
             return;
         }
     }
     w.launch->steps += steps;
+    w.polled += steps;
     save(w);
     w.expired = true;  // lanes that spin must not keep the others from their turn
 }
@@ -450,7 +454,7 @@ std::string waiting(const Warp& w) {
                           : g.state == AT_MBARRIER ? "waits for an mbarrier"
                           : g.state == AT_WGMMA    ? "waits for the other warps of its warpgroup to commit their wgmmas"
                           : g.state == RUNNABLE    ? "polls"
-                              : "waits at a collective for lanes";
+                                                   : "waits at a collective for lanes";
         s += text("\n  warp %u, lanes 0x%08x: ", w.id, g.mask) + why;
         if (g.state == AT_BARRIER) s += text(" %u", g.bar);
         else if (g.state == AT_MBARRIER) s += waits_for(*w.block, g.bar);

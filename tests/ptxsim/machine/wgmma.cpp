@@ -1,7 +1,8 @@
 // wgmma.cpp: the products of a warpgroup, four neighbouring warps with 16 of the 64 rows each.
 //
-// A product runs as late as it may: when the first of the four warps waits for its group, for all four of them. So a stage that
-// is overwritten before that wait gives wrong sums. Matrices in shared memory lie as the PTX ISA's canonical layouts say.
+// A product runs when the first of the four warps waits for its group, for all four of them; what it reads must be then what it
+// was at the issue. So a stage that comes too late, or goes too early, is seen whatever the schedule. Matrices in shared memory
+// lie as the PTX ISA's canonical layouts say.
 #include <algorithm>
 
 #include "lanes.h"
@@ -26,7 +27,8 @@ struct Matrix {
           stride(u32(d >> 32 & 0x3fff) << 4),
           base(u32(d >> 49 & 7)),
           bits((4 - u32(d >> 62)) & 3) {}
-    // Eight neighbours: with `transposed` rows (of a; columns of b) 8 i to 8 i + 7 of one k, else k = 8 i to 8 i + 7 of one row.
+    // Eight neighbours: with `transposed` rows (of a; columns of b) 8 i to 8 i + 7 of one k, else k = 8 i to 8 i + 7 of one
+    // row.
     u32 eight(u32 i, u32 other, bool transposed) const {
         u32 at = start;
         if (!transposed) at += other % 8 * (16u << bits) + other / 8 * stride + i * (bits ? 16 : leading);
@@ -49,27 +51,40 @@ static void pieces(const Matrix& m, u32 size, bool transposed, F f) {
             for (u32 i = 0; i < 2; i++) f(m.eight(i, row, false), row, 8 * i, 0u, 1u);
 }
 
-static void check_matrix(Warp& w, const Inst& in, const char* name, u64 d, u32 size, bool transposed) {
+// At the issue: the descriptor and the place are right, and what ld and st wrote there has been fenced. Keeps what it found.
+static void look_at(Warp& w, const Inst& in, const char* name, u64 d, u32 size, bool transposed, std::vector<u8>& bytes) {
     Block& b = *w.block;
-    if (d & UNUSED_BITS) fault(w, 0, in, text("the descriptor 0x%llx of %s: a bit is set that means nothing", (unsigned long long)d, name));
+    const auto descriptor = [&] { return text("the descriptor 0x%llx of %s: ", (unsigned long long)d, name); };
+    if (d & UNUSED_BITS) fault(w, 0, in, descriptor() + "a bit is set that means nothing");
     const Matrix m(d);
-    if (m.bits == 0 && m.base) fault(w, 0, in, text("the descriptor 0x%llx of %s: a base offset without a swizzle", (unsigned long long)d, name));
+    if (m.bits == 0 && m.base) fault(w, 0, in, descriptor() + "a base offset without a swizzle");
+    const u64 fenced_here = *std::min_element(w.fenced, w.fenced + 32);
     pieces(m, size, transposed, [&](u32 at, u32, u32, u32, u32) {
         if (at + 16 > b.shared_bytes)
-            fault(w, 0, in, text("out-of-bounds matrix %s: shared address %u of a block with %u bytes", name, at, b.shared_bytes));
-        const u64 tag = b.generic[at / 16];
-        if (!tag) return;
-        const u64 late = *std::min_element(w.fenced, w.fenced + 32);
-        if (b.warps[(tag & 0xffff) / 32].fenced[tag & 31] <= tag >> 16 && late <= tag >> 16)
-            fault(w, 0, in, text("wgmma reads shared+%u, which thread %u has written, with no fence.proxy.async between", at,
-                                 u32(tag & 0xffff)));
+            fault(w, 0, in,
+                  text("out-of-bounds matrix %s: shared address %u of a block with %u bytes", name, at, b.shared_bytes));
+        bytes.insert(bytes.end(), b.shared + at, b.shared + at + 16);
+        const u64 tag = b.generic[at / 16], time = tag >> 16;
+        if (tag && b.warps[(tag & 0xffff) / 32].fenced[tag & 31] <= time && fenced_here <= time)
+            fault(w, 0, in,
+                  text("wgmma reads shared+%u, which thread %u has written, with no fence.proxy.async between", at,
+                       u32(tag & 0xffff)));
     });
 }
-static void read_matrix(Warp& w, const Inst& in, u64 d, u32 size, bool transposed, bool negated, float* to) {  // to[row][16]
+// At the wait, to[row][16]; `bytes`: as they were at the issue, and must still be.
+static void read_matrix(Warp& w, const Inst& in, u64 d, u32 size, bool transposed, bool negated, const u8*& bytes, float* to) {
     const bool bf16 = what(in) & BF16_;
     pieces(Matrix(d), size, transposed, [&](u32 at, u32 row, u32 k, u32 step_row, u32 step_k) {
         u16 v[8];
         memcpy(v, w.block->shared + at, 16);
+        if (memcmp(v, bytes, 16) != 0)
+            fault(
+                w, 0, in,
+                text(
+                    "shared+%u has changed while a wgmma was to read it: written too early, before a wait for the wgmma, or too "
+                    "late, and the wgmma did not wait for it",
+                    at));
+        bytes += 16;
         for (u32 e = 0; e < 8; e++) {
             const float x = bf16 ? from_bf16(v[e]) : from_half(v[e]);
             to[(row + e * step_row) * 16 + k + e * step_k] = negated ? -x : x;
@@ -89,8 +104,8 @@ void watch(Warp& w, const Inst& in, u32 pc) {
         const bool written = t[i] & 1;
         if (use & SUM_IN_FLIGHT || (written && use & OPERAND_IN_FLIGHT))
             fault(w, u32(__builtin_ctz(w.mask)), in,
-                  text("%s of a register that a wgmma in flight %s: no wgmma.wait_group has covered it", written ? "write" : "read",
-                       use & SUM_IN_FLIGHT ? "adds to" : "reads"));
+                  text("%s of a register that a wgmma in flight %s: no wgmma.wait_group has covered it",
+                       written ? "write" : "read", use & SUM_IN_FLIGHT ? "adds to" : "reads"));
         if (written) use |= UNFENCED;
     }
 }
@@ -119,8 +134,15 @@ static void issue(Warp& w, const Inst& in) {
     if (w.mask != FULL) fault(w, u32(__builtin_ctz(w.mask)), in, "wgmma without all 32 lanes of the warp");
     if (group >= b.products.size()) fault(w, 0, in, "wgmma in a warp whose warpgroup has not four warps");
     const bool in_registers = what(in) & A_IN_REGISTERS;
-    Product p{&in, in_registers ? 0 : uniform(w, in, in.x[0], "a"), uniform(w, in, in.x[1], "b"), w.product_count++,
-              w.product_groups, 0, bool(what(in) & ADD), false};
+    Product p{&in,
+              in_registers ? 0 : uniform(w, in, in.x[0], "a"),
+              uniform(w, in, in.x[1], "b"),
+              w.product_count++,
+              w.product_groups,
+              0,
+              bool(what(in) & ADD),
+              false,
+              {}};
     if (in.x[2] >= 0) {
         const u32 add = w.pred(in.x[2]);
         if (add != 0 && add != FULL) fault(w, 0, in, "scale-d differs between the lanes of a warp");
@@ -129,11 +151,14 @@ static void issue(Warp& w, const Inst& in) {
     auto& issued = b.products[group];
     if (p.number == issued.size()) {
         issued.push_back(p);
-        if (!in_registers) check_matrix(w, in, "a", p.a, 64, what(in) & A_TRANSPOSED);
-        check_matrix(w, in, "b", p.b, columns(in), what(in) & B_TRANSPOSED);
+        auto& bytes = issued.back().bytes;
+        if (!in_registers) look_at(w, in, "a", p.a, 64, what(in) & A_TRANSPOSED, bytes);
+        look_at(w, in, "b", p.b, columns(in), what(in) & B_TRANSPOSED, bytes);
     } else if (!(issued[p.number] == p)) {
-        fault(w, 0, in, text("the warps of a warpgroup issue different wgmmas: another one's wgmma %llu is at {line %d}, or has other "
-                             "descriptors, scale-d or groups", (unsigned long long)p.number, issued[p.number].in->line));
+        fault(w, 0, in,
+              text("the warps of a warpgroup issue different wgmmas: another one's wgmma %llu is at {line %d}, or has other "
+                   "descriptors, scale-d or groups",
+                   (unsigned long long)p.number, issued[p.number].in->line));
     }
     const s32* t = touched(w, u32(&in - w.program->code.data()));
     for (s32 i = 1; i <= t[0]; i++) {
@@ -152,6 +177,7 @@ static void fence(Warp& w, const Inst& in) {
     if (w.mask != FULL) fault(w, u32(__builtin_ctz(w.mask)), in, "wgmma.fence without all 32 lanes of the warp");
     for (u8& use : w.uses) use &= u8(~UNFENCED);
 }
+static void gather(Warp&, const Inst&) {}  // the lanes of a warp before wait_group
 static void commit(Warp& w, const Inst& in) {
     if (w.mask != FULL) fault(w, u32(__builtin_ctz(w.mask)), in, "wgmma.commit_group without all 32 lanes of the warp");
     w.product_groups++;
@@ -207,8 +233,12 @@ void finish_products(Warp& w, u32 groups) {
         if (p.group >= groups || p.done) continue;
         const Inst& in = *p.in;
         read = true;
-        if (!(what(in) & A_IN_REGISTERS)) read_matrix(w, in, p.a, 64, what(in) & A_TRANSPOSED, what(in) & A_NEGATED, a.data());
-        read_matrix(w, in, p.b, columns(in), what(in) & B_TRANSPOSED, what(in) & B_NEGATED, b.data());
+        auto& bytes = w.block->products[w.id / 4][p.number].bytes;
+        const u8* at = bytes.data();
+        if (!(what(in) & A_IN_REGISTERS))
+            read_matrix(w, in, p.a, 64, what(in) & A_TRANSPOSED, what(in) & A_NEGATED, at, a.data());
+        read_matrix(w, in, p.b, columns(in), what(in) & B_TRANSPOSED, what(in) & B_NEGATED, at, b.data());
+        std::vector<u8>().swap(bytes);
         for (u32 i = w.id / 4 * 4; i < w.id / 4 * 4 + 4; i++)
             for (Product& q : w.block->warps[i].products)
                 if (q.number == p.number) multiply(w.block->warps[i], in, q, a.data(), b.data()), q.done = true;
@@ -254,6 +284,7 @@ static void set_registers(Warp& w, const Inst& in) {
 void add_wgmma(Table& t) {
     t.add("wgmma", issue);
     t.add("wgmma.fence", fence);
+    t.add("wgmma.gather", gather);
     t.add("wgmma.commit_group", commit);
     t.add("setmaxnreg", set_registers);
 }
