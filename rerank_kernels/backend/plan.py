@@ -18,7 +18,6 @@ from rerank_kernels.errors import BackendError
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 MMA, WGMMA = "mma.sync m16n8k16", "wgmma m64nNk16"
 K_STEP = 16  # of either instruction
-KEYS = 64  # of a tile of attention
 WIDEST_HEAD = 256
 
 
@@ -107,7 +106,7 @@ def triton_attention(features: str, arch: int, d: int) -> Row:
     from rerank_kernels.backend.triton import attention
 
     low, high = attention.parts(d, arch)
-    tiles = tuple(Tile(t.rows, KEYS, t.warps * 32, None) for t in attention.tensor_tiles(d, arch))
+    tiles = tuple(Tile(t.rows, attention.keys(d), t.warps * 32, None) for t in attention.tensor_tiles(d, arch))
     return Row("attention", features, arch, "triton", triton_instruction(arch), (low + high) // K_STEP, tiles)
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from rerank_kernels.backend import registry
+from rerank_kernels.backend.modes import MODES
 from rerank_kernels.errors import BackendError
 from rerank_kernels.tables import Column, Table
 from rerank_kernels.verify.controls import Control
@@ -145,6 +146,7 @@ def environment(setting: Setting | None = None) -> dict[str, Any]:
     try:
         setting = setting or Setting(torch.device("cpu"), "portable", registry.active("cpu"))
         out["backend"], out["promises"], out["mode"] = setting.backend.name, list(setting.promises), setting.mode
+        out["numerics"] = MODES[setting.mode].version
         if setting.device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(setting.device)
             out["gpu"] = f"{torch.cuda.get_device_name(setting.device)}, sm_{major}{minor}"

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+import contract
 import rerank_kernels as rk
+from tools import fit
 
 _host = pytest.importorskip("rerank_kernels._host", reason="the C++ library was not built")
 ISAS = [name for name, there in _host.cpu_features().items() if there]
@@ -173,6 +175,55 @@ def test_exact_points() -> None:
     assert f("tanh", math.inf, -math.inf, 0.0) == [1.0, -1.0, 0.0]
     assert f("normcdf", 0.0, math.inf, -math.inf) == [0.5, 1.0, 0.0]
     assert all(math.isnan(v) for name in BOUNDS for v in f(name, math.nan))
+
+
+def test_exp2_short() -> None:
+    """The bound of NUMERICS.md, and the contract's bits."""
+    d = np.concatenate([np.linspace(-800, 0, 400_001, dtype=np.float32), -np.logspace(-30, 3, 40_001, dtype=np.float32)])
+    for scale in (0.125, 1.0, 0.08838834764831845, 1e-9, 1e9):
+        c, least, scaled = _host.weighing(scale, 0.0)
+        assert not scaled
+        x = (d * (0.18 / c)).astype(np.float32)
+        got, want = _host.exp2_short(x, c, least), np.exp2(x.astype(np.float64) * c)
+        normal = want >= 2.0**-126
+        assert float((np.abs(got - want)[normal] / want[normal]).max()) < 2.9e-6
+        assert float(np.abs(got - want).max()) < 2.9e-6 and (got >= 0).all() and (got[~normal] < 2.0**-125.9).all()
+        stated = contract.exp2_short(x, np.float32(c), np.float32(least))
+        assert np.array_equal(got.view(np.uint32), stated.view(np.uint32))
+    assert "below 2.9e-6" in (ROOT / "NUMERICS.md").read_text()
+
+
+def test_gelu_short() -> None:
+    """The bound of NUMERICS.md in units of float16 and bfloat16, the contract's bits, and what is no number."""
+    x = np.concatenate([sweep(), np.linspace(-13.5, 13.5, 400_001, dtype=np.float32)])
+    got, want = _host.gelu_short(x), truth("gelu", x)
+    finite, tiny = np.isfinite(x), np.abs(want) < 2.0**-126 * np.maximum(np.abs(x), 1.0)
+    error = np.abs(got.astype(np.float64) - want)
+    assert float(error[finite & tiny].max()) < 2.0**-126
+    for bits, least, stated in ((11, -24, 0.07), (8, -133, 0.01)):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ulp = np.exp2(np.maximum(np.floor(np.log2(np.abs(want))) - (bits - 1), least))
+        assert float((error / ulp)[finite & ~tiny].max()) < stated
+        assert (
+            f"below {stated:g} ulp of float16" in (text := (ROOT / "NUMERICS.md").read_text())
+            or f"{stated:g} ulp of bf" in text
+        )
+    stated_bits = contract.gelu_short(x)
+    assert ((got.view(np.uint32) == stated_bits.view(np.uint32)) | (np.isnan(got) & np.isnan(stated_bits))).all()
+    ends = _host.gelu_short(np.array([math.inf, -math.inf, math.nan, -0.0, 1e30, -1e30], np.float32))
+    assert ends[0] == math.inf and np.isnan(ends[1:3]).all() and ends[4] == np.float32(1e30)
+    assert ends[[3, 5]].tolist() == [0.0, 0.0] and np.signbit(ends[[3, 5]]).all()
+
+
+def test_the_short_forms_are_what_fit_gives(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every coefficient that tools/fit.py finds stands in numerics.h and in its Triton twin."""
+    fit.main()
+    said = capsys.readouterr().out
+    found = re.findall(r"x\^\d: (-?0x\S+)f", said[said.index("exp2_short") :])
+    assert len(found) == 10
+    for path in ("csrc/numerics.h", "rerank_kernels/backend/triton/numerics.py"):
+        held = {float.fromhex(h) for h in re.findall(r"-?0x1\.[0-9a-f]*p[+-]?\d+", (ROOT / path).read_text())}
+        assert {float.fromhex(h) for h in found} <= held, path
 
 
 def test_sigmoid_complement_stays_distinct() -> None:

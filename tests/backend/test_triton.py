@@ -537,9 +537,8 @@ TENSOR_MUTANTS: dict[str, tuple[Edit, str, dict[str, Any], Callable[[Case, torch
     "a sequence alone goes over its keys backwards": (
         Edit(
             "attention.py",
-            "for key in tl.range(whole, whole_end, KEY_TILE):",
-            "for at in tl.range(whole, whole_end, KEY_TILE):\n"
-            "        key = tl.where(B == 1, whole_end - KEY_TILE - at + whole, at)",
+            "for key in tl.range(whole, whole_end, KEYS):",
+            "for at in tl.range(whole, whole_end, KEYS):\n        key = tl.where(B == 1, whole_end - KEYS - at + whole, at)",
         ),
         "attention-D16-H2of1-T600-causal=True",
         {"mma": 2},
