@@ -2,8 +2,8 @@
 many of them make one sum, and the tiles that the launcher chooses from. A pure function; it needs no GPU.
 
 All tiles of a row of this table take the same instructions in the same order for an output. So the choice is in no bit. CUDA
-C++ is the same on every architecture; its tiles are those of csrc/cuda/sm80/tiles.h, which the C++ library holds without CUDA
-too. Triton's are its own tables, read where Triton is installed.
+C++ has tiles for every architecture, csrc/cuda/sm80/tiles.h, and for linear on a Hopper others, csrc/cuda/sm90/tiles.h; the C++
+library holds both without CUDA too. Triton's are its own tables, read where Triton is installed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def plan(arch: int, linears: Sequence[tuple[int, int]], heads: Sequence[int]) ->
             raise ValueError(f"plan: N and K must be >= 1, got {n} and {k}")
         features = f"N {n}, K {k}"
         if cuda_gap() is None:
-            yield Row("linear, bmm", features, arch, "cuda", MMA, ceil_div(k, K_STEP), cuda_linear())
+            yield Row("linear, bmm", features, arch, "cuda", *cuda_linear(arch, k))
         if triton_gap(arch) is None:
             yield triton_linear(features, arch, k)
     for d in heads:
@@ -67,8 +67,13 @@ def cuda_gap() -> str | None:
     return library.missing()
 
 
-def cuda_linear() -> tuple[Tile, ...]:
-    return tuple(Tile(*numbers) for numbers in library.launch_tables()["sm80"]["linear"])
+def cuda_linear(arch: int, k: int) -> tuple[str, int, tuple[Tile, ...]]:
+    """On a Hopper TMA wants rows of whole 16 bytes, and addresses, which are not known here, at multiples of them. Where they
+    do not fit, the tiles for every architecture serve, with the same bits.
+    """
+    hopper = arch == 90 and k % 8 == 0
+    tiles = library.launch_tables()["sm90" if hopper else "sm80"]["linear"]
+    return WGMMA if hopper else MMA, ceil_div(k, K_STEP), tuple(Tile(*numbers) for numbers in tiles)
 
 
 def cuda_attention(d: int) -> tuple[Tile, ...]:

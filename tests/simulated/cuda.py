@@ -72,7 +72,7 @@ _ATTENTION = """if (args.dtype == Dtype::F32) start(attention_rows<float>);
     else if (args.dtype == Dtype::F16) start(attention_rows<f16>);
     else start(attention_rows<bf16>);"""
 _LINEAR_TENSOR = "g.x.dtype == Dtype::F16 ? linear_tensor_tile<T, f16> : linear_tensor_tile<T, bf16>"
-_LINEAR_HOPPER = "g.x.dtype == Dtype::F16 ? linear_hopper<WAY, f16> : linear_hopper<WAY, bf16>"
+_LINEAR_HOPPER = "g.x.dtype == Dtype::F16 ? linear_hopper<T, f16> : linear_hopper<T, bf16>"
 _ATTENTION_TENSOR = """if (args.dtype == Dtype::F16) start(attention_tensor_rows<WIDTH, f16>);
     else start(attention_tensor_rows<WIDTH, bf16>);"""
 _ATTENTION_WIDTH = """args.D <= 32    ? start_attention<32>
@@ -90,7 +90,7 @@ LONGEST = {
         ("portable/linear.cu", _LINEAR, "start(Yes(), Yes());"),
         ("portable/attention.cu", _ATTENTION, "start(attention_rows<f16>);"),
         ("sm80/linear.cu", _LINEAR_TENSOR, "linear_tensor_tile<T, f16>"),
-        ("sm90/linear.cu", _LINEAR_HOPPER, "linear_hopper<WAY, f16>"),
+        ("sm90/linear.cu", _LINEAR_HOPPER, "linear_hopper<T, f16>"),
         ("sm80/attention.cu", _ATTENTION_TENSOR, "start(attention_tensor_rows<WIDTH, f16>);"),
         ("sm80/attention.cu", _ATTENTION_WIDTH, "start_attention<64>;"),
     ],
@@ -99,8 +99,8 @@ LONGEST = {
 
 @dataclasses.dataclass
 class Options:
-    """How the simulator runs kernels (program.py, Kernel.launch); `arch` is the architecture that nvcc compiles PTX for, but for
-    a room that has its own.
+    """How the simulator runs kernels (program.py, Kernel.launch); `arch` is the architecture that nvcc compiles PTX for; a room
+    may have its own.
     """
 
     arch: str = "80"
@@ -344,7 +344,8 @@ def _build(kit: toolkit.Toolkit, made: Path, torch_side: list[Path], flags: list
             return out
 
         devices = [
-            pool.submit(kit.object, CUDA / f"{s}.cu", Path(scratch) / f"{s.replace('/', '-')}.cu.o", arch_of(s)) for s in SOURCES
+            pool.submit(kit.object, CUDA / f"{s}.cu", Path(scratch) / f"{s.replace('/', '-')}.cu.o", arch_of(s))
+            for s in SOURCES
         ]
         hosts = [pool.submit(compile_host, s) for s in [*torch_side, HERE / "cudart.cpp"]]
         objects = [job.result() for job in [*hosts, *devices]]

@@ -17,6 +17,8 @@ from tools.witness.ptx import dyed, outside_contract, ptx_kernels
 CUDA = Path(__file__).parent.parent.parent / "csrc" / "cuda"
 TENSOR_ROOMS = {"sm80": "HMMA", "sm90": "HGMMA"}  # the folders of CUDA whose kernels have tensor cores, and their instruction
 ARCHITECTURES = toolkit.ARCHITECTURES
+# Where ptxas sees that sums are +0 it takes scale-d = 0 instead, which may turn the sign of a zero: in these it is in no bit.
+SIGN_OF_ZERO_IS_FREE = ("sm90/attention",)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Kernel:
         told += [f"machine code: {listed(ops)}"] if (ops := self.code.forbidden(self.tensor)) else []
         told += [f"mode tensor, and no {self.tensor}"] if self.tensor and not self.code.count(self.tensor) else []
         told += [f"ptxas waits for every wgmma: {said}" for said in self.serialized]
+        if self.family not in SIGN_OF_ZERO_IS_FREE and self.code.from_nothing():
+            told.append("a chain of wgmma starts from scale-d = 0, not from registers that hold +0")
         told += [f"{self.stack} bytes of stack, {self.spills} of spills"] if self.stack or self.spills else []
         if streams(self.name) and not self.code.wide("LDG", "LDGSTS") and not self.code.count("UTMALDG"):
             told.append("streams, but loads no 16 bytes at once")
@@ -81,12 +85,14 @@ def readable(mangled: str) -> str:
     return re.sub(r"\w*Tile<(\d+), (\d+),[^<>]*>", r"\1x\2", name)
 
 
-def of_ptx(ptx: str, family: str, arch: str) -> list[Kernel]:
+def of_ptx(ptx: str, family: str, arch: str, target: str | None = None) -> list[Kernel]:
+    """`target`: what ptxas is told, if it is not `arch`."""
     kit = toolkit.find()
     assert kit is not None
-    made, said = kit.assemble(ptx, arch)
+    target = target or arch
+    made, said = kit.assemble(ptx, target)
     codes = machine_kernels(kit.disassemble(made))
-    dyed_codes = machine_kernels(kit.disassemble(kit.assemble(dyed(ptx), arch)[0]))
+    dyed_codes = machine_kernels(kit.disassemble(kit.assemble(dyed(ptx), target)[0]))
     kernels = []
     for mangled, text in ptx_kernels(ptx).items():
         log = re.search(rf"entry function '{mangled}'.*?Used (\d+) registers[^\n]*", said, re.DOTALL)
@@ -114,23 +120,20 @@ def of_ptx(ptx: str, family: str, arch: str) -> list[Kernel]:
     return kernels
 
 
+def arch_of(source: Path, arch: str) -> str | None:
+    """As what a source is compiled where `arch` is asked for: in a room for Hopper alone "90a" for "90", and None for "80"."""
+    only = toolkit.found.ROOMS.get(source.parent.name)
+    return arch if only is None else next((a for a in only if a.rstrip("af") == arch), None)
+
+
 def of_source(source: Path, arch: str) -> list[Kernel]:
-    """For an architecture ("90"), as its room is compiled for it ("90a")."""
-    kit = toolkit.find()
-    assert kit is not None
-    only = toolkit.found.ROOMS.get(source.parent.name)
-    (name,) = (a for a in only or (arch,) if a.rstrip("af") == arch)
-    return of_ptx(kit.ptx(source, name).read_text(), f"{source.parent.name}/{source.stem}", name)
-
-
-def compiled(source: Path, arch: str) -> bool:
-    """Whether the source's room is compiled for this architecture."""
-    only = toolkit.found.ROOMS.get(source.parent.name)
-    return only is None or arch in {a.rstrip("af") for a in only}
+    kit, name = toolkit.find(), arch_of(source, arch)
+    assert kit is not None and name is not None
+    return of_ptx(kit.ptx(source, name).read_text(), f"{source.parent.name}/{source.stem}", arch, name)
 
 
 def every(architectures: tuple[str, ...]) -> list[Kernel]:
     sources = sorted(CUDA.rglob("*.cu"))
     with ThreadPoolExecutor(2) as pool:
-        made = pool.map(lambda job: of_source(*job), [(s, a) for a in architectures for s in sources if compiled(s, a)])
+        made = pool.map(lambda job: of_source(*job), [(s, a) for a in architectures for s in sources if arch_of(s, a)])
         return [k for kernels in made for k in kernels]

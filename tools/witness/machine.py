@@ -21,6 +21,11 @@ class Code:
     def count(self, *roots: str) -> int:
         return sum(op.split(".")[0] in roots for op in self.ops)
 
+    def from_nothing(self) -> int:
+        """How many matrix instructions do not read the sum that they add to."""
+        both = zip(self.ops, self.operands, strict=True)
+        return sum(op.startswith("HGMMA") and "!UPT" in operands for op, operands in both)
+
     def undyed(self) -> Counter[str]:
         fma = (op for op in self.ops if op.split(".")[0] in ("FFMA", "FFMA2") and "RZ" not in op.split("."))
         return Counter(fma)
@@ -48,7 +53,8 @@ class Code:
     def hot(self) -> tuple[int, int]:
         """Of the loop that is densest in FFMA, which is where a kernel that computes spends its time: these, and all its
         instructions, both without the loops inside it; (0, 0) without such a loop. One that divides is an epilogue's, if there
-        is another. With tensor cores, of the loop with most HMMA or HGMMA: its instructions are also those for rows at odd addresses.
+        is another. With tensor cores, of the loop with most HMMA or HGMMA: its instructions are also those for rows at odd
+        addresses.
         """
         matrix = next((root for root in ("HGMMA", "HMMA") if self.count(root)), None)
         what, least = (matrix, 4) if matrix else ("FFMA", 8)

@@ -29,17 +29,18 @@
 
 namespace rk::sm90 {
 
-template <int WAY>
-struct Tile {
+template <int BM_, int BN_, int WAY>
+struct HopperTile {
     static constexpr LinearTile T = LINEAR_TILES[WAY];
-    static constexpr int BM = T.rows, BN = T.columns, GROUPS = T.groups, STAGES = T.stages, SLAB = T.slab;
+    static constexpr int BM = BM_, BN = BN_, GROUPS = T.groups, STAGES = T.stages, SLAB = T.slab;
     static constexpr bool TOGETHER = T.together;
     static constexpr int WM = T.group_rows(), TM = WM / ROWS;  // rows of a warpgroup, and its wgmma below each other
     static constexpr int X_BYTES = BM * BOX_BYTES, STAGE = T.stage(), SLABS = T.slabs(), SHARED = T.shared();
     static constexpr int THREADS = T.threads();
     static constexpr int READERS = (TOGETHER ? GROUPS : 1) * 4;  // warps that read a stage
     static constexpr int TURNS = TOGETHER ? 1 : GROUPS;          // tiles that a block has under way
-    static_assert(WM % ROWS == 0 && BM <= 256 && BN <= 256 && BN % SLAB == 0 && SLAB % 8 == 0 && STAGE % ATOM == 0);
+    static_assert(BM == T.rows && BN == T.columns && WM % ROWS == 0 && BM <= 256 && BN <= 256 && BN % SLAB == 0 &&
+                  SLAB % 8 == 0 && STAGE % ATOM == 0);
     static_assert((TOGETHER || GROUPS == 2) && DEPTH == BOX && SHARED <= MAX_SHARED);
 };
 
@@ -109,39 +110,54 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[T::TM][T::BN / 2], Ri
     for (int i = 0; i < T::TM; ++i)
 #pragma unroll
         for (int j = 0; j < T::BN / 2; ++j) sum[i][j] = 0.0f;
+    const auto multiply = [&](uint64_t x, uint64_t w) {
+#pragma unroll
+        for (int i = 0; i < T::TM; ++i) Columns<T::BN>::template multiply<Half>(sum[i], x + i * ROWS_ON, w);
+    };
+    const auto hold_all = [&] {
+#pragma unroll
+        for (int i = 0; i < T::TM; ++i) hold(sum[i]);
+    };
     int under_way = -1;  // the stage whose products may be
-    const auto multiply_stage = [&](auto all, int left) {
-        constexpr bool WHOLE = decltype(all)::value;
-        full[ring.slot].wait(ring.parity);
-        const unsigned at = stages + ring.slot * T::STAGE;
-        const uint64_t x = by_rows(at + rows_at), w = by_rows(at + T::X_BYTES);
-#pragma unroll
-        for (int i = 0; i < T::TM; ++i) hold(sum[i]);
-#pragma unroll
-        for (int s = 0; s < STEPS; ++s)
-            if (s == 0 || WHOLE || s < left) {
-                if (s == 0 || !WHOLE) begin_wgmma();  // ptxas wants it after a branch, too
-#pragma unroll
-                for (int i = 0; i < T::TM; ++i)
-                    Columns<T::BN>::template multiply<Half>(sum[i], x + i * ROWS_ON + s * STEP_ON, w + s * STEP_ON);
-            }
-        if (!WHOLE) begin_wgmma();
-        commit_wgmma();
-#pragma unroll
-        for (int i = 0; i < T::TM; ++i) hold(sum[i]);
-        wait_for_wgmma<1>();  // those of the stage before are through
+    const auto give_back = [&] {
         if (under_way >= 0 && speaks) empty[under_way].arrive();
-        under_way = ring.slot;
-        ring.step();
     };
 #pragma unroll 1
-    for (int k = 0; k < steps / STEPS; ++k) multiply_stage(std::true_type(), STEPS);
-    if (steps % STEPS > 0) multiply_stage(std::false_type(), steps % STEPS);
+    for (int k = 0; k < steps / STEPS; ++k) {
+        full[ring.slot].wait(ring.parity);
+        const uint64_t x = by_rows(stages + ring.slot * T::STAGE + rows_at);
+        const uint64_t w = by_rows(stages + ring.slot * T::STAGE + T::X_BYTES);
+        hold_all();
+        begin_wgmma();
+#pragma unroll
+        for (int s = 0; s < STEPS; ++s) multiply(x + s * STEP_ON, w + s * STEP_ON);
+        commit_wgmma();
+        hold_all();
+        wait_for_wgmma<1>();  // those of the stage before are through
+        give_back();
+        under_way = ring.slot;
+        ring.step();
+    }
+    if (steps % STEPS > 0) {  // the last stage, if it is not a whole one
+        full[ring.slot].wait(ring.parity);
+        uint64_t x = by_rows(stages + ring.slot * T::STAGE + rows_at), w = by_rows(stages + ring.slot * T::STAGE + T::X_BYTES);
+#pragma unroll 1
+        for (int s = 0; s < steps % STEPS; ++s, x += STEP_ON, w += STEP_ON) {
+            hold_all();
+            begin_wgmma();
+            multiply(x, w);
+            commit_wgmma();
+            hold_all();
+            wait_for_wgmma<0>();
+        }
+        give_back();
+        under_way = ring.slot;
+        ring.step();
+    }
     issued();
     wait_for_wgmma<0>();
-#pragma unroll
-    for (int i = 0; i < T::TM; ++i) hold(sum[i]);
-    if (speaks) empty[under_way].arrive();
+    hold_all();
+    give_back();
 }
 
 // A warpgroup's rows of one tile on their way out, a warp's 16 rows and SLAB columns at a time through its own memory. Groups
@@ -181,11 +197,10 @@ __device__ __forceinline__ void store_tile(const LinearArgs& g, const TileSetup&
     }
 }
 
-template <int WAY, class Half>
-__global__ void __launch_bounds__(Tile<WAY>::THREADS, 1)
+template <class T, class Half>
+__global__ void __launch_bounds__(T::THREADS, 1)
     linear_hopper(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
                   const __grid_constant__ LinearArgs g, const __grid_constant__ TileSetup setup) {
-    using T = Tile<WAY>;
     extern __shared__ __align__(1024) char shared[];
     const unsigned memory = shared_address(shared), stages = (memory + ATOM - 1) / ATOM * ATOM;
     const unsigned slabs = stages + T::STAGES * T::STAGE;
@@ -199,11 +214,11 @@ __global__ void __launch_bounds__(Tile<WAY>::THREADS, 1)
     __syncthreads();
     const int steps = int((g.K + STEP - 1) / STEP), stages_of_k = int((g.K + DEPTH - 1) / DEPTH);
     if (group == T::GROUPS) {
-        if constexpr (T::GROUPS > 1) fewer_registers<24>();
+        if constexpr (T::GROUPS > 1) fewer_registers<40>();
         if (threadIdx.x == T::GROUPS * GROUP) produce<T>(&x_map, &w_map, setup, stages_of_k, stages, full, empty);
         return;
     }
-    if constexpr (T::GROUPS > 1) more_registers<240>();
+    if constexpr (T::GROUPS > 1) more_registers<232>();
     float* const mine = reinterpret_cast<float*>(shared + (slabs - memory)) + threadIdx.x / 32 * (16 * T::SLAB);
     const int rows_at = T::TOGETHER ? group * T::WM : 0;
     Ring<T::STAGES> ring;
@@ -243,7 +258,8 @@ static int linear_hopper_way(const LinearArgs& g, int64_t batches) {
         const LinearTile& t = LINEAR_TILES[way];
         const int64_t tiles = batches * ceil_div(g.M, t.rows) * ceil_div(g.N, t.columns);
         const double each = double(ceil_div(tiles, processors));
-        const double products = stages * t.stage_clocks(), end = t.end_clocks(g.activation != 0);
+        const double products = stages * t.stage_clocks(int(std::min<int64_t>(g.M, t.rows))),
+                     end = t.end_clocks(g.activation != 0);
         // in turns an epilogue is seen only where it is longer than the products beside it, and at the very end
         const double time = t.together ? each * (products + end) : each * std::max(products, (products + end) / 2) + end;
         if (way == 0 || time < least) least = time, best = way;
@@ -253,11 +269,11 @@ static int linear_hopper_way(const LinearArgs& g, int64_t batches) {
 
 template <int WAY>
 static void start(const char* op, const LinearArgs& g, int64_t batches, int multiprocessors, Stream stream) {
-    using T = Tile<WAY>;
+    using T = HopperTile<LINEAR_TILES[WAY].rows, LINEAR_TILES[WAY].columns, WAY>;
     const TileSetup setup{int(ceil_div(g.M, T::BM)), int(ceil_div(g.N, T::BN)),
                           int(batches * ceil_div(g.M, T::BM) * ceil_div(g.N, T::BN)), in_groups_of(8, g)};
     const auto map = [&](const Ref& from, int64_t rows, int box) { return boxes(from, g, batches, rows, box).map(op); };
-    const auto kernel = g.x.dtype == Dtype::F16 ? linear_hopper<WAY, f16> : linear_hopper<WAY, bf16>;
+    const auto kernel = g.x.dtype == Dtype::F16 ? linear_hopper<T, f16> : linear_hopper<T, bf16>;
     launch(op, kernel, dim3(unsigned(std::min(setup.tiles, multiprocessors))), T::THREADS, T::SHARED, stream,
            map(g.x, g.M, T::BM), map(g.weight, g.N, T::BN), g, setup);
 }

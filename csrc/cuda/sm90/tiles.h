@@ -22,14 +22,15 @@ struct LinearTile {
     constexpr int slabs() const { return groups * 4 * 16 * slab * 4; }  // bytes: a warp's 16 rows of sums
     constexpr int barriers() const { return (2 * stages + 2) * 8; }
     // A model in clocks of a multiprocessor, never held to a GPU; only for speed. Of a stage: a wgmma of n columns takes n / 2,
-    // if the bytes come in time, about 56 a clock, and if the chain of sums of one warpgroup does not wait for itself. Of an
-    // epilogue: instructions for each output, at 70 a clock.
-    constexpr double stage_clocks() const {
-        const double products = double(rows / 64) * (DEPTH / 16) * columns / 2, bytes = stage() / 56.0;
-        const double chain = (DEPTH / 16) * (columns / 2 + 16.0);
-        return products > bytes ? (products > chain ? products : chain) : (bytes > chain ? bytes : chain);
+    // and not less than its latency, since the next one adds to the same sums; bytes come at about 40 a clock. Of an epilogue:
+    // instructions for each output, at 70 a clock.
+    constexpr double stage_clocks(int rows_there) const {
+        const double latency = 33, each = columns / 2.0 > latency ? columns / 2.0 : latency;
+        const double products = group_rows() / 64.0 * (together ? groups : 1) * (DEPTH / 16) * each + (groups > 1 ? 0 : 40);
+        const double bytes = (rows_there + columns) * DEPTH * 2 / 40.0;
+        return products > bytes ? products : bytes;
     }
-    constexpr double end_clocks(bool activation) const { return 900 + double(rows) * columns * (activation ? 45 : 12) / 70; }
+    constexpr double end_clocks(bool activation) const { return 900 + double(rows) * columns * (activation ? 40 : 7) / 70; }
     constexpr int shared() const { return 1024 + stages * stage() + slabs() + barriers(); }  // the stages begin at an atom
 };
 constexpr LinearTile LINEAR_TILES[] = {
@@ -38,9 +39,9 @@ constexpr LinearTile LINEAR_TILES[] = {
     {128, 128, 2, false, 6, 64},  //
     {64, 128, 2, false, 8, 64},   //
     {64, 64, 1, true, 8, 64},     //
-    {64, 32, 1, true, 8, 32},     //
-    {64, 16, 1, true, 8, 16},     //
-    {64, 8, 1, true, 8, 8},
+    {64, 32, 1, true, 10, 32},     //
+    {64, 16, 1, true, 12, 8},     //
+    {64, 8, 1, true, 12, 8},
 };
 constexpr int LINEAR_WAYS = sizeof(LINEAR_TILES) / sizeof(LinearTile);
 

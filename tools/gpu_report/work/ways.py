@@ -115,7 +115,7 @@ def timed(name: str, build: Build, place: ops.Place, served_by: str, reached: se
         backend, mode = one.name.split(" ")
         if backend != served_by:
             continue
-        reached.add(launcher(op, mode))
+        reached.update(launchers(op, mode))
         d = int(name.split("x")[-1].split(" ")[0]) if op == "attention" else 0
         contestants.append(remembering(one, kept))
         for way in range(ways(backend, op, mode, d)):
@@ -153,8 +153,17 @@ def begun(who: str) -> None:
 # ---- the ways of a launcher
 
 
-def launcher(op: str, mode: str) -> str:
-    return {"sum": "row_sum"}.get(op, op) + ("_tensor" if mode == "tensor" else "")
+def launchers(op: str, mode: str) -> tuple[str, ...]:
+    """Who may serve a call: mode tensor has a launcher for every GPU, and for some ops another for a Hopper."""
+    if mode == "tensor":
+        return f"{op}_tensor", f"{op}_hopper_tensor"
+    return ({"sum": "row_sum"}.get(op, op),)
+
+
+def here(op: str, mode: str) -> list[tuple[str, int]]:
+    """Those of them that can serve on this GPU, each with the number of its ways."""
+    hopper, there = torch.cuda.get_device_capability() == (9, 0), ways_of_cuda()
+    return [(n, there[n]) for n in launchers(op, mode) if n in there and (hopper or "_hopper_" not in n)]
 
 
 def ways_of_cuda() -> dict[str, int]:
@@ -168,7 +177,7 @@ def of_triton(op: str) -> Any:
 def ways(backend: str, op: str, mode: str, d: int) -> int:
     """How many there are; d: the features of a head."""
     if backend == "cuda":
-        return ways_of_cuda().get(launcher(op, mode), 0)
+        return sum(count for _, count in here(op, mode))
     if op not in ("linear", "attention") or (op == "attention" and mode == "portable"):
         return 0
     arch = int("{}{}".format(*torch.cuda.get_device_capability()))
@@ -180,16 +189,18 @@ def ways(backend: str, op: str, mode: str, d: int) -> int:
 
 @contextlib.contextmanager
 def forced(backend: str, op: str, mode: str, way: int) -> Iterator[None]:
-    """Inside, the launcher takes this way for every call."""
+    """Inside, the launcher takes this way for every call; the ways of a second launcher are counted on from the first's."""
+    name = ""
     if backend == "cuda":
-        torch.ops.rerank_kernels.force_launch(launcher(op, mode), way)
+        name, way = [(name, w) for name, count in here(op, mode) for w in range(count)][way]
+        torch.ops.rerank_kernels.force_launch(name, way)
     else:
         of_triton(op).force = way
     try:
         yield
     finally:
         if backend == "cuda":
-            torch.ops.rerank_kernels.force_launch(launcher(op, mode), -1)
+            torch.ops.rerank_kernels.force_launch(name, -1)
         else:
             of_triton(op).force = None
 
