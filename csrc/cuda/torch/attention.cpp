@@ -31,7 +31,8 @@ static Tensor attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, 
 }
 
 static void run_tensor(const AttentionArgs& args, const PackedArgs& packed, Stream stream) {
-    if (hopper.attention_tensor && hopper.attention_tensor(args, packed, stream)) return;
+    const bool ask = hopper.attention_tensor && !Choice::is_forced("attention_tensor");
+    if (ask && hopper.attention_tensor(args, packed, stream)) return;
     attention_tensor(args, packed, stream);
 }
 
