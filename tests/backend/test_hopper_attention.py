@@ -109,8 +109,8 @@ def test_round_the_stages() -> None:
 
 @pytest.mark.parametrize("sched", [1, 2])
 def test_whatever_the_order_of_the_warps(sched: int) -> None:
-    rows = packed((300, 400), (2, 1), 64)
-    for seed in range(3):
+    rows = packed((300, 130), (2, 1), 64)
+    for seed in range(2):
         every_way(lambda: attention(**rows, mode="tensor"), f"sched {sched}, seed {seed}", sched=sched, seed=seed)
 
 
@@ -183,7 +183,7 @@ def test_what_a_row_sees_reaches_it_and_nothing_else() -> None:
 
 
 def test_quotients_of_any_size() -> None:
-    """Sums that are zero, subnormal or infinite, where a corrected product is no quotient; and scores that are infinite."""
+    """Sums that are zero, subnormal or infinite, where a corrected product is no quotient; and scores that are so."""
     rows = packed((70,), (2, 2), 64, torch.bfloat16)
     for what, factor in (("zeros", 0.0), ("tiny", 2.0**-130), ("small", 2.0**-66), ("large", 2.0**70), ("huge", 2.0**127)):
         v = rows["v"].clone()
@@ -191,8 +191,8 @@ def test_quotients_of_any_size() -> None:
         v[:, 0, ::2] *= factor
         every_way(lambda v=v: attention(**{**rows, "v": v}, mode="tensor"), f"values that are {what}")
     wild = {name: rows[name] * 1e30 for name in "qk"}
-    y = every_way(lambda: attention(**{**rows, **wild}, mode="tensor"), "scores that are infinite")
-    assert y.isnan().all()
+    every_way(lambda: attention(**{**rows, **wild}, mode="tensor"), "scores beyond the largest float32")
+    assert every_way(lambda: attention(**{**rows, "q": rows["q"] * INF}, mode="tensor"), "infinite scores").isnan().all()
 
 
 # ---- keys of other lengths, strides
