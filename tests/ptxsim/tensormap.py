@@ -22,4 +22,4 @@ def tensor_map(
     rank = len(shape)
     out = struct.pack("<IBBBBQ", 0x70616D74, size, rank, SWIZZLES[swizzle], 0, array.ctypes.data)
     out += struct.pack("<4Q", *strides, *[0] * (5 - rank)) + struct.pack("<5I", *(n - 1 for n in shape), *[0] * (5 - rank))
-    return (out + struct.pack("<5H", *box, *[1] * (5 - rank))).ljust(128, b"\0")
+    return (out + struct.pack("<5H", *box, *[0] * (5 - rank))).ljust(128, b"\0")

@@ -195,6 +195,7 @@ struct Launch {
     u64 random, steps = 0;
     u32 time = 1;  // of the race detector: counts barriers
     std::vector<Touched> cells;
+    std::vector<u32> read_times;  // with mbarriers, for every cell: when each of 32 warps and agents last read it
     std::set<std::pair<s32, s32>> told;  // pairs of lines whose race has been reported
     std::vector<std::string> problems;
     u32 problem_count = 0;

@@ -38,6 +38,7 @@ void race_start_block(Block& b) {
     b.low.assign(n, now);
     b.high.assign(n, now);
     l.cells.assign(b.shared_bytes / l.program->shared_granule + 1, Touched{});
+    l.read_times.assign(agents ? l.cells.size() * 32 : 0, 0);
 }
 void race_warp_sync(Warp& w) {
     Block& b = *w.block;
@@ -68,7 +69,9 @@ struct Clash {
     u32 thread, line;
 };
 
-static Clash touch(Warp& w, u32 me, s32 line, Touched& c, bool write, bool atomic) {
+// `times`: when each of the readers read. Without it all have the time of the last one, which is enough where block barriers
+// alone order: these let all readers go on together.
+static Clash touch(Warp& w, u32 me, s32 line, Touched& c, bool write, bool atomic, u32* times = nullptr) {
     const u32 as = me / 32;
     const Block& b = *w.block;
     const auto& seen = b.seen[w.id];
@@ -82,7 +85,7 @@ static Clash touch(Warp& w, u32 me, s32 line, Touched& c, bool write, bool atomi
         if (c.rtime >= b.low[w.id] && c.rwarps && c.rthread != me) {
             for (u32 m = c.rwarps; m; m &= m - 1) {
                 const u32 v = u32(__builtin_ctz(m));
-                if (c.rtime >= seen[v]) clash = {Clash::READ, c.rthread, c.rline};
+                if ((times ? times[v] : c.rtime) >= seen[v]) clash = {Clash::READ, c.rthread, c.rline};
             }
         }
         c.rwarps = 0;
@@ -93,18 +96,21 @@ static Clash touch(Warp& w, u32 me, s32 line, Touched& c, bool write, bool atomi
     u32 others = 0;
     if (c.rwarps && c.rtime >= b.low[w.id]) {
         others = c.rwarps;
-        if (c.rtime < b.high[w.id])  // who is known to be done need not be remembered: who knows of me knows of them
+        if (times || c.rtime < b.high[w.id])  // who is known to be done need not be remembered: who knows of me knows of them
             for (u32 m = c.rwarps; m; m &= m - 1) {
                 const u32 v = u32(__builtin_ctz(m));
-                if (c.rtime < seen[v]) others &= ~(1u << v);
+                if ((times ? times[v] : c.rtime) < seen[v]) others &= ~(1u << v);
             }
     }
     c.rthread = others == 0 || c.rthread == me ? u16(me) : SEVERAL_THREADS;
     c.rwarps = others | 1u << as;
     c.rtime = w.launch->time;
+    if (times) times[as] = c.rtime;
     c.rline = u32(line);
     return clash;
 }
+
+static u32* read_times(Launch& l, u32 cell) { return l.read_times.empty() ? nullptr : &l.read_times[size_t(cell) * 32]; }
 
 static std::string thread_name(const Launch& l, u32 t) {
     if (t == SEVERAL_THREADS) return "several threads";
@@ -133,7 +139,7 @@ void race_shared(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes, bool write,
     Launch& l = *w.launch;
     const u32 g = l.program->shared_granule, me = w.id * 32 + lane;
     for (u32 i = offset / g; i <= (offset + bytes - 1) / g; i++) {
-        const Clash clash = touch(w, me, line, l.cells[i], write, atomic);
+        const Clash clash = touch(w, me, line, l.cells[i], write, atomic, read_times(l, i));
         if (clash.kind == Clash::NONE) continue;
         if (clash.kind == Clash::WRITE && write && value && bytes >= g &&
             memcmp(w.block->shared + i * g, value + (i * g - offset), g) == 0)
@@ -156,7 +162,7 @@ void race_copy_landed(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes) {
     for (u32 i = offset / g; i <= (offset + bytes - 1) / g; i++) {
         Touched& c = l.cells[i];
         if (c.wthread == me && c.wtime == IN_FLIGHT) c.wtime = 0;
-        const Clash clash = touch(w, me, line, c, true, false);
+        const Clash clash = touch(w, me, line, c, true, false, read_times(l, i));
         if (clash.kind != Clash::NONE) report(w, lane, line, clash, true, text("shared+%u", i * g));
     }
 }
@@ -199,7 +205,7 @@ void race_wgmma_read(Warp& w, s32 line, u32 offset) {
     Launch& l = *w.launch;
     const u32 g = l.program->shared_granule, agent = WGMMA_AGENT + w.id / 4;
     for (u32 i = offset / g; i <= (offset + 15) / g; i++) {
-        const Clash clash = touch(w, agent * 32, line, l.cells[i], false, false);
+        const Clash clash = touch(w, agent * 32, line, l.cells[i], false, false, read_times(l, i));
         if (clash.kind != Clash::NONE) report(w, 0, line, clash, false, text("shared+%u", i * g));
     }
 }

@@ -197,3 +197,18 @@ def test_registers_of_warpgroups() -> None:
     for wrong in (20, 100, 264):
         with pytest.raises(ParseError, match="a multiple of 8 from 24 to 256"):
             run(text.format(wrong, 24), "k", 1, 384, [])
+
+
+@pytest.mark.parametrize("sched", [0, 1, 2])
+def test_readers_that_do_not_meet(sched: int) -> None:
+    """Two warps read one place at different times and tell the third, which then writes: the third knows of both."""
+    body = """shr.u32 %r2, %r0, 5; setp.eq.u32 %p1, %r2, 2; @%p1 bra WRITE; setp.eq.u32 %p2, %r2, 0; @%p2 bra READ; {middle}
+        READ: ld.shared.u32 %r3, [box]; mbarrier.arrive.shared.b64 _, [%r1]; bra OUT;
+        WRITE: L: mbarrier.try_wait.parity.shared.b64 %p3, [%r1], 0; @!%p3 bra L; setp.ne.u32 %p4, %r0, 64; @%p4 bra OUT;
+        st.shared.u32 [box], 7; OUT: st.global.u32 [%d1], 1;"""
+    later = "mbarrier.try_wait.parity.shared.b64 %p3, [bar2], 1; bar.warp.sync -1;" * 3
+    text = mbarrier(body.format(middle=later), 64).replace("READY: bar", "mbarrier.init.shared.b64 [bar2], 1; READY: bar")
+    text = text.replace(".shared .align 4", ".shared .align 8 .b8 bar2[8]; .shared .align 4")
+    run(text, "k", 1, 96, [np.zeros(1, np.uint32)], race=True, sched=sched)
+    at_once = text.replace("[%r1], 0; @!%p3", "[%r1], 1; @!%p3")
+    refused(at_once, "deadlock" if sched == 2 else "race: ", block=96, args=[np.zeros(1, np.uint32)], race=True, sched=sched)

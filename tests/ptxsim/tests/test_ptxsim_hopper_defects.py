@@ -223,7 +223,8 @@ def test_copies_that_are_refused(code: str, map_of: dict[str, Any], name: str) -
 
 def test_who_waits_for_ever_is_named() -> None:
     text = f"""{HEAD}.visible .entry k() {{{{ .reg .pred %p<3>; .reg .b32 %r<5>; .shared .align 8 .b8 bar[16];
-        mov.u32 %r0, %tid.x; setp.ne.u32 %p1, %r0, 0; @%p1 bra READY; mbarrier.init.shared.b64 [bar], 2; mbarrier.init.shared.b64 [bar+8], 1;
+        mov.u32 %r0, %tid.x; setp.ne.u32 %p1, %r0, 0;
+        @%p1 bra READY; mbarrier.init.shared.b64 [bar], 2; mbarrier.init.shared.b64 [bar+8], 1;
         READY: bar.sync 0; @%p1 bra NEXT; mbarrier.arrive.shared.b64 _, [bar]; NEXT: setp.ge.u32 %p1, %r0, 32; @%p1 bra OTHER;
         A: mbarrier.try_wait.parity.shared.b64 %p2, [bar], 0; @!%p2 bra A;
         OTHER: mbarrier.{{}}.parity.shared.b64 %p2, [bar+8], 0; @!%p2 bra OTHER; ret; }}}}""".replace("; ", ";\n")
