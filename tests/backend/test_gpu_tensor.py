@@ -283,6 +283,17 @@ def test_in_two_processes(served: str) -> None:
     assert hashes[0] == hashes[1] and hashes[0].count("\n") == len(CASES)
 
 
+def test_cuda_and_triton_give_the_same_bits(case: OnGpu, dtype: torch.dtype) -> None:
+    """On one arithmetic class: mma.sync on one side, wgmma on the other where it is a Hopper."""
+    if reason := missing() or registry.missing("cuda") or registry.missing("triton"):
+        pytest.skip(reason)
+    rows, shared, out = case.make_rows(dtype), case.make_shared(dtype), []
+    for name in ("cuda", "triton"):
+        with registry.use(name):
+            out.append(case.call(rows, shared))
+    all_same(out[1], out[0], f"{case}, triton against cuda")
+
+
 # ---- facts about this chip, which nothing rests on
 
 

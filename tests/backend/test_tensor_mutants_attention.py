@@ -184,9 +184,9 @@ MUTANTS = [
         KINDS,
     ),
     Mutant(
-        "nobody looks whether the maximum is a number",
+        "nobody looks whether the maximum is a number: of an earlier tile something is left",
         Edit(FILE, "fabsf(top[i]) < -NONE_YET ? l[2 * i] : __int_as_float(0x7fc00000)", "l[2 * i]"),
-        LONG,
+        TILES,
         not_finite,
         KINDS,
     ),

@@ -17,8 +17,8 @@
 //
 // A block has 2, 4 or 8 warps, and one key head after another, in which the same tokens are its rows. Parts of 64 keys and of
 // 64 values pass through two or three stages of shared memory: of a tile all its keys, then all its values. cp.async fills
-// them one or two steps ahead, across tiles and heads. Q stays in registers as fragments (in shared memory if a head is wider
-// than 32: each thread reads what it wrote).
+// them one or two steps ahead, across tiles and heads. Q stays in registers as fragments, or in shared memory where those are
+// too few: each thread reads what it wrote.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -277,21 +277,29 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
                 for (int n = 2 * GROUPS * p; n < 2 * GROUPS * (p + 1); ++n)
 #pragma unroll
                     for (int e = 0; e < 4; ++e) s[n][e] = 0.0f;
-                const auto add = [&](auto left_out) {
+                if (from <= p * GROUPS && to >= (p + 1) * GROUPS) {
 #pragma unroll
                     for (int step = 0; step < H::STEPS; ++step) {
                         if (step >= H::SURE_STEPS && step * STEP >= D) break;
                         unsigned x[4];
                         q_of(step, x);
 #pragma unroll
-                        for (int g = 0; g < GROUPS; ++g) {
-                            if (left_out(GROUPS * p + g)) continue;
+                        for (int g = 0; g < GROUPS; ++g)
+                            multiply(&s[2 * (GROUPS * p + g)], x, step_to<H::ROW>(keys, 2 * step) + g * STEP * H::ROW);
+                    }
+                } else if (sees(p)) {
+#pragma unroll
+                    for (int g = 0; g < GROUPS; ++g) {
+                        if (left_out(GROUPS * p + g)) continue;
+#pragma unroll
+                        for (int step = 0; step < H::STEPS; ++step) {
+                            if (step >= H::SURE_STEPS && step * STEP >= D) break;
+                            unsigned x[4];
+                            q_of(step, x);
                             multiply(&s[2 * (GROUPS * p + g)], x, step_to<H::ROW>(keys, 2 * step) + g * STEP * H::ROW);
                         }
                     }
-                };
-                if (from <= p * GROUPS && to >= (p + 1) * GROUPS) add([](int) { return false; });
-                else if (sees(p)) add(left_out);
+                }
             }
             if (weigh.scaled) {
 #pragma unroll
@@ -319,7 +327,12 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
                         score = unsigned(behind[e / 2] + n * 8 + e % 2) < seen[e / 2] ? score : NONE_YET;
                     }
             }
-            unsigned weights[GROUPS * H::PARTS][4];  // rounded
+            unsigned weights[GROUPS * H::PARTS]
+                            [4];  // rounded; all are set, or ptxas keeps registers for them from tile to tile
+#pragma unroll
+            for (int g = 0; g < GROUPS * H::PARTS; ++g)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) weights[g][i] = 0;
             if (from < to) {
                 float base[2], faded[2];
 #pragma unroll

@@ -39,7 +39,8 @@ struct HeadTile {
 
     // of a tile: with the head's features alone it is in the expression of an output (NUMERICS.md, "Mode tensor")
     constexpr int keys() const { return width <= 128 ? 128 : 64; }
-    constexpr bool q_in_registers() const { return width <= 32; }
+    // With 64 features three blocks share a multiprocessor's registers, and Q would be too much.
+    constexpr bool q_in_registers() const { return width <= 128 && width != 64; }
     constexpr int stages() const { return width <= 192 ? 3 : 2; }
     // of a block, in way 0, 1 or 2; for a wide head not 8, for the shared memory that Q takes
     constexpr int warps(int way) const {

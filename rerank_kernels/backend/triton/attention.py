@@ -375,8 +375,7 @@ def tensor_tiles(d: int, arch: int) -> tuple[AttentionTensorTile, ...]:
         return (AttentionTensorTile(128, 8, 2, edge=2),) if wgmma else (AttentionTensorTile(32, 8, 2),)
     if d > 64:
         return (AttentionTensorTile(128, 8, 3),) if wgmma else (AttentionTensorTile(128, 8, 2), AttentionTensorTile(64, 4, 2))
-    few = AttentionTensorTile(64, 4, 3), AttentionTensorTile(128, 8, 3)
-    return (*few, AttentionTensorTile(128, 4, 3)) if wgmma else few
+    return AttentionTensorTile(64, 4, 3), AttentionTensorTile(128, 8, 3)
 
 
 def keys(d: int) -> int:
