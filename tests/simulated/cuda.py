@@ -72,6 +72,7 @@ _ATTENTION = """if (args.dtype == Dtype::F32) start(attention_rows<float>);
     else if (args.dtype == Dtype::F16) start(attention_rows<f16>);
     else start(attention_rows<bf16>);"""
 _LINEAR_TENSOR = "g.x.dtype == Dtype::F16 ? linear_tensor_tile<T, f16> : linear_tensor_tile<T, bf16>"
+_HOPPER_WAYS, FEW_HOPPER_WAYS = "std::make_integer_sequence<int, LINEAR_WAYS>()", (0, 2, 5)  # a tile of each kind
 _LINEAR_HOPPER = "g.x.dtype == Dtype::F16 ? linear_hopper<T, f16> : linear_hopper<T, bf16>"
 _ATTENTION_TENSOR = """if (args.dtype == Dtype::F16) start(attention_tensor_rows<WIDTH, f16>);
     else start(attention_tensor_rows<WIDTH, bf16>);"""
@@ -93,6 +94,7 @@ LONGEST = {
         ("portable/attention.cu", _ATTENTION, "start(attention_rows<f16>);"),
         ("sm80/linear.cu", _LINEAR_TENSOR, "linear_tensor_tile<T, f16>"),
         ("sm90/linear.cu", _LINEAR_HOPPER, "linear_hopper<T, f16>"),
+        ("sm90/linear.cu", _HOPPER_WAYS, f"std::integer_sequence<int, {', '.join(map(str, FEW_HOPPER_WAYS))}>()"),
         ("sm80/attention.cu", _ATTENTION_TENSOR, "start(attention_tensor_rows<WIDTH, f16>);"),
         ("sm80/attention.cu", _ATTENTION_WIDTH, "start_attention<64>;"),
         ("sm90/attention.cu", _ATTENTION_HOPPER, "attention_wgmma_rows<B, f16>"),
