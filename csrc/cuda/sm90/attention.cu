@@ -109,6 +109,8 @@ __global__ void __launch_bounds__(B::SHAPE.threads(), B::SHAPE.blocks())
 
     if (threadIdx.x < 32) find_work<B::ROWS>(a, packed, blockIdx.y, B::ROWS, work);
     if (threadIdx.x == 32) {
+        prefetch_map(&keys);
+        prefetch_map(&values);
         for (int stage = 0; stage < B::STAGES; ++stage) {
             k_full[stage].init(1);
             v_full[stage].init(1);
