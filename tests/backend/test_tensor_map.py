@@ -31,9 +31,20 @@ def driver() -> Any:
 
 
 def encode(
-    driver: Any, x: np.ndarray, *, sizes: list[int], strides: list[int], box: list[int], swizzle: int = 128,
-    dtype: int = FLOAT16, steps: list[int] | None = None, offset: int = 0, misplaced: int = 0, interleave: int = 0, fill: int = 0,
-) -> tuple[int, bytes]:  # fmt: skip
+    driver: Any,
+    x: np.ndarray,
+    *,
+    sizes: list[int],
+    strides: list[int],
+    box: list[int],
+    swizzle: int = 128,
+    dtype: int = FLOAT16,
+    steps: list[int] | None = None,
+    offset: int = 0,
+    misplaced: int = 0,
+    interleave: int = 0,
+    fill: int = 0,
+) -> tuple[int, bytes]:
     made = np.zeros(256, np.uint8)
     at = -made.ctypes.data % 64 + misplaced
     wide = [np.array(v, np.uint64) for v in (sizes, strides)]

@@ -257,6 +257,7 @@ void race_bulk_landed(Block& b, const Bulk& c);
 void race_mbarrier_arrive(Warp& w, Mbar& m);
 void race_mbarrier_wait(Warp& w, const Mbar& m);
 void race_wgmma_read(Warp& w, s32 line, u32 offset);  // 16 bytes
+void race_wgmma_issued(Warp& w, s32 line, u32 offset);  // 16 bytes
 u32 race_wgmma_over(Warp& w);                         // when its reads are known to have ended
 void race_wgmma_known(Warp& w, u32 time);
 void race_arrive(Warp& w, Bar& bar);                              // before the release of what it waits for

@@ -209,6 +209,17 @@ void race_wgmma_read(Warp& w, s32 line, u32 offset) {
         if (clash.kind != Clash::NONE) report(w, 0, line, clash, false, text("shared+%u", i * g));
     }
 }
+// Every one of the four warps must know of what its wgmma reads: nothing says that they begin together.
+void race_wgmma_issued(Warp& w, s32 line, u32 offset) {
+    Launch& l = *w.launch;
+    const u32 g = l.program->shared_granule;
+    for (u32 i = offset / g; i <= (offset + 15) / g; i++) {
+        const Touched& c = l.cells[i];
+        const bool coming = c.wtime == IN_FLIGHT;
+        if (coming || (c.wtime && c.wthread != w.id * 32 && c.wtime >= w.block->seen[w.id][c.wthread / 32]))
+            report(w, 0, line, {coming ? Clash::COPY : Clash::WRITE, c.wthread, c.wline}, false, text("shared+%u", i * g));
+    }
+}
 u32 race_wgmma_over(Warp& w) { return ++w.launch->time; }
 void race_wgmma_known(Warp& w, u32 time) {
     race_warp_sync(w);

@@ -160,6 +160,11 @@ static void issue(Warp& w, const Inst& in) {
                    "descriptors, scale-d or groups",
                    (unsigned long long)p.number, issued[p.number].in->line));
     }
+    if (w.launch->options.race) {
+        const auto check = [&](u32 at, u32, u32, u32, u32) { race_wgmma_issued(w, in.line, at); };
+        if (!in_registers) pieces(Matrix(p.a), 64, what(in) & A_TRANSPOSED, check);
+        pieces(Matrix(p.b), columns(in), what(in) & B_TRANSPOSED, check);
+    }
     const s32* t = touched(w, u32(&in - w.program->code.data()));
     for (s32 i = 1; i <= t[0]; i++) {
         const u8 use = w.uses[size_t(t[i] >> 1)];

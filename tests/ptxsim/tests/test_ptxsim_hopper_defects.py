@@ -36,6 +36,10 @@ def wait(mbar: str, parity: int, label: str) -> str:
 
 DEFECTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no wait for a tile": (both(wait("%r2+8", 0, "FULL1"), ""), (CHANGED, "race: ", "under way")),
+    "three warps that do not wait for a tile": (
+        both(wait("%r2+8", 0, "FULL1"), "setp.ge.u32 %p4, %r0, 32;\n@%p4 bra SKIP;\n" + wait("%r2+8", 0, "FULL1") + "SKIP:\n"),
+        (CHANGED, "race: ", "under way"),
+    ),
     "a wait for the wrong parity": (
         both(wait("%r2+0", 1, "FULL2"), wait("%r2+0", 0, "FULL2")),
         (CHANGED, "race: ", "under way"),
