@@ -3,7 +3,8 @@
 // What does not fit is sm80/linear.cu's, with the same bits.
 //
 // Order: one accumulator per output, from +0, one wgmma for every 16 k, ascending; what is missing in the last one is zeros on
-// both sides, and none is issued beyond it. Then epilogue.cuh's. Blocks, warpgroups and lanes split outputs only, K never.
+// both sides, and none is issued beyond it. Then epilogue.cuh's, with gelu's short form for a half result. Blocks, warpgroups
+// and lanes split outputs only, K never.
 //
 // How: as many blocks as multiprocessors, each with tile after tile in a fixed order. One thread, the producer, has TMA bring
 // 64 k's of a tile's rows and columns, a stage, into a ring of them; it runs on into the next tile. Consumer warpgroups
@@ -192,7 +193,7 @@ __device__ __forceinline__ void store_tile(const LinearArgs& g, const TileSetup&
             if (row + r >= g.M || column + j * 8 >= g.N) continue;
             const float* from = mine + r * T::SLAB + (j ^ r % EIGHTS) * 8;
             Four y[2] = {load_four(from), load_four(from + 4)};
-            finish(g, setup.eight, before + row + r, column + j * 8, y);
+            finish<Digits::OF_RESULT>(g, setup.eight, before + row + r, column + j * 8, y);
         }
     }
 }
