@@ -33,6 +33,13 @@ TRUTHS: dict[str, Callable[..., Any]] = {op: getattr(module, f"{op}_truth") for 
 Tensors = dict[str, Tensor]
 
 
+def every_exponent(dtype: torch.dtype) -> Tensor:
+    """Subnormals, infinities and NaN included: every 65,521st float32, or every half."""
+    if dtype == torch.float32:
+        return torch.arange(-(2**31), 2**31, 65521).to(torch.int32).view(torch.float32)
+    return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+
+
 def numbers(seed: str, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """Signed numbers of magnitude 2^-6 to 4 times `scale` (a power of two), root mean square near 1.25 * scale."""
     bits = SIGNIFICAND[dtype] - 1

@@ -25,6 +25,22 @@ def fma(a: Floats, b: Floats, c: Floats) -> Floats:
     return s.astype(np.float32)
 
 
+def exp(x: Floats) -> Floats:
+    """The four steps of NUMERICS.md. Below -104 and above 89 the last rounding gives 0 and inf."""
+
+    def f(digits: str) -> Floats:
+        return np.full(x.shape, float.fromhex(digits), np.float32)
+
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        y = np.clip(x, np.float32(-200), np.float32(200))
+        n = fma(y, f("0x1.715476p+0"), f("0x1.8p+23")) - f("0x1.8p+23")
+        r = fma(n, f("-0x1.7f7d1cp-20"), fma(n, f("-0x1.62e400p-1"), y))
+        q = f("0x1.6d7a58p-10")
+        for digits in ("0x1.123996p-7", "0x1.5554c0p-5", "0x1.555492p-3", "0x1p-1", "0x1", "0x1"):
+            q = fma(q, r, f(digits))
+        return np.ldexp(q.astype(np.float64), np.nan_to_num(n).astype(np.int32)).astype(np.float32)
+
+
 def dot(x: Tensor, weight: Tensor, chunk: int = 512) -> Tensor:
     """x [M, K] · weight [N, K]ᵀ: an fma chain from +0 in every chunk of K, the chunks added in ascending order from +0."""
     a, w = x.float().numpy(), weight.float().numpy()

@@ -15,7 +15,7 @@ from typing import Any
 from rerank_kernels.cli import encoding, formats, interrupt, models, reading, resume, terminal, writing
 from rerank_kernels.cli.errors import InputError, say
 from rerank_kernels.cli.formats import Format
-from rerank_kernels.cli.options import model_options, positive, template_options
+from rerank_kernels.cli.options import graph_options, model_options, positive, template_options
 from rerank_kernels.cli.reading import Source
 from rerank_kernels.cli.records import Record
 from rerank_kernels.version import __version__
@@ -27,6 +27,7 @@ CHARACTERS = 1 << 18  # of their texts, or one longer record
 
 def options(sub: argparse.ArgumentParser) -> None:
     model_options(sub)
+    graph_options(sub)
     template_options(sub)
     sub.add_argument(
         "pairs",

@@ -15,6 +15,7 @@ from torch import nn
 
 from rerank_kernels.backend import registry
 from rerank_kernels.backend.modes import MODES
+from rerank_kernels.backend.native import proven
 from rerank_kernels.errors import BackendError
 from rerank_kernels.tables import Column, Table
 from rerank_kernels.verify.controls import Control
@@ -153,6 +154,8 @@ def environment(setting: Setting | None = None) -> dict[str, Any]:
     except BackendError as error:
         out["backend"], out["promises"] = f"none: {error}", []
     out["isa"] = isa() or "-"
+    if not (said := proven.said()).startswith("off"):
+        out["cublaslt"] = said
     if registry.missing("cpu") is None:
         out["build"] = str(torch.ops.rerank_kernels.build_info())
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import mpmath
@@ -163,6 +164,44 @@ def test_portable_elementwise_bits(name: str) -> None:
         assert same.all(), f"{isa}: {name}({x[~same][0]!r}) = {got[~same][0]!r}, scalar {want[~same][0]!r}"
         shifted = _host.elementwise(name, x[5:].copy(), isa)
         assert np.array_equal(shifted.view(np.uint32), got[5:].view(np.uint32)), "a value's bits depend on its place"
+
+
+def exp_of_all(exp: Callable[[np.ndarray], np.ndarray]) -> None:
+    """An exp against the four steps of NUMERICS.md: every 9,973rd float of [-128, -0] and of [0, 89], and a NaN."""
+    for first, last in ((0x80000000, 0xC3000000), (0, 0x42B20000)):
+        x = np.append(np.arange(first, last, 9973, dtype=np.uint64).astype(np.uint32).view(np.float32), np.float32(np.nan))
+        got, want = exp(x), contract.exp(x)
+        same = (got.view(np.uint32) == want.view(np.uint32)) | (np.isnan(got) & np.isnan(want))
+        assert same.all(), f"exp({x[~same][0]!r}) = {got[~same][0]!r}, want {want[~same][0]!r}"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_exp_is_the_four_steps(isa: str) -> None:
+    exp_of_all(lambda x: _host.elementwise("exp", x, isa))
+
+
+def test_exp_of_the_contract_is_held_to_account() -> None:
+    """Other ways to multiply by 2^n, which are as short and not the same."""
+
+    def with_the_last_step(scaled: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+        def exp(x: np.ndarray) -> np.ndarray:
+            n = np.round(np.clip(x, -128, 89).astype(np.float64) / math.log(2))  # of NaN: NaN
+            power = np.nan_to_num(n).astype(np.int32)
+            with np.errstate(all="ignore"):
+                return scaled((contract.exp(x - np.float32(0)).astype(np.float64) / np.exp2(n)).astype(np.float32), power)
+
+        return exp
+
+    def sum_of_exponents(p: np.ndarray, n: np.ndarray) -> np.ndarray:  # wraps below 2^-126, and makes a number of a NaN
+        return (p.view(np.int32) + (n << 23)).view(np.float32)
+
+    def flushed(p: np.ndarray, n: np.ndarray) -> np.ndarray:
+        y = np.ldexp(p, n)
+        return np.where(np.abs(y) < 2.0**-126, np.float32(0), y)
+
+    for mutant in (sum_of_exponents, flushed):
+        with pytest.raises(AssertionError, match=r"exp\(.* want"):
+            exp_of_all(with_the_last_step(mutant))
 
 
 def test_exact_points() -> None:

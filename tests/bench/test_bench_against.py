@@ -14,7 +14,7 @@ from rich.console import Console
 import rerank_kernels as rk
 from bench import run
 from bench.harness import against
-from bench.harness.turns import Pace
+from bench.harness.turns import Missing, Pace
 
 NOISE = [0.0, 0.09, -0.08, 0.03, -0.02, 0.07, -0.09, 0.01, -0.05, 0.06, -0.03, 0.02, -0.07, 0.05, 0.08]
 
@@ -22,14 +22,16 @@ NOISE = [0.0, 0.09, -0.08, 0.03, -0.02, 0.07, -0.09, 0.01, -0.05, 0.06, -0.03, 0
 class Fake:
     """A revision whose every call takes so many seconds, give or take a tenth: the machine is a shared one."""
 
+    tree = Path("tree")
+
     def __init__(self, noise: int, **seconds: float) -> None:
         self.name, self.all, self.noise = f"{noise}", seconds, noise
 
-    def ask(self, function: str, case: str) -> dict[str, Any]:
+    def ask(self, function: Any, case: str, who: str, tree: str) -> str:
         if case not in self.all:
-            return {"error": "ValueError: no such op"}
+            raise Missing("failed: ValueError: no such op")
         self.seconds = self.all[case]
-        return {"bits": self.name if case == "changed" else "same"}
+        return self.name if case == "changed" else "same"
 
     def turn(self, calls: int) -> float:
         self.noise += 1
@@ -37,7 +39,8 @@ class Fake:
 
 
 def compared(this: Fake, other: Fake) -> dict[str, dict[str, Any]]:
-    return {r["case"]: r for r in against.compare(list(this.all), this, other, Pace(0.1, 15, 2.0))}
+    sides = {"this": lambda: this, "REV": lambda: other}
+    return {r["case"]: r for r in against.compare([(case, "") for case in this.all], sides, Pace(0.1, 15, 2.0))}
 
 
 def test_a_slowed_kernel_shows_up(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,9 +79,9 @@ def test_a_busy_moment_is_no_verdict() -> None:
     class Once(Fake):
         made = 0
 
-        def ask(self, function: str, case: str) -> dict[str, Any]:
+        def ask(self, *question: Any) -> str:
             self.made += 1
-            return super().ask(function, case)
+            return super().ask(*question)
 
         def turn(self, calls: int) -> float:
             return super().turn(calls) * (2.0 if self.made == 1 else 1.0)
@@ -150,17 +153,18 @@ def test_a_slowed_kernel_shows_up_between_two_processes(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         against, "checked_out", lambda rev, folder, console: shutil.copytree(trees[1], folder, dirs_exist_ok=True)
     )
-    for word, code in (("faster", 0), ("SLOWER", 1)):
-        records, got = against.main(args, Console())
+    for word in ("faster", "SLOWER"):
+        records = against.measured(args, Console())
         verdicts = {r["case"]: r["verdict"] for r in records}
-        assert verdicts["layer_norm + residual 2048x768"] == word and got == code
+        assert verdicts["layer_norm + residual 2048x768"] == word
         assert all(r["same_bits"] for r in records)
         trees.reverse()
         monkeypatch.setattr(against, "ROOT", trees[0])
 
 
 def test_run_hands_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(against, "main", lambda args, console: ([{"case": args.against}], 1))
+    monkeypatch.setattr(against, "measured", lambda args, console: [{"case": args.against, "verdict": "SLOWER", "ratio": 2.0}])
     out = tmp_path / "a.json"
-    assert run.main(["--against", "HEAD~3", "--quick", "--json", str(out)]) == 1
+    assert run.main(["--against", "HEAD~3", "--quick", "--json", str(out)]) == 0
+    assert run.main(["--against", "HEAD~3", "--quick", "--strict", "--json", str(out)]) == 1
     assert '"case": "HEAD~3"' in out.read_text()

@@ -374,8 +374,9 @@ def tensor_tiles(d: int, arch: int) -> tuple[AttentionTensorTile, ...]:
     if d > 128:
         return (AttentionTensorTile(128, 8, 2, edge=2),) if wgmma else (AttentionTensorTile(32, 8, 2),)
     if d > 64:
-        return (AttentionTensorTile(128, 8, 3),) if wgmma else (AttentionTensorTile(128, 8, 2), AttentionTensorTile(64, 4, 2))
-    return AttentionTensorTile(64, 4, 3), AttentionTensorTile(128, 8, 3)
+        return (AttentionTensorTile(64, 8, 2),) if wgmma else (AttentionTensorTile(32, 4, 2), AttentionTensorTile(32, 8, 2))
+    few, spread = AttentionTensorTile(64, 4, 3), AttentionTensorTile(64, 8, 3)
+    return (spread, few) if wgmma else (few, spread)
 
 
 def keys(d: int) -> int:

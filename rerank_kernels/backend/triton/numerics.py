@@ -21,8 +21,6 @@ KEY_TILE = tl.constexpr(64)  # attention's sum over keys: the same, in chunks of
 
 MINUS_INFINITY = tl.constexpr(float("-inf"))
 ROUND_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23
-ROUND_MAGIC_BITS = tl.constexpr(0x4B400000)
-SHIFTED_SCALE_BITS = tl.constexpr((64 + 127) << 23)  # of 2^(n + 64), less n: ROUND_MAGIC_BITS << 23 is 0 in 32 bits
 SHIFT_BACK = _hex("0x1p-64")
 
 # exp
@@ -82,23 +80,21 @@ def fmadd(a, b, c):
 
 
 @triton.jit
-def scale_by_exp2(p, t):
-    n = t.to(tl.int32, bitcast=True) - ROUND_MAGIC_BITS
-    first = n >> 1
-    s1 = ((first + 127) << 23).to(tl.float32, bitcast=True)
-    s2 = ((n - first + 127) << 23).to(tl.float32, bitcast=True)
-    return p * s1 * s2
+def scale_by_exp2(p, t, SHIFT: tl.constexpr, BACK: tl.constexpr):
+    """p * 2^n, t = n + ROUND_MAGIC. 2^(n + SHIFT) is normal, so the first product is exact, and the one with BACK = 2^-SHIFT
+    rounds once. The shift by 23 leaves nothing of ROUND_MAGIC. A NaN in p stays one."""
+    return p * ((t.to(tl.int32, bitcast=True) << 23) + ((SHIFT + 127) << 23)).to(tl.float32, bitcast=True) * BACK
 
 
 @triton.jit
 def exp_within(x):
     t = fmadd(x, LOG2_E, ROUND_MAGIC)
-    return scale_by_exp2(_exp_of_rest(x, t), t)
+    return scale_by_exp2(exp_fraction(x, t), t, 64, SHIFT_BACK)
 
 
 @triton.jit
-def _exp_of_rest(x, t):
-    """exp(x - n log 2) for the n that t = 1.5 * 2^23 + n holds."""
+def exp_fraction(x, t):
+    """exp(x) / 2^n for the n that t = 1.5 * 2^23 + n holds."""
     n = t - ROUND_MAGIC
     r = fmadd(n, LOG_2_HIGH, x)
     r = fmadd(n, LOG_2_LOW, r)
@@ -112,23 +108,14 @@ def _exp_of_rest(x, t):
 
 @triton.jit
 def exp_of_negative(x):
-    return exp_within(tl.where(x < -104.0, -104.0, x))
+    return exp_within(tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
-def exp_of_nonpositive(x):
-    """The bits of exp_of_negative for x <= 0 and NaN, in fewer instructions. -150 <= n <= 0, so 2^(n + 64) is no subnormal, the
-    product with it is exact, and the one with 2^-64 rounds p * 2^n once, as there. n's bits reach the exponent by the shift."""
-    x = tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL)
+def exp_of_positive(x):
+    x = tl.where(x > 89.0, 89.0, x)
     t = fmadd(x, LOG2_E, ROUND_MAGIC)
-    p = _exp_of_rest(x, t)
-    s = ((t.to(tl.int32, bitcast=True) << 23) + SHIFTED_SCALE_BITS).to(tl.float32, bitcast=True)
-    return p * s * SHIFT_BACK
-
-
-@triton.jit
-def exp_of(x):
-    return exp_of_negative(tl.where(x > 89.0, 89.0, x))
+    return scale_by_exp2(exp_fraction(x, t), t, -1, 2.0)
 
 
 @triton.jit
@@ -146,7 +133,7 @@ def tanh_of(x):
     q = fmadd(q, z, T0)
     small = fmadd(q * z, x, x)
     a = tl.abs(x)
-    above = exp_of(a + a) + 1.0
+    above = exp_of_positive(a + a) + 1.0
     big = 1.0 - tl.div_rn(tl.full(x.shape, 2.0, tl.float32), above)
     return tl.where(a < 0.625, small, tl.where(x < 0.0, 0.0 - big, big))
 
