@@ -20,7 +20,8 @@ COMMANDS = {
 }
 EXIT_CODES = (
     "Exit codes: 0 done, also where logits are not finite, which a warning counts; 1 a promise did not hold (verify, "
-    "bench and order) or cannot be made (infinity-server); 2 bad input, or a machine or environment that cannot serve; 130 interrupted."
+    "bench, order) or cannot be made (infinity-server); 2 bad input, or a machine or environment that cannot serve; 130 "
+    "interrupted."
 )
 
 

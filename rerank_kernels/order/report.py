@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +47,7 @@ class OrderReport:
 
     def at(self, found: Found) -> str:
         several = len({f.threads for f in self.found}) > 1
-        return f"M = {found.rows}" + (f" and {_plural(found.threads, 'thread')}" if several else "")
+        return f"M = {found.rows}" + (f" with {_plural(found.threads, 'thread')}" if several else "")
 
     def text(self, full: bool = False) -> str:
         threads = sorted({f.threads for f in self.found})
@@ -55,7 +55,7 @@ class OrderReport:
         said = [head + (f", {_plural(threads[0], 'thread')}" if len(threads) == 1 else "")]
         for whose in (STOCK, OURS):
             for alike in self._alike(whose):
-                said += ["", f"{whose} at {'; '.join(map(self.at, alike))}: {_about(alike)}"]
+                said += ["", f"{whose} at {_and(map(self.at, alike))}: {_about(alike)}"]
                 if (tree := alike[0].tree) is not None:
                     said += [tree.full()] if full else ["  " + line for line in lines(tree)]
         return "\n".join([*said, "", *self.sentences()])
@@ -67,10 +67,8 @@ class OrderReport:
             if any(group[0].tree is None for group in (first, *others)):
                 said.append(f"{whose}: a tree was not found everywhere, see above.")
             elif not others:
-                where = " and ".join(map(self.at, first))
-                said.append(
-                    f"{whose} adds in the same order at {where}." if len(first) > 1 else f"{whose}: one tree, at {where}."
-                )
+                same = "adds in the same order" if len(first) > 1 else "was asked once"
+                said.append(f"{whose} {same} at {_and(map(self.at, first))}.")
             for other in others:
                 said += self._parted(whose, first[0], other[0])
         return said
@@ -121,6 +119,11 @@ class OrderReport:
 
 def _plural(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _and(said: Iterable[str]) -> str:
+    *most, last = said
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _sum_of(terms: list[int]) -> str:

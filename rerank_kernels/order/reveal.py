@@ -5,11 +5,12 @@ Two ways ask a sum of n terms about its order, and both give `_grown` what it ne
 Masks, where terms may have signs. Term i is +M, term j is -M, the others are a unit that vanishes beside M. A unit that meets M
 or -M before these two meet is lost. So what is left counts the units outside of the smallest sum that holds both i and j.
 
-Ties, where terms are positive. Term i is 1, terms j and k are 2^-24.5, the others 0. Beside the 1 either is lost alone. Their sum
-is not. So a result above 1 says that j and k meet before i.
+Ties, where terms are positive. Term i is 1, terms j and k are 2^-24.5, the others 0. Beside the 1 either is lost alone, but not
+their sum. So a result above 1 says that j and k meet before i.
 
-`_grown` takes a random term and sorts all others by where they meet it. That gives the way from this term up to the whole sum,
-and what hangs beside that way. Then it does the same for what hangs there. A tree of any form takes about n log n questions.
+`_grown` takes a term and sorts all others by where they meet it. That gives the way from this term up to the whole sum, and
+what hangs beside that way. Then it does the same for what hangs there. The first term suits most kernels. Where it does not, a
+random one is taken, so that a tree of any form takes about n log n questions.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Masked(Protocol):
     @property
     def terms(self) -> int: ...
 
-    def left(self, i: int, others: Sequence[int], units: Sequence[int]) -> list[float]: ...
+    def left(self, i: int, others: Sequence[int], units: Sequence[int]) -> list[int]: ...
 
 
 class Tied(Protocol):
@@ -121,22 +122,25 @@ def _grown(terms: int, ask: Ask, advance: Advance) -> Tree:
     """
     growth, draw = Growth(terms), random.Random(0)
 
-    def children(among: Group, units: Group) -> list[int]:
+    def children(among: Group, units: Group, lowest: bool) -> list[int]:
         found = []
         while among:
-            i = among[draw.randrange(len(among))]
+            i = among[0 if lowest else draw.randrange(len(among))]
             way, apart = ask(i, [j for j in among if j != i], units) if len(among) > 1 else ([], [])
             node, met = i, [i]
             for groups in way:
                 met = [*met, *(j for group in groups for j in group)]
-                node = growth.join(node, *(c for group in groups for c in children(group, met)))
+                node = growth.join(node, *(c for group in groups for c in below(group, met, among, lowest)))
                 advance(len(growth.nodes) / (terms - 1))
             found.append(node)
-            among = apart
+            among, lowest = apart, lowest and len(apart) <= 3 * len(among) // 4
         return found
 
+    def below(group: Group, units: Group, among: Group, lowest: bool) -> list[int]:
+        return children(group, units, lowest and len(group) <= 3 * len(among) // 4)
+
     whole = list(range(terms))
-    growth.join(*children(whole, whole))
+    growth.join(*children(whole, whole, True))
     return growth.tree()
 
 
@@ -144,11 +148,9 @@ def _sizes(sums: Masked, i: int, others: Sequence[int], units: Sequence[int]) ->
     """Of how many terms of `units` is the smallest sum that holds both i and j, for each j of the others?"""
     found = []
     for j, left in zip(others, sums.left(i, others, units), strict=True):
-        if not -0.25 < left < len(units) - 1.75 or abs(left - round(left)) >= 0.25:
-            raise NoTree(
-                f"what is left beside {i} and {j} is {left:g} of {len(units)} terms: no plain sum, as a running mean is none"
-            )
-        found.append(len(units) - round(left))
+        if not 0 <= left <= len(units) - 2:
+            raise NoTree(f"with term {i} at +M and term {j} at -M, {left} of {len(units)} units are left: it is no plain sum")
+        found.append(len(units) - left)
     return found
 
 

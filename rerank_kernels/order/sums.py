@@ -1,9 +1,11 @@
-"""The sum inside of an op, stock's or ours, as something that can be asked for its order: its terms, its result, how many calls."""
+"""The sum inside of an op, stock's or ours, as something that can be asked for its order."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +31,12 @@ WHY_NOT = {
     "layer_norm": "a result in half precision does not show the mean's last digits",
 }
 
+DTYPES = {op: (torch.float32, torch.bfloat16) if op in ("mean", "attention") else (torch.float32,) for op in WHY_NOT}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
 
 @dataclass
 class Summation:
@@ -52,8 +60,8 @@ class Summation:
     def tree(self, advance: Advance = lambda done: None) -> Tree:
         return by_masks(self, advance)
 
-    def left(self, i: int, others: Sequence[int], units: Sequence[int]) -> list[float]:
-        found = [0.0] * len(others)
+    def left(self, i: int, others: Sequence[int], units: Sequence[int]) -> list[int]:
+        found = [0] * len(others)
         for begin in range(0, len(units), self.counted):
             self.line.zero_()
             self.line[torch.tensor(units[begin : begin + self.counted], device=self.line.device)] = self.unit
@@ -61,13 +69,13 @@ class Summation:
             self.line[i] = self.large
             for place, j in enumerate(others):
                 self.line[j] = -self.large
-                found[place] += self.count(i, j)
+                found[place] += whole(self.count(i, j), i, j)
                 self.line[j] = before[j]
         return found
 
     def count(self, i: int, j: int) -> float:
         self.calls += 1
-        return self.run().item() / self.unit / self.part
+        return float(self.run()) / self.unit / self.part
 
     def agrees(self, tree: Tree) -> int | None:
         """In how many of VECTORS the tree gives the op's bits, for random terms; None if only the op can say."""
@@ -81,7 +89,13 @@ class Summation:
             got.append(self.run().float().item())
         want = tree.sum(terms.float().numpy())
         forms = [torch.from_numpy(f(want)).to(self.line.dtype).float().numpy() for f in self.finish]
-        return max(int((np.float32(got) == form).sum()) for form in forms)
+        return max(int((np.array(got, np.float32) == form).sum()) for form in forms)
+
+
+def whole(count: float, i: int, j: int) -> int:
+    if not abs(count) <= MOST or abs(count - round(count)) >= 0.25:
+        raise NoTree(f"with term {i} at +M and term {j} at -M, {count:g} units are left, and a plain sum leaves a whole number")
+    return round(count)
 
 
 class Mean(Summation):
@@ -114,9 +128,8 @@ def summation(
     op: str, whose: str, *, terms: int, rows: int, row: int, columns: int, dtype: torch.dtype, device: torch.device
 ) -> Summation:
     """The sum that makes one result of op: that of `row`, of `rows` rows (of attention: queries), and column 0 of `columns`."""
-    if dtype == torch.float16 and op in WHY_NOT or dtype != torch.float32 and op in ("softmax", "layer_norm"):
-        raise ValueError(f"order {op}: dtype must be float32{' or bfloat16' if op in ('mean', 'attention') else ''}, got "
-                         f"{str(dtype).removeprefix('torch.')}: {WHY_NOT[op]}")  # fmt: skip
+    if op in WHY_NOT and dtype not in DTYPES[op]:
+        raise ValueError(f"order {op}: dtype must be {' or '.join(map(_name, DTYPES[op]))}, got {_name(dtype)}: {WHY_NOT[op]}")
     for name, value, most in (("terms", terms, MOST), ("rows", rows, None), ("columns", columns, None)):
         if value < 1 or (most is not None and value > most):
             raise ValueError(f"order {op}: {name} must be {'at least 1' if most is None else f'1 to {most}'}, got {value}")
@@ -128,7 +141,7 @@ def summation(
     from rerank_kernels.ops import attention, linear, norm, softmax
 
     ours = whose == OURS
-    how = {"dtype": dtype, "device": device}
+    how: dict[str, Any] = {"dtype": dtype, "device": device}
     scale = (LARGE[dtype], UNIT[dtype], COUNTED[dtype])
     # bfloat16 holds 64 / terms to a quarter of 1 / terms
     divided = (*scale[:2], 64 if dtype == torch.bfloat16 else scale[2], 1.0 / terms)
@@ -140,11 +153,11 @@ def summation(
         k, v = torch.zeros(terms, 1, HEAD, **how), torch.ones(terms, 1, HEAD, **how)
         if ours:
             cu, cu_k = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (rows, terms))
-            run = lambda: attention.attention(q, k, v, cu_seqlens=cu, cu_seqlens_k=cu_k)[row, 0, 0]
-        else:
-            queries, keys, values = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-            run = lambda: functional.scaled_dot_product_attention(queries, keys, values)[0, 0, row, 0]
-        return Summation(v[:, 0, 0], run, *divided, finish=mean)
+            attend = functools.partial(attention.attention, q, k, v, cu_seqlens=cu, cu_seqlens_k=cu_k)
+            return Summation(v[:, 0, 0], lambda: attend()[row, 0, 0], *divided, finish=mean)
+        queries, keys, values = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+        stock = functools.partial(functional.scaled_dot_product_attention, queries, keys, values)
+        return Summation(v[:, 0, 0], lambda: stock()[0, 0, row, 0], *divided, finish=mean)
     x = torch.ones(rows, terms, **how)
     if op == "linear":
         weight = torch.ones(columns, terms, **how)

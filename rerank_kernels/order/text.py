@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from rerank_kernels.order.tree import Tree
 
-
 MANY = 16  # lines from which a tree is told another way, if that is shorter
 RUNS = 6  # of terms that have no step, or of parts that are not alike: the first few
 
@@ -40,12 +39,30 @@ class _Writer:
 
     def __init__(self, tree: Tree, whole: bool) -> None:
         self.tree, self.whole = tree, whole
-        known: dict[tuple[tuple[int, int], ...], int] = {}
-        self.shapes = [0] * tree.terms  # of equal number: the same but for where they begin
-        for children in tree.nodes:
-            first = min(tree.firsts[c] for c in children)
-            form = tuple(sorted((tree.firsts[c] - first, self.shapes[c]) for c in children))
-            self.shapes.append(known.setdefault(form, len(known) + 1))
+        self.shapes = self._shapes()
+
+    def _shapes(self) -> list[int]:
+        """Per node a number, the same for what is alike but for where it begins. Chains of terms that are equally far apart are
+        alike however long: so are the lanes and the chunks of n terms, for any n."""
+        tree, ends = self.tree, {term: (0, term) for term in range(self.tree.terms)}  # of a chain: its step and its last term
+        known: dict[object, int] = {}
+        found = [0] * tree.terms
+        for node, children in enumerate(tree.nodes, tree.terms):
+            first, *others = sorted(children, key=lambda c: (-tree.sizes[c], tree.firsts[c]))
+            step, last = ends.get(first, (0, 0))
+            if (
+                len(others) == 1
+                and others[0] < tree.terms
+                and first in ends
+                and others[0] - last == (step or others[0] - last) > 0
+            ):
+                ends[node] = (others[0] - last, others[0])
+                form: object = ends[node][0]
+            else:
+                begin = tree.firsts[node]
+                form = tuple(sorted((tree.firsts[c] - begin, found[c]) for c in children))
+            found.append(known.setdefault(form, len(known) + 1))
+        return found
 
     def of(self, node: int) -> list[str]:
         tree = self.tree
@@ -54,7 +71,7 @@ class _Writer:
         if len(children := self._sorted(node)) > 2:
             return self._parts(children, f"at once {len(children)}", len(children))
         parts, steps = self._fold(node)
-        if len(parts) > 2 or (len(parts) == 2 and tree.sizes[parts[0]] > 1):
+        if len(parts) > 2:  # of two parts both are true, and a chain is the simpler word
             return self._parts(parts, f"{len(parts)}", len(parts), f", folded by {', '.join(map(str, steps))}")
         parts = self._chain(node)
         return self._parts(parts, f"a chain of {len(parts)}", len(parts))
@@ -64,13 +81,15 @@ class _Writer:
 
     def _fold(self, node: int) -> tuple[list[int], list[int]]:
         """Down while each node adds two of one shape: the parts, and from the first additions on how far apart those were."""
-        parts, steps = [node], []
+        parts = [node]
+        steps: list[int] = []
         while all(len(self.tree.children(p)) == 2 for p in parts):
-            a, b = self._sorted(parts[0])
-            if self.shapes[a] != self.shapes[b]:
+            pairs = [self._sorted(p) for p in parts]
+            apart = {self.tree.firsts[b] - self.tree.firsts[a] for a, b in pairs}
+            if len(apart) > 1 or len({self.shapes[c] for pair in pairs for c in pair}) > 1:
                 break
-            steps.append(self.tree.firsts[b] - self.tree.firsts[a])
-            parts = [c for p in parts for c in self._sorted(p)]
+            steps += apart
+            parts = [c for pair in pairs for c in pair]
         return sorted(parts, key=self.tree.firsts.__getitem__), steps[::-1]
 
     def _chain(self, node: int) -> list[int]:
@@ -124,11 +143,9 @@ class _Writer:
         return [f"  {len(run)} {said}{':' if below else ''}", *("  " + line for line in below)]
 
     def _run(self, parts: list[int]) -> tuple[str, list[str]]:
-        firsts = [self.tree.firsts[p] for p in parts]
-        if (size := self.tree.sizes[parts[0]]) == 1:
+        firsts, sizes = [self.tree.firsts[p] for p in parts], sorted({self.tree.sizes[p] for p in parts})
+        if sizes == [1]:
             return f"terms: {places(firsts)}", []
         first, *rest = self.of(parts[0])
-        return f"parts of {size} terms, which begin at {places(firsts)}", [
-            f"  the first: {first}",
-            *("  " + line for line in rest),
-        ]
+        said = f"parts of {' or '.join(map(str, sizes))} terms, which begin at {places(firsts)}"
+        return said, [f"  the first: {first}", *("  " + line for line in rest)]
