@@ -96,7 +96,7 @@ def test_every_way_gives_the_bits_of_mma_sync(
     lengths: tuple[int, ...], heads: tuple[int, int], d: int, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     rows = packed(lengths, heads, d, dtype)
-    for model in (tensor.H100, 3):
+    for model in (tensor.H100, 3) if dtype == HALF else (tensor.H100,):
         every_way(lambda: attention(**rows, mode="tensor", **options), f"{lengths}, {heads}, {options}", model)
 
 
