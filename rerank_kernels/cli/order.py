@@ -50,6 +50,11 @@ def run(args: argparse.Namespace) -> int:
 
             from rerank_kernels.order.report import order
         try:
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise InputError(f"order {args.op}: --device {args.device}: {reason}; leave it out for the CPU") from error
+        try:
             with terminal.progress("asking", 1.0) as advance:
                 report = order(
                     args.op,
@@ -62,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
                     device=args.device,
                     progress=advance,
                 )
-        except (ValueError, AssertionError, RuntimeError) as error:  # PyTorch's own of a device that is not there
+        except ValueError as error:
             fail_with(error)
         with writing.naming(writing.STDOUT):
             console = terminal.console()

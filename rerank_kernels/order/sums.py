@@ -136,7 +136,7 @@ def summation(
     if op == "layer_norm" and terms < 3:
         raise ValueError(f"order layer_norm: terms must be at least 3, got {terms}")
     if not 0 <= row < rows:
-        raise ValueError(f"order {op}: row must be 0 to {rows - 1}, for there are {rows} rows, got {row}")
+        raise ValueError(f"order {op}: row must be 0 to {rows - 1} where M is {rows}, got {row}; take a larger M")
 
     from rerank_kernels.ops import attention, linear, norm, softmax
 

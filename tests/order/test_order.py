@@ -360,8 +360,10 @@ def test_the_command_refuses_by_name(capsys) -> None:
     said = bad(capsys, "order", "mean", "--dtype", "fp16")
     assert said.startswith("order mean: dtype must be float32 or bfloat16, got float16")
     assert bad(capsys, "order", "softmax", "--dtype", "bf16").startswith("order softmax: dtype must be float32, got bfloat16")
-    assert bad(capsys, "order", "sum", "--row", "4") == "order sum: row must be 0 to 0, for there are 1 rows, got 4"
+    assert bad(capsys, "order", "sum", "--row", "4") == "order sum: row must be 0 to 0 where M is 1, got 4; take a larger M"
     assert bad(capsys, "order", "sum", "--terms", "99999") == "order sum: terms must be 1 to 16384, got 99999"
     assert bad(capsys, "order", "layer_norm", "--terms", "2") == "order layer_norm: terms must be at least 3, got 2"
     assert "belongs to linear and bmm" in bad(capsys, "order", "sum", "--columns", "3")
+    said = bad(capsys, "order", "sum", "--device", "nowhere")
+    assert said.startswith("order sum: --device nowhere: ") and said.endswith("; leave it out for the CPU")
     assert run(capsys, "order", "sum", "--rows", "5", "8", "--row", "4", "--terms", "9")[0] == 0, "the advice"
