@@ -135,9 +135,7 @@ class Graphs:
                 replay, (inputs, outputs) = device.capture(run)
             except torch.OutOfMemoryError:
                 self._ceiling = min(self._ceiling, size.tokens)
-            except (
-                Exception
-            ) as error:  # an op that waits for the device, or copies to it; what else is wrong, the call itself says
+            except Exception as error:  # an op that waits for the device, or copies to it; or what the call itself will say
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 self._refused[what] = f"capture was refused: {first:.120}"
             else:

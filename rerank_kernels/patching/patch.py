@@ -158,9 +158,10 @@ def _as_before(found: Resolved, mode: Mode, backend: str | None, graphs: bool) -
                 "call rk.unpatch() with it first"
             )
         # of a model that is still to be loaded; of one that is there, its forwards know
-        if isinstance(before, Method) and not found.modules and (was := before.patch.keywords.get("graphs", True)) != graphs:
+        had = getattr(getattr(before, "patch", None), "keywords", {}).get("graphs", graphs)
+        if had != graphs and not found.modules:
             raise PatchError(
-                f"patch: {path} of {class_of(override.holder)} is patched already, with graphs={was}, and graphs={graphs} was "
+                f"patch: {path} of {class_of(override.holder)} is patched already, with graphs={had}, and graphs={graphs} was "
                 "asked for; call rk.unpatch() with it first"
             )
 
