@@ -641,6 +641,7 @@ def test_a_reranker(device: type[Recorder], tmp_path: Any) -> None:
     same(torch.from_numpy(scores[0].logit), torch.from_numpy(scores[1].logit), "scores")
     assert graphs_of(with_graphs.model).replays and without.report.graphs()[""] == "off"
     assert not rk.Reranker(without.model, without.tokenizer).model.forward.wants_graphs
+    assert not rk.Reranker(tmp_path, graphs=0).model.forward.wants_graphs  # type: ignore[arg-type]
 
 
 def test_the_numbers_of_a_call_leave_none_of_another(device: type[Recorder]) -> None:
