@@ -73,13 +73,8 @@ class Place:
 
     def invariant(self, call: Callable[[int], object], graph: bool = True) -> list[Contestant]:
         """batch_invariant_ops, which replaces products and means on a GPU."""
-        if not self.on_gpu:
-            return []
-        return [
-            installed(
-                "b-inv", "batch_invariant_ops", lambda m: Contestant("b-inv", call, m.set_batch_invariant_mode, graph=graph)
-            )
-        ]
+        made = lambda m: Contestant("b-inv", call, m.set_batch_invariant_mode, graph=graph)  # noqa: E731
+        return [installed("b-inv", "batch_invariant_ops", made)] if self.on_gpu else []
 
 
 def installed(name: str, package: str, made: Callable[[Any], Contestant]) -> Contestant:

@@ -28,7 +28,7 @@ from bench import OUT, ROOT
 from bench.cases import contests
 from bench.cases.models import COMPILED
 from bench.harness.turns import Contestant, Pace, Work, play
-from bench.harness.worker import resident
+from bench.harness.worker import close, resident
 from bench.pages.results import digits
 from bench.pages.tables import Table
 
@@ -135,9 +135,14 @@ def measured(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]
         checked_out(args.against, pathlib.Path(folder), console)
         trees = {"this": ROOT, "REV": pathlib.Path(folder)}
         sides = {who: functools.partial(resident, who, tree=tree, threads=args.threads) for who, tree in trees.items()}
-        for record in compare(cases, sides, pace, args.quick, args.device):
-            records.append(record)
-            words = record.get("error") or f"{record['ratio']:.2f} {record['verdict']}"
-            console.print(f"{len(records)}/{len(cases)} {record['case']}: {words}", markup=False, highlight=False)
+        try:
+            for side in sides.values():  # both are there before either is timed
+                side()
+            for record in compare(cases, sides, pace, args.quick, args.device):
+                records.append(record)
+                words = record.get("error") or f"{record['ratio']:.2f} {record['verdict']}"
+                console.print(f"{len(records)}/{len(cases)} {record['case']}: {words}", markup=False, highlight=False)
+        finally:
+            close()
     show(console, args.against, records)
     return records

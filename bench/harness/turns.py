@@ -29,7 +29,7 @@ import torch
 TURN = 0.002  # seconds a turn lasts at least: the clock's own cost and the hand-over are noise beside it
 MOST_ROUNDS, MOST_CALLS = 100, 64  # MOST_CALLS: of a graph
 SLOW = 0.02  # seconds from which a call on a GPU needs no company
-WARM = 3  # calls on a GPU before any is timed: torch.compile's graphs are recorded in the second
+WARM = 3  # calls on a GPU before any is timed: graphs, torch.compile's and ours, are recorded in the second
 ENDLESS = 30.0  # seconds of a round from which two have to do
 AWAKE = 0.05  # seconds of work after which a core and its caches are as they were before it slept
 Cell = dict[str, Any]

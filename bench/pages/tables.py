@@ -54,12 +54,9 @@ class Table(NamedTuple):
 
 
 def facts(content: Content) -> str:
-    m = content["machine"]
-    names = (
-        ("gpu", "smi driver_version", "smi clocks.sm", "nvcc", "triton")
-        if content.get("device") == "cuda"
-        else ("cpu", "threads", "isa", "mkl", "MKL_CBWR", "onnxruntime", "openvino")
-    )
+    m, on_a_gpu = content["machine"], content.get("device") == "cuda"
+    of_cpu = ("cpu", "threads", "isa", "mkl", "MKL_CBWR", "onnxruntime", "openvino")
+    names = ("gpu", "smi driver_version", "smi clocks.sm", "nvcc", "triton") if on_a_gpu else of_cpu
     words = [f"{name.removeprefix('smi ')} {m[name]}" for name in (*names, "torch", "revision") if m.get(name)]
     return "(" + ", ".join(words) + ")\n"
 

@@ -32,14 +32,6 @@ void linear(const char* op, const LinearArgs& args, int64_t batches, float* work
 // mode tensor: x and weight are half precision, both of one dtype
 void linear_tensor(const char* op, const LinearArgs& args, int64_t batches, Stream stream);
 
-// Launchers of a room that a build may lack, since it is compiled for one architecture (toolkit.py, ROOMS); its files put them
-// here when the library is loaded. Each says whether it took the call: not on another GPU, nor where its way to memory does not
-// fit. Then the launcher of the room for every GPU serves, with the same bits; so it does where a test forced a way of it.
-struct HopperRoom {
-    bool (*linear_tensor)(const char* op, const LinearArgs& args, int64_t batches, Stream stream) = nullptr;
-};
-inline HopperRoom hopper;
-
 // ---- attention
 // Where B sequences lie, int32 on the device; the values are not known here.
 struct PackedArgs {
@@ -51,5 +43,14 @@ struct PackedArgs {
 void attention(const AttentionArgs& args, const PackedArgs& packed, Stream stream);
 // mode "tensor": float16 or bfloat16, D <= 256
 void attention_tensor(const AttentionArgs& args, const PackedArgs& packed, Stream stream);
+
+// Launchers of a room that a build may lack, since it is compiled for one architecture (toolkit.py, ROOMS); its files put them
+// here when the library is loaded. Each says whether it took the call: not on another GPU, nor where its way to memory does not
+// fit. Then the launcher of the room for every GPU serves, with the same bits; so it does where a test forced a way of it.
+struct HopperRoom {
+    bool (*linear_tensor)(const char* op, const LinearArgs& args, int64_t batches, Stream stream) = nullptr;
+    bool (*attention_tensor)(const AttentionArgs& args, const PackedArgs& packed, Stream stream) = nullptr;
+};
+inline HopperRoom hopper;
 
 }  // namespace rk

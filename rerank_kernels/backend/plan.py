@@ -2,8 +2,8 @@
 many of them make one sum, and the tiles that the launcher chooses from. A pure function; it needs no GPU.
 
 All tiles of a row of this table take the same instructions in the same order for an output. So the choice is in no bit. CUDA
-C++ has tiles for every architecture, csrc/cuda/sm80/tiles.h, and for linear on a Hopper others, csrc/cuda/sm90/tiles.h; the C++
-library holds both without CUDA too. Triton's are its own tables, read where Triton is installed.
+C++ has tiles for every architecture, csrc/cuda/sm80/tiles.h, and on a Hopper others, for linear and for heads of 64 and 128,
+csrc/cuda/sm90/tiles.h; the C++ library holds both without CUDA too. Triton's are its own tables, read where it is installed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def plan(arch: int, linears: Sequence[tuple[int, int]], heads: Sequence[int]) ->
             raise ValueError(f"plan: a head must have 1 to {WIDEST_HEAD} features, got {d}")
         features = f"head {d}"
         if cuda_gap() is None:
-            yield Row("attention", features, arch, "cuda", MMA, ceil_div(d, K_STEP), cuda_attention(d))
+            yield Row("attention", features, arch, "cuda", *cuda_attention(arch, d))
         if triton_gap(arch) is None:
             yield triton_attention(features, arch, d)
 
@@ -76,9 +76,13 @@ def cuda_linear(arch: int, k: int) -> tuple[str, int, tuple[Tile, ...]]:
     return WGMMA if hopper else MMA, ceil_div(k, K_STEP), tuple(Tile(*numbers) for numbers in tiles)
 
 
-def cuda_attention(d: int) -> tuple[Tile, ...]:
-    widths = library.launch_tables()["sm80"]["attention"]
-    return tuple(Tile(*numbers) for numbers in widths[str(min(w for w in map(int, widths) if d <= w))])
+def cuda_attention(arch: int, d: int) -> tuple[str, int, tuple[Tile, ...]]:
+    """On a Hopper, too, the tiles for every architecture serve where TMA cannot take keys or values, with the same bits."""
+    tables = library.launch_tables()
+    hopper = arch == 90 and str(d) in tables["sm90"]["attention"]
+    widths = tables["sm90" if hopper else "sm80"]["attention"]
+    tiles = widths[str(min(w for w in map(int, widths) if d <= w))]
+    return WGMMA if hopper else MMA, ceil_div(d, K_STEP), tuple(Tile(*numbers) for numbers in tiles)
 
 
 def triton_gap(arch: int) -> str | None:

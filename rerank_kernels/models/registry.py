@@ -166,7 +166,7 @@ def _replayed(
         found = [t[: sequences.count].clone() for t in out]
         return HeadOutput(*found) if len(found) > 1 else found[0]
 
-    found = replay.run(what, tokens, body, keep)
+    found = replay.run(("packed", what), tokens, body, keep)
     if found is None:
         return None
     served.entered(model)

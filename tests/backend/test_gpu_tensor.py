@@ -154,7 +154,10 @@ def within(case: Case, rows: Tensors, shared: Tensors, got: Tensor) -> None:
 
 # whose choice it is: bmm and the product that decides in sparse_ffn are linear's
 LAUNCHER = {"linear": "linear_tensor", "bmm": "linear_tensor", "sparse_ffn": "linear_tensor", "attention": "attention_tensor"}
-HOPPER = {"linear_tensor": "linear_hopper_tensor"}  # who serves in its place on compute capability 9.0; see csrc/cuda/kernels.h
+HOPPER = {
+    "linear_tensor": "linear_hopper_tensor",
+    "attention_tensor": "attention_hopper_tensor",
+}  # who serves in its place on compute capability 9.0; see csrc/cuda/kernels.h
 
 
 def launchers() -> dict[str, int]:

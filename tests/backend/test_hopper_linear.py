@@ -20,9 +20,9 @@ from torch import Tensor
 
 import conftest
 import tensor
-from cases import numbers
+from cases import Case, numbers
 from conftest import ran, require
-from invariants import same
+from invariants import all_same, same
 from rerank_kernels.backend import library
 from rerank_kernels.backend.plan import cuda_linear
 from rerank_kernels.ops.linear import bmm, linear
@@ -88,6 +88,18 @@ SHAPES = [
 def test_every_way_gives_the_bits_of_mma_sync(m: int, n: int, k: int, options: dict[str, Any], dtype: torch.dtype) -> None:
     for model in (tensor.H100, 3):
         every_way(product(m, n, k, dtype, **options), f"{m}x{k}x{n}", model)
+
+
+CASES = [c for c in tensor.CASES if c.op in ("linear", "bmm", "sparse_ffn")]
+
+
+def test_every_case_of_the_mode(case: Case) -> None:
+    """With the launcher's own choice; K that is no multiple of 8 is the other room's."""
+    rows, shared = case.make_rows(HALF), case.make_shared(HALF)
+    with tensor.simulated("cuda", tensor.H100):
+        want = case.call(rows, shared)
+    with on_hopper():
+        all_same(case.call(rows, shared), want, str(case))
 
 
 RING = (136, 264, 1096)  # every block goes round its ring, and has several tiles

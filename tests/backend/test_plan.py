@@ -53,7 +53,7 @@ def test_cuda_attention_launches_these_tiles(width: int) -> None:
     q, cu = torch.ones(20, 1, width - 7, dtype=torch.float16), cases.offsets((20,))
     with tensor.simulated("cuda"):
         made = launches("attention_tensor", lambda: attention(q, q, q, cu_seqlens=cu, mode="tensor"))
-    assert list(dict.fromkeys(m[1:] for m in made)) == [(t.threads, t.shared) for t in cuda_attention(width - 7)]
+    assert list(dict.fromkeys(m[1:] for m in made)) == [(t.threads, t.shared) for t in cuda_attention(80, width - 7)[2]]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

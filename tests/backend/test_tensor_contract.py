@@ -194,6 +194,17 @@ def test_scores_beyond_float32_are_nan() -> None:
         assert attention(q, k, v).isfinite().all()
 
 
+@served
+def test_a_window_without_an_end_and_rows_that_see_nothing(by: str) -> None:
+    """More queries than keys: places below 0, from which as many keys as an int32 can say are looked back."""
+    ran(by)
+    q, k, v = head(40, 64, F16, 20)
+    with tensor.simulated(by, tensor.H100):
+        got = attention(q, k, v, window=(2**31 - 1, 3))
+    same(got, stated(q, k, v, window=(-1, 3)), by)
+    assert not got[:17].any() and got[17:].any(1).all()
+
+
 def test_weights_add_to_one() -> None:
     """Of values that are all 1 the result is 1 exactly: numerator and denominator are one and the same chain."""
     ran("cuda")

@@ -115,10 +115,13 @@ def repository(tmp_path: Path) -> Path:
     ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(words)
-    git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a"]):
-        subprocess.run([*git, *words], check=True)
+    commit(root, ["init", "-q"])
     return root
+
+
+def commit(root: Path, *before: list[str]) -> None:
+    for words in (*before, ["add", "-A"], ["commit", "-qm", "a"]):
+        subprocess.run(["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True)
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
@@ -136,6 +139,22 @@ def test_the_library_is_built_only_if_its_sources_differ(repository: Path, tmp_p
         against.checked_out("HEAD", there, console, repository)
     with pytest.raises(SystemExit, match="--against nothing"):
         against.checked_out("nothing", there, console, repository)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+@pytest.mark.parametrize("file", ["a.cpp", "new.cpp"])
+def test_pip_builds_what_has_other_sources(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.setattr(against, "BUILT", tmp_path / "built")
+    setup = "from setuptools import setup\nsetup(name='it', version='1', packages=['rerank_kernels'])\n"
+    (repository / "setup.py").write_text(setup)
+    commit(repository)
+    (repository / "csrc" / file).write_text("2")  # changed, or not known to git
+    (repository / "rerank_kernels" / "__init__.py").write_text("changed = True")
+    against.checked_out("HEAD", there := tmp_path / "there", Console(), repository)
+    assert (there / "rerank_kernels" / "__init__.py").read_text() == ""
+    assert not list((there / "rerank_kernels").glob("*.so")), "this tree's library"
 
 
 @pytest.mark.exhaustive

@@ -23,7 +23,7 @@ import lora
 import recorder
 import rerank_kernels as rk
 from invariants import same
-from models import FAMILIES, VOCABULARY, decoder, padded, rows, tiny
+from models import CORPUS, FAMILIES, VOCABULARY, decoder, padded, rows, save_cross_encoder, tiny, tokenizer
 from recorder import Recorder, recording
 from rerank_kernels.graphs import buckets, captured
 from rerank_kernels.graphs import device as graphs_device
@@ -32,6 +32,7 @@ from rerank_kernels.models.heads import asking
 from rerank_kernels.models.registry import packed_answers, packed_embeddings, packed_logits
 from rerank_kernels.models.replay import said
 from rerank_kernels.ops.sequences import Sequences
+from rerank_kernels.verify import verify
 from rerank_kernels.verify.controls import one_ulp_off
 from simulated import served
 
@@ -141,6 +142,10 @@ def test_packed_entries(device: type[Recorder]) -> None:
         replayed(with_graphs, lambda m: packed_logits(m, *numbers))[0], packed_logits(without, *numbers), strict=True
     ):
         same(got, want, "logit, score, complement")
+    batch = padded(rows((5, 8, 3)), with_graphs.config.pad_token_id)
+    (got,) = replayed(with_graphs, lambda m: m(**batch).logits)  # of the same size, and not the same graph
+    same(got, without(**batch).logits, "logits of a call")
+    same(replayed(with_graphs, lambda m: packed_logits(m, *numbers))[0].score, packed_logits(without, *numbers).score, "score")
     with_graphs, without = pair("bert", head=False)
     for pooling in ("cls", "mean", "max", "lasttoken", "weightedmean"):
         run = lambda m, p=pooling: packed_embeddings(m, *numbers, numbers[0] % 2, pooling=p)  # noqa: E731
@@ -586,8 +591,6 @@ def test_a_model_on_simulated_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_reranker(device: type[Recorder], tmp_path: Any) -> None:
-    from models import CORPUS, save_cross_encoder
-
     save_cross_encoder(tmp_path)
     query, documents = CORPUS[0], list(CORPUS[1:5])
     with_graphs, without = rk.Reranker(tmp_path), rk.Reranker(tmp_path, graphs=False)
@@ -614,6 +617,17 @@ def test_the_numbers_of_a_call_leave_none_of_another(device: type[Recorder]) -> 
     assert given.reads is not None and given.reads.rows.tolist() == [*range(13), 0, 0, 0]
     assert given.reads.whole.cu_seqlens.tolist() == [0, 4, *[13] * 7] and given.reads.whole.total == 16
     assert 99 not in array
+
+
+def test_verify_passes_and_its_controls_are_caught(device: type[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (buckets, captured):
+        monkeypatch.setattr(module, "TOKENS", (64, 256, 1024))
+    own = tokenizer("bert")
+    model = patched(tiny("bert", vocab_size=len(own), pad_token_id=own.pad_token_id))
+    pairs = [(q, d) for q in (CORPUS[0], CORPUS[8]) for d in (*CORPUS[:6], "?", "x")]
+    report = verify(model, own, pairs, limit=16)
+    assert report.ok and all(c.caught for c in report.controls)
+    assert graphs_of(model).replays > 100
 
 
 def test_buckets() -> None:

@@ -76,6 +76,8 @@ _HOPPER_WAYS, FEW_HOPPER_WAYS = "std::make_integer_sequence<int, LINEAR_WAYS>()"
 _LINEAR_HOPPER = "g.x.dtype == Dtype::F16 ? linear_hopper<T, f16> : linear_hopper<T, bf16>"
 _ATTENTION_TENSOR = """if (args.dtype == Dtype::F16) start(attention_tensor_rows<WIDTH, f16>);
     else start(attention_tensor_rows<WIDTH, bf16>);"""
+_ATTENTION_HOPPER = "args.dtype == Dtype::F16 ? attention_wgmma_rows<B, f16> : attention_wgmma_rows<B, bf16>"
+_ATTENTION_HOPPER_WIDTH = "args.D == 64 ? way == 0 ? start<64, 0> : start<64, 1> : way == 0 ? start<128, 0> : start<128, 1>"
 _ATTENTION_WIDTH = """args.D <= 32    ? start_attention<32>
                        : args.D <= 64  ? start_attention<64>
                        : args.D <= 96  ? start_attention<96>
@@ -95,6 +97,8 @@ LONGEST = {
         ("sm90/linear.cu", _HOPPER_WAYS, f"std::integer_sequence<int, {', '.join(map(str, FEW_HOPPER_WAYS))}>()"),
         ("sm80/attention.cu", _ATTENTION_TENSOR, "start(attention_tensor_rows<WIDTH, f16>);"),
         ("sm80/attention.cu", _ATTENTION_WIDTH, "start_attention<64>;"),
+        ("sm90/attention.cu", _ATTENTION_HOPPER, "attention_wgmma_rows<B, f16>"),
+        ("sm90/attention.cu", _ATTENTION_HOPPER_WIDTH, "way == 0 ? start<64, 0> : start<64, 1>"),
     ],
 }
 

@@ -45,4 +45,30 @@ constexpr LinearTile LINEAR_TILES[] = {
 };
 constexpr int LINEAR_WAYS = sizeof(LINEAR_TILES) / sizeof(LinearTile);
 
+// attention.cu: a block has `groups` warpgroups of GROUP_ROWS rows, tiles of KEYS keys pass through shared memory, in panels of
+// 64 features.
+constexpr int GROUP_ROWS = 64, KEYS = 128;
+constexpr int WORK_BYTES = 128, SEEN_BYTES = 8, ONES_BYTES = 1024;  // what is kept there of its work, of a row, and for sums
+
+struct HeadTile {
+    int width, groups;
+
+    // One warpgroup, which fetches for itself; several such blocks share a multiprocessor, and one works while another waits.
+    // Else a warpgroup more fetches, and the next tile is begun before this one has ended.
+    constexpr bool solo() const { return groups == 1; }
+    constexpr int stages() const { return solo() && width > 64 ? 1 : 2; }
+    constexpr int blocks() const { return !solo() ? 1 : width > 64 ? 2 : 3; }  // of a multiprocessor
+    constexpr int threads() const { return (groups + (solo() ? 0 : 1)) * 128; }
+    constexpr int consumer_registers() const { return groups == 3 ? 160 : 240; }
+    constexpr int producer_registers() const { return groups == 3 ? 32 : 24; }
+    constexpr int rows() const { return groups * GROUP_ROWS; }
+    constexpr int shared() const {
+        const int barriers = (4 * stages() + 1) * 8;
+        return 1024 + (rows() + 2 * stages() * KEYS) * width * 2 + ONES_BYTES + WORK_BYTES + barriers + rows() * SEEN_BYTES;
+    }
+};
+// Ways 0 and 1 of each width.
+constexpr int HEAD_WIDTHS[] = {64, 128}, HEAD_WAYS = 2;
+constexpr HeadTile head_tile(int width, int way) { return {width, way == 1 ? 1 : width > 64 ? 2 : 3}; }
+
 }  // namespace rk::sm90

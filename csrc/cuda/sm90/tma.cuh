@@ -73,7 +73,7 @@ struct Boxes {
     // Whether TMA can take it: addresses and strides in multiples of 16 bytes, sizes and strides below its limits.
     bool fit() const {
         bool fits = aligned(data, 16);
-        for (int64_t size : sizes) fits = fits && 0 < size && size <= 0x7fffffff;
+        for (int64_t size : sizes) fits = fits && 0 < size && size <= 0x7fff0000;  // a place past the end is an int, too
         for (int64_t stride : strides) fits = fits && 0 < stride && stride % 8 == 0 && stride < (int64_t(1) << 39);
         return fits;
     }

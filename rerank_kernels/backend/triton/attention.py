@@ -22,7 +22,7 @@ A tile in which a row sees no key changes nothing for that row: m' = m, r = 1 ex
 zero in acc could turn, so the end adds +0. Thus which tiles a block visits, that is how many rows it has, is in no
 expression. While nothing was seen m is -inf, and 0 stands in for m' where it would give inf - inf.
 
-Features are taken as LOW + HIGH, powers of two (96 = 64 + 32), both parts one chain; zeros fill what D leaves of them.
+Features are taken as LOW + HIGH, powers of two (40 = 32 + 16), both parts one chain; zeros fill what D leaves of them.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ WIDEST = 128  # features of v of one block
 ONES = 16  # columns in which a row's sum stands; with wgmma its rows, 64
 LOG2_E = 1.4426950408889634
 SEQUENCES = 256  # offsets looked at together
+FARTHEST = 1 << 30  # keys back: a place below 0 less that many is still an int32
 force: int | None = None  # for tests: the tile of mode tensor to take
 
 
@@ -405,15 +406,15 @@ def _float_of(bits: int) -> float:
 
 
 def parts(d: int, arch: int) -> tuple[int, int]:
-    """What d features are filled up to, in one part or two: 96 = 64 + 32.
+    """What d features are filled up to, in one part or two: 40 = 32 + 16.
 
-    With mma.sync a part of the keys is held in registers, so 128 = 64 + 64; 160 = 128 + 64, since 32 spilled.
+    With mma.sync a part of the keys is held in registers, so 128 = 64 + 64; 96 = 64 + 64 and 160 = 128 + 64, since 32 spilled.
     With wgmma it is one part. Two products there that share the weights in registers gave other values of the second part at
     every run, and wrote outside memory, on an H100 with Triton 3.6 (tests/backend/test_gpu_tensor.py, heads of 40, 80 and 96).
     """
     if matrix_instruction(arch) == "wgmma":
         return triton.next_power_of_2(max(16, d)), 0
-    low, least = (WIDEST, 64) if d > 128 else (min(64, max(16, 1 << d.bit_length() - 1)), 16)
+    low, least = (WIDEST if d > 128 else 64, 64) if d > 64 else (max(16, 1 << d.bit_length() - 1), 16)
     return low, triton.next_power_of_2(max(least, d - low)) if d > low else 0
 
 
@@ -432,7 +433,7 @@ def attention_tensor(
     start(
         attention_tensor_kernel, (tiles, heads), q, k, v, cu_seqlens, *_keys_of(cu_seqlens, cu_seqlens_k), y,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        sequences, total, k.shape[0], heads, heads // k.shape[1], left, right, scale, softcap, c, least,
+        sequences, total, k.shape[0], heads, heads // k.shape[1], min(left, FARTHEST), right, scale, softcap, c, least,
         LEFT=left >= 0, RIGHT=right >= 0, SCALED=scaled, CAPPED=softcap != 0.0, D=d, LOW=low, HIGH=high,
         KEYS=keys(d), ONES=64 if turned else ONES, TURNED=turned,
         ROWS=tile.rows, SEQUENCES=SEQUENCES, EDGE=tile.edge, num_warps=tile.warps, num_stages=tile.stages,

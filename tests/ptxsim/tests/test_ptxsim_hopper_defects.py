@@ -120,7 +120,14 @@ DEFECTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "stores that a wgmma has not been told of": (
         both("@!%p1 bra FULL0;\n", ZEROED.replace("fence.proxy.async.shared::cta;", "")),
-        ("wgmma reads shared+", "with no fence.proxy.async between"),
+        ("wgmma reads shared+",),
+    ),
+    "stores that a copy has not been told of": (
+        both(
+            "mbarrier.arrive.shared::cta.b64 _, [%r3+0]; // of tile 0\n",
+            "mad.lo.u32 %r50, %r0, 4, %r1;\nst.shared.b32 [%r50], 0;\nmbarrier.arrive.shared::cta.b64 _, [%r3+0];\n",
+        ),
+        ("a bulk copy over shared+",),
     ),
     "stores that other warps do not wait for": (
         both("@!%p1 bra FULL0;\n", ZEROED.replace("bar.sync 1, 128; // zeroed", "")),

@@ -144,6 +144,7 @@ def flat(who: str, result: dict[str, Any], work: Work) -> dict[str, Any]:
         return record | {k: result[k] for k in ("wrong", "error", "why") if k in result}
     times = sorted(result["all_ms"])
     record |= {"ms": result["ms"], "least_ms": times[0], "most_ms": times[-1], "call_ms": result.get("call_ms")}
+    record["kernels_ms"] = result.get("kernels_ms")  # of a whole model
     return record | {
         "tflops": 2.0 * work.fmas / result["ms"] * 1e-9,
         "gbs": work.bytes / result["ms"] * 1e-6,
