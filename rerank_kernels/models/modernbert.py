@@ -30,7 +30,6 @@ from rerank_kernels.ops.opaque import traced
 from rerank_kernels.ops.rotary import rotary
 from rerank_kernels.ops.sequences import Sequences
 
-
 Tables = dict[rope.Parameters, tuple[Tensor, Tensor]]  # cos and sin, float32 [total, P]
 
 
