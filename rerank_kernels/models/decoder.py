@@ -489,7 +489,7 @@ def served() -> dict[str, Served]:
     """Exact class -> how it is served."""
     found: dict[str, Served] = {}
     inside: dict[str, Any] = dict(
-        turning_points=turning_points, tokens=tokens_of, states=states_of, entered=entered, why=no_graph
+        typed=False, turning_points=turning_points, tokens=tokens_of, states=states_of, entered=entered, why=no_graph
     )
     for module, a in MODEL_TYPES.items():
         found |= {

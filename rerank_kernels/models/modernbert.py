@@ -226,7 +226,7 @@ def roles_of(m: Any) -> Roles:
 
 def served() -> dict[str, Served]:
     """Exact class -> how it is served."""
-    inside: dict[str, Any] = dict(tokens=tokens_of, states=states_of, entered=entered, why=no_graph)
+    inside: dict[str, Any] = dict(typed=False, tokens=tokens_of, states=states_of, entered=entered, why=no_graph)
     return {
         MODEL: Served(encoder_forward, roles_of, packed_forward, max_tokens, **inside),
         CLASSIFIER: Served(classifier_forward, roles_of, packed_forward, max_tokens, head=_head, **inside),

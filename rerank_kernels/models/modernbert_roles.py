@@ -49,13 +49,14 @@ def problem(m: Any) -> str | None:
         return "its angles are FlashAttention's, which are not served; load it with attn_implementation='sdpa'"
     if any(function.__module__ != MODULE for function in functions.values()):
         return "an attention of MODERNBERT_ATTENTION_FUNCTION is not transformers' own; restore it"
-    if getattr(encoder, "rotary_emb", None) is not None:
-        turns = sorted({str(layer.attention_type) for layer in encoder.layers})
-        return next((why for turn in turns if (why := rope.problem(encoder.rotary_emb.config, turn)) is not None), None)
-    configs = [getattr(getattr(layer.attn, "rotary_emb", None), "config", None) for layer in encoder.layers]
-    if None in configs:
-        return "it has no rotary_emb that says what its angles are"
-    return next((why for config in configs if (why := rope.problem(config)) is not None), None)
+    shared = getattr(encoder, "rotary_emb", None)
+    for layer in encoder.layers:
+        config = getattr(shared or getattr(layer.attn, "rotary_emb", None), "config", None)
+        if config is None:
+            return "it has no rotary_emb that says what its angles are"
+        if (why := rope.problem(config, layer.attention_type if shared is not None else "")) is not None:
+            return why
+    return None
 
 
 def _slides(m: Any) -> bool | None:

@@ -254,7 +254,8 @@ def pack(m: Any, table: Table, args: tuple[Any, ...], kwargs: dict[str, Any], re
 def refuse_types(op: str, name: str, table: Table) -> None:
     """An encoder that has no token types cannot read them."""
     if not table.typed:
-        raise ValueError(f"{op}: {name} are not served, a {class_of(table.encoder)} has no token types; leave them out")
+        cure = "leave them out: tokenizer.model_input_names = ['input_ids', 'attention_mask']"
+        raise ValueError(f"{op}: {name} are not served, a {class_of(table.encoder)} has no token types; {cure}")
 
 
 def _not_captured(

@@ -191,6 +191,12 @@ def max_tokens(model: nn.Module) -> int:
     return ENCODERS[name_of(model)].max_tokens(model)
 
 
+def typed(model: nn.Module) -> bool:
+    """Whether a model's tokens have types, as far as is known."""
+    served = ENCODERS.get(name_of(model))
+    return served is None or served.typed
+
+
 def model_types() -> list[str]:
     """The model types that are served, as config.json names them."""
     texts = {module.split(".")[2] for module, a in decoder.MODEL_TYPES.items() if a.text}  # without it: of text and images

@@ -33,7 +33,7 @@ from rerank_kernels.models.bound import PatchError
 from rerank_kernels.ops import opaque
 
 ROOT = Path(__file__).parents[2]
-FAMILIES = ("bert", "xlm-roberta")
+FAMILIES = ("bert", "xlm-roberta", "modernbert")
 # lengths, padded left, width: two equal rows, other lengths, wider, a row without tokens
 OTHERS = (((9, 9), False, 0), ((3, 12, 1), False, 20), ((5,), True, 8), ((40, 2), True, 0), ((0, 3), False, 0))
 
