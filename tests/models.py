@@ -42,6 +42,9 @@ def config(family: str, **changes: Any) -> Any:
     narrow = {"embedding_size": 48} if family in ("electra", "albert") else {}  # their words are narrower than their layers
     if family == "albert":  # two groups of one layer each
         narrow |= dict(num_hidden_groups=2)
+    if family == "modernbert":  # a layer that sees all and one with a window; stock's eager attention gives NaN beyond one
+        narrow = dict(global_attn_every_n_layers=2, local_attention=2 * HALF + 1, attn_implementation="sdpa")
+        narrow |= dict(pad_token_id=1, bos_token_id=None, eos_token_id=None, cls_token_id=None, sep_token_id=None)
     said = sizes | room | narrow | changes
     if family == "distilbert":  # it knows two of these by other names, and no types
         said = {{"intermediate_size": "hidden_dim", "hidden_act": "activation"}.get(k, k): v for k, v in said.items()}
