@@ -24,8 +24,9 @@ CORPUS = (
     "Matrix multiplication dominates the cost of a transformer encoder.",
 )
 BERTS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
-FAMILIES = (*BERTS, "modernbert", "distilbert", "albert")
+FAMILIES = (*BERTS, "modernbert", "distilbert", "albert", "xlm-roberta-xl", "roberta-prelayernorm")
 NAMES = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra", "ModernBert", "DistilBert", "Albert")
+NAMES += ("XLMRobertaXL", "RobertaPreLayerNorm")
 PREFIX = dict(zip(FAMILIES, NAMES, strict=True))  # of classes
 UNTYPED = ("modernbert", "distilbert")  # their tokens have no types
 PAD = {family: 0 if family in ("bert", "electra", "distilbert", "albert") else 1 for family in FAMILIES}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +13,6 @@ from rerank_kernels.models.roles import PEFT, Assumed, Role, Roles
 def group_of(i: int, config: Any) -> int:
     """Which group of layers runs as number i; a quotient in float64, as in transformers, also where groups do not divide it."""
     return int(i / (config.num_hidden_layers / config.num_hidden_groups))
-
-
-def keeps_groups(layers: Any) -> bool:
-    """Whether stock's hidden states are what each group gives: in transformers 4 they are, in 5 what each layer gives."""
-    return "output_hidden_states" in inspect.signature(type(layers).forward).parameters
 
 
 GROUPS = (

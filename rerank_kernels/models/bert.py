@@ -1,6 +1,6 @@
 """Encoders built like BERT, packed: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, ALBERT, with a head or bare.
 
-A model type is one row in MODEL_TYPES (bert_types.py). What differs from stock transformers: embeddings and residuals are
+Two of RoBERTa's are pre-norm. A model type is one row in MODEL_TYPES (bert_types.py). What differs from stock transformers: embeddings and residuals are
 summed in float32, positions count valid tokens, hidden states at padding are 0, logits are float32.
 """
 
@@ -198,7 +198,7 @@ def _encode(
         types = torch.zeros_like(positions) if types is None else types
         total = total + lookup(op, "token_type_ids", types, e.token_type_embeddings, known).float()
     total = total + lookup(op, "position_ids", positions, e.position_embeddings, known).float()
-    x = norm(e.LayerNorm, total).to(e.word_embeddings.weight.dtype)
+    x = (norm(e.LayerNorm, total) if a.normed else total).to(e.word_embeddings.weight.dtype)
     if (project := a.project(encoder)) is not None:  # words may be narrower than the layers
         x = dense(project, x)
     if states is not None:
@@ -207,6 +207,10 @@ def _encode(
         x = _layer(layer, x, sequences)
         if states is not None and layer.kept:
             states.append(x)
+    if (final := a.final(encoder)) is not None:
+        x = norm(final, x)
+        if states is not None and not a.raw(encoder):
+            states[-1] = x
     return x
 
 
@@ -216,15 +220,19 @@ TOKENS_AT_ONCE = 1024
 
 
 def _layer(layer: Layer, x: Tensor, sequences: Sequences) -> Tensor:
-    """Post-norm: the residual is added inside layer_norm, where the sum stays float32."""
+    """The residual is added where the sum stays float32: post-norm inside layer_norm, pre-norm inside the product before it."""
     heads = (x.shape[0], layer.heads, layer.size)
-    q, k, v = (dense(p, x).view(heads) for p in (layer.query, layer.key, layer.value))
+    read = norm(layer.norm, x) if layer.first else x
+    q, k, v = (dense(p, read).view(heads) for p in (layer.query, layer.key, layer.value))
     a = attention(q, k, v, cu_seqlens=sequences).flatten(1)
-    x = norm(layer.norm, dense(layer.out, a), x)
+    x = dense(layer.out, a, residual=x) if layer.first else norm(layer.norm, dense(layer.out, a), x)
     many = x.device.type == "cpu" and not traced() and x.shape[0] > TOKENS_AT_ONCE
     parts = x.split(TOKENS_AT_ONCE) if many else (x,)
     act = activation_of(layer.act)
-    done = [norm(layer.last, dense(layer.down, dense(layer.up, part, act)), part) for part in parts]
+    if layer.first:
+        done = [dense(layer.down, dense(layer.up, norm(layer.last, part), act), residual=part) for part in parts]
+    else:
+        done = [norm(layer.last, dense(layer.down, dense(layer.up, part, act)), part) for part in parts]
     return done[0] if len(done) == 1 else torch.cat(done)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from rerank_kernels.models import albert_roles, bert_roles, distilbert_roles, lora
+from rerank_kernels.models import albert_roles, bert_roles, distilbert_roles, lora, prenorm_roles
 from rerank_kernels.models.bound import name_of
 from rerank_kernels.models.heads import ClassificationHead
 from rerank_kernels.models.leaves import activation_of
@@ -15,7 +16,7 @@ from rerank_kernels.models.roles import Roles
 
 
 class Layer(NamedTuple):
-    """The modules of a post-norm layer, in the order in which a token meets them."""
+    """The modules of a layer, whatever its model type calls them."""
 
     heads: int
     size: int  # of a head
@@ -23,12 +24,17 @@ class Layer(NamedTuple):
     key: Any
     value: Any
     out: Any
-    norm: Any  # behind attention
+    norm: Any  # of attention
     up: Any
     act: Any
     down: Any
-    last: Any  # the norm behind the feed-forward layer
+    last: Any  # the norm of the feed-forward layer
+    first: bool = False  # pre-norm: both norms stand before what they are of
     kept: bool = True  # what it gives is one of stock's hidden states
+
+
+def _none(_: Any) -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,9 @@ class ModelType:
     project: Callable[[Any], Any]  # of an encoder: what makes words as wide as the layers; None where they are
     pooler: Callable[[Any], tuple[Any, Any] | None]  # of an encoder: the Linear and the activation of its pooler
     typed: bool = True  # tokens have types
+    normed: bool = True  # embeddings have a norm
+    final: Callable[[Any], Any] = _none  # of an encoder: the norm behind all layers; None where there is none
+    raw: Callable[[Any], bool] = lambda _: False  # of an encoder: stock's last hidden state is what that norm reads
     output: str = "BaseModelOutputWithPoolingAndCrossAttentions"  # of an encoder, in transformers.modeling_outputs
 
 
@@ -52,12 +61,13 @@ def model_type(m: object) -> ModelType:
     return MODEL_TYPES[name_of(m).rpartition(".")[0]]
 
 
+def _collects(layers: Any) -> bool:
+    """Whether a list of layers collects hidden states itself, as in transformers 4. Since 5 what each layer gives is caught."""
+    return "output_hidden_states" in inspect.signature(type(layers).forward).parameters
+
+
 def _from_0(_: Any) -> int:
     return 0
-
-
-def _none(_: Any) -> None:
-    return None
 
 
 # ---- with BERT's names ------------------------------------------------------------------------------------------------------
@@ -97,8 +107,31 @@ _padded = functools.partial(bert_roles.encoder, embeddings=(bert_roles.PADDED,))
 
 
 def _roberta(prefix: str) -> ModelType:
-    first = lambda encoder: int(encoder.embeddings.padding_idx) + 1  # noqa: E731
-    return ModelType(prefix, "roberta", first, _own_head, _padded, bert_roles.dense_head, _layers, _none, _pooler)
+    return ModelType(prefix, "roberta", _behind_pad, _own_head, _padded, bert_roles.dense_head, _layers, _none, _pooler)
+
+
+def _behind_pad(encoder: Any) -> int:
+    return int(encoder.embeddings.padding_idx) + 1
+
+
+# ---- RoBERTa, pre-norm ------------------------------------------------------------------------------------------------------
+
+
+def _xl_layers(encoder: Any) -> list[Layer]:
+    return [_pre_norm(layer, layer.attention.self_attn_layer_norm, layer.LayerNorm) for layer in encoder.encoder.layer]
+
+
+def _prelayernorm_layers(encoder: Any) -> list[Layer]:
+    return [_pre_norm(layer, layer.attention.LayerNorm, layer.intermediate.LayerNorm) for layer in encoder.encoder.layer]
+
+
+def _pre_norm(layer: Any, norm: Any, last: Any) -> Layer:
+    own, up = layer.attention.self, layer.intermediate
+    return Layer(
+        *(own.num_attention_heads, own.attention_head_size, own.query, own.key, own.value, layer.attention.output.dense, norm),
+        *(up.dense, up.intermediate_act_fn, layer.output.dense, last),
+        first=True,
+    )
 
 
 # ---- DistilBERT -------------------------------------------------------------------------------------------------------------
@@ -126,9 +159,8 @@ def _distilbert_head(m: Any) -> ClassificationHead:
 def _albert_layers(encoder: Any) -> list[Layer]:
     """Each as often as it runs: a group of layers stands for several layers in a row."""
     own, config = encoder.encoder, encoder.encoder.config
-    all_kept = not albert_roles.keeps_groups(own)
     groups = [[_albert_layer(layer) for layer in group.albert_layers] for group in own.albert_layer_groups]
-    if not all_kept:
+    if _collects(own):  # what groups give
         groups = [[*(one._replace(kept=False) for one in group[:-1]), group[-1]] for group in groups]
     places = (albert_roles.group_of(i, config) for i in range(config.num_hidden_layers))
     return [layer for place in places for layer in groups[place]]
@@ -165,6 +197,18 @@ MODEL_TYPES = {
         lambda encoder: getattr(encoder, "embeddings_project", None),
         _none,
         output="BaseModelOutputWithPastAndCrossAttentions",
+    ),
+    "transformers.models.xlm_roberta_xl.modeling_xlm_roberta_xl": ModelType(
+        *("XLMRobertaXL", "roberta", _behind_pad, _own_head, prenorm_roles.xl, bert_roles.dense_head),
+        *(_xl_layers, _none, _pooler),
+        normed=False,
+        final=lambda encoder: encoder.encoder.LayerNorm,
+    ),
+    "transformers.models.roberta_prelayernorm.modeling_roberta_prelayernorm": ModelType(
+        *("RobertaPreLayerNorm", "roberta_prelayernorm", _behind_pad, _own_head, prenorm_roles.prelayernorm),
+        *(bert_roles.dense_head, _prelayernorm_layers, _none, _pooler),
+        final=lambda encoder: encoder.LayerNorm,
+        raw=lambda encoder: _collects(encoder.encoder),
     ),
     "transformers.models.distilbert.modeling_distilbert": ModelType(
         *("DistilBert", "distilbert", _from_0, _distilbert_head, distilbert_roles.encoder, distilbert_roles.head),

@@ -1,4 +1,4 @@
-"""bert_types: DistilBERT and ALBERT against stock in float64, what their tables of roles refuse, and mutants of both."""
+"""bert_types: DistilBERT, ALBERT and pre-norm RoBERTas: against stock in float64, what their roles refuse, and mutants."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def albert(layers=5, groups=3, inner=1, **changes):
     return tiny("albert", num_hidden_layers=layers, num_hidden_groups=groups, inner_group_num=inner, **changes)
 
 
-def differs(model, **inputs):
+def differs(model, pad=0, **inputs):
     """How far logits and hidden states are from stock's in float64."""
-    inputs = BATCH | inputs
+    inputs = padded(rows(LENGTHS), pad) | inputs
     with torch.no_grad():
         truth = copy.deepcopy(model).double()(**inputs, output_hidden_states=True)
     rk.patch(model)
@@ -74,6 +74,15 @@ def test_an_albert_without_a_pooler():
 @pytest.mark.parametrize("family", ["distilbert", "albert"])
 def test_activations(family, act):
     assert differs(tiny(family, hidden_act=act)) < NEAR
+
+
+PRE_NORM = ("xlm-roberta-xl", "roberta-prelayernorm")
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", PRE_NORM)
+def test_norms_before_what_they_norm(family, attention):
+    assert differs(tiny(family, attn_implementation=attention), pad=1, **TYPES) < NEAR
 
 
 def test_places_from_a_sine():
@@ -180,6 +189,25 @@ def test_mutant_modules_in_each_others_place(monkeypatch, family, wrong):
     assert differs(tiny(family, **equal)) > 10 * NEAR
 
 
+MISTAKES = {
+    "post-norm": lambda row: {"layers": lambda m: [one._replace(first=False) for one in row.layers(m)]},
+    "norms swapped": lambda row: {"layers": lambda m: [one._replace(norm=one.last, last=one.norm) for one in row.layers(m)]},
+    "no last norm": lambda row: {"final": lambda _: None},
+    "embeddings as they are": lambda row: {"normed": False},
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("family", PRE_NORM)
+def test_mutant_of_pre_norm(monkeypatch, family, mistake):
+    model = tiny(family)
+    if mistake == "embeddings as they are" and family == "xlm-roberta-xl":
+        pytest.skip("its embeddings have no norm")
+    name = family.replace("-", "_")
+    with_row(monkeypatch, name, **MISTAKES[mistake](bert_types.model_type(model)))
+    assert differs(model, pad=1) > 10 * NEAR
+
+
 @pytest.mark.parametrize("changes", [{"typed": False}, {"project": lambda _: None}], ids=["types", "mapping"])
 def test_mutant_a_step_is_left_out(monkeypatch, changes):
     with_row(monkeypatch, "albert", **changes)
@@ -188,7 +216,7 @@ def test_mutant_a_step_is_left_out(monkeypatch, changes):
 
 
 def test_mutant_hidden_states_of_the_other_transformers(monkeypatch):
-    monkeypatch.setattr(albert_roles, "keeps_groups", lambda _: not FOUR)
+    monkeypatch.setattr(bert_types, "_collects", lambda _: not FOUR)
     with pytest.raises(AssertionError, match="hidden_states"):
         differs(albert(4, 2, 2))
 
@@ -328,6 +356,16 @@ def test_what_changes_after_patch_is_seen_at_the_next_call(family, attribute):
         fresh = tiny(family, attn_implementation="sdpa")
         rk.patch(fresh)
         assert torch.equal(fresh(**BATCH).logits, want)
+
+
+@pytest.mark.skipif(FOUR, reason="transformers 4 has no such choice")
+@pytest.mark.parametrize("family", PRE_NORM)
+def test_a_last_hidden_state_that_is_not_normed(family):
+    model = tiny(family)
+    model.config.tie_last_hidden_states = False
+    assert "config.tie_last_hidden_states must be True, or left out, got False" in refusal(model)
+    model.config.tie_last_hidden_states = True
+    rk.patch(model)
 
 
 def test_a_classifier_without_its_pooler():

@@ -32,6 +32,7 @@ HASHES = {"bert": "6606d6874a67e6ed", "electra": "6ba195796a762157", "modernbert
     ("roberta", "xlm-roberta", "camembert"), "baa9ec9efcce8a5b"
 )
 HASHES |= {"distilbert": "1a5bbe8fa6516578", "albert": "d88f329f89041c33"}
+HASHES |= {"xlm-roberta-xl": "fdf49485111a26e0", "roberta-prelayernorm": "53923f9c1ef8c9a3"}
 
 
 def bits(t):
