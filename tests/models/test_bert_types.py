@@ -197,12 +197,13 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.parametrize("family", PRE_NORM)
+# XLM-RoBERTa-XL's embeddings have no norm that could be forgotten
+MADE = [(family, one) for family in PRE_NORM for one in MISTAKES if (family, one) != (PRE_NORM[0], "embeddings as they are")]
+
+
+@pytest.mark.parametrize("family, mistake", MADE)
 def test_mutant_of_pre_norm(monkeypatch, family, mistake):
     model = tiny(family)
-    if mistake == "embeddings as they are" and family == "xlm-roberta-xl":
-        pytest.skip("its embeddings have no norm")
     name = family.replace("-", "_")
     with_row(monkeypatch, name, **MISTAKES[mistake](bert_types.model_type(model)))
     assert differs(model, pad=1) > 10 * NEAR
