@@ -30,11 +30,13 @@ from rerank_kernels.ops.opaque import traced
 from rerank_kernels.ops.rotary import rotary
 from rerank_kernels.ops.sequences import Sequences
 
+Tables = dict[rope.Parameters, tuple[Tensor, Tensor]]  # cos and sin, float32 [total, P]
+
 
 class Turned(NamedTuple):
     """What a layer knows of its tokens' places."""
 
-    angles: tuple[Tensor, Tensor]  # cos and sin, float32 [total, P]
+    angles: tuple[Tensor, Tensor]
     window: tuple[int, int] | None
 
 
@@ -101,7 +103,8 @@ def tokens_of(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None) -
 
 def states_of(m: Any, given: Inputs) -> Tensor:
     """[T, D] of encoder or classifier m, inside a graph."""
-    encoder, tables = m.base_model, dict[rope.Parameters, tuple[Tensor, Tensor]]()
+    encoder = m.base_model
+    tables: Tables = {}
     for said in dict.fromkeys(_said(encoder)):
         whole = rope.tables(said, given.ids.shape[0], given.ids.device)
         given.held.extend(whole)
@@ -152,7 +155,7 @@ def _said(encoder: Any) -> list[rope.Parameters]:
     return [said_of(encoder, layer) for layer in encoder.layers]
 
 
-def _by_layer(encoder: Any, tables: dict[rope.Parameters, tuple[Tensor, Tensor]]) -> list[Turned]:
+def _by_layer(encoder: Any, tables: Tables) -> list[Turned]:
     return [Turned(tables[said_of(encoder, layer)], window_of(layer)) for layer in encoder.layers]
 
 
@@ -160,8 +163,8 @@ def _turned(encoder: Any, op: str, positions: Tensor, sequences: Sequences) -> l
     """Of each layer; layers whose angles are the same share them."""
     if positions.is_floating_point():
         raise TypeError(f"{op}: position_ids must be int64 or int32, got {positions.dtype}")
-    limit, tables = max_tokens(encoder), dict[rope.Parameters, tuple[Tensor, Tensor]]()
-    cu = sequences.cu_seqlens
+    limit, cu = max_tokens(encoder), sequences.cu_seqlens
+    tables: Tables = {}
     for said in dict.fromkeys(_said(encoder)):
         if traced():
             tables[said] = rope.angles(cu, positions, dict(said)["features"] // 2, rope.written(said), limit, op)
@@ -202,8 +205,7 @@ def _layer(layer: Any, x: Tensor, turned: Turned, sequences: Sequences) -> Tenso
     own, mlp = layer.attn, layer.mlp
     first = name_of(layer.attn_norm) == modernbert_roles.IDENTITY  # of the first layer, whose input is normed already
     qkv = dense(own.Wqkv, x if first else norm(layer.attn_norm, x)).unflatten(-1, (3, -1, own.head_dim))
-    heads = qkv.shape[2]
-    q, k = rotary(qkv[:, :2].flatten(1, 2), *turned.angles).split(heads, 1)
+    q, k = rotary(qkv[:, :2].flatten(1, 2), *turned.angles).chunk(2, 1)
     a = attention(q, k, qkv[:, 2], cu_seqlens=sequences, window=turned.window)
     x = dense(own.Wo, a.flatten(1), residual=x)
     act = activation_of(mlp.act)
