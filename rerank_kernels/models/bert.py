@@ -1,7 +1,8 @@
 """Encoders built like BERT, packed: BERT, RoBERTa and its like, ELECTRA, DistilBERT, ALBERT, with a head or bare.
 
 A model type is one row in MODEL_TYPES (bert_types.py); two of RoBERTa's are pre-norm. What differs from stock transformers:
-embeddings and residuals are summed in float32, positions count valid tokens, hidden states at padding are 0, logits are float32.
+embeddings and residuals are summed in float32, positions count valid tokens, hidden states at padding are 0, logits are
+float32.
 """
 
 from __future__ import annotations

@@ -82,6 +82,8 @@ PRE_NORM = ("xlm-roberta-xl", "roberta-prelayernorm")
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", PRE_NORM)
 def test_norms_before_what_they_norm(family, attention):
+    if attention == "sdpa" and not type(tiny(family))._supports_sdpa:
+        pytest.skip("transformers 4 has no such attention of it")
     assert differs(tiny(family, attn_implementation=attention), pad=1, **TYPES) < NEAR
 
 
