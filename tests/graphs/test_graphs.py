@@ -121,7 +121,7 @@ def test_hidden_states_and_positions_of_modernbert(device: type[Recorder]) -> No
     batch, places = padded(rows((9, 4)), 1), torch.arange(30, 39).expand(1, 9)
     got = with_graphs(**batch, position_ids=places).last_hidden_state
     same(got, without(**batch, position_ids=places).last_hidden_state, "given positions")
-    assert said(with_graphs.forward).endswith("1 without: position_ids")
+    assert "1 without: position_ids" in said(with_graphs.forward)
 
 
 def test_token_types_and_positions(device: type[Recorder]) -> None:
