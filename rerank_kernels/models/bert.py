@@ -196,7 +196,7 @@ def _encode(
     # In transformers' order; all terms and the norm stay in float32, so the body's dtype is rounded to once, here.
     total = words.float()
     if a.typed:
-        types = torch.zeros_like(positions) if types is None else types
+        types = torch.zeros_like(positions, dtype=torch.int64) if types is None else types  # whatever the positions are
         total = total + lookup(op, "token_type_ids", types, e.token_type_embeddings, known).float()
     total = total + lookup(op, "position_ids", positions, e.position_embeddings, known).float()
     x = (norm(e.LayerNorm, total) if a.normed else total).to(e.word_embeddings.weight.dtype)

@@ -138,7 +138,7 @@ ROOMS = (
     ("models",),
     ("patching",),
     ("scoring",),
-    ("verify", "bench"),
+    ("verify", "bench", "order"),
     ("page",),
     ("cli",),
 )
