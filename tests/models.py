@@ -24,10 +24,12 @@ CORPUS = (
     "Matrix multiplication dominates the cost of a transformer encoder.",
 )
 BERTS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
-FAMILIES = (*BERTS, "modernbert")
-PREFIX = dict(zip(FAMILIES, ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra", "ModernBert"), strict=True))  # of classes
-UNTYPED = ("modernbert",)  # their tokens have no types
-PAD = {family: 0 if family in ("bert", "electra") else 1 for family in FAMILIES}
+FAMILIES = (*BERTS, "modernbert", "distilbert", "albert", "xlm-roberta-xl", "roberta-prelayernorm")
+NAMES = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra", "ModernBert", "DistilBert", "Albert")
+NAMES += ("XLMRobertaXL", "RobertaPreLayerNorm")
+PREFIX = dict(zip(FAMILIES, NAMES, strict=True))  # of classes
+UNTYPED = ("modernbert", "distilbert")  # their tokens have no types
+PAD = {family: 0 if family in ("bert", "electra", "distilbert", "albert") else 1 for family in FAMILIES}
 VOCABULARY = 160
 POSITIONS = 140  # more than two key tiles of 64, so that sequences of several tiles can be made
 
@@ -38,11 +40,17 @@ def config(family: str, **changes: Any) -> Any:
     cls = getattr(tf, PREFIX[family] + "Config")
     sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, num_labels=1)
     room = dict(vocab_size=VOCABULARY, max_position_embeddings=POSITIONS, type_vocab_size=2, attn_implementation="eager")
-    narrow = {"embedding_size": 48} if family == "electra" else {}  # its words are narrower than its layers
+    narrow = {"embedding_size": 48} if family in ("electra", "albert") else {}  # their words are narrower than their layers
+    if family == "albert":  # two groups of one layer each
+        narrow |= dict(num_hidden_groups=2)
     if family == "modernbert":  # a layer that sees all and one with a window; stock's eager attention gives NaN beyond one
         narrow = dict(global_attn_every_n_layers=2, local_attention=2 * HALF + 1, attn_implementation="sdpa")
         narrow |= dict(pad_token_id=1, bos_token_id=None, eos_token_id=None, cls_token_id=None, sep_token_id=None)
-    return cls(**(sizes | room | narrow | changes))
+    said = sizes | room | narrow | changes
+    if family == "distilbert":  # it knows two of these by other names, and no types
+        said = {{"intermediate_size": "hidden_dim", "hidden_act": "activation"}.get(k, k): v for k, v in said.items()}
+        del said["type_vocab_size"]
+    return cls(**said)
 
 
 HALF = 16  # of modernbert's window: keys that a query sees on each side
@@ -157,7 +165,7 @@ def tokenizer(family: str) -> Any:
     own = PreTrainedTokenizerFast(
         tokenizer_object=t, pad_token=pad, unk_token=unk, cls_token=cls, sep_token=sep, model_max_length=POSITIONS - 10
     )
-    if PAD[family] == 0:
+    if PAD[family] == 0 and family not in UNTYPED:
         own.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     return own
 

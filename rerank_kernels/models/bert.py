@@ -1,14 +1,13 @@
-"""Encoders built like BERT, packed: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, with or without ForSequenceClassification.
+"""Encoders built like BERT, packed: BERT, RoBERTa and its like, ELECTRA, DistilBERT, ALBERT, with a head or bare.
 
-A model type whose modules carry BERT's names is one row in MODEL_TYPES. What differs from stock transformers: embeddings
-and residuals are summed in float32, positions count valid tokens, hidden states at padding are 0, logits are float32.
+A model type is one row in MODEL_TYPES (bert_types.py); two of RoBERTa's are pre-norm. What differs from stock transformers:
+embeddings and residuals are summed in float32, positions count valid tokens, hidden states at padding are 0, logits are
+float32.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,9 @@ from torch import Tensor
 
 from rerank_kernels import check
 from rerank_kernels.graphs.buckets import Inputs, Tokens
-from rerank_kernels.models import bert_roles, lora
+from rerank_kernels.models import bert_roles
+from rerank_kernels.models.bert_types import MODEL_TYPES as MODEL_TYPES
+from rerank_kernels.models.bert_types import Layer, model_type
 from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.heads import ClassificationHead
 from rerank_kernels.models.leaves import activation_of
@@ -31,68 +32,16 @@ from rerank_kernels.models.packing import (
     pack,
     positions_of,
     ready,
+    refuse_types,
     unpacked,
 )  # fmt: skip
 from rerank_kernels.models.replay import possible
-from rerank_kernels.models.roles import Assumed, Roles
+from rerank_kernels.models.roles import Roles
 from rerank_kernels.models.served import Served
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.opaque import traced
 from rerank_kernels.ops.pooling import pool
 from rerank_kernels.ops.sequences import Sequences
-
-
-@dataclass(frozen=True)
-class ModelType:
-    """Classes of transformers whose modules carry BERT's names, only behind another prefix."""
-
-    prefix: str
-    base: str  # what the classifier calls its encoder
-    first_position: Callable[[Any], int]  # the encoder -> position id of a sequence's first token
-    head: Callable[[Any], ClassificationHead]  # of a classifier
-    head_roles: Callable[[str, str], Roles]  # module and prefix of the classes -> what is read of the head
-    embeddings: tuple[Assumed, ...]  # what this type alone assumes of its embeddings
-    output: str = "BaseModelOutputWithPoolingAndCrossAttentions"  # of an encoder, in transformers.modeling_outputs
-
-
-def _bert_head(m: Any) -> ClassificationHead:
-    pooler = m.bert.pooler
-    return ClassificationHead(pooler.dense, lora.held(m.classifier), activation_of(pooler.activation))
-
-
-def _own_head(m: Any) -> ClassificationHead:
-    """A module of its own: tanh in RoBERTa's, which calls the function itself, and in ELECTRA's what it holds."""
-    own = lora.held(m.classifier)
-    held = getattr(own, "activation", None) if _model_type(m).base == "electra" else None
-    return ClassificationHead(own.dense, own.out_proj, "tanh" if held is None else activation_of(held))
-
-
-def _roberta(prefix: str) -> ModelType:
-    first = lambda encoder: int(encoder.embeddings.padding_idx) + 1  # noqa: E731
-    return ModelType(prefix, "roberta", first, _own_head, bert_roles.dense_head, (bert_roles.PADDED,))
-
-
-MODEL_TYPES = {
-    "transformers.models.bert.modeling_bert": ModelType(
-        "Bert", "bert", lambda _: 0, _bert_head, bert_roles.pooler_head, (bert_roles.COUNTED,)
-    ),
-    "transformers.models.roberta.modeling_roberta": _roberta("Roberta"),
-    "transformers.models.xlm_roberta.modeling_xlm_roberta": _roberta("XLMRoberta"),
-    "transformers.models.camembert.modeling_camembert": _roberta("Camembert"),
-    "transformers.models.electra.modeling_electra": ModelType(
-        "Electra",
-        "electra",
-        lambda _: 0,
-        _own_head,
-        bert_roles.electra_head,
-        (bert_roles.COUNTED,),
-        "BaseModelOutputWithPastAndCrossAttentions",
-    ),
-}
-
-
-def _model_type(m: object) -> ModelType:
-    return MODEL_TYPES[name_of(m).rpartition(".")[0]]
 
 
 def roles_of(m: Any) -> Roles:
@@ -103,7 +52,7 @@ def roles_of(m: Any) -> Roles:
 @functools.cache
 def _roles(module: str, name: str) -> Roles:
     a = MODEL_TYPES[module]
-    inside = bert_roles.encoder(module, a.prefix, a.embeddings)
+    inside = a.roles(module, a.prefix)
     if not name.endswith("ForSequenceClassification"):
         return inside
     return bert_roles.classifier(module, a.prefix, a.base, inside, a.head_roles(module, a.prefix))
@@ -127,15 +76,17 @@ def encoder_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
             batch = batch.sent(table)
             x = _encode(m, batch.words, batch.types, batch.positions, batch.sequences, batch.states, batch.tokens is not None)
             fields = [batch.sequences.unpack(x), *_pooled(m, x, batch.sequences)]
-    # ELECTRA has no pooler, nor a place for its output
+    # ELECTRA and DistilBERT have no pooler, nor a place for its output
     named = dict(zip(("last_hidden_state", "pooler_output"), fields, strict=False))
-    return batch.output(getattr(modeling_outputs, _model_type(m).output), **named)
+    return batch.output(getattr(modeling_outputs, model_type(m).output), **named)
 
 
 def _pooled(m: Any, x: Tensor, sequences: Sequences) -> tuple[Tensor, ...]:
-    if getattr(m, "pooler", None) is None:
+    pooler = model_type(m).pooler(m)
+    if pooler is None:
         return ()
-    return (dense(m.pooler.dense, pool(x, "cls", cu_seqlens=sequences), activation_of(m.pooler.activation)),)
+    linear, act = pooler
+    return (dense(linear, pool(x, "cls", cu_seqlens=sequences), activation_of(act)),)
 
 
 def _outputs(m: Any, given: Inputs) -> tuple[Tensor, ...]:
@@ -171,10 +122,10 @@ def _logits(m: Any, given: Inputs) -> tuple[Tensor, ...]:
 def packed_forward(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None) -> Tensor:
     """[total, D] of encoder or classifier m: ids and types [total], no padding."""
     encoder = entered(m)
-    op = class_of(encoder)
+    op, table = class_of(encoder), _table(encoder)
     if types is not None:
+        refuse_types(op, "token_types", table)
         check.shape(op, "token_types", types, ids.shape[0])
-    table = _table(encoder)
     return _encode(encoder, lookup(op, "ids", ids, table.words), types, positions_of(table, sequences), sequences, None)
 
 
@@ -183,6 +134,7 @@ def tokens_of(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None) -
     table = _table(m.base_model)
     op = class_of(table.encoder)
     if types is not None:
+        refuse_types(op, "token_types", table)
         check.shape(op, "token_types", types, ids.shape[0])
     in_table(op, "ids", ids, table.words)
     return looked_at(op, table, ids, types, positions_of(table, sequences), sequences)
@@ -210,12 +162,13 @@ def _is_classifier(m: Any) -> bool:
 
 
 def _head(m: Any) -> ClassificationHead:
-    return _model_type(m).head(m)
+    return model_type(m).head(m)
 
 
 def _table(encoder: Any) -> Table:
-    e, first = encoder.embeddings, _model_type(encoder).first_position(encoder)
-    return Table(encoder, e.word_embeddings, first, e.position_embeddings.weight.shape[0] - first)
+    a, e = model_type(encoder), encoder.embeddings
+    first = a.first_position(encoder)
+    return Table(encoder, e.word_embeddings, first, e.position_embeddings.weight.shape[0] - first, a.typed)
 
 
 def _enter_encoder(m: Any) -> Any:
@@ -239,21 +192,26 @@ def _encode(
 
     known: types and positions were looked at, on the host.
     """
-    op, e = class_of(encoder), encoder.embeddings
-    types = torch.zeros_like(positions, dtype=torch.int64) if types is None else types  # whatever the positions are
-    # In transformers' order; three terms and the norm stay in float32, so the body's dtype is rounded to once, here.
-    total = words.float() + lookup(op, "token_type_ids", types, e.token_type_embeddings, known).float()
+    op, e, a = class_of(encoder), encoder.embeddings, model_type(encoder)
+    # In transformers' order; all terms and the norm stay in float32, so the body's dtype is rounded to once, here.
+    total = words.float()
+    if a.typed:
+        types = torch.zeros_like(positions, dtype=torch.int64) if types is None else types  # whatever the positions are
+        total = total + lookup(op, "token_type_ids", types, e.token_type_embeddings, known).float()
     total = total + lookup(op, "position_ids", positions, e.position_embeddings, known).float()
-    x = norm(e.LayerNorm, total).to(e.word_embeddings.weight.dtype)
-    own = _model_type(encoder).base == "electra"  # whose words may be narrower than its layers
-    if own and hasattr(encoder, "embeddings_project"):
-        x = dense(encoder.embeddings_project, x)
+    x = (norm(e.LayerNorm, total) if a.normed else total).to(e.word_embeddings.weight.dtype)
+    if (project := a.project(encoder)) is not None:  # words may be narrower than the layers
+        x = dense(project, x)
     if states is not None:
         states.append(x)
-    for layer in encoder.encoder.layer:
+    for layer in a.layers(encoder):
         x = _layer(layer, x, sequences)
-        if states is not None:
+        if states is not None and layer.kept:
             states.append(x)
+    if (final := a.final(encoder)) is not None:
+        x = norm(final, x)
+        if states is not None and not a.raw(encoder):
+            states[-1] = x
     return x
 
 
@@ -262,17 +220,20 @@ def _encode(
 TOKENS_AT_ONCE = 1024
 
 
-def _layer(layer: Any, x: Tensor, sequences: Sequences) -> Tensor:
-    """Post-norm: the residual is added inside layer_norm, where the sum stays float32."""
-    own, after, up, down = layer.attention.self, layer.attention.output, layer.intermediate, layer.output
-    heads = (x.shape[0], own.num_attention_heads, own.attention_head_size)
-    q, k, v = (dense(p, x).view(heads) for p in (own.query, own.key, own.value))
+def _layer(layer: Layer, x: Tensor, sequences: Sequences) -> Tensor:
+    """The residual is added where the sum stays float32: post-norm inside layer_norm, pre-norm inside the product before it."""
+    heads = (x.shape[0], layer.heads, layer.size)
+    read = norm(layer.norm, x) if layer.first else x
+    q, k, v = (dense(p, read).view(heads) for p in (layer.query, layer.key, layer.value))
     a = attention(q, k, v, cu_seqlens=sequences).flatten(1)
-    x = norm(after.LayerNorm, dense(after.dense, a), x)
+    x = dense(layer.out, a, residual=x) if layer.first else norm(layer.norm, dense(layer.out, a), x)
     many = x.device.type == "cpu" and not traced() and x.shape[0] > TOKENS_AT_ONCE
     parts = x.split(TOKENS_AT_ONCE) if many else (x,)
-    act = activation_of(up.intermediate_act_fn)
-    done = [norm(down.LayerNorm, dense(down.dense, dense(up.dense, part, act)), part) for part in parts]
+    act = activation_of(layer.act)
+    if layer.first:
+        done = [dense(layer.down, dense(layer.up, norm(layer.last, part), act), residual=part) for part in parts]
+    else:
+        done = [norm(layer.last, dense(layer.down, dense(layer.up, part, act)), part) for part in parts]
     return done[0] if len(done) == 1 else torch.cat(done)
 
 
@@ -294,5 +255,5 @@ def parts() -> frozenset[str]:
         for module, a in MODEL_TYPES.items()
         for role in _roles(module, f"{a.prefix}ForSequenceClassification").values()
         for name in role.classes
-        if name.startswith(f"{module}.{a.prefix}") and name not in served()
+        if name.startswith(f"{module}.") and name not in served()
     )

@@ -76,18 +76,19 @@ COUNTED = Assumed("position_ids", "0, 1, 2, ...", _counts)  # the positions of a
 PADDED = Assumed("padding_idx", "an integer >= 0", lambda value, _: type(value) is int and value >= 0, needed=True)
 
 
-def _rows(m: Any, otherwise: int) -> int:
+def rows_of(m: Any, otherwise: int) -> int:
     """Of m.weight; `otherwise` where there is none, of which the role of m has to speak."""
     shape = getattr(getattr(m, "weight", None), "shape", None)
     return int(shape[0]) if shape else otherwise
 
 
+HEAD_SIZE = Assumed("attention_head_size", "an integer > 0", lambda value, _: type(value) is int and value > 0, needed=True)
 SELF = (
-    Assumed("attention_head_size", "an integer > 0", lambda value, _: type(value) is int and value > 0, needed=True),
+    HEAD_SIZE,
     Assumed(
         "num_attention_heads",
         "what the rows of query.weight make, by attention_head_size",
-        lambda value, m: value * m.attention_head_size == _rows(m.query, value * m.attention_head_size),
+        lambda value, m: value * m.attention_head_size == rows_of(m.query, value * m.attention_head_size),
         needed=True,
     ),
     is_scale("scaling", "attention_head_size"),

@@ -27,7 +27,18 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )  # in this order
 SIZES = "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size max_position_embeddings type_vocab_size"
-SIZES += " embedding_size num_key_value_heads head_dim"
+SIZES += " embedding_size num_key_value_heads head_dim num_hidden_groups inner_group_num"
+# What a model type calls them otherwise; it reads both names.
+NAMES = {
+    "distilbert": {
+        "hidden_size": "dim",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "intermediate_size": "hidden_dim",
+        "hidden_act": "activation",
+    }
+}
+LAYERS = 1 << 12  # where several share weights, and the weights do not say how many there are
 MAY_BE_NULL = ("num_key_value_heads", "head_dim")  # then they follow from the others
 LABELS = 1 << 16
 FOREIGN = ("quantization_config", "transformers_weights", "compression_config")
@@ -118,27 +129,39 @@ def _config(folder: Folder, config: dict[str, Any], kind: str, trust: bool) -> N
         count = _whole(value) if key == "num_labels" else len(value) if isinstance(value, dict) else -1
         if value is not None and not 0 < count <= LABELS:
             fail(key, f"1 to {LABELS:,} labels")
-    for key in SIZES.split():
+    own = NAMES.get(kind_of_model, {})
+    for key in (*SIZES.split(), *(name for name in own.values() if name != own["hidden_act"])):
         if key in config and not 0 < _whole(config[key]) < 1 << 31 and not (config[key] is None and key in MAY_BE_NULL):
             fail(key, "an integer from 1 on")
     from transformers import AutoConfig
     from transformers.activations import ACT2FN
 
-    act = config.get("hidden_act")
-    if act is not None and (not isinstance(act, str) or act not in ACT2FN):
-        fail("hidden_act", "the name of an activation of transformers")
+    for key in ("hidden_act", own.get("hidden_act", "hidden_act")):
+        act = config.get(key)
+        if act is not None and (not isinstance(act, str) or act not in ACT2FN):
+            fail(key, "the name of an activation of transformers")
     usual: Any = AutoConfig.for_model(kind_of_model)  # for what it does not say
-    size = {key: n for key in SIZES.split() if (n := config.get(key, getattr(usual, key, None))) is not None}
+
+    def read(key: str) -> Any:
+        names = [name for name in (key, own.get(key)) if name in config]
+        return max(config[name] for name in names) if names else getattr(usual, own.get(key, key), None)
+
+    size = {key: n for key in SIZES.split() if (n := read(key)) is not None}
     wide, heads = size["hidden_size"], size["num_attention_heads"]
     if "head_dim" not in size and wide % heads:
         fail("num_attention_heads", f"a divisor of hidden_size {wide}")
+    layers = size["num_hidden_layers"]
+    if hasattr(usual, "num_hidden_groups"):
+        if layers > LAYERS:
+            fail("num_hidden_layers", f"at most {LAYERS:,}")
+        layers = size["num_hidden_groups"] * size["inner_group_num"]
     # at least: words; positions and types where there is a table of them; of a layer two products as wide as the heads, and two
     # of the feed-forward layer
-    inputs = size["vocab_size"] + (
-        size["max_position_embeddings"] + size["type_vocab_size"] if "type_vocab_size" in size else 0
-    )
+    inputs = size["vocab_size"] + size.get("type_vocab_size", 0)
+    if "type_vocab_size" in size or kind_of_model == "distilbert":
+        inputs += size["max_position_embeddings"]
     inner = wide * heads * size.get("head_dim", wide // heads) + wide * size["intermediate_size"]
-    wanted = inputs * size.get("embedding_size", wide) + 2 * size["num_hidden_layers"] * inner
+    wanted = inputs * size.get("embedding_size", wide) + 2 * layers * inner
     held = _held(folder)
     if wanted > held:
         said = ", ".join(f"{key} {value:,}" for key, value in size.items())

@@ -31,6 +31,8 @@ LENGTHS = (7, 1, 70, 23, 64, 2, 65, 23)  # around one key tile of 64, and equal 
 HASHES = {"bert": "6606d6874a67e6ed", "electra": "6ba195796a762157", "modernbert": "c2ade4667d6a5d36"} | dict.fromkeys(
     ("roberta", "xlm-roberta", "camembert"), "baa9ec9efcce8a5b"
 )
+HASHES |= {"distilbert": "1a5bbe8fa6516578", "albert": "d88f329f89041c33"}
+HASHES |= {"xlm-roberta-xl": "fdf49485111a26e0", "roberta-prelayernorm": "53923f9c1ef8c9a3"}
 
 
 def bits(t):
@@ -127,6 +129,8 @@ def test_another_slope_is_refused():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_positions_and_embeddings_given(family):
     model = tiny(family)
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        pytest.skip("a DistilBERT of transformers 4 takes no positions")
     batch = padded(rows((9, 5)), PAD[family])
     positions = torch.randint(2, POSITIONS, (2, 9), generator=torch.Generator().manual_seed(1))
     embeds = model.get_input_embeddings()(batch["input_ids"]).detach()

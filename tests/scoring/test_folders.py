@@ -238,8 +238,8 @@ DEEP = "[" * 100_000
         (b'{"a": "\xff"}', "config.json; it is not UTF-8: invalid start byte at byte 7"),
         ('{"a": 1', "config.json; "),
         ("1" * 10_000, "config.json; "),
-        ("{}", "config.json's model_type must be the name of a model type, got None; served are bert"),
-        ('{"model_type": "mpnet"}', "model_type must be one that is served, bert, "),
+        ("{}", "config.json's model_type must be the name of a model type, got None; served are albert, bert"),
+        ('{"model_type": "mpnet"}', "model_type must be one that is served, albert, bert, "),
         ('{"model_type": ["bert"]}', "model_type must be the name of a model type, got ['bert']"),
         ('{"model_type": "bert", "architectures": 5}', "must describe the weights beside it"),
     ],
@@ -338,10 +338,35 @@ def test_sizes_of_every_model_type(tmp_path, kind: str) -> None:
     if kind in ("llama", "mistral"):  # where null is hidden_size / heads
         change(folder / "config.json", head_dim=None)
         assert rk.Reranker(folder).score([("a", "b")]).logit.tobytes() == want.tobytes()
-    for key in ("num_hidden_layers", "vocab_size", "intermediate_size"):
-        change(folder / "config.json", **{key: 10**9})
-        assert f"{key} 1,000,000,000" in refused(folder)
-        change(folder / "config.json", **{key: before[key]})
+    names = folders.NAMES.get(kind, {})
+    for key in ("num_hidden_groups" if kind == "albert" else "num_hidden_layers", "vocab_size", "intermediate_size"):
+        for name in {key, names.get(key, key)}:
+            change(folder / "config.json", **{name: 10**9})
+            assert f"{key} 1,000,000,000" in refused(folder)
+            (folder / "config.json").write_text(json.dumps(before))
+    assert rk.Reranker(folder).score([("a", "b")]).logit.tobytes() == want.tobytes()
+
+
+def test_sizes_that_weights_do_not_tell(tmp_path) -> None:
+    """ALBERT's layers share weights; DistilBERT's sizes have two names each, and its positions a table without types."""
+    folder = models.save_cross_encoder(tmp_path / "albert", "albert")
+    change(folder / "config.json", num_hidden_layers=10**9)
+    assert "num_hidden_layers must be at most 4,096, got 1000000000" in refused(folder)
+    change(folder / "config.json", num_hidden_layers=4096)
+    assert rk.Reranker(folder).max_length > 0
+    folder = models.save_cross_encoder(tmp_path / "distilbert", "distilbert")
+    before = json.loads((folder / "config.json").read_text())
+    for values, said in {
+        ("dim", 10**30): "dim must be an integer from 1 on",
+        ("n_layers", "2"): "n_layers must be an integer from 1 on, got '2'",
+        ("n_heads", 5): "num_attention_heads must be a divisor of hidden_size 64",
+        ("activation", "evil"): "activation must be the name of an activation of transformers, got 'evil'",
+        ("max_position_embeddings", 2**31 - 1): "must describe the weights beside it",
+    }.items():
+        change(folder / "config.json", **dict([values]))
+        assert said in refused(folder)
+        (folder / "config.json").write_text(json.dumps(before))
+    assert rk.Reranker(folder).max_length > 0
 
 
 def test_an_adapter_beside_a_model(folder) -> None:
