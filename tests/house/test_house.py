@@ -134,7 +134,7 @@ ROOMS = (
     ("tables",),
     ("backend",),
     ("ops",),
-    ("models",),
+    ("models", "scoped"),
     ("patching",),
     ("scoring",),
     ("verify", "bench"),

@@ -1,0 +1,127 @@
+"""Which models of the installed transformers rk.invariant serves: each that can be built at toy size, batch 1 against 2, 3 and 7.
+
+    python tools/any_model.py [--only bert gpt2] [--json FILE]
+
+Each model gets random weights and texts of random ids, padded on the right. "pass": the states of every text have the bits that it
+gets alone. "refused": an op was refused by name. "fail": bits differ. The others could not be built or called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import json
+import logging
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+import rerank_kernels as rk
+
+LENGTHS = (5, 12, 9, 1, 7, 12, 3)
+MOST = 20_000_000  # parameters of what counts as a toy
+SMALL = {
+    ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embed_dim", "embedding_size", "word_embed_proj_dim"): 64,
+    ("num_hidden_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_layers"): 2,
+    ("num_attention_heads", "n_head", "n_heads", "encoder_attention_heads", "decoder_attention_heads", "num_heads"): 4,
+    ("num_key_value_heads",): 2,
+    ("head_dim", "d_kv"): 16,
+    ("intermediate_size", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "hidden_dim", "moe_intermediate_size"): 96,
+    ("vocab_size", "n_vocab"): 120,
+    ("num_experts", "num_local_experts", "n_routed_experts"): 4,
+    ("num_experts_per_tok",): 2,
+}
+
+
+def small(model_type: str) -> Any:
+    config = AutoConfig.for_model(model_type)
+    for names, value in SMALL.items():
+        for name in names:
+            if isinstance(getattr(config, name, None), int):
+                with contextlib.suppress(NotImplementedError):  # some say how deep they are in a way of their own
+                    setattr(config, name, value)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+        if isinstance(getattr(config, name, None), int) and getattr(config, name) >= 120:
+            setattr(config, name, 1)
+    if isinstance(layers := getattr(config, "layer_types", None), list):
+        with contextlib.suppress(AttributeError):  # made of the number of layers
+            config.layer_types = layers[:2]
+    return config
+
+
+def built(model_type: str) -> Any:
+    config = small(model_type)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModel.from_config(config).parameters())
+    if size > MOST:
+        raise ValueError(f"{size} parameters at toy size")
+    torch.manual_seed(0)
+    return AutoModel.from_config(config).eval()
+
+
+def states(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    out = model(input_ids=ids, attention_mask=mask, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}))
+    return out.last_hidden_state if hasattr(out, "last_hidden_state") else out[0]
+
+
+def judged(model: Any) -> tuple[str, str]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 100, (len(LENGTHS), max(LENGTHS)), generator=generator)
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    ids = torch.where(mask.bool(), ids, model.config.get_text_config().pad_token_id or 0)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            stock = states(model, ids[:1, : LENGTHS[0]], mask[:1, : LENGTHS[0]])
+        except Exception as error:
+            return "not called", f"{type(error).__name__}: {error}"
+        try:
+            with rk.invariant():
+                alone = [states(model, ids[i : i + 1, :n], mask[i : i + 1, :n]) for i, n in enumerate(LENGTHS)]
+                together = {b: states(model, ids[:b], mask[:b]) for b in (1, 2, 3, 7)}
+        except rk.InvariantError as error:
+            return "refused", str(error).partition(";")[0].removeprefix("rk.invariant: ")
+    far = float((alone[0] - stock).abs().max() / stock.abs().max())
+    if not far < 1e-3:
+        return "fail", f"{far:.1e} away from stock"
+    for batch, found in together.items():
+        for i, n in enumerate(LENGTHS[:batch]):
+            if not torch.equal(found[i, :n], alone[i][0]):
+                return "fail", f"batch {batch}, text {i}: {float((found[i, :n] - alone[i][0]).abs().max()):.1e}"
+    return "pass", ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", nargs="*", default=sorted(MODEL_MAPPING_NAMES))
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    found = {}
+    for model_type in options.only:
+        try:
+            model = built(model_type)
+        except Exception as error:
+            found[model_type] = "not built", f"{type(error).__name__}: {error}".partition("\n")[0]
+        else:
+            try:
+                found[model_type] = judged(model)
+            except Exception as error:
+                found[model_type] = "error", f"{type(error).__name__}: {error}".partition("\n")[0]
+        print(f"{model_type:30} {found[model_type][0]:10} {found[model_type][1][:150]}", flush=True)
+    print(dict(collections.Counter(kind for kind, _ in found.values())))
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(found, file, indent=1)
+    sys.exit(any(kind in ("fail", "error") for kind, _ in found.values()))
+
+
+if __name__ == "__main__":
+    main()
