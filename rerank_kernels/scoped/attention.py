@@ -1,13 +1,13 @@
 """scaled_dot_product_attention with any mask. What a query gets is one expression of itself and the keys that it sees.
 
-The keys of a query are those that no False, no -inf and not the least finite number of the mask's dtype hides. Where they stand
-side by side and the mask adds nothing else to them, the expression is rk.attention's (NUMERICS.md): chunks and lanes begin at the
-first of them, so padding on either side is in no sum. Any other query has rk.softmax of fl(fl(dot · scale) + mask), then `dot` with
-the values; its keys are counted from the first that any query of its entry sees, around the end. Which of the two a query takes
-depends on its own row of the mask alone.
+The keys of a query are those that no False, no -inf and not the least finite number of the mask's dtype hides. Where they
+stand side by side and the mask adds nothing else to them, the expression is rk.attention's (NUMERICS.md): chunks and lanes
+begin at the first of them, so padding on either side is in no sum. Any other query has rk.softmax of fl(fl(dot · scale) +
+mask), then `dot` with the values; its keys are counted from the first that any query of its entry sees, around the end. Which
+of the two a query takes depends on its own row of the mask alone.
 
-A hidden key is skipped: whatever it holds reaches nothing. A query that sees no key gives 0. A query whose keys are all at the
-least finite number sees all of them, as in PyTorch.
+A hidden key is skipped: whatever it holds reaches nothing. A query that sees no key gives 0. A query whose keys are all at
+the least finite number sees all of them, as in PyTorch.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def attention(
         y = y.view(q.shape[0], q.shape[2], q.shape[1], -1).transpose(1, 2)
     else:
         y = _masked(q, k, v, mask, scale, query.dim() - 2)
-    return y[..., :features].reshape(*torch.broadcast_shapes(query.shape[:-2], _free(key, enable_gqa)), query.shape[-2], features)
+    return y[..., :features].reshape(
+        *torch.broadcast_shapes(query.shape[:-2], _free(key, enable_gqa)), query.shape[-2], features
+    )
 
 
 def _free(key: Tensor, enable_gqa: bool) -> torch.Size:
@@ -100,7 +102,8 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, leading
     if mask.shape[1] > 1:  # heads see other keys: each head is an entry then
         k, v = (x.repeat_interleave(h // x.shape[1], 1) for x in (k, v))
         mask = mask.expand(b, h, *mask.shape[2:]).flatten(0, 1)[:, None]
-        y = _masked(*(x.flatten(0, 1)[:, None] for x in (q, k, v)), mask, scale, 2)
+        q, k, v = (x.flatten(0, 1)[:, None] for x in (q, k, v))
+        y = _masked(q, k, v, mask, scale, 2)
         return y.view(b, h, t, d)
     mask = mask[:, 0].expand(b, -1, k.shape[2])
     if mask.shape[1] > 1 and mask.stride(1) == 0:
@@ -110,7 +113,8 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, leading
     y = _in_spans(q, k, v, seen, scale)
     entries = seen.other.any(1).nonzero()[:, 0]
     if entries.numel():
-        rest = _written_out(*(x.index_select(0, entries) for x in (q, k, v, mask, visible, seen.other)), scale)
+        some = _Entries(*(x.index_select(0, entries) for x in (q, k, v, mask, visible)))
+        rest = _written_out(some, scale)
         others = seen.other.index_select(0, entries)[:, None, :, None]
         y = y.index_copy(0, entries, torch.where(others, rest, y.index_select(0, entries)))
     return y
@@ -167,18 +171,25 @@ def _causal(first: Tensor, end: Tensor, length: int) -> Tensor | None:
     return begin if bool(same.all()) else None
 
 
-def _written_out(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, visible: Tensor, other: Tensor, scale: float
-) -> Tensor:
+class _Entries(NamedTuple):
+    """[n, H, T, D], and for keys H_kv; the mask and what it leaves [n, Tq or 1, Tk]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor
+    visible: Tensor
+
+
+def _written_out(some: _Entries, scale: float) -> Tensor:
     """Scores, rk.softmax and the weighted values, for queries whose keys are no span or have numbers added."""
+    q, k, v, mask, visible = some
     n, h, t, d = q.shape
     length = k.shape[2]
     mine = visible & ((visible.sum(-1, keepdim=True) > 0) if mask.dtype == torch.bool else (mask > _least(mask)))
     first = torch.where(mine.any(1), torch.arange(length, device=q.device), length).amin(-1)
     around = (torch.arange(length, device=q.device) + first[:, None]) % length  # [n, Tk], from the first that is seen
-    k, v = (
-        x.repeat_interleave(h // x.shape[1], 1).gather(2, around[:, None, :, None].expand(n, h, length, d)) for x in (k, v)
-    )
+    k, v = (x.repeat_interleave(h // x.shape[1], 1).gather(2, around[:, None, :, None].expand(n, h, length, d)) for x in (k, v))
     by_row = around[:, None].expand(n, visible.shape[1], length)
     visible = visible.gather(2, by_row)[:, None]
     s = bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32).view(n, h, t, length)
@@ -201,7 +212,9 @@ def _least(mask: Tensor) -> float:
 def _with_what_is_not_finite(y: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """Inf and NaN of values reach the queries that see them, and no other: counts of them, which are exact in any order."""
     sees = visible.flatten(0, 1).float()
-    up, down, lost = (bmm(sees, where.flatten(0, 1).float()).view(y.shape) > 0 for where in (v == math.inf, v == -math.inf, v.isnan()))
+    up, down, lost = (
+        bmm(sees, where.flatten(0, 1).float()).view(y.shape) > 0 for where in (v == math.inf, v == -math.inf, v.isnan())
+    )
     y = torch.where(up, math.inf, torch.where(down, -math.inf, y))
     return torch.where(lost | (up & down), math.nan, y)
 

@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 
 from rerank_kernels.ops.linear import activation
+from rerank_kernels.scoped.exact import names
 from rerank_kernels.scoped.refusal import Refusal, floats, whole
 
 PIECE = 16384  # elements; PyTorch's threads share a tensor from 32768 on
 VECTOR = 64  # elements; two vectors of AVX-512 in half precision, which is the most that one step of a loop takes
 
 # PyTorch's functions of single elements that are called in pieces, with all their overloads.
-IN_PIECES = frozenset(
-    "acos acosh asin asinh atan atan2 atanh celu cos cosh elu erf erfc erfinv exp exp2 expm1 floor_divide fmod hardsigmoid hardswish "
-    "hypot lgamma log log10 log1p log2 log_sigmoid_forward logaddexp logaddexp2 logit pow remainder rsqrt selu sin sinc sinh softplus "
-    "special_erfcx special_i0e special_log_ndtr special_ndtri tan xlogy".split()
+IN_PIECES = names(
+    """
+    acos acosh asin asinh atan atan2 atanh celu cos cosh elu erf erfc erfinv exp exp2 expm1 floor_divide fmod
+    hardsigmoid hardswish hypot lgamma log log10 log1p log2 log_sigmoid_forward logaddexp logaddexp2 logit pow remainder
+    rsqrt selu sin sinc sinh softplus special_erfcx special_i0e special_log_ndtr special_ndtri tan xlogy
+    """
 )
 
 

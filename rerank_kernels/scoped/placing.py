@@ -22,7 +22,7 @@ def index_put(self: Tensor, indices: Sequence[Tensor | None], values: Tensor, ac
             raise Refusal("its indices are numbers and masks at once; give one kind")
         sizes = [n for n, i in zip(self.shape, indices, strict=False) if i is not None]
         _once(_place(list(torch.broadcast_tensors(*numbers)), sizes))
-    return torch.index_put(self, tuple(indices), values, accumulate)  # type: ignore[arg-type]  # None is a whole dimension
+    return torch.index_put(self, tuple(indices), values, accumulate)
 
 
 def index_copy(self: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Products of matrices: each output is `dot` of a row and a column (NUMERICS.md), whatever form PyTorch's call has.
 
-Where alpha, beta or a bias come in: fl(fl(alpha · dot) + fl(beta · self)) in float32, with one rounding at the end. A factor of 1
-rounds nothing. self is not read where beta is 0, as in PyTorch.
+Where alpha, beta or a bias come in: fl(fl(alpha · dot) + fl(beta · self)) in float32, with one rounding at the end. A factor
+of 1 rounds nothing. self is not read where beta is 0, as in PyTorch.
 """
 
 from __future__ import annotations

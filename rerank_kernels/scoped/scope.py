@@ -52,12 +52,12 @@ def _now() -> _Scope | None:
 def invariant(strict: bool = True) -> Iterator[InvariantReport]:
     """Inside the block PyTorch's ops give bits that do not depend on batch, padding or threads, whatever model calls them.
 
-    strict: an op that has no route and is not exact by nature is an InvariantError that names op, module and reason. If False, it
-    is computed as PyTorch does, with one InvariantWarning per op, and nothing is promised of what it leads to.
+    strict: an op that has no route and is not exact by nature is an InvariantError that names op, module and reason. If
+    False, it is computed as PyTorch does, with one InvariantWarning per op, and nothing is promised of what it leads to.
 
-    For this thread and task alone; re-entrant, the innermost block's `strict` counts; restored on any exit. Forward only: run it
-    under torch.inference_mode() or torch.no_grad(). Gives a report of the calls so far. Padding is in no result where a mask of
-    scaled_dot_product_attention hides it. rk.patch is faster for the models that it takes.
+    For this thread and task alone; re-entrant, the innermost block's `strict` counts; restored on any exit. Forward only: run
+    it under torch.inference_mode() or torch.no_grad(). Gives a report of the calls so far. Padding is in no result where a
+    mask of scaled_dot_product_attention hides it. rk.patch is faster for the models that it takes.
     """
     scope = _Scope(strict)
     token = _open.set(scope)
@@ -74,7 +74,7 @@ class _Held(threading.local):
 
     def __init__(self) -> None:
         self.count = 0
-        self.modes = _Above(), _Below()
+        self.modes: tuple[Any, Any] = _Above(), _Below()  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
@@ -199,7 +199,7 @@ def _refuse_gradient(op: str, name: str) -> NoReturn:
 
 
 def _module() -> str:
-    """" in encoder.layer.0 (Layer)": the innermost module whose forward runs, by its path in the outermost."""
+    """ " in encoder.layer.0 (Layer)": the innermost module whose forward runs, by its path in the outermost."""
     frame: Any = sys._getframe(1)
     inner = outer = None
     while frame is not None:

@@ -41,16 +41,12 @@ def std(self: Tensor, dim: Dims = None, correction: float | None = None, keepdim
     return _moments(self, dim, correction, keepdim)[0].sqrt().to(self.dtype)
 
 
-def var_mean(
-    self: Tensor, dim: Dims = None, correction: float | None = None, keepdim: bool = False
-) -> tuple[Tensor, Tensor]:
+def var_mean(self: Tensor, dim: Dims = None, correction: float | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     variance, average = _moments(self, dim, correction, keepdim)
     return variance.to(self.dtype), average.to(self.dtype)
 
 
-def std_mean(
-    self: Tensor, dim: Dims = None, correction: float | None = None, keepdim: bool = False
-) -> tuple[Tensor, Tensor]:
+def std_mean(self: Tensor, dim: Dims = None, correction: float | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     variance, average = _moments(self, dim, correction, keepdim)
     return variance.sqrt().to(self.dtype), average.to(self.dtype)
 
@@ -70,7 +66,11 @@ def _moments(x: Tensor, dim: Dims, correction: float | None, keepdim: bool) -> t
 
 
 def vector_norm(
-    self: Tensor, ord: float = 2, dim: Dims = None, keepdim: bool = False, dtype: torch.dtype | None = None  # noqa: A002
+    self: Tensor,
+    ord: float = 2,  # noqa: A002  PyTorch's name
+    dim: Dims = None,
+    keepdim: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     self = self if dtype is None else self.to(dtype)
     floats(self=self)
@@ -137,11 +137,11 @@ def prod(self: Tensor, dim: int | None = None, keepdim: bool = False, dtype: tor
     return torch.prod(self, dtype=dtype) if dim is None else torch.prod(self, dim, keepdim, dtype=dtype)
 
 
-def _dims(x: Tensor, dim: Dims) -> list[int]:
+def _dims(x: Tensor, dim: Dims) -> tuple[int, ...]:
     if dim is None or (not isinstance(dim, int) and not len(dim)):
-        return list(range(x.dim()))
+        return tuple(range(x.dim()))
     dims = [dim] if isinstance(dim, int) else list(dim)
-    return [d % x.dim() for d in dims] if x.dim() else []
+    return tuple(d % x.dim() for d in dims) if x.dim() else ()
 
 
 ROUTES = {

@@ -1,4 +1,4 @@
-"""What is done with a call of each of PyTorch's ops: a route, one of PyTorch's that is exact by nature, its parts, or nothing."""
+"""What is done with a call of each of PyTorch's ops: a route, PyTorch itself where that is exact, its parts, or nothing."""
 
 from __future__ import annotations
 
