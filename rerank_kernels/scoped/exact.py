@@ -77,7 +77,7 @@ REASONS = {
     ),
     "it adds where indices repeat, in an order of its own": names(
         """
-        index_add index_reduce put scatter_add scatter_reduce
+        index_reduce put scatter_add scatter_reduce
         """
     ),
     "a private form of attention; call torch.nn.functional.scaled_dot_product_attention": names(

@@ -1,4 +1,4 @@
-"""Writes by index: exact where no place is written twice, refused where one is, since PyTorch fixes no order."""
+"""Writes by index: exact where no place is written twice, refused where one is; index_add has an order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rerank_kernels.scoped.refusal import Refusal, whole
+from rerank_kernels.scoped.refusal import Refusal, floats, whole
 
 _TWICE = "an index stands twice in it, and PyTorch fixes no order of the writes"
 
@@ -55,9 +55,27 @@ def _once(places: Tensor) -> None:
         raise Refusal(_TWICE)
 
 
+def index_add(self: Tensor, dim: int, index: Tensor, source: Tensor, alpha: float = 1) -> Tensor:
+    """One chain per place: self, then what the index brings there, in its order; float32 inside."""
+    floats(self=self, source=source)
+    if alpha != 1 or not self.dim() or index.dim() != 1:
+        raise Refusal("served is alpha=1 with an index [n]")
+    y, terms = self.float().movedim(dim, 0).clone(), source.float().movedim(dim, 0)
+    order = torch.sort(index, stable=True).indices
+    places = index[order]
+    begins = torch.cat([places.new_ones(1, dtype=torch.bool), places[1:] != places[:-1]])
+    at = torch.arange(len(places), device=index.device)
+    turn = at - torch.cummax(torch.where(begins, at, 0), 0).values  # how often the place stood in the index before
+    for i in range(int(turn.max()) + 1):
+        now = order[turn == i]
+        y[index[now]] = y[index[now]] + terms[now]
+    return y.movedim(0, dim).to(self.dtype)
+
+
 ROUTES = {
     "index_put": index_put,
     "index_copy": index_copy,
+    "index_add": index_add,
     "scatter.src": scatter,
     "scatter.value": scatter_value,
 }

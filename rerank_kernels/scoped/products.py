@@ -6,12 +6,14 @@ of 1 rounds nothing. self is not read where beta is 0, as in PyTorch.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from rerank_kernels.ops.linear import bmm as own_bmm
 from rerank_kernels.ops.linear import linear as own_linear
-from rerank_kernels.scoped.refusal import floats
+from rerank_kernels.scoped.refusal import Refusal, floats
 
 Number = float | int
 
@@ -68,6 +70,25 @@ def addbmm(self: Tensor, batch1: Tensor, batch2: Tensor, beta: Number = 1, alpha
     return addmm(self, batch1.transpose(0, 1).flatten(1), batch2.flatten(0, 1), beta, alpha)
 
 
+def grouped_mm(
+    self: Tensor,
+    mat2: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Rows of self by the matrix of their group, as experts have them; offs says where each group ends."""
+    floats(self=self, mat2=mat2)
+    if bias is not None or mat2.dim() != 3 or (self.dim() == 2) != (offs is not None):
+        raise Refusal("served are rows [M, K] with offs and entries [G, M, K], both by [G, K, N], without bias")
+    if offs is None:
+        return own_bmm(self, mat2, out_dtype=out_dtype)
+    y = self.new_zeros(self.shape[0], mat2.shape[2], dtype=out_dtype or self.dtype)
+    for group, (start, stop) in enumerate(itertools.pairwise([0, *offs.tolist()])):
+        y[start:stop] = own_linear(self[start:stop], mat2[group].t(), out_dtype=out_dtype)
+    return y
+
+
 def _scaled(added: Tensor, product: Tensor, beta: Number, alpha: Number, dtype: torch.dtype) -> Tensor:
     if alpha != 1:
         product = product * alpha
@@ -87,4 +108,5 @@ ROUTES = {
     "addmv": addmv,
     "baddbmm": baddbmm,
     "addbmm": addbmm,
+    "_grouped_mm": grouped_mm,
 }

@@ -126,9 +126,17 @@ def logsumexp(self: Tensor, dim: Dims, keepdim: bool = False) -> Tensor:
 
 
 def cumsum(self: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    if not whole(dtype or self.dtype):
-        raise Refusal("a running sum of floating-point numbers has no route yet")
-    return torch.cumsum(self, dim, dtype=dtype)
+    """One chain along dim, ascending, in float32; each place is rounded when it is stored."""
+    self = self if dtype is None else self.to(dtype)
+    if whole(self.dtype):
+        return torch.cumsum(self, dim)
+    floats(self=self)
+    if not self.dim():
+        return self.clone()
+    places = list(self.float().unbind(dim))
+    for i in range(1, len(places)):
+        places[i] = places[i - 1] + places[i]
+    return torch.stack(places, dim).to(self.dtype)
 
 
 def prod(self: Tensor, dim: int | None = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
