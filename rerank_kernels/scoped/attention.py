@@ -186,8 +186,7 @@ def _written_out(some: _Entries, scale: float) -> Tensor:
     q, k, v, mask, visible = some
     n, h, t, d = q.shape
     length = k.shape[2]
-    mine = visible & ((visible.sum(-1, keepdim=True) > 0) if mask.dtype == torch.bool else (mask > _least(mask)))
-    first = torch.where(mine.any(1), torch.arange(length, device=q.device), length).amin(-1)
+    first = _first_seen(mask, visible)
     around = (torch.arange(length, device=q.device) + first[:, None]) % length  # [n, Tk], from the first that is seen
     k, v = (x.repeat_interleave(h // x.shape[1], 1).gather(2, around[:, None, :, None].expand(n, h, length, d)) for x in (k, v))
     by_row = around[:, None].expand(n, visible.shape[1], length)
@@ -205,8 +204,10 @@ def _written_out(some: _Entries, scale: float) -> Tensor:
     return y.to(q.dtype)
 
 
-def _least(mask: Tensor) -> float:
-    return torch.finfo(mask.dtype).min
+def _first_seen(mask: Tensor, visible: Tensor) -> Tensor:
+    """[n], the first key that any query of an entry sees; a query whose keys are all at the least number is nobody's."""
+    mine = visible if mask.dtype == torch.bool else visible & (mask > torch.finfo(mask.dtype).min)
+    return torch.where(mine.any(1), torch.arange(mine.shape[-1], device=mask.device), mine.shape[-1]).amin(-1)
 
 
 def _with_what_is_not_finite(y: Tensor, v: Tensor, visible: Tensor) -> Tensor:

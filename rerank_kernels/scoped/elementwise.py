@@ -1,6 +1,6 @@
 """Functions of single elements, where PyTorch's vector code and the code for what is left behind it differ.
 
-On a CPU an element's bits then depend on where it stands, and on how threads share the tensor out. Six have an op of ours. The
+On a CPU an element's bits then depend on where it stands, and on how threads share the tensor out. Some have an op of ours. The
 others are PyTorch's, called in pieces: fresh memory, a whole number of vectors, fewer elements than threads share. So each
 element goes through the vector code. A GPU has one code for all elements, and its calls stay as they are.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rerank_kernels.check import FLOATS
 from rerank_kernels.ops.linear import activation
 from rerank_kernels.scoped.exact import names
 from rerank_kernels.scoped.refusal import Refusal, floats, whole
@@ -24,9 +25,10 @@ VECTOR = 64  # elements; two vectors of AVX-512 in half precision, which is the 
 # PyTorch's functions of single elements that are called in pieces, with all their overloads.
 IN_PIECES = names(
     """
-    acos acosh asin asinh atan atan2 atanh celu cos cosh elu erf erfc erfinv exp exp2 expm1 floor_divide fmod
-    hardsigmoid hardswish hypot lgamma log log10 log1p log2 log_sigmoid_forward logaddexp logaddexp2 logit pow remainder
-    rsqrt selu sin sinc sinh softplus special_erfcx special_i0e special_log_ndtr special_ndtri tan xlogy
+    acos acosh asin asinh atan atan2 atanh celu clamp clamp_max clamp_min cos cosh elu erf erfc erfinv exp exp2 expm1
+    floor_divide fmax fmin fmod hardsigmoid hardswish hardtanh hypot lgamma log log10 log1p log2 log_sigmoid_forward
+    logaddexp logaddexp2 logit maximum minimum pow relu6 remainder selu sin sinc sinh softplus special_erfcx special_i0e
+    special_log_ndtr special_ndtri tan threshold xlogy
     """
 )
 
@@ -79,9 +81,21 @@ def silu(self: Tensor) -> Tensor:
     return activation(self, "silu")
 
 
+def glu(self: Tensor, dim: int = -1) -> Tensor:
+    """a · σ(b), rounded once."""
+    floats(self=self)
+    a, b = self.chunk(2, dim)
+    return (a.float() * activation(b.float(), "sigmoid")).to(self.dtype)
+
+
 def mish(self: Tensor) -> Tensor:
     floats(self=self)
     return activation(self, "mish")
+
+
+def relu(self: Tensor) -> Tensor:
+    """x < 0 gives +0, else x; PyTorch's vector code and the code behind it need not agree on the sign of a zero."""
+    return torch.where(self < 0, torch.zeros_like(self), self) if self.dtype not in FLOATS else activation(self, "relu")
 
 
 def tanh(self: Tensor) -> Tensor:
@@ -90,6 +104,19 @@ def tanh(self: Tensor) -> Tensor:
 
 def sigmoid(self: Tensor) -> Tensor:
     return _activation("sigmoid", torch.sigmoid, self)
+
+
+def rsqrt(self: Tensor) -> Tensor:
+    """1 / √x, two steps, each rounded; half precision is float32 inside."""
+    if self.dtype == torch.float64 or whole(self.dtype):
+        return 1.0 / self.sqrt()
+    floats(self=self)
+    return (1.0 / self.float().sqrt()).to(self.dtype)
+
+
+def pow_(self: Tensor, exponent: float) -> Tensor:
+    """The square is one product."""
+    return self * self if exponent == 2 else in_pieces(torch.pow, (self, exponent), {})
 
 
 def _activation(kind: str, stock: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -140,6 +167,10 @@ ROUTES: dict[str, Callable[..., Any]] = {
     "gelu": gelu,
     "silu": silu,
     "mish": mish,
+    "glu": glu,
+    "relu": relu,
+    "rsqrt": rsqrt,
+    "pow.Tensor_Scalar": pow_,
     "tanh": tanh,
     "sigmoid": sigmoid,
     "add.Tensor": add,

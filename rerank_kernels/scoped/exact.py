@@ -22,8 +22,8 @@ MOVED = names(
     reflection_pad2d repeat repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape
     _reshape_alias _reshape_copy resize resize_as roll rot90 scalar_tensor select select_scatter set slice slice_scatter
     split split_with_sizes split_with_sizes_copy squeeze squeeze_copy stack swapaxes t take take_along_dim to _to_copy
-    transpose tril tril_indices triu triu_indices unbind unflatten unfold unfold_copy unsafe_chunk unsafe_split
-    unsafe_split_with_sizes _unsafe_view unsqueeze unsqueeze_copy upsample_nearest1d upsample_nearest2d
+    transpose tril tril_indices triu triu_indices unbind unflatten unfold unfold_copy unsafe_chunk _unsafe_index
+    unsafe_split unsafe_split_with_sizes _unsafe_view unsqueeze unsqueeze_copy upsample_nearest1d upsample_nearest2d
     upsample_nearest3d view view_as_complex view_as_real view_copy where zero zeros zeros_like
     """
 )
@@ -31,20 +31,19 @@ MOVED = names(
 # One IEEE step per element, correctly rounded, so that vector code and the code behind it agree; or a choice among values.
 ONE_STEP = names(
     """
-    abs bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor bucketize ceil clamp
-    clamp_max clamp_min copysign div eq equal floor fmax fmin frac ge gt hardtanh heaviside imag isfinite isin isinf
-    isnan isneginf isposinf le leaky_relu logical_and logical_not logical_or logical_xor lt maximum minimum mul
-    nan_to_num ne neg nextafter one_hot positive prelu _prelu_kernel real reciprocal relu relu6 round searchsorted sgn
-    sign signbit sqrt square threshold trunc
+    abs bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor bucketize ceil copysign
+    div eq equal floor frac ge gt heaviside imag isfinite isin isinf isnan isneginf isposinf le leaky_relu logical_and
+    logical_not logical_or logical_xor lt mul nan_to_num ne neg nextafter one_hot positive prelu _prelu_kernel real
+    reciprocal round searchsorted sgn sign signbit sqrt square trunc
     """
 )
 
 # A choice among the values of a row, where the order of comparing changes nothing; and counts of them, which are whole numbers.
 CHOSEN = names(
     """
-    all allclose amax amin aminmax any argmax argmin argsort cummax cummin histc is_nonzero is_same_size kthvalue max
-    max_pool1d max_pool2d max_pool2d_with_indices max_pool3d_with_indices median min msort sort topk _unique2
-    unique_consecutive unique_dim
+    all allclose any argmax argmin argsort cummax cummin histc is_nonzero is_same_size kthvalue max max_pool1d
+    max_pool2d max_pool2d_with_indices max_pool3d_with_indices median min msort sort topk _unique2 unique_consecutive
+    unique_dim
     """
 )
 
@@ -62,8 +61,9 @@ EXACT = MOVED | ONE_STEP | CHOSEN
 # With whole numbers alone: no order of adding them changes the sum.
 EXACT_OF_INTEGERS = names(
     """
-    add addcmul addmm arange bincount bmm cumprod cumsum dot floor_divide index_add index_put index_reduce linspace mm
-    mv outer pow prod rsub scatter scatter_add scatter_reduce sub sum tensordot
+    add addcmul addmm amax amin aminmax arange bincount bmm clamp clamp_max clamp_min cumprod cumsum dot floor_divide
+    fmod index_add index_put index_reduce linspace maximum minimum mm mv outer pow prod remainder rsub scatter
+    scatter_add scatter_reduce sub sum tensordot
     """
 )
 

@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn, overrides
@@ -108,8 +108,6 @@ class _Above(TorchFunctionMode):
         # A property's getter computes nothing, and models ask for shapes all the time.
         if getattr(func, "__name__", "") == "__get__" or _now() is None:
             return func(*args, **(kwargs or {}))
-        if torch.is_grad_enabled() and (name := _wants_gradient(args, kwargs)) is not None:
-            _refuse_gradient(getattr(func, "__name__", str(func)), name)
         with torch._C._AutoDispatchBelowAutograd():
             return func(*args, **(kwargs or {}))
 
@@ -122,7 +120,10 @@ class _Below(TorchDispatchMode):
         served = _looked_up(func)
         tensors = [t for t in _tensors(args, kwargs) if isinstance(t, Tensor)]
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and served.op != "aten::detach":
-            _refuse_gradient(served.op, "an argument")
+            raise InvariantError(
+                f"rk.invariant: {served.op}{_module()}: an argument asks for gradients and rerank_kernels is forward only; "
+                "run under torch.inference_mode() or torch.no_grad()"
+            )
         if any(t.is_meta for t in tensors):  # shapes alone
             return func(*args, **kwargs)
         try:
@@ -148,19 +149,19 @@ class _Below(TorchDispatchMode):
                 raise Refusal("of complex numbers it is more than one step per element")
             report.exact[served.op] += 1
             return func(*args, **kwargs)
-        if served.route is None and served.pieces is None:
-            if not served.parts:
-                raise Refusal(served.why)
-            with self:
-                return func.decompose(*args, **kwargs)
-        if any(t.numel() == 0 for t in tensors):  # there is nothing to add
+        known = served.route is not None or served.pieces is not None
+        if known and any(t.numel() == 0 for t in tensors):  # there is nothing to add
             report.exact[served.op] += 1
             return func(*args, **kwargs)
-        if served.pieces is not None:
-            y = elementwise.in_pieces(served.pieces, args, kwargs)
-        else:
-            assert served.route is not None
+        if served.route is not None:
             y = served.route(**dict(zip(served.names, args, strict=False)), **kwargs)
+        elif served.pieces is not None:
+            y = elementwise.in_pieces(served.pieces, args, kwargs)
+        elif served.parts:
+            with self:
+                return func.decompose(*args, **kwargs)
+        else:
+            raise Refusal(served.why)
         report.routed[served.op] += 1
         return args[0].copy_(y) if served.in_place else y
 
@@ -181,20 +182,6 @@ def _integers(tensors: list[Tensor], args: Any) -> bool:
     """No tensor and no number among the arguments has a fraction."""
     return not any(t.is_floating_point() or t.is_complex() for t in tensors) and all(
         a.is_integer() for a in args if isinstance(a, float)
-    )
-
-
-def _wants_gradient(args: Any, kwargs: Any) -> str | None:
-    for value in _tensors(args, kwargs or {}):
-        if isinstance(value, Tensor) and value.requires_grad:
-            return "a parameter" if isinstance(value, nn.Parameter) else "an argument"
-    return None
-
-
-def _refuse_gradient(op: str, name: str) -> NoReturn:
-    raise InvariantError(
-        f"rk.invariant: {op}{_module()}: {name} asks for gradients and rerank_kernels is forward only; run under "
-        "torch.inference_mode() or torch.no_grad()"
     )
 
 

@@ -87,6 +87,17 @@ def vector_norm(
     raise Refusal(f"ord is {ord}, and 1, 2, inf and -inf are served")
 
 
+def amax(self: Tensor, dim: Dims = None, keepdim: bool = False) -> Tensor:
+    """The maximum, with -0 made +0: which of two zeros is taken is PyTorch's to say."""
+    y = self.amax(_dims(self, dim), keepdim)
+    return y + 0.0 if y.is_floating_point() else y
+
+
+def amin(self: Tensor, dim: Dims = None, keepdim: bool = False) -> Tensor:
+    y = self.amin(_dims(self, dim), keepdim)
+    return y + 0.0 if y.is_floating_point() else y
+
+
 def norm(self: Tensor, p: float | None = None, dim: Dims = None, keepdim: bool = False) -> Tensor:
     return vector_norm(self, 2 if p is None else p, dim, keepdim)
 
@@ -164,6 +175,8 @@ ROUTES = {
     "linalg_vector_norm": vector_norm,
     "norm.Scalar": norm,
     "norm.ScalarOpt_dim": norm,
+    "amax": amax,
+    "amin": amin,
     "_softmax": softmax,
     "_safe_softmax": safe_softmax,
     "_log_softmax": log_softmax,

@@ -53,7 +53,7 @@ def look_up(function: Any) -> Served:
         exact_of_integers=aten and base in EXACT_OF_INTEGERS,
         one_step=aten and base in ONE_STEP,
         route=None if exact else route,
-        pieces=getattr(torch.ops.aten, base) if aten and not out and base in elementwise.IN_PIECES else None,
+        pieces=getattr(torch.ops.aten, base) if aten and not out and not exact and base in elementwise.IN_PIECES else None,
         parts=function.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd),
         in_place=in_place,
         names=tuple(a.name for a in function._schema.arguments),
