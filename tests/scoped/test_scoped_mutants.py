@@ -28,8 +28,8 @@ def replaced(monkeypatch: pytest.MonkeyPatch, op: str, **changes: Any) -> None:
     monkeypatch.setattr(scope, "_looked_up", look_up)
 
 
-def _contiguous_alone(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return products.linear(input, weight, bias) if input.is_contiguous() else F.linear(input, weight, bias)
+def _contiguous_alone(**given: Any) -> Tensor:
+    return products.linear(**given) if given["input"].is_contiguous() else F.linear(**given)
 
 
 def _without_alpha(self: Tensor, mat1: Tensor, mat2: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -45,7 +45,7 @@ def _of_one(self: Tensor, dim: Any = None, keepdim: bool = False, dtype: Any = N
 
 
 @pytest.mark.parametrize(
-    ("case", "op", "changes"),
+    ("name", "op", "changes"),
     [
         ("linear", "linear", {"exact": True}),
         ("mv", "mv", {"exact": True}),
@@ -62,11 +62,11 @@ def _of_one(self: Tensor, dim: Any = None, keepdim: bool = False, dtype: Any = N
         ", ".join(f"{k} {getattr(v, '__name__', v)}" for k, v in value.items()) if isinstance(value, dict) else value
     ),
 )
-def test_a_wrong_route_is_caught(case: str, op: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    hold(CASES[case], torch.float32)
+def test_a_wrong_route_is_caught(name: str, op: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    hold(CASES[name], torch.float32)
     replaced(monkeypatch, op, **changes)
     with pytest.raises(AssertionError):
-        hold(CASES[case], torch.float32)
+        hold(CASES[name], torch.float32)
 
 
 def _multiplied(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **how: Any) -> Tensor:
