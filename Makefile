@@ -85,7 +85,6 @@ installs: $(VENV)/installed  ## the ends of what is claimed (torch, transformers
 
 figures: $(VENV)/installed  ## draw the runs that bench/out holds, and write their tables into the pages
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'rerank-kernels[bench]'
-	$(BIN)/python -m bench.pages.plot
 	$(BIN)/python -m bench.pages.tables
 
 # In a venv that the README makes itself: nothing of ours is needed.

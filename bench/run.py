@@ -25,39 +25,37 @@ from rich.console import Console
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # where this folder is the package `bench`
 
-from bench.cases import decoders, limits, memory, models, ops, serving
-from bench.cases.contests import on_a_cpu
-from bench.harness import files
+from bench.cases import contests, limits, memory, serving, shapes
+from bench.harness import gpu, machine, worker
 from bench.harness.turns import Missing, Pace, Work, play
-from bench.harness.worker import Died
 from bench.pages.results import lines
-from bench.pages.tables import STUDIES, cpu
+from bench.pages.tables import show
 from bench.rivals import engines, mkl
+from tools.gpu_report.outcome import write
 
 Results = list[dict[str, Any]]
 
 
-def contests(quick: bool) -> dict[str, Callable[[], Work]]:
-    """All of on_a_cpu, with MKL's strict setting as one more contestant where it is to be beaten."""
-    table = on_a_cpu(quick)
-    for name, build in table.items():
+def contested(quick: bool) -> dict[str, Callable[[], Work]]:
+    """All of a CPU's contests, with MKL's strict setting as one more contestant where it is to be beaten."""
+    table: dict[str, Callable[[], Work]] = {}
+    for name, build in contests.listed("cpu", quick).items():
+        table[name] = functools.partial(build, contests.place("cpu"))
         if mkl.chosen(name):
             bar = None if quick and name.startswith("bge") else mkl.BAR
-            table[name] = functools.partial(mkl.away, build, name, quick, bar)
+            table[name] = functools.partial(mkl.away, table[name], name, quick, bar)
     return table
 
 
 def studies(quick: bool) -> dict[str, tuple[str, Callable[[], Results]]]:
     """Name -> where the run's file keeps it, and how it is made."""
     layers, bar, cut = (2, None, " cut to 2 layers") if quick else (None, memory.BAR, "")
-    of_memory = functools.partial(memory.measure, models.BASE, layers, bar=bar)
-    of_limits = functools.partial(limits.measure, 0.2 if quick else 1.0)
-    of_serving = functools.partial(serving.measure, 0.5 if quick else 2.0)
+    base, minilm = shapes.shape(shapes.BASE, layers), shapes.RERANKERS[shapes.MINILM]
     return {
-        f"memory of bge-reranker-base{cut}": ("memory", of_memory),
-        "bits of ms-marco-MiniLM-L6-v2 in MKL's strict setting": ("bits", functools.partial(mkl.bits, models.MINILM)),
-        "limits of the machine, and what each kernel reaches": ("limits", of_limits),
-        "serving: processes and callers that share the machine": ("serving", of_serving),
+        f"memory of bge-reranker-base{cut}": ("memory", lambda: memory.measure(shapes.BASE, base, bar=bar)),
+        "bits of ms-marco-MiniLM-L6-v2 in MKL's strict setting": ("bits", lambda: mkl.bits(minilm)),
+        "limits of the machine, and what each kernel reaches": ("limits", lambda: limits.measure(0.2 if quick else 1.0)),
+        "serving: processes and callers that share the machine": ("serving", lambda: serving.measure(0.5 if quick else 2.0)),
     }
 
 
@@ -66,16 +64,15 @@ def run(table: Mapping[str, Callable[[], Work]], pace: Pace, console: Console) -
     wrong = []
     for name, build in table.items():
         with _status(console, f"gate: {name}"):
-            for c in (c for c in build().contestants if c.gate is not None):
-                try:
+            try:
+                for c in build().contestants:
                     with c.around():
-                        c.gate()
-                except AssertionError as error:
-                    wrong.append(f"{name}: {error}")
+                        (c.gate or (lambda: None))()
+            except AssertionError as error:
+                wrong.append(f"{name}: {error}")
     if wrong:
         console.print("[bold red]The correctness gate fails; nothing was timed.[/]")
-        for words in wrong:
-            console.print(words, markup=False, soft_wrap=True)
+        console.print("\n".join(wrong), markup=False, soft_wrap=True)
         return None
     if table:
         console.print(f"gate: {len(table)} of {len(table)} right and batch-invariant")
@@ -83,17 +80,8 @@ def run(table: Mapping[str, Callable[[], Work]], pace: Pace, console: Console) -
     for name, build in table.items():
         with _status(console, f"timing: {name}"):
             work = build()
-            cells = play(work, pace, gates=False)
-            results.append({"case": name, **work.about, "flops": 2.0 * work.fmas, "bytes": work.bytes, "contestants": cells})
+            results.append(work.record(name, play(work, pace, gates=False)))
     return results
-
-
-def show(console: Console, facts: Mapping[str, Any], results: Results) -> None:
-    about = "theirs / ours: above 1 ours is faster; the gate passed for every line"
-    cpu({"results": results})._replace(about=about).show(console)
-    for why in sorted({f"{line['against']}: {line['why']}" for r in results for line in lines(r) if line["ratio"] is None}):
-        console.print(why, markup=False, soft_wrap=True)
-    console.print("   ".join(f"{k}: {v}" for k, v in facts.items()), soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -102,17 +90,12 @@ def _status(console: Console, words: str) -> Iterator[None]:
         yield
 
 
-def console() -> Console:
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=150)  # a file or a pipe has no width of its own
-
-
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Times beside stock PyTorch's; a correctness gate comes first.")
     parser.add_argument("--quick", action="store_true", help="short turns, and whole models cut to two layers")
     parser.add_argument("--only", metavar="NAME", action="append", help="cases whose name contains NAME; may be given again")
     parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="write every time and the machine's facts to FILE")
-    threads = min(2, files.cores())
+    threads = min(2, machine.cores())
     parser.add_argument("--threads", metavar="N", type=int, default=threads, help="CPU threads (default: %(default)s)")
     parser.add_argument("--strict", action="store_true", help="exit 1 if a ratio falls short of its bar")
     parser.add_argument("--list", action="store_true", help="print the names of the cases, run nothing")
@@ -133,81 +116,90 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--threads must be at least 1, got {args.threads}")
     if args.json is not None and not args.json.resolve().parent.is_dir():
         parser.error(f"--json: there is no directory {args.json.resolve().parent}")
-    if args.scaling:
-        from bench.cases import scaling
-
-        found = scaling.measure(args.device, console(), quick=args.quick)
-        content = {"machine": files.machine(args.device), "quick": args.quick, "device": args.device, "scaling": found}
-        return _written(args, content, 0)
-    if args.against is not None:
-        from bench.harness import against
-
-        records, code = against.main(args, console())
-        return _written(args, {"machine": files.machine(args.device), "against": args.against, "results": records}, code)
-    if args.device == "cuda":
-        from bench.harness import gpu
-
-        return gpu.main(args, console())
-    return on_cpu(args, parser)
-
-
-def _written(args: argparse.Namespace, content: Mapping[str, Any], code: int) -> int:
-    if args.json is not None:
-        files.write_json(args.json, content)
+    out = Console()
+    out = out if out.is_terminal else Console(width=150)  # a file or a pipe has no width of its own
+    try:
+        found, code = chosen(args, parser, out)
+    finally:
+        engines.close()
+        worker.close()
+    if found and args.json is not None:
+        write(args.json, {"quick": args.quick, "only": args.only, **found})
         print(f"written: {args.json}")
     return code
 
 
-def on_cpu(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    every, more = contests(args.quick), studies(args.quick)
+def chosen(args: argparse.Namespace, parser: argparse.ArgumentParser, out: Console) -> tuple[dict[str, Any], int]:
+    """What the run's file holds, and the exit code."""
+    if args.scaling:
+        from bench.cases import scaling
+
+        found = scaling.measure(args.device, out, quick=args.quick)
+        return {"machine": machine.facts(args.device), "device": args.device, "scaling": found}, 0
+    if args.against is not None:
+        from bench.harness import against
+
+        records = against.measured(args, out)
+        slower = args.strict and any(r["verdict"] == "SLOWER" for r in records)
+        content = {"machine": machine.facts(args.device), "against": args.against, "results": records}
+        return content, int(slower or not any("ratio" in r for r in records))
+    if args.device == "cuda":
+        every = list(contests.listed("cuda", args.quick))
+        more: dict[str, tuple[str, Callable[[], Results]]] = {}
+    else:
+        every, more = list(contested(args.quick)), studies(args.quick)
     wanted = [n for n in (*every, *more) if not args.only or any(o in n for o in args.only)]
     if not wanted:
         parser.error(f"--only {' '.join(args.only)} names no case; there are:\n  " + "\n  ".join((*every, *more)))
     if args.list:
         print("\n".join(wanted))
-        return 0
+        return {}, 0
+    if args.device == "cpu":
+        return on_cpu(args, wanted, more, out)
+    if why := gpu.absent():
+        out.print("\n".join(f"{name}: not measured" for name in wanted), highlight=False)
+        out.print(f"not measured: {why}")
+        return {}, 2
+    content = {"device": args.device, **gpu.measured(wanted, args, out)}
+    show(out, content)
+    out.print(f"{content['seconds']:.0f} s in all", highlight=False)
+    wrong = any("wrong" in c for r in content["results"] for c in r["contestants"].values())
+    return content, int(wrong or not content["results"])
 
+
+def on_cpu(
+    args: argparse.Namespace, wanted: Sequence[str], more: Mapping[str, tuple[str, Callable[[], Results]]], out: Console
+) -> tuple[dict[str, Any], int]:
     torch.set_num_threads(args.threads)
-    out = console()
-    facts = files.machine()
+    facts = machine.facts()
     if facts["load"] > 0.5 * facts["cores"]:
         out.print(f"[yellow]The machine is busy (load {facts['load']} on {facts['cores']} cores): times mean little.[/]")
-    found: dict[str, Results] = {}
-    try:
-        with torch.no_grad():
-            pace = Pace(0.2, 3, 10.0) if args.quick else Pace(2.0, 5, 10.0)
-            results = run({n: every[n] for n in wanted if n in every}, pace, out)
-        if mkl.used():
-            facts["MKL_CBWR"] = f"{mkl.setting()}, which MKL takes as {mkl.says()}"
-    finally:
-        engines.close()
-        mkl.close()
+    table = {n: build for n, build in contested(args.quick).items() if n in wanted}
+    with torch.no_grad():
+        results = run(table, Pace(0.2, 3, 10.0) if args.quick else Pace(2.0, 5, 10.0), out)
     if results is None:
-        return 1
+        return {}, 1
+    if any(mkl.NAME in name for r in results for name in r["contestants"]):
+        facts |= {"MKL_CBWR": f"{mkl.environment()['MKL_CBWR']}, which MKL takes as {mkl.says()}"}
     facts["peak memory MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    decoders.stacks.cache_clear()
-    models.forget()  # the studies' processes have the machine for themselves
-    ops.forget()
+    for close in (engines.close, worker.close, contests.forget):
+        close()  # the studies' processes have the machine for themselves
+    content: dict[str, Any] = {"machine": facts, "results": results}
     for name in (n for n in wanted if n in more):
         with _status(out, name), torch.no_grad():
             try:
-                found[more[name][0]] = more[name][1]()
-            except (Died, Missing) as error:
+                content[more[name][0]] = more[name][1]()
+            except Missing as error:
                 out.print(f"{name}: not measured: {error}", markup=False, soft_wrap=True)
-    if results:
-        show(out, facts, results)
-    for kind in found:
-        STUDIES[kind]({"machine": facts, **found}).show(out)
-    barred = [line for r in results for line in lines(r)] + found.get("memory", [])
-    barred = [line for line in barred if line["bar"] is not None]
-    short = sum(line["verdict"] == "FALLS SHORT" for line in barred)
-    if barred:
-        reached = sum(line["verdict"] == "ok" for line in barred)
-        without = len(barred) - reached - short
-        said = f"bars: {reached} of {len(barred)} reached"
-        out.print(said + f", {short} FALL SHORT" * bool(short) + f", {without} not measured" * bool(without))
-    content = {"machine": facts, "quick": args.quick, "only": args.only, "results": results, **found}
-    return _written(args, content, 1 if args.strict and short else 0)
+    show(out, content)
+    barred = [line for r in results for line in lines(r)] + content.get("memory", [])
+    verdicts = [line["verdict"] for line in barred if line["bar"] is not None]
+    reached, short = verdicts.count("ok"), verdicts.count("FALLS SHORT")
+    if verdicts:
+        without = len(verdicts) - reached - short
+        words = f", {short} FALL SHORT" * bool(short) + f", {without} not measured" * bool(without)
+        out.print(f"bars: {reached} of {len(verdicts)} reached{words}")
+    return content, int(args.strict and short > 0)
 
 
 if __name__ == "__main__":

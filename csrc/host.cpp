@@ -10,6 +10,7 @@
 #define RK_FILE "../host_kernels.h"
 #include "cpu/each_isa.h"
 #include "cpu/detect.h"
+#include "weighing.h"
 
 namespace py = pybind11;
 using Array = py::array_t<float, py::array::c_style | py::array::forcecast>;
@@ -73,6 +74,24 @@ Array widen(const py::array_t<uint16_t, py::array::c_style>& x, bool brain, cons
     return y;
 }
 
+// numerics.h's short forms, of mode tensor: float alone, since no CPU kernel has them.
+Array gelu_short(const Array& x) {
+    Array y(x.size());
+    for (py::ssize_t i = 0; i < x.size(); ++i) y.mutable_data()[i] = rk::scalar::gelu_short(x.data()[i]);
+    return y;
+}
+
+Array exp2_short(const Array& d, float c, float least) {
+    Array y(d.size());
+    for (py::ssize_t i = 0; i < d.size(); ++i) y.mutable_data()[i] = rk::scalar::exp2_short(d.data()[i], c, least);
+    return y;
+}
+
+py::tuple weighing(float scale, float softcap) {
+    const rk::Weighing w = rk::weighing(scale, softcap);
+    return py::make_tuple(w.c, w.least, w.scaled);
+}
+
 py::dict cpu_features() {
     py::dict d;
     for (const char* isa : {"avx512", "avx2", "scalar"}) d[isa] = has(isa);
@@ -86,5 +105,8 @@ PYBIND11_MODULE(_host, m) {
     m.def("elementwise", &elementwise, py::arg("name"), py::arg("x"), py::arg("isa") = "scalar");
     m.def("narrow", &narrow, py::arg("x"), py::arg("brain"), py::arg("isa") = "scalar", "float32 -> bits of fp16 or bf16");
     m.def("widen", &widen, py::arg("x"), py::arg("brain"), py::arg("isa") = "scalar", "bits of fp16 or bf16 -> float32");
+    m.def("gelu_short", &gelu_short, py::arg("x"));
+    m.def("exp2_short", &exp2_short, py::arg("d"), py::arg("c"), py::arg("least"));
+    m.def("weighing", &weighing, py::arg("scale"), py::arg("softcap"), "(c, least, scaled) of attention in mode tensor");
     m.def("cpu_features", &cpu_features);
 }

@@ -5,7 +5,7 @@
 // There is no include guard for that reason, and no torch header, so that `nvcc -ptx` or `g++` alone compiles it.
 //
 // F provides: + - * /, fmadd(a, b, c) = a * b + c rounded once, sqrt_of(a), lt(a, b) -> mask, select(mask, a, b), abs_of(a),
-// scale_by_exp2(p, t) (below). Compile with -ffp-contract=off (g++), --fmad=false (nvcc), never with fast-math.
+// scale_by_exp2<SHIFT>(p, t) (below). Compile with -ffp-contract=off (g++), --fmad=false (nvcc), never with fast-math.
 
 #ifdef __CUDACC__
 #define RK_FN __host__ __device__ __forceinline__
@@ -56,16 +56,15 @@ RK_FN int bits_of_float(float f) {
 
 // 1.5 * 2^23: adding it leaves round-to-nearest-even(x) in the low bits of the sum, on every machine, with no conversion.
 constexpr float ROUND_MAGIC = 12582912.0f;
-constexpr int ROUND_MAGIC_BITS = 0x4B400000;
 
-// p * 2^n with n held in the low bits of t = n + ROUND_MAGIC, |n| <= 250: the first factor cannot leave the normal range
-// for p near 1, so only the last product rounds, and results below 2^-126 are rounded once.
+// p * 2^n, p near 1, with n held in the low bits of t = n + ROUND_MAGIC, -126 <= n + SHIFT <= 127. 2^(n + SHIFT) is a normal
+// number, so the product with it is exact, and the one with 2^-SHIFT rounds once, results below 2^-126 included. The shift by
+// 23 leaves nothing of ROUND_MAGIC. Both are products, not sums of exponents: a NaN in p stays one.
+template <int SHIFT>
 RK_FN float scale_by_exp2(float p, float t) {
-    const int n = bits_of_float(t) - ROUND_MAGIC_BITS;
-    const int first = n >> 1;
-    const float s1 = float_of_bits(int(unsigned(first + 127) << 23));
-    const float s2 = float_of_bits(int(unsigned(n - first + 127) << 23));
-    return p * s1 * s2;
+    constexpr float BACK = SHIFT > 0 ? 0x1p-64f : 2.0f;
+    static_assert(SHIFT == 64 || SHIFT == -1, "BACK is 2^-SHIFT");
+    return p * float_of_bits(int((unsigned(bits_of_float(t)) << 23) + (unsigned(SHIFT + 127) << 23))) * BACK;
 }
 
 // exp(x), error below 1 ulp, results below 2^-126 included. exp(0) = 1; 0 below -104; inf above 88.72284; NaN stays NaN.
@@ -86,12 +85,12 @@ RK_FN F exp_fraction(F x, F& t) {
     return fmadd(p, r, F(1.0f));
 }
 
-// exp_within: for -170 <= x < 89, where nothing needs clamping.
+// exp_within: for -128 <= x <= 0, where nothing needs clamping.
 template <class F>
 RK_FN F exp_within(F x) {
     F t;
     const F p = exp_fraction(x, t);
-    return scale_by_exp2(p, t);
+    return scale_by_exp2<64>(p, t);
 }
 
 // x, but not below low; a NaN passes.
@@ -106,9 +105,17 @@ RK_FN F exp_of_negative(F x) {
     return exp_within(at_least(F(-104.0f), x));
 }
 
+// For x >= 0: exp(89) is inf already.
+template <class F>
+RK_FN F exp_of_positive(F x) {
+    F t;
+    const F p = exp_fraction(select(lt(F(89.0f), x), F(89.0f), x), t);
+    return scale_by_exp2<-1>(p, t);
+}
+
 template <class F>
 RK_FN F exp_of(F x) {
-    return exp_of_negative(select(lt(F(89.0f), x), F(89.0f), x));
+    return select(lt(x, F(0.0f)), exp_of_negative(x), exp_of_positive(x));
 }
 
 // 1 / (1 + exp(-x)). exp is only taken of -|x|: for x < 0 the result is e / (1 + e), which keeps its digits down to 2^-149,
@@ -129,7 +136,7 @@ RK_FN F tanh_of(F x) {
     q = fmadd(q, z, F(-0x1.555534p-2f));
     const F small = fmadd(q * z, x, x);
     const F a = abs_of(x);
-    const F big = F(1.0f) - F(2.0f) / (exp_of(a + a) + F(1.0f));
+    const F big = F(1.0f) - F(2.0f) / (exp_of_positive(a + a) + F(1.0f));
     return select(lt(a, F(0.625f)), small, select(lt(x, F(0.0f)), F(0.0f) - big, big));
 }
 
@@ -212,6 +219,65 @@ RK_FN F mish_of(F x) {
     const F e = exp_of_negative(F(0.0f) - abs_of(x));
     const F below = e * (e + F(2.0f)), above = F(1.0f) + (e + e), n = select(lt(x, F(0.0f)), below, above);
     return x * (n / (n + select(lt(x, F(0.0f)), F(2.0f), (e + e) * e)));
+}
+
+// ---- mode tensor, version 2: what becomes half precision needs fewer digits -------------------------------------------------
+
+// The larger and the smaller of two numbers; a NaN loses, and the second is never one.
+RK_FN float larger_of(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return fmaxf(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+RK_FN float smaller_of(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return fminf(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
+// 2^(n + f) for z = n + ROUND_MAGIC, -127 <= n <= 0, |f| <= 1/2, and f >= 0 where n is -127. 2^0 is 1 exactly. n goes to the
+// exponent as an integer. So results from 2^-126 on have a relative error below 2.9e-6; smaller ones come out too small, but
+// never negative, and +0 for n = -127, f = 0.
+RK_FN float exp2_of_parts(float z, float f) {
+    float p = fmadd(0x1.3a052cp-7f, f, 0x1.c9fc6ap-5f);
+    p = fmadd(p, f, 0x1.ec036ep-3f);
+    p = fmadd(p, f, 0x1.62e12cp-1f);
+    p = fmadd(p, f, 1.0f);
+    return float_of_bits(int(unsigned(bits_of_float(p)) + (unsigned(bits_of_float(z)) << 23)));
+}
+
+// 2^(d c), the weight of a score that is d above the largest: d <= 0, c > 0. `least` is the smallest float32 with
+// least * c >= -127 exactly (csrc/weighing.h); from there on the result is below 2^-140, which is +0 in half precision. A NaN
+// counts as least.
+RK_FN float exp2_short(float d, float c, float least) {
+    d = larger_of(d, least);
+    const float z = fmadd(d, c, ROUND_MAGIC), n = z - ROUND_MAGIC;
+    return exp2_of_parts(z, fmadd(d, c, -n));
+}
+
+// gelu for a result in half precision: Phi(-y) = exp2(-y^2 log2(e) / 2) u Q(u), u = 1 / (1 + y / 2) from a seed and three steps
+// of Newton's. Relative error below 4e-5 for x > -13.2. From y = 0x1.a8998p+3 on t is -127 exactly, so the tail is 0.
+RK_FN float gelu_short(float x) {
+    const float y = smaller_of(abs_of(x), 0x1.a89980p+3f);
+    const float t = y * (y * -0x1.715474p-1f);
+    const float z = t + ROUND_MAGIC, n = z - ROUND_MAGIC;
+    const float e = exp2_of_parts(z, t - n);
+    const float w = fmadd(0.5f, y, 1.0f);
+    float u = float_of_bits(0x7EF311C7 - bits_of_float(w));
+    u = fmadd(u, fmadd(-w, u, 1.0f), u);
+    u = fmadd(u, fmadd(-w, u, 1.0f), u);
+    u = fmadd(u, fmadd(-w, u, 1.0f), u);
+    float q = fmadd(0x1.3cb030p-4f, u, -0x1.aa4dc6p-3f);
+    q = fmadd(q, u, 0x1.477250p-4f);
+    q = fmadd(q, u, 0x1.3b4342p-3f);
+    q = fmadd(q, u, 0x1.941d4ap-3f);
+    q = fmadd(q, u, 0x1.98e390p-3f);
+    const float tail = e * (q * u);
+    return x * (x < 0.0f ? tail : 1.0f - tail);
 }
 
 enum Activation : int {

@@ -33,6 +33,13 @@ TRUTHS: dict[str, Callable[..., Any]] = {op: getattr(module, f"{op}_truth") for 
 Tensors = dict[str, Tensor]
 
 
+def every_exponent(dtype: torch.dtype) -> Tensor:
+    """Subnormals, infinities and NaN included: every 65,521st float32, or every half."""
+    if dtype == torch.float32:
+        return torch.arange(-(2**31), 2**31, 65521).to(torch.int32).view(torch.float32)
+    return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+
+
 def numbers(seed: str, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """Signed numbers of magnitude 2^-6 to 4 times `scale` (a power of two), root mean square near 1.25 * scale."""
     bits = SIGNIFICAND[dtype] - 1
@@ -134,6 +141,7 @@ TINY = 2.0**-149  # the smallest step of float32, for what underflows
 # Errors of act(v) in units of U * |act(v)|, without what v itself brings in. gelu_tanh adds the rounding of exp's argument.
 ACTIVATION_UNITS = {"relu": 0.0, "tanh": 8.0, "sigmoid": 8.0, "silu": 8.0, "gelu": 16.0, "gelu_tanh": 8.0}
 ACTIVATION_UNITS |= {"quick_gelu": 8.0, "relu2": 2.0, "leaky_relu": 4.0, "mish": 16.0}
+SHORT_GELU = 4.5e-5 / U  # of mode tensor, for a result in half precision
 STEEPEST = 1.13  # largest derivative of any activation (gelu) but relu2
 
 
@@ -171,18 +179,21 @@ def near_linear(x: Near, weight: Tensor, bias: Tensor | None, count: Callable[[i
     return Near(TRUTHS["linear"](x.value, weight, bias), slack)
 
 
-def near_activation(v: Near, kind: str | None) -> Near:
+def near_activation(v: Near, kind: str | None, short: bool = False) -> Near:
+    """`short`: the form that gelu has in mode tensor."""
     if kind is None:
         return v
     y = TRUTHS["activation"](v.value, kind)
-    units = torch.full_like(y, ACTIVATION_UNITS[kind])
+    short = short and kind == "gelu"
+    units = torch.full_like(y, SHORT_GELU if short else ACTIVATION_UNITS[kind])
     if kind == "gelu_tanh":
         units = units + 8.0 * (v.value + 0.044715 * v.value**3).abs()
     if kind == "quick_gelu":
         units = units + 8.0 * v.value.abs()
     steepest = 2.0 * v.value.abs() + v.slack if kind == "relu2" else STEEPEST
     # below 2^-126 the factor beside v (Φ, σ) has no more than the smallest steps of float32, and v multiplies their error
-    return Near(y, steepest * v.slack + units * U * y.abs() + TINY * (1.0 + v.value.abs()))
+    least = 2.0**-126 if short else TINY * (1.0 + v.value.abs())
+    return Near(y, steepest * v.slack + units * U * y.abs() + least)
 
 
 def near_add(a: Near, b: Tensor) -> Near:
@@ -237,7 +248,8 @@ def _counted(case: Case) -> Callable[[int], float]:
 
 def _near_linear(case: Case, a: Tensors) -> tuple[Near, ...]:
     product = near_linear(exact(a["x"]), a["weight"], a.get("bias"), _counted(case))
-    y = near_activation(product, case.options.get("activation"))
+    short = case.options.get("mode") == "tensor" and case.options.get("out_dtype") != torch.float32
+    y = near_activation(product, case.options.get("activation"), short)
     return (near_add(y, a["residual"]) if "residual" in a else y,)
 
 
@@ -276,7 +288,7 @@ def _near_attention(case: Case, a: Tensors) -> tuple[Near, ...]:
     group = q.shape[1] // k.shape[1]
     scale = case.options.get("scale", 1.0 / math.sqrt(q.shape[2]))
     count, slack = _counted(case), torch.zeros_like(value)
-    # mode tensor rounds the weights of the values to half precision; bfloat16's is the coarser one
+    # mode tensor rounds the weights to half precision, above and below the fraction bar; bfloat16's is the coarser one
     rounded = 1.01 * 2.0**-8 if case.options.get("mode") == "tensor" else 0.0
     for (lo, hi), (first, last) in zip(*map(itertools.pairwise, spans), strict=True):
         if lo < hi and first < last:
@@ -317,7 +329,7 @@ def _near_sparse_ffn(case: Case, a: Tensors) -> tuple[Near, ...]:
 
     def fired(v: Near) -> Near:
         """At the threshold the value jumps by it."""
-        y = near_activation(Near(torch.where(v.value > threshold, v.value, torch.zeros_like(v.value)), v.slack), act)
+        y = near_activation(Near(torch.where(v.value <= threshold, torch.zeros_like(v.value), v.value), v.slack), act)
         jump = TRUTHS["activation"](torch.tensor(threshold, dtype=torch.float64), act)
         return Near(y.value, y.slack + jump * ((v.value - threshold).abs() <= v.slack + U * threshold))
 
@@ -326,7 +338,7 @@ def _near_sparse_ffn(case: Case, a: Tensors) -> tuple[Near, ...]:
         gate = fired(near_linear(exact(a["x"]), a["gate_weight"], a.get("gate_bias"), count))
         up = near_activation(up, case.options.get("up_activation"))
         slack = gate.slack * (up.value.abs() + up.slack) + gate.value * up.slack + U * (gate.value * up.value).abs()
-        hidden = Near(gate.value * up.value, slack)
+        hidden = Near(torch.where(gate.value == 0, gate.value, gate.value * up.value), slack)
     else:
         hidden = fired(up)
     y = near_linear(hidden, a["down_weight"], a.get("down_bias"))

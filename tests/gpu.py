@@ -3,6 +3,7 @@
 python tests/gpu.py hash [float32 ...]        # a hash of every case's bits on backend cuda, in those dtypes, or in all
 python tests/gpu.py hash-tensor cuda          # the same in mode tensor, on the backend that is named
 python tests/gpu.py golden                    # writes golden_tensor.json: on an H100
+python tests/gpu.py golden-simulated          # in it, what the simulator gives where no H100 gave a hash: on any machine
 python tests/gpu.py compare FILE              # which of the simulator's models adds as the chip does that wrote FILE
 """
 
@@ -23,6 +24,7 @@ import tensor
 from cases import DTYPES, Case, Tensors
 from golden import digest
 from rerank_kernels.backend import registry
+from rerank_kernels.backend.modes import TENSOR
 
 TENSOR_FILE = Path(__file__).with_name("golden_tensor.json")
 
@@ -85,11 +87,40 @@ def compare(path: str) -> None:
             print(f"{p['dtype']} K={p['k']}, model {model} ({how}): {equal} of {y.numel()} sums equal")
 
 
+def golden_tensor() -> dict[str, tuple[dict[str, str], str]]:
+    """The hashes of mode tensor that are written down, by case, and who gave them: an H100, or the simulator so far."""
+    kept = json.loads(TENSOR_FILE.read_text())
+    said = {"hashes": kept["gpu"], "simulated": "the simulator"}
+    return {case: (found, by) for key, by in said.items() for case, found in kept[key].items()}
+
+
 def write() -> None:
     """Writes the hashes of backend cuda on this GPU, which test_tensor.py holds the simulator to: run it on an H100."""
     with registry.use("cuda"):
         found = {str(c): hashes(c) for c in TENSOR_CASES}
-    content = {"how": "python tests/gpu.py golden", "gpu": torch.cuda.get_device_name(), "hashes": found}
+    _write(torch.cuda.get_device_name(), found, {})
+
+
+def write_simulated() -> None:
+    """The same of the simulator, with tensor cores that add as an H100's do, for cases without a hash of the GPU's."""
+    kept = json.loads(TENSOR_FILE.read_text())
+    with tensor.simulated("cuda", tensor.H100):
+        found = {
+            str(c): {str(d)[6:]: digest(*c.call(c.make_rows(d), c.make_shared(d))) for d in tensor.HALVES}
+            for c in tensor.CASES
+            if str(c) not in kept["hashes"]
+        }
+    _write(kept["gpu"], kept["hashes"], found)
+
+
+def _write(name: str, found: dict[str, dict[str, str]], simulated: dict[str, dict[str, str]]) -> None:
+    content = {
+        "how": "python tests/gpu.py golden, and golden-simulated",
+        "version": TENSOR.version,
+        "gpu": name,
+        "hashes": found,
+        "simulated": simulated,
+    }
     TENSOR_FILE.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -104,6 +135,8 @@ def main(command: str, *words: str) -> None:
                 print(c, *hashes(c).values())
     elif command == "golden":
         write()
+    elif command == "golden-simulated":
+        write_simulated()
     elif command == "compare":
         compare(words[0])
     else:

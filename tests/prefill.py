@@ -34,15 +34,15 @@ def steps_against_prefill(d: int = 16, dtype: torch.dtype = torch.float32, **opt
             same(got[at : at + b - a], want[a:b], f"queries {a}:{b} over keys 0:{b}, window {window}, against the whole")
 
 
-def keys_in_a_cache(dtype: torch.dtype, **more: Any) -> None:
+def keys_in_a_cache(dtype: torch.dtype, d: int = 16, **more: Any) -> None:
     """In a padded cache, NaN around them; two sequences may share keys; one may have none."""
-    q, _, _ = qkv(9, 4, 2, dtype=dtype)
-    kept = [numbers(name, (3, 2, 80, 16), dtype) for name in "kv"]  # [B, H_kv, S, D]
+    q, _, _ = qkv(9, 4, 2, d, dtype)
+    kept = [numbers(name, (3, 2, 80, d), dtype) for name in "kv"]  # [B, H_kv, S, D]
     begins, ends, of = (7, 0, 30, 7, 12), (77, 1, 30, 77, 33), (0, 1, 2, 0, 2)
     for t in kept:
         for b, (begin, end) in enumerate(((7, 77), (0, 1), (12, 33))):
             t[b, :, :begin], t[b, :, end:] = float("nan"), float("nan")
-    k, v = (t.as_strided((2 * 2 * 80 + 80, 2, 16), (16, 80 * 16, 1)) for t in kept)
+    k, v = (t.as_strided((2 * 2 * 80 + 80, 2, d), (d, 80 * d, 1)) for t in kept)
     spans = Spans(torch.tensor([[160 * b + x for b, x in zip(of, xs, strict=True)] for xs in (begins, ends)]).int(), 400)
     packed = [torch.cat([t[b, :, x:y].transpose(0, 1) for b, x, y in zip(of, begins, ends, strict=True)]) for t in kept]
     lengths = offsets(tuple(y - x for x, y in zip(begins, ends, strict=True)))

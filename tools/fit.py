@@ -105,6 +105,19 @@ def main() -> None:
     q = np.vectorize(lambda v: LD(mp.nstr(mills(mp.mpf(str(v))), 25)))
     fit("normcdf Q", mills, 0.0, float(1 - 1 / mp.mpf(9)), list(range(11)), lambda v: 1 / q(v).astype(LD))
 
+    # mode tensor: exp2(f) = 1 + f p(f) on half a step, and Phi as above with fewer digits, Q by u itself, up to where it ends
+    fit(
+        "exp2_short p",
+        lambda f: (mp.mpf(2) ** f - 1) / f if f else mp.log(2),
+        -0.5,
+        0.5,
+        [0, 1, 2, 3],
+        lambda f: abs(f) / np.exp2(f),
+    )
+    short = np.vectorize(lambda u: LD(mp.nstr(mills(1 - mp.mpf(str(u))), 25)))
+    end = float(1 / (1 + mp.mpf("13.3") / 2))
+    fit("gelu_short Q", lambda u: mills(1 - u), end, 1.0, list(range(6)), lambda u: 1 / short(u).astype(LD))
+
 
 if __name__ == "__main__":
     main()

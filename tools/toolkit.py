@@ -25,7 +25,7 @@ ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 
 # The rooms of csrc/cuda that hold kernels, and what each is compiled for: None, all that is asked for; or these alone, where
 # they are asked for ("90a" with sm_90). How much shared memory a block may have there says its room.cuh.
-ROOMS: dict[str, tuple[str, ...] | None] = {"portable": None, "sm80": None}
+ROOMS: dict[str, tuple[str, ...] | None] = {"portable": None, "sm80": None, "sm90": ("90a",)}
 
 SECONDS = 134  # of one core for one architecture: nvcc 13.0 on an AMD EPYC (Zen 3) that had other work too
 

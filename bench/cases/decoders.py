@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 import invariants
 import rerank_kernels as rk
 from bench.cases import shapes
-from bench.cases.ops import DTYPES, Build, Place
+from bench.cases.ops import DTYPES, Build, Place, given
 from bench.harness.turns import Contestant, Work
 
 SHAPES = {
@@ -26,6 +26,13 @@ SHAPES = {
 KV_HEADS = 8
 MIXED = (40, 90, 130, 60, 220, 300, 500, 110)
 PREFILL_BAR, MIXED_BAR, TOKEN_BAR, HALF_BAR = 1.0, 1.5, 1.0, 1.6  # HALF_BAR: bfloat16 beside our own float32
+CASES = {  # lengths, dtype, whether it is one token behind a cache -> the bar of stock's ratio
+    ((512,), "fp32", False): PREFILL_BAR,
+    ((128,) * 8, "fp32", False): PREFILL_BAR,
+    (MIXED, "fp32", False): MIXED_BAR,
+    ((512,), "fp32", True): TOKEN_BAR,
+    ((512,), "bf16", True): None,
+}
 SLACK = {"fp32": 1.0e-5, "bf16": 3.0e-2}  # root mean square from stock's float32, of elements of order 1
 
 
@@ -47,73 +54,71 @@ def stacks(name: str, layers: int) -> dict[tuple[str, str], Any]:
     return made
 
 
-def behind(model: Any, ids: Tensor) -> Callable[[int], Tensor]:
+def last(model: Any, ids: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+    state: Tensor = model(input_ids=ids, attention_mask=mask, past_key_values=cache).last_hidden_state[:, -1]
+    return state
+
+
+def behind(model: Any, ids: Tensor) -> Callable[[], Tensor]:
     """One token behind a cache of all before it; the cache is cut back after each call."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    model(input_ids=ids[:, :-1], past_key_values=cache)
+    last(model, ids[:, :-1], cache=cache)
 
-    def call(i: int) -> Tensor:
-        state: Tensor = model(input_ids=ids[:, -1:], past_key_values=cache).last_hidden_state[:, -1]
+    def call() -> Tensor:
+        state = last(model, ids[:, -1:], cache=cache)
         cache.crop(-1)
         return state
 
     return call
 
 
-def gate(models: dict[tuple[str, str], Any], first: int, ids: Tensor, mask: Tensor, dtype: str) -> None:
+def gate(models: Mapping[tuple[str, str], Any], first: int, ids: Tensor, mask: Tensor, dtype: str) -> None:
     """first: tokens of the first row."""
     ours, row = models[dtype, "ours"], ids[:1, ids.shape[1] - first :]
     got = last(ours, ids, mask)
-    invariants.same(last(ours, row, None)[0], got[0], "a row alone against in the batch")
-    invariants.same(behind(ours, row)(0)[0], got[0], "a token behind a cache against the whole")
+    invariants.same(last(ours, row)[0], got[0], "a row alone against in the batch")
+    invariants.same(behind(ours, row)()[0], got[0], "a token behind a cache against the whole")
     error = float((got.float() - last(models["fp32", "stock"], ids, mask)).square().mean().sqrt())
     assert error <= SLACK[dtype], f"{error:.2g} from stock's float32, allowed {SLACK[dtype]}"
 
 
-def last(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
-    state: Tensor = model(input_ids=ids, attention_mask=mask).last_hidden_state[:, -1]
-    return state
-
-
-def contest(name: str, layers: int, lengths: tuple[int, ...], dtype: str, token: bool, bars: bool) -> Work:
+def contest(
+    place: Place,
+    name: str,
+    layers: int,
+    lengths: tuple[int, ...],
+    dtype: str,
+    token: bool,
+    bar: float | None = None,
+    half: float | None = None,
+) -> Work:
     width, sizes = max(lengths), SHAPES[name][1]
     ids = torch.randint(0, 1000, (len(lengths), width), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
 
-    def way(of: str, who: str) -> Callable[[int], Tensor]:
+    def way(label: str, of: str, who: str, **more: Any) -> Contestant:
         model = lambda: stacks(name, layers)[of, who]  # noqa: E731  # made when its turn comes
         cached = functools.cache(lambda: behind(model(), ids))
-        return (lambda i: cached()(i)) if token else lambda i: last(model(), ids, mask)
+        return Contestant(label, (lambda i: cached()()) if token else lambda i: last(model(), ids, mask), graph=False, **more)
 
-    bar = (TOKEN_BAR if dtype == "fp32" else None) if token else PREFILL_BAR if len(set(lengths)) == 1 else MIXED_BAR
-    rivals = [Contestant("stock, SDPA", way(dtype, "stock"), graph=False, bar=bar if bars else None)]
-    if dtype == "bf16":
-        rivals.append(Contestant("ours, float32", way("fp32", "ours"), graph=False, bar=HALF_BAR if bars else None))
-    ours = Contestant(
-        "cpu portable", way(dtype, "ours"), ours=True, graph=False,
-        gate=lambda: gate(stacks(name, layers), lengths[0], ids, mask, dtype),
-    )  # fmt: skip
+    check = lambda: gate(stacks(name, layers), lengths[0], ids, mask, dtype)  # noqa: E731
+    contestants = [way("cpu portable", dtype, "ours", ours=True, gate=check), way("stock, SDPA", dtype, "stock", bar=bar)]
+    contestants += [way("ours, float32", "fp32", "ours", bar=half)] if dtype == "bf16" else []
     wide = 2 * (sizes["num_attention_heads"] + KV_HEADS) * sizes["head_dim"] + 3 * sizes["intermediate_size"]
     per_token = layers * sizes["hidden_size"] * wide
     fmas = per_token * (len(lengths) if token else sum(lengths))
-    return Work([ours, *rivals], fmas, per_token * DTYPES[dtype].itemsize, about={"group": "decoder"})
+    return Work(contestants, fmas, per_token * DTYPES[dtype].itemsize, about={"group": "decoder"})
 
 
-def on_a_cpu(place: Place, quick: bool) -> Iterator[tuple[str, Build]]:
+def on_a_cpu(quick: bool) -> Iterator[tuple[str, Build]]:
     layers = 1 if quick else 3
     for name in SHAPES:
-        for lengths, dtype, token in (
-            ((512,), "fp32", False),
-            ((128,) * 8, "fp32", False),
-            (MIXED, "fp32", False),
-            ((512,), "fp32", True),
-            ((512,), "bf16", True),
-        ):
-            shape = f"{len(lengths)}x{lengths[0]}" if len(set(lengths)) == 1 else f"{len(lengths)} of 40 to 500"
-            said = f"1 token after {lengths[0]}" if token else shape
+        for (lengths, dtype, token), bar in CASES.items():
+            of = f"1 token after {lengths[0]}" if token else shapes.said(lengths)
+            bars = (None, None) if quick else (bar, HALF_BAR)
             yield (
-                f"{name}, {layers} layer{'s'[: layers - 1]}, {said}, {dtype}",
-                functools.partial(contest, name, layers, lengths, dtype, token, not quick),
+                f"{name}, {layers} layer{'s'[: layers - 1]}, {of}, {dtype}",
+                given(contest, name, layers, lengths, dtype, token, *bars),
             )

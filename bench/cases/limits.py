@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,12 +41,11 @@ def machine(threads: int) -> dict[str, float]:
     if compiler is None:
         raise Missing(f"there is no C++ compiler on PATH to build {SOURCE.name} with")
     with tempfile.TemporaryDirectory() as folder:
-        program = pathlib.Path(folder) / "limits"
-        flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-pthread"]
-        built = subprocess.run([compiler, *flags, SOURCE, "-o", program], capture_output=True, text=True)
+        flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-pthread", "-o", f"{folder}/limits"]
+        built = subprocess.run([compiler, *flags, SOURCE], capture_output=True, text=True)
         if built.returncode:
             raise Missing(f"{SOURCE.name} does not compile: {built.stderr[-1000:]}")
-        return json.loads(subprocess.run([program, str(threads)], capture_output=True, text=True, check=True).stdout)
+        return json.loads(subprocess.check_output([f"{folder}/limits", str(threads)]))
 
 
 def measure(budget: float = 1.0) -> list[dict[str, Any]]:
@@ -53,17 +53,17 @@ def measure(budget: float = 1.0) -> list[dict[str, Any]]:
     threads = torch.get_num_threads()
     top = machine(threads)
     records: list[dict[str, Any]] = [{"threads": threads, **top}]
-    for name, build in ops.on_a_cpu(ops.Place()):
+    for name, build in ops.on_a_cpu():
         if MEASURED.fullmatch(name):
-            work = build()
+            work = build(ops.Place())
             (cell,) = play(Work([work.ours]), Pace(budget, 5, 10.0), gates=False).values()
-            records.append(record(name, work.fmas, work.bytes, cell["ms"], top))
+            records.append({"case": name, **reached(work, cell["ms"], top)})
     return records
 
 
-def record(name: str, fmas: float, moved: float, ms: float, top: dict[str, float]) -> dict[str, Any]:
-    reading = top["memory_gbs" if moved > CACHED else "cache_gbs"] * 1e9
-    arithmetic, memory = 2e3 * fmas / (top["gflops"] * 1e9), 1e3 * moved / reading
-    by = "arithmetic" if arithmetic >= memory else "memory" if moved > CACHED else "cache"
-    limit = max(arithmetic, memory)
-    return {"case": name, "fmas": fmas, "bytes": moved, "limit_ms": limit, "limited_by": by, "ms": ms, "reached": limit / ms}
+def reached(work: Work, ms: float, top: Mapping[str, float]) -> dict[str, Any]:
+    memory = "memory" if work.bytes > CACHED else "cache"
+    limits = {"arithmetic": 2e-6 * work.fmas / top["gflops"], memory: 1e-6 * work.bytes / top[f"{memory}_gbs"]}
+    by = max(limits, key=lambda name: limits[name])
+    found = {"limit_ms": limits[by], "limited_by": by, "ms": ms, "reached": limits[by] / ms}
+    return {"fmas": work.fmas, "bytes": work.bytes, **found}

@@ -9,47 +9,34 @@ in a mixed batch stock's padding takes memory of its own.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import pathlib
 import re
 import tempfile
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 import rerank_kernels as rk
 from bench.cases import shapes
+from bench.harness import worker
 from bench.harness.turns import Missing
-from bench.harness.worker import Worker
 
 BAR = 1.15  # ours / stock, at most
-STEPS = ("loaded", "8x128", "32 of 16 to 512")
 LENGTHS = {"8x128": (128,) * 8, "32 of 16 to 512": shapes.MIXED_LENGTHS}
 STATUS = pathlib.Path("/proc/self/status")
 
 
-def measure(name: str, layers: int | None = None, *, bar: float | None = BAR) -> list[dict[str, Any]]:
+def measure(name: str, shape: shapes.Shape, *, bar: float | None = BAR) -> list[dict[str, Any]]:
     """One record a step: MiB of stock and ours, and ours / stock."""
     if not STATUS.exists():
         raise Missing(f"there is no {STATUS}")
-    shape = dataclasses.replace(shapes.RERANKERS[name], layers=layers or shapes.RERANKERS[name].layers)
-    peaks = {}
     with tempfile.TemporaryDirectory() as folder:
-        for who in ("save", "stock", "ours"):
-            worker = Worker()
-            try:
-                peaks[who] = worker.ask(f"{__name__}:one", who=who, folder=folder, shape=dataclasses.asdict(shape))
-            finally:
-                worker.close()
-            if "error" in peaks[who]:
-                raise Missing(f"{name}, {who}: {peaks[who]['error']}")
+        _, stocks, ours = (worker.once(one, who, folder, shape) for who in ("save", "stock", "ours"))
     records = []
-    for step in STEPS:
-        stock, ours = peaks["stock"][step], peaks["ours"][step]
-        held = bar if step == "8x128" else None
-        verdict = None if held is None else "ok" if ours / stock <= held else "FALLS SHORT"
-        row = {"model": name, "step": step, "stock_mib": stock, "ours_mib": ours, "ratio": ours / stock}
+    for step, stock in stocks.items():
+        ratio, held = ours[step] / stock, bar if step == "8x128" else None
+        verdict = None if held is None else "ok" if ratio <= held else "FALLS SHORT"
+        row = {"model": name, "step": step, "stock_mib": stock, "ours_mib": ours[step], "ratio": ratio}
         records.append({**row, "bar": held, "verdict": verdict})
     return records
 
@@ -61,11 +48,10 @@ def peak() -> float:
     return int(match[1]) / 1024
 
 
-def one(who: str, folder: str, shape: Mapping[str, Any]) -> dict[str, float]:
+def one(who: str, folder: str, of: shapes.Shape) -> dict[str, float]:
     """The process's side."""
     from transformers import AutoModelForSequenceClassification
 
-    of = shapes.Shape(**shape)
     if who == "save":
         shapes.reranker(of).save_pretrained(folder)
         return {}

@@ -16,191 +16,179 @@ from torch import Tensor
 import invariants
 import rerank_kernels as rk
 from bench.cases import shapes
-from bench.cases.ops import DTYPES, Build, Place
+from bench.cases.ops import DTYPES, Build, Place, given, installed
+from bench.cases.shapes import BASE, LARGE, MINILM, Shape
 from bench.harness.turns import Contestant, Work
 from bench.rivals import engines
 
-BASE, LARGE, MINILM = "BAAI/bge-reranker-base", "BAAI/bge-reranker-large", "cross-encoder/ms-marco-MiniLM-L6-v2"
 SHORT = {BASE: "base", LARGE: "large"}
 # Ours may be this far from float64. In fp32, on logits of order 1 after 12 layers, stock itself is off by about 1e-6; in half
 # precision it is this much beyond four times stock's own distance, on logits of a few tenths.
 LOGIT_SLACK = {"fp32": 2.0e-5, "fp16": 2.0e-3, "bf16": 1.6e-2}
 PADDED, SORTED, SINGLE = "stock, padded", "stock, sorted in 8s", "stock, one by one"
 EQUAL = "stock, SDPA"  # equal lengths: nothing is padded
-ON_GPU = {PADDED: "padded", SORTED: "sorted 8s", SINGLE: "one by one", EQUAL: "eager"}
-STOCK_BARS = {EQUAL: 1.2, PADDED: 3.8, SORTED: 1.6, SINGLE: 1.25}
+BARS = {EQUAL: 1.2, PADDED: 3.8, SORTED: 1.6, SINGLE: 1.25}
 ENGINE_BARS = {"ONNX Runtime": 1.15, "ONNX Runtime, fused": 1.15}  # equal lengths, several pairs
+COMPILED = ("default", "reduce-overhead", "max-autotune")  # torch.compile's modes, the slowest to compile last
 
 
 @functools.lru_cache(1)
-def stock_model(name: str, layers: int, dtype: str, device: torch.device) -> Any:
+def stock_model(shape: Shape, dtype: str, device: torch.device) -> Any:
     with torch.device(device):
-        model = shapes.reranker(shapes.RERANKERS[name], layers=layers)
-    return model.to(DTYPES[dtype])
+        return shapes.reranker(shape).to(DTYPES[dtype])
 
 
 @functools.lru_cache(2)
-def patched_model(name: str, layers: int, dtype: str, device: torch.device, mode: str = "portable") -> Any:
+def patched_model(shape: Shape, dtype: str, device: torch.device, mode: str = "portable") -> Any:
     """The stock model's twin: they share every weight tensor."""
-    ours = shapes.twin(stock_model(name, layers, dtype, device))
+    ours = shapes.twin(stock_model(shape, dtype, device))
     rk.patch(ours, mode=mode)
     return ours
 
 
 @functools.lru_cache(64)
-def truth(name: str, layers: int, dtype: str, device: torch.device, ids: tuple[int, ...]) -> Tensor:
+def truth(shape: Shape, dtype: str, device: torch.device, ids: tuple[int, ...]) -> Tensor:
     """The logit of one unpadded row with everything but the (exact) word embedding in float64, on the CPU."""
-    stock = stock_model(name, layers, dtype, device)
-    words = stock.base_model.embeddings.word_embeddings(torch.tensor([ids], device=device)).cpu().double()
-    wide = shapes.twin(stock)
-    wide.base_model.embeddings.word_embeddings = torch.nn.Identity()
-    for module in wide.modules():
-        for held in (module._parameters, module._buffers):
-            for key, t in list(held.items()):
-                if t is not None:
-                    t = t.detach().cpu()
-                    t = t.double() if t.is_floating_point() else t
-                    held[key] = torch.nn.Parameter(t, requires_grad=False) if held is module._parameters else t
-    return wide(inputs_embeds=words).logits[0]
-
-
-def forget() -> None:
-    for cache in (stock_model, patched_model, truth):
-        cache.cache_clear()
-
-
-def on(place: Place, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n: t.to(place.device) for n, t in batch.items()}
+    wide = shapes.twin(stock_model(shape, dtype, device))
+    words = wide.base_model.embeddings.word_embeddings(torch.tensor([ids], device=device)).cpu().double()
+    wide.base_model.embeddings.word_embeddings = torch.nn.Identity()  # not a quarter of a million rows in float64
+    held = (*wide.named_parameters(), *wide.named_buffers())
+    doubles = {n: t.cpu().double() if t.is_floating_point() else t.cpu() for n, t in held}
+    return torch.func.functional_call(wide, doubles, (), {"inputs_embeds": words}).logits[0]
 
 
 class Model:
-    """One reranker with so many layers, and the pairs of one case."""
+    """One reranker, and the pairs of one case."""
 
-    def __init__(self, place: Place, name: str, lengths: Sequence[int], dtype: str, layers: int | None = None) -> None:
-        self.place, self.name, self.dtype, self.shape = place, name, dtype, shapes.RERANKERS[name]
-        self.layers = layers or self.shape.layers
-        self.key = (name, self.layers, dtype, place.device)
-        self.rows = shapes.tokens(self.shape, tuple(lengths))
-        self.by_length = sorted(range(len(self.rows)), key=lambda i: len(self.rows[i]))
-        self.batch = on(place, shapes.padded(self.shape, self.rows))
+    def __init__(self, place: Place, shape: Shape, lengths: Sequence[int], dtype: str) -> None:
+        self.place, self.shape, self.dtype, self.lengths = place, shape, dtype, lengths
+        self.key = (shape, dtype, place.device)
+        self.rows = shapes.tokens(shape, lengths)
+        self.batch = self.padded(self.rows)
 
     def ours(self, mode: str = "portable") -> Any:
         return patched_model(*self.key, mode)
 
+    def padded(self, rows: Sequence[Tensor], **how: Any) -> dict[str, Tensor]:
+        return self.place.on(shapes.padded(self.shape, rows, **how))
+
     def near_truth(self, logits: Mapping[int, Tensor], who: str, rows: Sequence[Tensor] | None = None) -> None:
         """`logits`: some pairs', by their place in `rows`, which are the case's own if none are given."""
         for i, logit in logits.items():
-            ids = (rows or self.rows)[i]
-            right = truth(*self.key, tuple(ids.tolist()))
+            row = (rows or self.rows)[i]
+            right = truth(*self.key, tuple(row.tolist()))
             allowed = LOGIT_SLACK[self.dtype]
             if self.dtype != "fp32":
-                stock = stock_model(*self.key)(input_ids=ids[None].to(self.place.device)).logits[0]
+                stock = stock_model(*self.key)(**self.padded([row])).logits[0]
                 allowed += 4.0 * float((stock.cpu().double() - right).abs().max())
             error = float((logit.cpu().double() - right).abs().max())
             assert error <= allowed, f"{who}, pair {i}: logit {error:.2g} from float64's, allowed {allowed:.2g}"
 
     def telling(self) -> list[int]:
         """The pairs whose float64 truth is computed: the shortest and the middle one."""
-        return sorted({self.by_length[0], self.by_length[len(self.rows) // 2]})
+        order = shapes.by_length(self.rows)
+        return sorted({order[-1], order[len(order) // 2]})
 
-    def gate(self, model: Callable[[], Any]) -> None:
-        ours, rows, by_length = model(), self.rows, self.by_length
-
-        def logits(some: list[int], **how: Any) -> Tensor:
-            return ours(**on(self.place, shapes.padded(self.shape, [rows[i] for i in some], **how))).logits
-
+    def gate(self, model: Callable[[], Any], who: str) -> None:
+        ours, rows, order = model(), self.rows, shapes.by_length(self.rows)
         full = ours(**self.batch).logits
-        for i in sorted({by_length[0], by_length[len(rows) // 2], by_length[-1], 0, len(rows) - 1}):
-            invariants.same(logits([i])[0], full[i], f"{self.name}, pair {i} alone against in the batch")
-        few = [*reversed(by_length[: max(2, len(rows) // 4)])]
-        words = f"{self.name}, {len(few)} pairs in another order, padded left, against in the batch"
-        invariants.same(logits(few, left=True), full[few], words)
+        for i in sorted({*self.telling(), order[0], 0, len(rows) - 1}):
+            invariants.same(ours(**self.padded([rows[i]])).logits[0], full[i], f"{who}, pair {i} alone against in the batch")
+        few = order[-max(2, len(rows) // 4) :]
+        words = f"{who}, {len(few)} pairs in another order, padded left, against in the batch"
+        invariants.same(ours(**self.padded([rows[i] for i in few], left=True)).logits, full[few], words)
         if self.place.on_gpu:  # one pair for all cases: float64 takes seconds, and minutes are few
             pair = shapes.tokens(self.shape, (64,), seed=1)
-            self.near_truth({0: ours(**on(self.place, shapes.padded(self.shape, pair))).logits[0]}, self.name, pair)
+            self.near_truth({0: ours(**self.padded(pair)).logits[0]}, who, pair)
         else:
-            self.near_truth({i: full[i] for i in self.telling()}, self.name)
+            self.near_truth({i: full[i] for i in self.telling()}, who)
 
-    def contest(self, *, bars: bool = False, with_engines: bool = False, compiled: bool = False) -> Work:
-        """Mixed lengths: stock padded, sorted and one by one; engines one by one, which is a CPU's best."""
-        place, rows, lengths = self.place, self.rows, [len(row) for row in self.rows]
+    def contest(
+        self, *, bars: bool = False, with_engines: bool = False, compiled: str | None = None, one_by_one: bool = False
+    ) -> Work:
+        """Mixed lengths: stock padded, sorted and one by one; engines one by one, which is a CPU's best. one_by_one: also where
+        lengths are equal. compiled: only stock as it comes, and in this mode of torch.compile."""
+        place, count, mixed = self.place, len(self.rows), len(set(self.lengths)) > 1
         stock = stock_model(*self.key)
-        mixed = len(set(lengths)) > 1
 
         def ours(way: tuple[str, str]) -> Contestant:
             # patched when its turn comes, so that a mode that cannot be patched costs its own cell only
             call = lambda i: self.ours(way[1])(**self.batch).logits  # noqa: E731
-            gate = functools.partial(self.gate, functools.partial(self.ours, way[1]))
+            gate = functools.partial(self.gate, functools.partial(self.ours, way[1]), " ".join(way))
             return Contestant(" ".join(way), call, lambda: rk.use(way[0]), gate, ours=True, graph=False)
 
-        def through(of: int) -> Callable[[int], object]:
-            made = shapes.batches(self.shape, rows, of) if of < len(rows) else [self.batch]
-            made = [on(place, batch) for batch in made]
-            return lambda i: [stock(**batch).logits for batch in made]
+        def rival(name: str, model: Any = stock, size: int = count, **leave: Any) -> Contestant:
+            made = (
+                [place.on(b) | leave for b in shapes.batches(self.shape, self.rows, size)]
+                if size < count
+                else [self.batch | leave]
+            )
+            return Contestant(
+                name, lambda i: [model(**batch).logits for batch in made], graph=False, bar=BARS.get(name) if bars else None
+            )
 
-        def rival(way: str, call: Callable[[int], object]) -> Contestant:
-            return Contestant(ON_GPU[way] if place.on_gpu else way, call, graph=False, bar=STOCK_BARS[way] if bars else None)
-
-        ways = {PADDED: len(rows), SORTED: 8, SINGLE: 1} if mixed else {EQUAL: len(rows)}
-        rivals = [rival(way, through(of)) for way, of in ways.items() if not compiled or of == len(rows)]
-        first = rivals[0].call
+        ways = {PADDED: count, SORTED: 8, SINGLE: 1} if mixed else {EQUAL: count, **({SINGLE: 1} if one_by_one else {})}
+        fewer = range(0) if compiled else range(1, count)
+        rivals = [rival(way, size=size) for i, (way, size) in enumerate(ways.items()) if i == 0 or size in fewer]
         if compiled:
-            fast = torch.compile(stock, dynamic=False)
-            rivals.append(Contestant("compile", lambda i: fast(**self.batch).logits, graph=False))
-        elif place.on_gpu and not mixed:
-            rivals.append(Contestant("no mask", lambda i: stock(input_ids=self.batch["input_ids"]).logits, graph=False))
-        if not compiled:
-            rivals += place.invariant(first, graph=False)
+            torch.compiler.reset()  # else it gives up behind eight shapes, and runs eager
+            # the shapes of a case never change, so this is what suits it best
+            fast = torch.compile(stock, dynamic=False, mode=compiled)
+            rivals.append(rival(f"stock, compile, {compiled}", fast))
+        elif place.on_gpu:
+            rivals += [] if mixed else [rival("stock, no mask", attention_mask=None)]
+            rivals.append(rival("stock, eager attention", attending(stock, "eager")))
+            name = "stock, FlashAttention 2"
+            rivals.append(installed(name, "flash_attn", lambda _: rival(name, attending(stock, "flash_attention_2"))))
+            rivals += place.invariant(rivals[0].call, graph=False)
         if with_engines:
-            of, check = 1 if mixed else len(rows), tuple(self.telling())
-            asked = engines.Question(self.shape, self.layers, tuple(lengths), of=of, check=check)
+            asked = engines.Question(self.shape, tuple(self.lengths), 1 if mixed else count, tuple(self.telling()))
             for engine in engines.ENGINES:
                 right = functools.partial(self.near_truth, who=engine)
-                bar = ENGINE_BARS.get(engine) if bars and len(rows) > 1 and not mixed else None
+                bar = ENGINE_BARS.get(engine) if bars and count > 1 and not mixed else None
                 shown = f"{engine}, one by one" if mixed else engine
                 rivals.append(Contestant(shown, away=functools.partial(engines.ready, engine, asked, right), bar=bar))
-        s, total = self.shape, sum(lengths)
-        per_token = self.layers * (4 * s.hidden**2 + 2 * s.hidden * s.ffn)
-        fmas = per_token * total + 2 * self.layers * s.hidden * sum(n * n for n in lengths)
+        s, total = self.shape, sum(self.lengths)
+        per_token = s.layers * (4 * s.hidden**2 + 2 * s.hidden * s.ffn)
+        fmas = per_token * total + 2 * s.layers * s.hidden * sum(n * n for n in self.lengths)
         contestants = [*(ours(way) for way in place.ways(self.dtype)), *rivals]
         return Work(contestants, fmas, per_token * DTYPES[self.dtype].itemsize, about={"group": "model"})
 
 
-# ---- which of them a run has -----------------------------------------------------------------------------------------------
+def attending(stock: Any, how: str) -> Any:
+    """The same weights with another attention; shapes.reranker asks for SDPA."""
+    other = shapes.twin(stock)
+    other.set_attn_implementation(how)
+    return other
 
 
-def on_a_cpu(place: Place, quick: bool) -> Iterator[tuple[str, Build]]:
+def on_a_cpu(quick: bool) -> Iterator[tuple[str, Build]]:
     """Quick runs cut every model to two layers: every path is walked, but the times are no model's and no bar is for them."""
 
-    def row(name: str, lengths: Sequence[int], bars: bool = False, with_engines: bool = True) -> tuple[str, Build]:
-        said = f"{len(lengths)} of 16 to 512" if len(set(lengths)) > 1 else f"{len(lengths)}x{lengths[0]}"
-        model = functools.partial(Model, place, name, tuple(lengths), "fp32", 2 if quick else None)
-        build = lambda: model().contest(bars=bars and not quick, with_engines=with_engines)  # noqa: E731
-        return f"{name.partition('/')[2]}{' cut to 2 layers' if quick else ''}, {said}", build
+    def contest(place: Place, name: str, lengths: Sequence[int]) -> Work:
+        model = Model(place, shapes.shape(name, 2 if quick else None), lengths, "fp32")
+        return model.contest(bars=name == BASE and not quick, with_engines=name != LARGE)
 
-    for b, t in ((8, 128), (4, 512), (1, 128)):
-        yield row(BASE, (t,) * b, bars=True)
-    yield row(BASE, shapes.MIXED_LENGTHS, bars=True)
-    for b in (8, 1):
-        yield row(MINILM, (128,) * b)
-    if not quick:
-        yield row(LARGE, (128,) * 8, with_engines=False)
+    equal = {BASE: ((8, 128), (4, 512), (1, 128)), MINILM: ((8, 128), (1, 128)), LARGE: () if quick else ((8, 128),)}
+    for name, sizes in equal.items():
+        for lengths in (*((t,) * b for b, t in sizes), *([shapes.MIXED_LENGTHS] if name == BASE else [])):
+            said = f"{name.partition('/')[2]}{' cut to 2 layers' if quick else ''}, {shapes.said(lengths)}"
+            yield said, given(contest, name, lengths)
 
 
-def on_a_gpu(batches: Mapping[str, tuple[int, ...]], compiled: bool) -> Iterator[tuple[str, bool, Build]]:
+def on_a_gpu(batches: Sequence[tuple[int, ...]], compiled: Sequence[str] = ()) -> Iterator[tuple[str, bool, Build]]:
     """torch.compile takes its time, so its cases are asked for apart."""
 
-    def build(name: str, lengths: tuple[int, ...], dtype: str) -> Build:
-        return lambda place: Model(place, name, lengths, dtype).contest(compiled=compiled)
+    def contest(place: Place, name: str, lengths: Sequence[int], dtype: str, mode: str | None = None) -> Work:
+        return Model(place, shapes.shape(name), lengths, dtype).contest(compiled=mode)
 
-    if compiled:
-        for words, lengths in batches.items():
-            yield f"base {words} fp16, compiled", False, build(BASE, lengths, "fp16")
-        return
-    mixed = next(iter(batches))
-    for name in (BASE, LARGE):
+    for mode in compiled:
+        for lengths in (*batches, (128,)):
+            yield f"base {shapes.said(lengths)} fp16, {mode}", False, given(contest, BASE, lengths, "fp16", mode)
+    for name in () if compiled else (BASE, LARGE):
         for dtype in ("fp16", "fp32", "bf16"):
-            for words, lengths in {**batches, "1x128": (128,)}.items():
-                quick = name == BASE and (dtype == "fp16" or (words == mixed and dtype == "fp32"))
-                if name == BASE or dtype != "bf16" or words == mixed:
-                    yield f"{SHORT[name]} {words} {dtype}", quick, build(name, lengths, dtype)
+            for lengths in (*batches, (128,)):
+                mixed = len(set(lengths)) > 1
+                quick = name == BASE and (dtype == "fp16" or (mixed and dtype == "fp32"))
+                if name == BASE or dtype != "bf16" or mixed:
+                    yield f"{SHORT[name]} {shapes.said(lengths)} {dtype}", quick, given(contest, name, lengths, dtype)

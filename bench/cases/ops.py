@@ -7,12 +7,11 @@ Bars hold for float32, backend cpu and two threads.
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +22,8 @@ from torch import Tensor
 import cases
 import invariants
 import rerank_kernels as rk
-from bench.harness.turns import Contestant, Work
+from bench.cases import shapes
+from bench.harness.turns import Contestant, Work, absent
 from rerank_kernels.backend import registry
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,6 +36,7 @@ SPARSE_BAR, PREFILL_BAR = 4.0, 1.0  # one token with a tenth of the neurons acti
 BASE_SIZES = ((768, 768), (768, 3072), (3072, 768))  # K, N of an encoder's layers, attention, up, down: bge-reranker-base
 LARGE_SIZES = ((1024, 1024), (1024, 4096), (4096, 1024))  # bge-reranker-large
 GELU, EXP = 29, 11  # multiplications and fused multiply-adds of an element in numerics.h
+COMPILED = ("default", "max-autotune-no-cudagraphs")  # of ops: the clock captures the graph itself
 Theirs = Callable[..., object]
 Build = Callable[..., Work]
 
@@ -67,17 +68,20 @@ class Place:
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(*shape, generator=generator, device=self.device).mul_(scale).to(DTYPES[dtype])
 
-    def eager(self, name: str) -> str:
-        """What stock PyTorch is called: on a CPU by its function."""
-        return "eager" if self.on_gpu else name
+    def on(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: t.to(self.device) for n, t in batch.items()}
 
     def invariant(self, call: Callable[[int], object], graph: bool = True) -> list[Contestant]:
-        """batch_invariant_ops, which replaces products and means, where it is installed."""
-        if not self.on_gpu or importlib.util.find_spec("batch_invariant_ops") is None:
-            return []
-        switched: Callable[[bool], AbstractContextManager[Any]]
-        switched = importlib.import_module("batch_invariant_ops").set_batch_invariant_mode
-        return [Contestant("b-inv", call, lambda: switched(True), graph=graph)]
+        """batch_invariant_ops, which replaces products and means on a GPU."""
+        made = lambda m: Contestant("b-inv", call, m.set_batch_invariant_mode, graph=graph)  # noqa: E731
+        return [installed("b-inv", "batch_invariant_ops", made)] if self.on_gpu else []
+
+
+def installed(name: str, package: str, made: Callable[[Any], Contestant]) -> Contestant:
+    """A rival that a package makes, or a row that says that there is none."""
+    if importlib.util.find_spec(package) is None:
+        return absent(name, f"not installed: {package}")
+    return made(importlib.import_module(package))
 
 
 @dataclass(frozen=True)
@@ -157,14 +161,16 @@ def contest(op: Op, theirs: Mapping[str, Theirs], fmas: float, moved: float, bar
     def rival(f: Theirs) -> Callable[[int], object]:
         return lambda i: f(**sets[i % count][0], **sets[i % count][1])
 
-    first = next(iter(theirs))
-    bars = {first: bar if op.dtype == "fp32" and not place.on_gpu else None}
+    (name, first), *more = theirs.items()
     contestants = [ours(way) for way in place.ways(op.dtype)]
-    contestants += [Contestant(name, rival(f), bar=bars.get(name)) for name, f in theirs.items()]
+    contestants.append(Contestant(name, rival(first), bar=bar if op.dtype == "fp32" and not place.on_gpu else None))
+    contestants += [Contestant(name, rival(f)) for name, f in more]
     if place.compile and op.op in ("layer_norm", "softmax", "activation", "linear") and op.options:
-        contestants.append(Contestant("compile", rival(torch.compile(theirs[first], dynamic=False))))
+        torch.compiler.reset()  # else it gives up behind eight shapes, and runs eager
+        for mode in COMPILED:
+            contestants.append(Contestant(f"compile, {mode}", rival(torch.compile(first, dynamic=False, mode=mode))))
     if op.op in ("linear", "sparse_ffn", "bmm"):
-        contestants += place.invariant(rival(theirs[first]))
+        contestants += place.invariant(rival(first))
     return Work(contestants, fmas, moved * DTYPES[op.dtype].itemsize, count, {"group": op.op})
 
 
@@ -172,45 +178,46 @@ def linear(place: Place, m: int, k: int, n: int, dtype: str = "fp32", *, gelu: b
     shared = {"weight": (n, k), **({"bias": (n,)} if gelu or place.on_gpu else {})}
     options = {"activation": "gelu"} if gelu else {}
     op = Op("linear", f"{m}x{k}x{n}", {"x": (k,)}, shared, options, count=m, place=place, dtype=dtype)
-    stock: Theirs = lambda x, weight, bias=None: F.linear(x, weight, bias)  # noqa: E731
+    theirs: dict[str, Theirs] = {"F.linear": lambda x, weight, bias=None: F.linear(x, weight, bias)}
     if gelu:
-        stock = lambda x, weight, bias: F.gelu(F.linear(x, weight, bias))  # noqa: E731
-    name = place.eager("F.gelu(F.linear)" if gelu else "F.linear")
-    return contest(op, {name: stock}, m * k * n, m * k + n * k + m * n, bar)
+        theirs = {"F.gelu(F.linear)": lambda x, weight, bias: F.gelu(F.linear(x, weight, bias))}
+    return contest(op, theirs, m * k * n, m * k + n * k + m * n, bar)
 
 
 def bmm(place: Place, entries: int, m: int, k: int, n: int, dtype: str) -> Work:
     op = Op("bmm", f"{entries}x{m}x{k}x{n}", {"a": (m, k), "b": (k, n)}, count=entries, place=place, dtype=dtype)
-    stock: Theirs = lambda a, b: torch.bmm(a, b)  # noqa: E731
-    return contest(op, {place.eager("torch.bmm"): stock}, entries * m * k * n, entries * (m * k + n * k + m * n))
+    theirs = {"torch.bmm": lambda a, b: torch.bmm(a, b)}
+    return contest(op, theirs, entries * m * k * n, entries * (m * k + n * k + m * n))
 
 
 def layer_norm(place: Place, m: int, d: int, dtype: str = "fp32") -> Work:
     rows, shared = {"x": (d,), "residual": (d,)}, {"weight": (d,), "bias": (d,)}
     op = Op("layer_norm", f"{m}x{d}", rows, shared, {"eps": 1e-5}, count=m, place=place, dtype=dtype)
-    stock: Theirs = lambda x, residual, weight, bias: F.layer_norm(x + residual, (d,), weight, bias)  # noqa: E731
-    return contest(op, {place.eager("F.layer_norm(x + r)"): stock}, 3 * m * d, 3 * m * d, ELEMENT_BAR)
+    theirs = {"F.layer_norm(x + r)": lambda x, residual, weight, bias: F.layer_norm(x + residual, (d,), weight, bias)}
+    return contest(op, theirs, 3 * m * d, 3 * m * d, ELEMENT_BAR)
 
 
 def softmax(place: Place, m: int, d: int, dtype: str = "fp32") -> Work:
     op = Op("softmax", f"{m}x{d}", {"x": (d,)}, options={"dim": -1}, count=m, place=place, dtype=dtype)
-    return contest(
-        op, {place.eager("torch.softmax"): lambda x: torch.softmax(x, -1)}, (EXP + 1) * m * d, 2 * m * d, ELEMENT_BAR
-    )
+    return contest(op, {"torch.softmax": lambda x: torch.softmax(x, -1)}, (EXP + 1) * m * d, 2 * m * d, ELEMENT_BAR)
 
 
 def gelu(place: Place, m: int, d: int, dtype: str = "fp32") -> Work:
     op = Op("activation", f"gelu {m}x{d}", {"x": (d,)}, options={"kind": "gelu"}, count=m, place=place, dtype=dtype)
-    return contest(op, {place.eager("F.gelu"): lambda x: F.gelu(x)}, GELU * m * d, 2 * m * d, ELEMENT_BAR)
+    return contest(op, {"F.gelu": lambda x: F.gelu(x)}, GELU * m * d, 2 * m * d, ELEMENT_BAR)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------------
 
 
 def attention(place: Place, lengths: tuple[int, ...], heads: int, d: int, dtype: str = "fp32") -> Work:
+    """Beside SDPA as PyTorch chooses it; on a GPU also each of its backends, and kernels that take packed sequences."""
     batch, longest, scores = len(lengths), max(lengths), heads * sum(n * n for n in lengths)
     rows = dict.fromkeys("qkv", (heads, d))
     op = Op("attention", f"{batch} of {longest}, {heads}x{d}", rows, lengths=lengths, place=place, dtype=dtype)
     theirs: dict[str, Theirs] = {}
     if min(lengths) == longest:
-        theirs[place.eager("F.sdpa")] = lambda q, k, v: F.scaled_dot_product_attention(
+        theirs["F.sdpa"] = lambda q, k, v: F.scaled_dot_product_attention(
             *(z.view(batch, longest, heads, d).transpose(1, 2) for z in (q, k, v))
         )
     else:
@@ -223,18 +230,49 @@ def attention(place: Place, lengths: tuple[int, ...], heads: int, d: int, dtype:
             z.new_zeros(batch * longest, heads, d).index_copy_(0, index, z).view(batch, longest, heads, d).transpose(1, 2)
             for z in op.held["rows"].values()
         ]
-        theirs["padded"] = lambda q, k, v: F.scaled_dot_product_attention(*padded, attn_mask=mask)
-        theirs["one by one"] = lambda q, k, v: [
+        theirs["F.sdpa, padded"] = lambda q, k, v: F.scaled_dot_product_attention(*padded, attn_mask=mask)
+        theirs["F.sdpa, one by one"] = lambda q, k, v: [
             F.scaled_dot_product_attention(*(z.transpose(0, 1)[None] for z in one))
             for one in zip(*(z.split(lengths) for z in (q, k, v)), strict=True)
         ]
-    with contextlib.suppress(ImportError):
-        from torch.nn.attention.varlen import varlen_attn
+    packed = _packed(lengths, place, dtype) if place.on_gpu else {}
+    theirs |= {name: f for name, f in packed.items() if not isinstance(f, str)}
+    work = contest(op, theirs, scores * (2 * d + EXP + 1), 4 * sum(lengths) * heads * d, ATTENTION_BAR)
+    more = [absent(name, why) for name, why in packed.items() if isinstance(why, str)]
+    if place.on_gpu:
+        first = next(c for c in work.contestants if not c.ours)
+        more += [replace(first, name=f"{first.name}, {name}", around=kind) for name, kind in _kinds_of_sdpa().items()]
+    return replace(work, contestants=[*work.contestants, *more])
 
-        if dtype != "fp32" and place.on_gpu:
-            cu = _offsets(lengths, place.device)
-            theirs["varlen"] = lambda q, k, v: varlen_attn(q, k, v, cu, cu, longest, longest)
-    return contest(op, theirs, scores * (2 * d + EXP + 1), 4 * sum(lengths) * heads * d, ATTENTION_BAR)
+
+def _kinds_of_sdpa() -> dict[str, Callable[[], Any]]:
+    """Every backend that this PyTorch knows, by name; one that refuses a case has a row that says so."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kinds = {n: b for n, b in SDPBackend.__members__.items() if n not in ("ERROR", "OVERRIDEABLE")}
+    return {n.removesuffix("_ATTENTION").lower(): functools.partial(sdpa_kernel, b) for n, b in kinds.items()}
+
+
+def _packed(lengths: tuple[int, ...], place: Place, dtype: str) -> dict[str, Theirs | str]:
+    """Kernels that take the sequences as ours does, or why one is not there."""
+    cu, longest = _offsets(lengths, place.device), max(lengths)
+    found: dict[str, Theirs | str] = {}
+    for name, module, function in (
+        ("varlen", "torch.nn.attention.varlen", "varlen_attn"),
+        ("FlashAttention 2", "flash_attn", "flash_attn_varlen_func"),
+        ("FlashAttention 3", "flash_attn_interface", "flash_attn_varlen_func"),
+    ):
+        if importlib.util.find_spec(module) is None:
+            found[name] = f"not installed: {module}"
+        elif dtype == "fp32":
+            found[name] = "takes half precision only"
+        else:
+            call = getattr(importlib.import_module(module), function)
+            found[name] = lambda q, k, v, call=call: call(q, k, v, cu, cu, longest, longest)
+    return found
+
+
+# ---- sparse_ffn ------------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(1)
@@ -255,7 +293,11 @@ def sparse_ffn(
     least, *dropped = before.flatten().topk(min(wanted + 1, before.numel())).values[wanted - 1 :].tolist()
     relu = "gate_bias" if gate else "up_bias"
     bias = torch.full((f,), -(least + (dropped or [least - 1.0])[0]) / 2, device=place.device).to(DTYPES[dtype])
+    count = int((before + bias.double() > 0).sum())
     label = f"{'ReGLU' if gate else 'ReLU'} {m}x{k}x{f}, {active:.0%} active"
+    # of a million neurons one may stand so near its bias that float32 decides
+    enough = dtype != "fp32" or abs(count - wanted) <= before.numel() // 10**6
+    assert enough, f"{label}: {count} neurons are active, want {wanted}"
     held = {**made.held, "shared": {**made.held["shared"], relu: bias}}
     op = replace(made, label=label, shared={**made.shared, relu: (f,)}, held=held)
 
@@ -268,74 +310,54 @@ def sparse_ffn(
 
     # what has to be read: who is active, and of these the rest; on a CPU our coarse copy, a byte a weight, says who is
     needed = k * f * (1 + (2 if gate else 1) * active) if place.on_gpu else k * f * (0.25 + (3 if gate else 2) * active)
-    work = contest(op, {place.eager("dense F.linear"): dense}, m * k * f * (1 + 2 * active), needed, bar)
-    count = int((before + bias.double() > 0).sum())
-    about = {**work.about, "tokens": m, "active": active, "notes": f"{count / before.numel():.1%} active"}
-
-    def checked(gate: Callable[[], None]) -> None:
-        # of a million neurons one may stand so near its bias that float32 decides
-        assert dtype != "fp32" or abs(count - wanted) <= before.numel() // 10**6, (
-            f"{op}: {count} neurons are active, want {wanted}"
-        )
-        gate()
-
-    return replace(
-        work,
-        contestants=[
-            replace(c, gate=functools.partial(checked, c.gate)) if c.gate is not None else c for c in work.contestants
-        ],
-        about=about,
-    )
-
-
-def forget() -> None:
-    _ffn.cache_clear()
+    work = contest(op, {"dense F.linear": dense}, m * k * f * (1 + 2 * active), needed, bar)
+    about = {"tokens": m, "active": active, "notes": f"{count / before.numel():.1%} active"}
+    return replace(work, about={**work.about, **about})
 
 
 # ---- which sizes a run has -------------------------------------------------------------------------------------------------
 
 
-def on_a_cpu(place: Place) -> Iterator[tuple[str, Build]]:
-    """Name and how to build it; built when its turn comes, so that no two sets of weights are held at a time."""
+def given(build: Build, *arguments: Any, **more: Any) -> Build:
+    """What wants a place and nothing else."""
+    return lambda place: build(place, *arguments, **more)
+
+
+def on_a_cpu() -> Iterator[tuple[str, Build]]:
+    """Name and how to build it of a place."""
     words = {"fp32": "", "fp16": " float16", "bf16": " bfloat16"}
     for k, n in (*BASE_SIZES, *LARGE_SIZES):
         for m, bar in LINEAR_BARS.items():
-            yield f"linear {m}x{k}x{n}", functools.partial(linear, place, m, k, n, bar=bar)
+            yield f"linear {m}x{k}x{n}", given(linear, m, k, n, bar=bar)
     for dtype in ("fp16", "bf16"):
-        yield f"linear 2048x768x3072{words[dtype]}", functools.partial(linear, place, 2048, 768, 3072, dtype)
-    yield "linear + gelu 2048x768x3072", functools.partial(linear, place, 2048, 768, 3072, gelu=True)
+        yield f"linear 2048x768x3072{words[dtype]}", given(linear, 2048, 768, 3072, dtype)
+    yield "linear + gelu 2048x768x3072", given(linear, 2048, 768, 3072, gelu=True)
     for dtype in ("fp32", "bf16"):
         for m, d in ((2048, 768), (2048, 1024), (128, 768)):  # the tensors of 128 rows fit into the caches
-            yield f"layer_norm + residual {m}x{d}{words[dtype]}", functools.partial(layer_norm, place, m, d, dtype)
+            yield f"layer_norm + residual {m}x{d}{words[dtype]}", given(layer_norm, m, d, dtype)
         for m in (2048, 128):
-            yield f"activation gelu {m}x3072{words[dtype]}", functools.partial(gelu, place, m, 3072, dtype)
+            yield f"activation gelu {m}x3072{words[dtype]}", given(gelu, m, 3072, dtype)
     for m, d in ((12288, 128), (6144, 512), (1536, 128)):
-        yield f"softmax {m}x{d}", functools.partial(softmax, place, m, d)
+        yield f"softmax {m}x{d}", given(softmax, m, d)
     for heads, t in ((12, 128), (12, 256), (12, 384), (12, 512), (16, 512)):
-        build = functools.partial(attention, place, (t,) * (2048 // t), heads, 64)
-        yield f"attention {2048 // t}x{t}, {heads} heads of 64", build
-    ffn = functools.partial(sparse_ffn, place, k=4096, f=11008)
-    for share in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):  # of the neurons that are active
-        bar = SPARSE_BAR if share == 0.1 else None
-        yield (
-            f"sparse_ffn ReLU 1x4096x11008, {share:.0%} active",
-            functools.partial(ffn, m=1, gate=False, active=share, bar=bar),
-        )
-    yield "sparse_ffn ReLU 128x4096x11008, 10% active", functools.partial(ffn, m=128, gate=False, bar=PREFILL_BAR)
-    yield "sparse_ffn ReGLU 1x4096x11008, 10% active", functools.partial(ffn, m=1, gate=True, bar=SPARSE_BAR)
+        yield f"attention {2048 // t}x{t}, {heads} heads of 64", given(attention, (t,) * (2048 // t), heads, 64)
+    for gate, m, share, bar in (
+        *((False, 1, share, SPARSE_BAR if share == 0.1 else None) for share in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)),
+        (False, 128, 0.1, PREFILL_BAR),
+        (True, 1, 0.1, SPARSE_BAR),
+    ):
+        build = given(sparse_ffn, m, 4096, 11008, gate=gate, active=share, bar=bar)
+        yield f"sparse_ffn {'ReGLU' if gate else 'ReLU'} {m}x4096x11008, {share:.0%} active", build
 
 
-def on_a_gpu(batches: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, bool, Build]]:
+def on_a_gpu(batches: Sequence[tuple[int, ...]]) -> Iterator[tuple[str, bool, Build]]:
     """Name, whether a quick run has it, and how to build it of a place; what is least missed when time runs out comes last."""
 
-    def given(build: Build, *arguments: Any, **more: Any) -> Build:
-        return lambda place: build(place, *arguments, **more)
-
     for heads, d in ((12, 64), (16, 64), (8, 128)):
-        for words, lengths in batches.items():
+        for lengths in batches:
             for dtype in ("fp16", "fp32", "bf16") if heads == 12 else ("fp16", "fp32"):
                 quick = heads == 12 and dtype == "fp16"
-                yield f"attention {words} {heads}x{d} {dtype}", quick, given(attention, lengths, heads, d, dtype)
+                yield f"attention {shapes.said(lengths)} {heads}x{d} {dtype}", quick, given(attention, lengths, heads, d, dtype)
     for dtype in ("fp16", "fp32"):
         half = dtype == "fp16"
         yield f"linear+gelu 16384x768x3072 {dtype}", half, given(linear, 16384, 768, 3072, dtype, gelu=True)

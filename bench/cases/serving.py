@@ -10,17 +10,16 @@ import contextlib
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 import rerank_kernels as rk
 from bench.cases import shapes
-from bench.cases.models import MINILM
-from bench.harness.files import cores
+from bench.harness.machine import cores
 from bench.harness.worker import Worker
 
 WAYS = {  # name -> processes, callers in each, processes beside them that only burn time, at the lowest priority
@@ -28,47 +27,33 @@ WAYS = {  # name -> processes, callers in each, processes beside them that only 
     "one process, 4 callers": (1, 4, 0),
     "2 processes": (2, 1, 0),
     "4 processes": (4, 1, 0),
-    "one process, every core busy at low priority": (1, 1, -1),
+    "one process, every core busy at low priority": (1, 1, cores()),
 }
 WHO: dict[str, dict[str, str]] = {"stock": {}, "ours": {}, "stock, OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"}}
 ROUNDS = 3
 BURN = "import os\nos.nice(19)\nwhile True: pass"
 
 
-def measure(seconds: float = 2.0, name: str = MINILM) -> list[dict[str, Any]]:
+def measure(seconds: float, name: str = shapes.MINILM) -> list[dict[str, Any]]:
     """One record per way: pairs per second of each who, and ours / stock, as medians over the rounds."""
     records = []
     for way, (processes, callers, burners) in WAYS.items():
-        beside = cores() if burners else 0
         done: dict[str, list[float]] = {}
-        for who in WHO:
-            with _started(who, name, processes) as crowd, _burning(beside):
-                done[who] = [_round(crowd, seconds, callers) for _ in range(ROUNDS)]
+        for who, environment in WHO.items():
+            with contextlib.ExitStack() as open_, _burning(burners):
+                crowd = [open_.enter_context(Worker(environment=environment)) for _ in range(processes)]
+                _together(crowd, load, who == "ours", name)
+                done[who] = [_together(crowd, rate, seconds, callers) for _ in range(ROUNDS)]
         rates = {who: statistics.median(found) for who, found in done.items()}
         records.append({"way": way, "model": name, "rates": rates, "all": done, "ratio": rates["ours"] / rates["stock"]})
     return records
 
 
-@contextlib.contextmanager
-def _started(who: str, name: str, processes: int) -> Iterator[list[Worker]]:
-    crowd = [Worker(environment=WHO[who]) for _ in range(processes)]
-    try:
-        _together(crowd, "load", ours=who == "ours", name=name)
-        yield crowd
-    finally:
-        for worker in crowd:
-            worker.kill()
-
-
-def _together(crowd: Sequence[Worker], function: str, **arguments: Any) -> list[dict[str, Any]]:
-    for worker in crowd:
-        worker.send({"call": f"{__name__}:{function}", "with": arguments})
-    return [worker.answer() for worker in crowd]
-
-
-def _round(crowd: Sequence[Worker], seconds: float, callers: int) -> float:
+def _together(crowd: Sequence[Worker], function: Callable[..., float], *arguments: Any) -> float:
     """Pairs per second of all of them."""
-    return sum(said["rate"] for said in _together(crowd, "rate", seconds=seconds, callers=callers))
+    for worker in crowd:
+        worker.send((function, arguments))
+    return sum(worker.answer() for worker in crowd)
 
 
 @contextlib.contextmanager
@@ -82,12 +67,10 @@ def _burning(count: int) -> Iterator[None]:
             process.wait()
 
 
-# ---- the process's side ----------------------------------------------------------------------------------------------------
-
 _loaded: list[Callable[[], object]] = []
 
 
-def load(ours: bool, name: str) -> dict[str, Any]:
+def load(ours: bool, name: str) -> float:
     shape = shapes.RERANKERS[name]
     model = shapes.reranker(shape)
     if ours:
@@ -97,22 +80,17 @@ def load(ours: bool, name: str) -> dict[str, Any]:
     return rate(0.5, 1)
 
 
-def rate(seconds: float, callers: int) -> dict[str, float]:
+def rate(seconds: float, callers: int) -> float:
     """Pairs per second of so many callers."""
-    done: list[float] = []
     until = time.perf_counter() + seconds
 
-    def call() -> None:
+    def call(_: int) -> float:
         count, start = 0, time.perf_counter()
         with torch.inference_mode():
             while time.perf_counter() < until:
                 _loaded[0]()
                 count += 1
-        done.append(count / (time.perf_counter() - start))
+        return count / (time.perf_counter() - start)
 
-    crowd = [threading.Thread(target=call) for _ in range(callers)]
-    for caller in crowd:
-        caller.start()
-    for caller in crowd:
-        caller.join()
-    return {"rate": sum(done)}
+    with ThreadPoolExecutor(callers) as crowd:
+        return sum(crowd.map(call, range(callers)))

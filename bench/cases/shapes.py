@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """An encoder with a sequence-classification head, as its config.json states it."""
+    """An encoder with a sequence-classification head, as its config.json states it. kind: its prefix in transformers."""
 
-    kind: str  # "bert" | "roberta" | "xlm-roberta"
+    kind: str
     layers: int
     hidden: int
     ffn: int
@@ -26,15 +27,12 @@ class Shape:
     vocab: int
     positions: int
 
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
 
-
+BASE, LARGE, MINILM = "BAAI/bge-reranker-base", "BAAI/bge-reranker-large", "cross-encoder/ms-marco-MiniLM-L6-v2"
 RERANKERS = {
-    "BAAI/bge-reranker-base": Shape("xlm-roberta", 12, 768, 3072, 12, 250002, 514),
-    "BAAI/bge-reranker-large": Shape("xlm-roberta", 24, 1024, 4096, 16, 250002, 514),
-    "cross-encoder/ms-marco-MiniLM-L6-v2": Shape("bert", 6, 384, 1536, 12, 30522, 512),
+    BASE: Shape("XLMRoberta", 12, 768, 3072, 12, 250002, 514),
+    LARGE: Shape("XLMRoberta", 24, 1024, 4096, 16, 250002, 514),
+    MINILM: Shape("Bert", 6, 384, 1536, 12, 30522, 512),
 }
 
 # Token counts of 32 query-document pairs as a client sends them, in no order: 16 to 512, median 107, 4,689 in all. Padded to
@@ -48,52 +46,52 @@ MIXED_LENGTHS = (
 LONGEST = 512  # tokens that every one of these models takes
 
 
-def reranker(shape: Shape, *, layers: int | None = None, seed: int = 0) -> torch.nn.Module:
-    """transformers' stock model of `shape` in eval mode, attention by SDPA, one logit, float32."""
+def shape(name: str, layers: int | None = None) -> Shape:
+    """Cut to so many layers, if any are given."""
+    return replace(RERANKERS[name], layers=layers or RERANKERS[name].layers)
+
+
+def reranker(of: Shape) -> torch.nn.Module:
+    """transformers' stock model in eval mode, attention by SDPA, one logit, float32."""
     import transformers as tf
 
-    kinds = {
-        "bert": (tf.BertConfig, tf.BertForSequenceClassification),
-        "roberta": (tf.RobertaConfig, tf.RobertaForSequenceClassification),
-        "xlm-roberta": (tf.XLMRobertaConfig, tf.XLMRobertaForSequenceClassification),
-    }
-    config_class, model_class = kinds[shape.kind]
-    special = {} if shape.kind == "bert" else {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "type_vocab_size": 1}
-    config = config_class(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        num_hidden_layers=layers or shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.ffn,
-        max_position_embeddings=shape.positions,
+    special = {} if of.kind == "Bert" else {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "type_vocab_size": 1}
+    config = getattr(tf, f"{of.kind}Config")(
+        vocab_size=of.vocab,
+        hidden_size=of.hidden,
+        num_hidden_layers=of.layers,
+        num_attention_heads=of.heads,
+        intermediate_size=of.ffn,
+        max_position_embeddings=of.positions,
         num_labels=1,
         attn_implementation="sdpa",
         **special,
     )
-    torch.manual_seed(seed)
-    return model_class(config).eval()
+    torch.manual_seed(0)
+    model: torch.nn.Module = getattr(tf, f"{of.kind}ForSequenceClassification")(config).eval()
+    return model
 
 
-def twin(model: torch.nn.Module) -> torch.nn.Module:
+def twin(model: torch.nn.Module) -> Any:
     """A copy with modules of its own and the same weight tensors: to be patched while the original stays stock."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
 
-def tokens(shape: Shape, lengths: tuple[int, ...], seed: int = 0) -> list[Tensor]:
+def tokens(of: Shape, lengths: Sequence[int], seed: int = 0) -> list[Tensor]:
     """One int64 row of random ordinary token ids per length, begun and ended with the model's special tokens."""
     generator = torch.Generator().manual_seed(seed)
-    first, last = (101, 102) if shape.kind == "bert" else (0, 2)
-    rows = [torch.randint(1000, shape.vocab - 1000, (n,), generator=generator) for n in lengths]
+    first, last = (101, 102) if of.kind == "Bert" else (0, 2)
+    rows = [torch.randint(1000, of.vocab - 1000, (n,), generator=generator) for n in lengths]
     for row in rows:
         row[0], row[-1] = first, last
     return rows
 
 
-def padded(shape: Shape, rows: list[Tensor], *, left: bool = False, more: int = 0) -> dict[str, Tensor]:
+def padded(of: Shape, rows: Sequence[Tensor], *, left: bool = False, more: int = 0) -> dict[str, Tensor]:
     """The batch a tokenizer would make of `rows`: padded to the longest and `more`, with its mask."""
     width = max(len(row) for row in rows) + more
-    ids = torch.full((len(rows), width), 0 if shape.kind == "bert" else 1)
+    ids = torch.full((len(rows), width), 0 if of.kind == "Bert" else 1)
     mask = torch.zeros(len(rows), width, dtype=torch.int64)
     for i, row in enumerate(rows):
         place = slice(width - len(row), width) if left else slice(0, len(row))
@@ -112,17 +110,23 @@ def lengths(count: int) -> tuple[int, ...]:
     return tuple(MIXED_LENGTHS[i % len(MIXED_LENGTHS)] for i in range(count))
 
 
-def batches(shape: Shape, rows: Sequence[Tensor], of: int) -> list[dict[str, Tensor]]:
+def said(lengths: Sequence[int]) -> str:
+    """As the names of cases have it."""
+    batch, least, most = len(lengths), min(lengths), max(lengths)
+    return f"{batch}x{most}" if least == most else f"{batch} of {least} to {most}"
+
+
+def batches(of: Shape, rows: Sequence[Tensor], size: int) -> list[dict[str, Tensor]]:
     """Sorted by length, so many in a batch, each padded to its longest."""
     order = by_length(rows)
-    return [padded(shape, [rows[j] for j in order[i : i + of]]) for i in range(0, len(rows), of)]
+    return [padded(of, [rows[j] for j in order[i : i + size]]) for i in range(0, len(rows), size)]
 
 
 def in_batches(
-    shape: Shape, rows: Sequence[Tensor], of: int, logits: Callable[[dict[str, Tensor]], Tensor], more: int = 0
+    of: Shape, rows: Sequence[Tensor], size: int, logits: Callable[[dict[str, Tensor]], Tensor], more: int = 0
 ) -> Tensor:
     """Every pair's logits in float32, from so many at a time in the order they have."""
-    parts = [padded(shape, list(rows[i : i + of]), more=more) for i in range(0, len(rows), of)]
+    parts = [padded(of, rows[i : i + size], more=more) for i in range(0, len(rows), size)]
     return torch.cat([logits(part).float().cpu() for part in parts])
 
 

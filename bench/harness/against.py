@@ -1,15 +1,15 @@
 """`python bench/run.py --against REV`: where a kernel got slower, or other bits, since REV.
 
-REV's package goes into a temporary folder with a library of its own: this tree's, if csrc/ and setup.py are the same, else one
-that is built once and kept under bench/out/built. Each of the two revisions has a process, which makes this tree's cases with
-its own package; the two take turns. A case is called slower if the median over the rounds of this / REV is above 1.05, four of
-five rounds agree that it is above 1, and so they do when the case is made and timed once more.
+REV's package goes into a temporary folder with a library: this tree's, if csrc/ and setup.py are the same, else one that pip
+builds once and keeps under bench/out/built. Each of the two revisions has a process, which makes this tree's cases with its own
+package; the two take turns. A case is called slower if the median over the rounds of this / REV is above 1.05, four of five
+rounds agree that it is above 1, and so they do when the case is made and timed once more.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import functools
 import os
 import pathlib
 import shutil
@@ -17,17 +17,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
 
 import rerank_kernels as rk
 from bench import OUT, ROOT
-from bench.cases.contests import on_a_cpu
-from bench.harness.turns import HostTurn, Pace, interleave
-from bench.harness.worker import Ready, Worker
+from bench.cases import contests
+from bench.cases.models import COMPILED
+from bench.harness.turns import Contestant, Pace, Work, play
+from bench.harness.worker import close, resident
 from bench.pages.results import digits
 from bench.pages.tables import Table
 
@@ -35,36 +36,35 @@ SLOWER = 1.05
 BUILT = OUT / "built"
 
 
-class Side(Protocol):
-    """One revision's process: asked to make a case ready, then for turns (harness/worker.py)."""
-
-    def ask(self, function: str, **arguments: Any) -> dict[str, Any]: ...
-
-    def turn(self, calls: int) -> float: ...
+Side = Callable[[], Any]  # a revision's Worker; a new one if it died
+Case = tuple[str, str]  # and whose call
 
 
-# ---- comparing -------------------------------------------------------------------------------------------------------------
-
-
-def compare(cases: Sequence[str], this: Side, other: Side, pace: Pace, **how: Any) -> Iterator[dict[str, Any]]:
-    """One record a case; ratio is this / other: above 1 this tree is slower."""
+def compare(cases: Sequence[Case], sides: Mapping[str, Side], pace: Pace, *how: Any) -> Iterator[dict[str, Any]]:
+    """One record a case; sides: "this" and "REV"; ratio is this / REV: above 1 this tree is slower."""
     for case in cases:
-        record = _compared(case, {"this": this, "REV": other}, pace, how)
+        record = _compared(case, sides, pace, how)
         if record["verdict"] in ("SLOWER", "faster"):
-            again = _compared(case, {"this": this, "REV": other}, pace, how)
+            again = _compared(case, sides, pace, how)
             record = again | {"verdict": again["verdict"] if again["verdict"] == record["verdict"] else "", "first": record}
         yield record
 
 
-def _compared(case: str, sides: Mapping[str, Side], pace: Pace, how: Mapping[str, Any]) -> dict[str, Any]:
-    ready = {who: side.ask(f"{__name__}:prepare", case=case, **how) for who, side in sides.items()}
-    if errors := [f"{who}: {said['error']}" for who, said in ready.items() if "error" in said]:
-        return {"case": case, "error": "; ".join(errors), "verdict": "not compared"}
-    times, failed = interleave({who: HostTurn(side.turn) for who, side in sides.items()}, pace)
-    for error in failed.values():
-        raise error
-    this, other = ([t for t, _ in times[who]] for who in sides)
-    return {"case": case, **verdict(this, other), "same_bits": ready["this"]["bits"] == ready["REV"]["bits"]}
+def _compared(case: Case, sides: Mapping[str, Side], pace: Pace, how: Sequence[Any]) -> dict[str, Any]:
+    bits = {}
+
+    def ready(who: str) -> Callable[[int], float]:
+        there = sides[who]()
+        bits[who] = there.ask(contests.prepare, *case, *how, str(there.tree))
+        turn: Callable[[int], float] = there.turn
+        return turn
+
+    contestants = [Contestant(who, ours=who == "this", away=functools.partial(ready, who)) for who in sides]
+    cells, name = play(Work(contestants), pace, gates=False), ": ".join(filter(None, case))
+    if lost := [f"{who}: {cell.get('why') or cell['error']}" for who, cell in cells.items() if "ms" not in cell]:
+        return {"case": name, "error": "; ".join(lost), "verdict": "not compared"}
+    found = verdict(*(cell["all_ms"] for cell in cells.values()))
+    return {"case": name, **found, "same_bits": bits["this"] == bits["REV"]}
 
 
 def verdict(this: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def verdict(this: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
     fifth = len(ratios) // 5
     low, ratio, high = ratios[fifth], statistics.median(ratios), ratios[-1 - fifth]
     word = "SLOWER" if ratio > SLOWER and low > 1.0 else "faster" if ratio < 1.0 / SLOWER and high < 1.0 else ""
-    times = {"this_ms": statistics.median(this) * 1e3, "rev_ms": statistics.median(other) * 1e3}
+    times = {"this_ms": statistics.median(this), "rev_ms": statistics.median(other)}
     return {**times, "ratio": ratio, "low": low, "high": high, "rounds": len(ratios), "verdict": word}
 
 
@@ -80,10 +80,10 @@ def show(console: Console, rev: str, records: Sequence[Mapping[str, Any]]) -> No
     rows = []
     for r in records:
         if "error" in r:
-            rows.append((r["case"], "", "-", "-", "-", f"not compared: {r['error']}"))
-            continue
-        times = digits(r["this_ms"]), digits(r["rev_ms"]), f"{r['ratio']:.2f} ({r['low']:.2f}..{r['high']:.2f})"
-        rows.append((r["case"], r["verdict"], *times, "" if r["same_bits"] else "other bits"))
+            rows.append((r["case"], r["verdict"], "-", "-", "-", r["error"]))
+        else:
+            times = digits(r["this_ms"]), digits(r["rev_ms"]), f"{r['ratio']:.2f} ({r['low']:.2f}..{r['high']:.2f})"
+            rows.append((r["case"], r["verdict"], *times, "" if r["same_bits"] else "other bits"))
     about = f"this / {rev}: above 1 this tree is slower; in brackets what four of five rounds agree on"
     Table(("case", "", "this ms", f"{rev} ms", "this / REV", ""), rows, about).show(console)
     slower = [r["case"] for r in records if r["verdict"] == "SLOWER"]
@@ -91,112 +91,58 @@ def show(console: Console, rev: str, records: Sequence[Mapping[str, Any]]) -> No
     console.print(f"slower than {rev}: {len(slower)} of {len(records)}{told}", markup=False, soft_wrap=True)
 
 
-# ---- the two processes' side -----------------------------------------------------------------------------------------------
-
-
-def listed(tree: str, device: str, quick: bool) -> dict[str, Any]:
-    """The cases. On a GPU a case has one of our ways: "linear 1x768x768 fp16: cuda tensor"."""
-    if not pathlib.Path(rk.__file__).is_relative_to(tree):
-        raise RuntimeError(f"{tree} was asked for, and {rk.__file__} was imported")
-    if device == "cpu":
-        return {"cases": list(on_a_cpu(quick))}
-    from bench.harness import gpu
-
-    table = [n for n, (of_quick, _) in gpu.jobs().items() if (of_quick or not quick) and "compiled" not in n]
-    ways = gpu.place(device, False).ways
-    return {"cases": [f"{name}: {' '.join(way)}" for name in table for way in ways(name.rpartition(" ")[2])]}
-
-
-def prepare(case: str, device: str, quick: bool) -> Ready:
-    if device == "cpu":
-        ours = on_a_cpu(quick)[case]().ours
-    else:
-        from bench.harness import gpu
-
-        name, _, way = case.rpartition(": ")
-        (ours,) = (c for c in gpu.jobs()[name][1](gpu.place(device, False)).contestants if c.name == way)
-
-    def call(i: int) -> object:  # clocked from Python, as a user meets it
-        with ours.around():
-            return ours.call(i)
-
-    return call, {"bits": _bits(call(0))}
-
-
-def _bits(result: Any) -> str:
-    digest = hashlib.sha256()
-    for t in [result] if isinstance(result, torch.Tensor) else result:
-        digest.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-# ---- the other revision ----------------------------------------------------------------------------------------------------
-
-
 def checked_out(rev: str, folder: pathlib.Path, console: Console, root: pathlib.Path = ROOT) -> None:
     """REV's package and its library in `folder`, and nothing else. SystemExit says what does not work."""
-    archive = subprocess.run(["git", "-C", str(root), "archive", "--format=tar", rev], capture_output=True)
-    if archive.returncode:
-        raise SystemExit(f"--against {rev}: {archive.stderr.decode().strip()}")
-    with tempfile.TemporaryDirectory() as name:
-        tree = pathlib.Path(name)
-        subprocess.run(["tar", "-x", "-C", name], input=archive.stdout, check=True)
-        if compiled_from(tree) == compiled_from(root):
-            libraries = sorted(pathlib.Path(rk.__file__).parent.glob("*.so"))
-        else:
-            libraries = _built(tree, console)
-        shutil.copytree(tree / "rerank_kernels", folder / "rerank_kernels")
-    for library in libraries:
-        shutil.copy(library, folder / "rerank_kernels")
+
+    def git(*words: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True)
+
+    commit = git("rev-parse", "--verify", "--quiet", f"{rev}^{{commit}}").stdout.decode().strip()
+    if not commit:
+        raise SystemExit(f"--against {rev}: git knows no such commit")
+    sources = "--", "csrc", "setup.py"
+    if (
+        git("diff", "--quiet", commit, *sources).returncode == 0
+        and not git("ls-files", "-o", "--exclude-standard", *sources).stdout
+    ):
+        package = git("archive", "--format=tar", commit, "rerank_kernels").stdout
+        subprocess.run(["tar", "-x", "-C", str(folder)], input=package, check=True)
+        for library in pathlib.Path(rk.__file__).parent.glob("*.so"):
+            shutil.copy(library, folder / "rerank_kernels")
+        return
+    console.print("pip builds the other revision's library; it is kept for the next time")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(folder)]
+    environment = {**os.environ, "PIP_CACHE_DIR": str(BUILT / torch.__version__), "RERANK_KERNELS_BUILD_CPU": "1"}
+    environment["PATH"] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja
+    done = subprocess.run([*pip, f"git+file://{root}@{commit}"], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"--against: the other revision does not build:\n{(done.stdout + done.stderr)[-3000:]}")
 
 
-def compiled_from(tree: pathlib.Path) -> str:
-    """A hash of all that a library is made of, PyTorch's version included."""
-    digest = hashlib.sha256(torch.__version__.encode())
-    for path in [tree / "setup.py", *sorted(p for p in (tree / "csrc").rglob("*") if p.is_file() and p.suffix != ".pyc")]:
-        digest.update(f"{path.relative_to(tree)}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+def listed(device: str, quick: bool) -> list[Case]:
+    """On a GPU a case has each of our ways."""
+    table = [name for name in contests.listed(device, quick) if not name.endswith(COMPILED)]
+    if device == "cpu":
+        return [(name, "") for name in table]
+    return [(name, " ".join(way)) for name in table for way in contests.place(device).ways(name.rpartition(" ")[2])]
 
 
-def _built(tree: pathlib.Path, console: Console) -> list[pathlib.Path]:
-    kept = BUILT / compiled_from(tree)
-    if not kept.is_dir():
-        console.print("building the other revision's library; it is kept for the next time")
-        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-        path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja
-        done = subprocess.run(command, cwd=tree, env={**os.environ, "PATH": path}, capture_output=True, text=True)
-        libraries = sorted((tree / "rerank_kernels").glob("*.so"))
-        if done.returncode or not libraries:
-            raise SystemExit(f"--against: the other revision does not build:\n{(done.stdout + done.stderr)[-3000:]}")
-        BUILT.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=BUILT) as beside:
-            for library in libraries:
-                shutil.copy(library, beside)
-            shutil.copytree(beside, kept)
-    return sorted(kept.glob("*.so"))
-
-
-def main(args: argparse.Namespace, console: Console) -> tuple[list[dict[str, Any]], int]:
-    """The records, and the exit code."""
-    how = {"device": args.device, "quick": args.quick}
+def measured(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     pace = Pace(0.5, 9, 2.0) if args.quick else Pace(3.0, 15, 2.0)
+    cases = [c for c in listed(args.device, args.quick) if not args.only or any(o in ": ".join(c) for o in args.only)]
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         checked_out(args.against, pathlib.Path(folder), console)
-        sides = [Worker(pathlib.Path(tree), threads=args.threads) for tree in (ROOT, folder)]
+        trees = {"this": ROOT, "REV": pathlib.Path(folder)}
+        sides = {who: functools.partial(resident, who, tree=tree, threads=args.threads) for who, tree in trees.items()}
         try:
-            said = [w.ask(f"{__name__}:listed", tree=str(t), **how) for w, t in zip(sides, (ROOT, folder), strict=True)]
-            if errors := [s["error"] for s in said if "error" in s]:
-                raise SystemExit(f"--against {args.against}: {errors[0]}")
-            cases = [c for c in said[0]["cases"] if c in said[1]["cases"]]
-            cases = [c for c in cases if not args.only or any(o in c for o in args.only)]
-            for record in compare(cases, *sides, pace, **how):
+            for side in sides.values():  # both are there before either is timed
+                side()
+            for record in compare(cases, sides, pace, args.quick, args.device):
                 records.append(record)
                 words = record.get("error") or f"{record['ratio']:.2f} {record['verdict']}"
                 console.print(f"{len(records)}/{len(cases)} {record['case']}: {words}", markup=False, highlight=False)
         finally:
-            for side in sides:
-                side.close()
+            close()
     show(console, args.against, records)
-    slower = any(r["verdict"] == "SLOWER" for r in records)
-    return records, 1 if (args.strict and slower) or not records else 0
+    return records

@@ -1,34 +1,33 @@
-"""A process that answers requests, and may die without the run: a rival's, another revision's, a GPU's cases.
+"""A process that answers requests, and may die without the run: a rival's, another revision's, a study's, a GPU's cases.
 
 Two libraries in one process would share its cores badly: the threads of each spin for some milliseconds after a call, in wait
 for the next one. A process that has no turn sleeps. And a setting may need a process of its own (MKL_CBWR is read once), or a
 kernel that faults may take its process along.
 
-Lines of JSON. {"call": "module:function", "with": arguments} is answered by what the function returns. Where that is (call,
-answer), {"turn": n} makes n calls and is answered by the seconds of one. Meanwhile a function may say what it begins (`step`).
+A function with its arguments goes there, and what it returns comes back. Where that is (call, answer), a number n is a turn: n
+calls, answered by the seconds of one. Meanwhile a function may say what it begins (`step`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import json
 import os
-import select
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
-from bench.harness.turns import Died, seconds
+from bench.harness.turns import AWAKE, Missing, seconds, short
 
 PAUSE = 0.02  # seconds after which no thread spins any more
-Ready = tuple[Callable[[int], object], dict[str, Any]]  # the i-th call of a turn, and the answer
-_out: TextIO | None = None  # in a worker's process: where it answers
+Calls = Callable[[int], object]  # the i-th of a turn
+_asking: Connection[Any, Any] | None = None  # in a worker's process
 
 
 class Worker:
@@ -45,99 +44,120 @@ class Worker:
         patience: float | None = None,
         program: Sequence[str] = (__file__,),
     ) -> None:
-        self.pause, self.awake, self.patience, self.at = pause, awake, patience, ""
-        places = [*([str(tree)] if tree else []), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        self.tree, self.pause, self.awake, self.patience, self.at = tree, pause, awake, patience, ""
+        paths = [str(tree or ""), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        self.pipe, there = Pipe()
         self.process = subprocess.Popen(
-            [sys.executable, *program, str(threads or torch.get_num_threads())],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), **(environment or {})},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            [sys.executable, *program, str(there.fileno()), str(threads or torch.get_num_threads())],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            pass_fds=[there.fileno()],
         )
-        self._read = b""
+        there.close()
 
-    def ask(self, function: str, **arguments: Any) -> dict[str, Any]:
-        self.send({"call": function, "with": arguments})
+    def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Missing says what went wrong there, or that it died."""
+        self.send((function, arguments))
         return self.answer()
 
     def turn(self, calls: int) -> float:
         time.sleep(self.pause)
-        self.send({"turn": calls, "awake": self.awake})
-        seconds = float(self.answer()["seconds"])
+        self.send((calls, self.awake))
+        seconds: float = self.answer()
         time.sleep(self.pause)
         return seconds
 
-    def send(self, question: Mapping[str, Any]) -> None:
-        assert self.process.stdin is not None
+    def send(self, question: tuple[Any, Any]) -> None:
         with contextlib.suppress(OSError):  # what it died of is in the answer that does not come
-            self.process.stdin.write(json.dumps(question).encode() + b"\n")
-            self.process.stdin.flush()
+            self.pipe.send(question)
 
-    def answer(self) -> dict[str, Any]:
-        while "step" in (said := json.loads(self._line())):
-            self.at = said["step"]
-        return said
+    def answer(self) -> Any:
+        while True:
+            try:
+                if not self.pipe.poll(self.patience):
+                    self.kill()
+                    raise Missing(f"no answer for {self.patience:.0f} s")
+                kind, said = self.pipe.recv()
+            except (EOFError, OSError):
+                raise Missing(f"its process ended with {self.process.wait()}; its message is above") from None
+            if kind == "error":
+                raise Missing(f"failed: {said}")
+            if kind == "answer":
+                return said
+            self.at = said
 
-    def _line(self) -> bytes:
-        assert self.process.stdout is not None
-        while b"\n" not in self._read:
-            if not select.select([self.process.stdout], [], [], self.patience)[0]:
-                self.kill()
-                raise Died(f"no answer for {self.patience:.0f} s")
-            more = os.read(self.process.stdout.fileno(), 1 << 16)
-            if not more:
-                raise Died(f"a contestant's process ended with {self.process.wait()}; its message is above")
-            self._read += more
-        line, _, self._read = self._read.partition(b"\n")
-        return line
+    def __enter__(self) -> Worker:
+        return self
 
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        self.process.wait()
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+        self.pipe.close()
+
+
+_resident: dict[str, Worker] = {}
+
+
+def resident(name: str, **how: Any) -> Worker:
+    """The process of this name, which stays until `close`; a new one if it is dead. Missing if it does not start."""
+    if name not in _resident or _resident[name].process.poll() is not None:
+        _resident[name] = Worker(**how)
+        _resident[name].ask(dict)
+    return _resident[name]
+
+
+def rival(name: str, **how: Any) -> Worker:
+    """A resident that sleeps while others have their turns, and is awake before it is timed."""
+    return resident(name, pause=PAUSE, awake=AWAKE, **how)
+
+
+def close() -> None:
+    while _resident:
+        _resident.popitem()[1].kill()
+
+
+def once(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The answer of a process that is there for this question alone."""
+    with Worker() as worker:
+        return worker.ask(function, *arguments)
 
 
 def step(name: str) -> None:
     """What begins now, for the asking side; nothing where nobody asks."""
-    _say({"step": name})
+    if _asking is not None:
+        _asking.send(("step", name))
 
 
-def _say(answer: Mapping[str, Any]) -> None:
-    if _out is not None:
-        _out.write(json.dumps(answer) + "\n")
-        _out.flush()
-
-
-def serve(threads: int) -> None:
-    """The other side, until the pipe closes. It answers on what was stdout, so that nothing a library prints comes between."""
-    global _out
-    _out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+def serve(pipe: Connection[Any, Any], threads: int) -> None:
+    """Until the pipe closes."""
+    global _asking
+    _asking = pipe
     torch.set_num_threads(threads)
-    call: Callable[[int], object] = lambda i: None  # noqa: E731
-    with torch.no_grad():
-        for line in sys.stdin:
-            asked = json.loads(line)
-            if "turn" in asked:
-                _say({"seconds": seconds(call, asked["turn"], asked["awake"])})
-                continue
-            call = lambda i: None  # noqa: E731, the last case's tensors go before the next one's come
+    nothing: Calls = lambda i: None  # noqa: E731
+    call = nothing
+    with torch.no_grad(), contextlib.suppress(EOFError):
+        while True:
             try:
-                module, _, function = asked["call"].partition(":")
-                answer = getattr(importlib.import_module(module), function)(**asked["with"])
-                if isinstance(answer, tuple):
-                    call, answer = answer
+                function, arguments = pipe.recv()
+                if isinstance(function, int):
+                    answer = seconds(call, function, arguments)
+                else:
+                    call = nothing  # the last case's tensors go before the next one's come
+                    answer = function(*arguments)
+                    if isinstance(answer, tuple):
+                        call, answer = answer
+                pipe.send(("answer", answer))
+            except EOFError:
+                raise
             except Exception as error:
-                answer = {"error": f"{type(error).__name__}: {error}"[:400]}
-            _say(answer)
+                pipe.send(("error", short(error)))
 
 
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder
     from bench.harness import worker
 
-    worker.serve(int(sys.argv[1]))
+    worker.serve(Connection(int(sys.argv[1])), int(sys.argv[2]))

@@ -121,13 +121,11 @@ RK_INLINE Mask lt(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; 
 RK_INLINE Vec select(Mask m, Vec a, Vec b) { return _mm256_blendv_ps(b.v, a.v, m.m); }
 RK_INLINE Vec larger(Vec x, Vec top) { return _mm256_max_ps(x.v, top.v); }    // top if x is NaN
 RK_INLINE Vec at_least(Vec low, Vec x) { return _mm256_max_ps(low.v, x.v); }  // x if x is NaN
+template <int SHIFT>
 RK_INLINE Vec scale_by_exp2(Vec p, Vec t) {
-    const __m256i n = _mm256_sub_epi32(_mm256_castps_si256(t.v), _mm256_set1_epi32(0x4B400000));
-    const __m256i first = _mm256_srai_epi32(n, 1);
-    const __m256i bias = _mm256_set1_epi32(127);
-    const __m256 s1 = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(first, bias), 23));
-    const __m256 s2 = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(n, first), bias), 23));
-    return _mm256_mul_ps(_mm256_mul_ps(p.v, s1), s2);
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(t.v), 23);
+    const __m256 s = _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32((SHIFT + 127) << 23)));
+    return p * Vec(s) * Vec(SHIFT > 0 ? 0x1p-64f : 2.0f);
 }
 RK_INLINE Vec all(float f) { return _mm256_set1_ps(f); }
 // v[i] lane j <-> v[j] lane i, for 8 registers.
@@ -223,7 +221,10 @@ RK_INLINE Vec select(Mask m, Vec a, Vec b) { return _mm512_mask_blend_ps(m.m, b.
 RK_INLINE Vec larger(Vec x, Vec top) { return _mm512_max_ps(x.v, top.v); }    // top if x is NaN
 RK_INLINE Vec at_least(Vec low, Vec x) { return _mm512_max_ps(low.v, x.v); }  // x if x is NaN
 // One instruction with the same single rounding: p * 2^n exactly, then rounded.
-RK_INLINE Vec scale_by_exp2(Vec p, Vec t) { return _mm512_scalef_ps(p.v, _mm512_sub_ps(t.v, _mm512_set1_ps(12582912.0f))); }
+template <int>
+RK_INLINE Vec scale_by_exp2(Vec p, Vec t) {
+    return _mm512_scalef_ps(p.v, _mm512_sub_ps(t.v, _mm512_set1_ps(12582912.0f)));
+}
 RK_INLINE Vec all(float f) { return _mm512_set1_ps(f); }
 // v[i] lane j <-> v[j] lane i, for 16 registers.
 RK_INLINE void transpose(Vec* v) {
@@ -327,7 +328,10 @@ RK_INLINE Some abs_of(const Some& a) { RK_EACH(Vec, abs_of(a.v[i])); }
 RK_INLINE SomeMask lt(const Some& a, const Some& b) { RK_EACH(Mask, lt(a.v[i], b.v[i])); }
 RK_INLINE Some select(const SomeMask& m, const Some& a, const Some& b) { RK_EACH(Vec, select(m.v[i], a.v[i], b.v[i])); }
 RK_INLINE Some at_least(const Some& low, const Some& x) { RK_EACH(Vec, at_least(low.v[i], x.v[i])); }
-RK_INLINE Some scale_by_exp2(const Some& p, const Some& t) { RK_EACH(Vec, scale_by_exp2(p.v[i], t.v[i])); }
+template <int SHIFT>
+RK_INLINE Some scale_by_exp2(const Some& p, const Some& t) {
+    RK_EACH(Vec, scale_by_exp2<SHIFT>(p.v[i], t.v[i]));
+}
 #undef RK_EACH
 
 // A register of a row's values as they are stored: W of them, or of bf16 W pairs, which are moved about like floats and widened

@@ -21,6 +21,7 @@ struct Work {
     int64_t q_token, q_head, k_token, v_token, out_token;
     int64_t left, right;
     unsigned group;  // query heads per key head
+    int key;         // the sequence's first, among all
     int length;      // of the sequence's keys
     int token;       // of row 0: its place among the keys, below 0 if there are more queries than keys
     unsigned head;   // of row 0, within the group
@@ -37,13 +38,15 @@ struct Work {
 };
 
 // One warp finds out which sequence, and which of its tiles of rows, this block has: 256 sequences per step, eight per lane,
-// whose offsets are read at once. With thousands of sequences a block waits for B / 256 reads first. `rows` is a power of two.
-// Offsets are clamped: wrong ones lead to wrong rows, never outside the arrays.
+// whose offsets are read at once. With thousands of sequences a block waits for B / 256 reads first. `rows` is a power of two,
+// or ROWS, where the compiler has to know another number. Offsets are clamped: wrong ones lead to wrong rows, never outside the
+// arrays.
 constexpr int FOR_A_LANE = 8;
-template <class T>
+template <int ROWS = 0, class T>
 __device__ __forceinline__ void find_work(const AttentionArgs& a, const PackedArgs& packed, int64_t kv_head, int rows,
                                           Work<T>& work) {
     const int lane = threadIdx.x, log_rows = 31 - __clz(rows);
+    const auto tiles_of = [&](int64_t n) { return ROWS ? (n + ROWS - 1) / (ROWS ? ROWS : 1) : (n + rows - 1) >> log_rows; };
     const int64_t group = a.H / a.H_kv, B = packed.B, total = packed.total;
     int64_t wanted = blockIdx.x, begin = 0, length = 0, tile = 0, b = 0;
     bool mine = false;
@@ -55,7 +58,7 @@ __device__ __forceinline__ void find_work(const AttentionArgs& a, const PackedAr
 #pragma unroll
         for (int i = 0; i < FOR_A_LANE; ++i) {
             at[i] = min(max(at[i], int64_t(0)), total);
-            tiles += (max(min(at[i + 1], total) - at[i], int64_t(0)) * group + rows - 1) >> log_rows;
+            tiles += tiles_of(max(min(at[i + 1], total) - at[i], int64_t(0)) * group);
         }
         int64_t up_to = tiles;
         for (int step = 1; step < LANES; step *= 2) {
@@ -68,7 +71,7 @@ __device__ __forceinline__ void find_work(const AttentionArgs& a, const PackedAr
 #pragma unroll
             for (int i = 0; i < FOR_A_LANE; ++i) {
                 const int64_t n = max(min(at[i + 1], total) - at[i], int64_t(0));
-                const int64_t its = (n * group + rows - 1) >> log_rows;
+                const int64_t its = tiles_of(n * group);
                 if (tile >= 0 && tile < its) {
                     begin = at[i];
                     length = n;
@@ -101,6 +104,7 @@ __device__ __forceinline__ void find_work(const AttentionArgs& a, const PackedAr
     work.left = a.left;
     work.right = a.right;
     work.group = unsigned(group);
+    work.key = int(k_begin);
     work.length = int(keys);
     work.token = int(row / group + shift);
     work.head = unsigned(row % group);

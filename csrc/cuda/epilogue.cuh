@@ -14,8 +14,12 @@ __device__ __forceinline__ Four each(Four x, F f) {
     for (int e = 0; e < 4; ++e) x.v[e] = f(x.v[e]);
     return x;
 }
-// One switch for four elements.
-__device__ __forceinline__ Four activate_four(int kind, Four x) {
+// How far an activation goes: to all digits of float32, or in mode tensor to what the result can hold.
+enum class Digits { OF_FLOAT, OF_RESULT };
+// One switch for four elements; `half`: they are rounded to half precision in the end.
+template <Digits DIGITS = Digits::OF_FLOAT>
+__device__ __forceinline__ Four activate_four(int kind, Four x, bool half = false) {
+    if (DIGITS == Digits::OF_RESULT && half && kind == GELU) return each(x, gelu_short);
     switch (kind) {
         case GELU: return each(x, gelu_of<float>);
         case GELU_TANH: return each(x, gelu_tanh_of<float>);
@@ -78,7 +82,7 @@ inline bool in_groups_of(int count, const LinearArgs& g) {
 }
 
 // The epilogue of outputs [m, n .. n + 4 Q - 1], `whole` if in_groups_of(4 Q); those past N are left alone.
-template <int Q>
+template <Digits DIGITS = Digits::OF_FLOAT, int Q>
 __device__ __forceinline__ void finish(const LinearArgs& g, bool whole, int64_t m, int64_t n, Four (&y)[Q]) {
     const int64_t at = m * g.N + n;
     const int some = g.N - n < 4 * Q ? int(g.N - n) : 4 * Q;
@@ -88,6 +92,10 @@ __device__ __forceinline__ void finish(const LinearArgs& g, bool whole, int64_t 
         for (int e = 0; e < 4 * Q; ++e)
             if (e < some) v[e / 4].v[e % 4] = load_as(from, i + e);
     };
+    if (DIGITS == Digits::OF_RESULT) {  // a sum that underflowed to -0, which an mma of zeros makes +0
+#pragma unroll
+        for (int e = 0; e < 4 * Q; ++e) y[e / 4].v[e % 4] = y[e / 4].v[e % 4] + 0.0f;
+    }
     if (g.bias.given) {
         Four b[Q] = {};
         load(g.bias, n, b);
@@ -95,7 +103,7 @@ __device__ __forceinline__ void finish(const LinearArgs& g, bool whole, int64_t 
         for (int e = 0; e < 4 * Q; ++e) y[e / 4].v[e % 4] = y[e / 4].v[e % 4] + b[e / 4].v[e % 4];
     }
 #pragma unroll
-    for (int q = 0; q < Q; ++q) y[q] = activate_four(g.activation, y[q]);
+    for (int q = 0; q < Q; ++q) y[q] = activate_four<DIGITS>(g.activation, y[q], g.out.dtype != Dtype::F32);
     if (g.residual.given) {
         Four r[Q] = {};
         load(g.residual, at, r);

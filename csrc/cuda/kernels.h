@@ -22,6 +22,7 @@ class Choice {
     int forced = -1;
     Choice* const next;
     static Choice*& first();  // of the list of all; launch.cpp
+    static bool is_forced(const char* kernel);
 };
 
 // ---- linear, and bmm: `batches` products side by side, x [batches, M, K], weight [batches, N, K], out [batches, M, N].
@@ -42,5 +43,14 @@ struct PackedArgs {
 void attention(const AttentionArgs& args, const PackedArgs& packed, Stream stream);
 // mode "tensor": float16 or bfloat16, D <= 256
 void attention_tensor(const AttentionArgs& args, const PackedArgs& packed, Stream stream);
+
+// Launchers of a room that a build may lack, since it is compiled for one architecture (toolkit.py, ROOMS); its files put them
+// here when the library is loaded. Each says whether it took the call: not on another GPU, nor where its way to memory does not
+// fit. Then the launcher of the room for every GPU serves, with the same bits; so it does where a test forced a way of it.
+struct HopperRoom {
+    bool (*linear_tensor)(const char* op, const LinearArgs& args, int64_t batches, Stream stream) = nullptr;
+    bool (*attention_tensor)(const AttentionArgs& args, const PackedArgs& packed, Stream stream) = nullptr;
+};
+inline HopperRoom hopper;
 
 }  // namespace rk

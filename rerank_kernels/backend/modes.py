@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import check
+from rerank_kernels.version import NUMERICS_VERSION
 
 # In the order in which NUMERICS.md, section 1, explains them.
 PROMISES = ("repeatable", "batch-invariant", "padding-invariant", "thread-invariant", "machine-invariant")
@@ -26,13 +27,14 @@ class Mode:
     """A numeric mode.
 
     name: what the user writes. arithmetic: the class of its products, the way in which they are added; NUMERICS.md says it in
-    full. ops: those that it changes; a backend serves each by a function named <op>_<mode>, and all other ops as in PORTABLE.
-    promises: what a backend may promise in it, at most. operands: the dtypes that its products take, all of one call in one.
-    needs: what a device must have for it.
+    full. version: of its bits; a change of any of them is another. ops: those that it changes; a backend serves each by a
+    function named <op>_<mode>, and all other ops as in PORTABLE. promises: what a backend may promise in it, at most. operands:
+    the dtypes that its products take, all of one call in one. needs: what a device must have for it.
     """
 
     name: str
     arithmetic: str
+    version: int
     promises: tuple[str, ...]
     ops: tuple[str, ...] = ()
     operands: tuple[torch.dtype, ...] = check.FLOATS
@@ -63,11 +65,12 @@ class Mode:
                 )
 
 
-PORTABLE = Mode("portable", "fma32", PROMISES)
+PORTABLE = Mode("portable", "fma32", NUMERICS_VERSION, PROMISES)
 TENSOR = Mode(
     "tensor",
     "hopper",
-    PROMISES[:4],  # on GPUs of one architecture
+    2,
+    PROMISES[:4],  # on GPUs of one arithmetic class
     ("linear", "bmm", "attention", "sparse_ffn"),
     (torch.float16, torch.bfloat16),
     "a GPU's tensor cores",

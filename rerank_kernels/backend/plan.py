@@ -2,8 +2,8 @@
 many of them make one sum, and the tiles that the launcher chooses from. A pure function; it needs no GPU.
 
 All tiles of a row of this table take the same instructions in the same order for an output. So the choice is in no bit. CUDA
-C++ is the same on every architecture; its tiles are those of csrc/cuda/sm80/tiles.h, which the C++ library holds without CUDA
-too. Triton's are its own tables, read where Triton is installed.
+C++ has tiles for every architecture, csrc/cuda/sm80/tiles.h, and on a Hopper others, for linear and for heads of 64 and 128,
+csrc/cuda/sm90/tiles.h; the C++ library holds both without CUDA too. Triton's are its own tables, read where it is installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from rerank_kernels.errors import BackendError
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 MMA, WGMMA = "mma.sync m16n8k16", "wgmma m64nNk16"
 K_STEP = 16  # of either instruction
-KEYS = 64  # of a tile of attention
 WIDEST_HEAD = 256
 
 
@@ -50,7 +49,7 @@ def plan(arch: int, linears: Sequence[tuple[int, int]], heads: Sequence[int]) ->
             raise ValueError(f"plan: N and K must be >= 1, got {n} and {k}")
         features = f"N {n}, K {k}"
         if cuda_gap() is None:
-            yield Row("linear, bmm", features, arch, "cuda", MMA, ceil_div(k, K_STEP), cuda_linear())
+            yield Row("linear, bmm", features, arch, "cuda", *cuda_linear(arch, k))
         if triton_gap(arch) is None:
             yield triton_linear(features, arch, k)
     for d in heads:
@@ -58,7 +57,7 @@ def plan(arch: int, linears: Sequence[tuple[int, int]], heads: Sequence[int]) ->
             raise ValueError(f"plan: a head must have 1 to {WIDEST_HEAD} features, got {d}")
         features = f"head {d}"
         if cuda_gap() is None:
-            yield Row("attention", features, arch, "cuda", MMA, ceil_div(d, K_STEP), cuda_attention(d))
+            yield Row("attention", features, arch, "cuda", *cuda_attention(arch, d))
         if triton_gap(arch) is None:
             yield triton_attention(features, arch, d)
 
@@ -68,13 +67,22 @@ def cuda_gap() -> str | None:
     return library.missing()
 
 
-def cuda_linear() -> tuple[Tile, ...]:
-    return tuple(Tile(*numbers) for numbers in library.launch_tables()["sm80"]["linear"])
+def cuda_linear(arch: int, k: int) -> tuple[str, int, tuple[Tile, ...]]:
+    """On a Hopper TMA wants rows of whole 16 bytes, and addresses, which are not known here, at multiples of them. Where they
+    do not fit, the tiles for every architecture serve, with the same bits.
+    """
+    hopper = arch == 90 and k % 8 == 0
+    tiles = library.launch_tables()["sm90" if hopper else "sm80"]["linear"]
+    return WGMMA if hopper else MMA, ceil_div(k, K_STEP), tuple(Tile(*numbers) for numbers in tiles)
 
 
-def cuda_attention(d: int) -> tuple[Tile, ...]:
-    widths = library.launch_tables()["sm80"]["attention"]
-    return tuple(Tile(*numbers) for numbers in widths[str(min(w for w in map(int, widths) if d <= w))])
+def cuda_attention(arch: int, d: int) -> tuple[str, int, tuple[Tile, ...]]:
+    """On a Hopper, too, the tiles for every architecture serve where TMA cannot take keys or values, with the same bits."""
+    tables = library.launch_tables()
+    hopper = arch == 90 and str(d) in tables["sm90"]["attention"]
+    widths = tables["sm90" if hopper else "sm80"]["attention"]
+    tiles = widths[str(min(w for w in map(int, widths) if d <= w))]
+    return WGMMA if hopper else MMA, ceil_div(d, K_STEP), tuple(Tile(*numbers) for numbers in tiles)
 
 
 def triton_gap(arch: int) -> str | None:
@@ -107,7 +115,7 @@ def triton_attention(features: str, arch: int, d: int) -> Row:
     from rerank_kernels.backend.triton import attention
 
     low, high = attention.parts(d, arch)
-    tiles = tuple(Tile(t.rows, KEYS, t.warps * 32, None) for t in attention.tensor_tiles(d, arch))
+    tiles = tuple(Tile(t.rows, attention.keys(d), t.warps * 32, None) for t in attention.tensor_tiles(d, arch))
     return Row("attention", features, arch, "triton", triton_instruction(arch), (low + high) // K_STEP, tiles)
 
 

@@ -34,12 +34,14 @@ def run(args: argparse.Namespace) -> int:
         return _plan(args)
     if args.arch or args.model or args.linear or args.head:
         raise InputError("--arch, --model, --linear and --head belong to --plan")
+    from rerank_kernels.backend.native import proven
     from rerank_kernels.backend.registry import BACKENDS, backends
     from rerank_kernels.tables import Column, Table
     from rerank_kernels.verify import environment
 
+    _try_products()
     about = Table([Column("what"), Column("here")])
-    for name, value in environment().items():
+    for name, value in {"cublaslt": proven.said(), **environment()}.items():
         if isinstance(value, dict):
             value = "\n".join(f"{k}: {v}" for k, v in value.items())
         about.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
@@ -60,9 +62,30 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _try_products() -> None:
+    """cuBLASLt's trials on this machine's GPU, at the products of two models: a verdict lives no longer than its process."""
+    import torch
+
+    from rerank_kernels.backend import registry
+    from rerank_kernels.backend.native import proven
+    from rerank_kernels.ops.linear import linear
+    from rerank_kernels.verify.models import SHAPES
+
+    if not proven.said().startswith("on") or not torch.cuda.is_available() or registry.missing("cuda") is not None:
+        return
+    sizes = [(s["hidden"], s["inner"]) for s in (SHAPES["bge-reranker-base"], SHAPES["bge-reranker-large"])]
+    with registry.use("cuda"):
+        for hidden, inner in sizes:
+            for n, k in ((hidden, hidden), (inner, hidden), (hidden, inner)):
+                weight, bias = (torch.zeros(*shape, dtype=torch.float16, device="cuda") for shape in ((n, k), (n,)))
+                for rows in (128, 4096):
+                    linear(weight.new_zeros(rows, k), weight, bias, mode="tensor")
+
+
 def _plan(args: argparse.Namespace) -> int:
     import torch
 
+    from rerank_kernels.backend.modes import TENSOR
     from rerank_kernels.backend.plan import ARCHITECTURES, cuda_gap, plan, triton_gap
     from rerank_kernels.tables import Column, Table
     from rerank_kernels.verify.models import SHAPE, SHAPES
@@ -86,7 +109,7 @@ def _plan(args: argparse.Namespace) -> int:
             Column("in a sum", number=True),
             Column("tiles, rows x columns: threads, shared KB"),
         ],
-        title="mode tensor, fp16 and bf16, float32 sums",
+        title=f"mode tensor, version {TENSOR.version}, fp16 and bf16, float32 sums",
     )
     try:
         for arch in architectures:

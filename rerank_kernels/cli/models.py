@@ -27,6 +27,7 @@ def reranker(args: argparse.Namespace) -> Any:
                     dtype=dtype(args.dtype),
                     device=device(args.device),
                     mode=args.mode,
+                    graphs=not args.no_graphs,
                     template=args.template,
                     instruction=args.instruction,
                     trust_remote_code=args.trust_remote_code,

@@ -38,6 +38,10 @@ def template_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--instruction", metavar="TEXT", help="in the template's place for one (default: the template's own)")
 
 
+def graph_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--no-graphs", action="store_true", help="on a GPU: no CUDA graphs, which cost memory and change no bit")
+
+
 def positive(text: str) -> int:
     try:
         number = int(text)

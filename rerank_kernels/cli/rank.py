@@ -8,7 +8,7 @@ import unicodedata
 
 from rerank_kernels.cli import encoding, formats, models, reading, records, terminal, writing
 from rerank_kernels.cli.errors import InputError, say
-from rerank_kernels.cli.options import model_options, positive, template_options
+from rerank_kernels.cli.options import graph_options, model_options, positive, template_options
 from rerank_kernels.printable import escaped
 
 SNIPPET = 200
@@ -17,6 +17,7 @@ ADDED = ("rank", "index", *writing.NUMBERS)
 
 def options(sub: argparse.ArgumentParser) -> None:
     model_options(sub)
+    graph_options(sub)
     template_options(sub)
     sub.add_argument("--query", required=True, metavar="Q")
     sub.add_argument(

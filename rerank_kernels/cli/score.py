@@ -15,10 +15,10 @@ from typing import Any
 from rerank_kernels.cli import encoding, formats, interrupt, models, reading, resume, terminal, writing
 from rerank_kernels.cli.errors import InputError, say
 from rerank_kernels.cli.formats import Format
-from rerank_kernels.cli.options import model_options, positive, template_options
+from rerank_kernels.cli.options import graph_options, model_options, positive, template_options
 from rerank_kernels.cli.reading import Source
 from rerank_kernels.cli.records import Record
-from rerank_kernels.version import NUMERICS_VERSION, __version__
+from rerank_kernels.version import __version__
 
 # a window is scored, written and, with --resume, counted as done; no bit depends on it
 WINDOW = 256  # records
@@ -27,6 +27,7 @@ CHARACTERS = 1 << 18  # of their texts, or one longer record
 
 def options(sub: argparse.ArgumentParser) -> None:
     model_options(sub)
+    graph_options(sub)
     template_options(sub)
     sub.add_argument(
         "pairs",
@@ -174,6 +175,7 @@ def _identity(args: argparse.Namespace, reranker: Any, source: Format, to: Forma
     import transformers
 
     from rerank_kernels.backend import registry
+    from rerank_kernels.backend.modes import MODES
 
     device = next(reranker.model.parameters()).device
     served = registry.active(device)
@@ -188,7 +190,7 @@ def _identity(args: argparse.Namespace, reranker: Any, source: Format, to: Forma
         "mode": args.mode,
         "prefix": args.prefix,
         "formats": f"{source} to {to}",
-        "numerics version": str(NUMERICS_VERSION),
+        "numerics version": str(MODES[args.mode].version),
         "arithmetic": "machine-invariant" if "machine-invariant" in promises else here,
         "rerank_kernels": __version__,
         "transformers": transformers.__version__,

@@ -15,11 +15,24 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import check
+from rerank_kernels.graphs.buckets import Inputs, Tokens
 from rerank_kernels.models import bert_roles, lora
 from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.heads import ClassificationHead
 from rerank_kernels.models.leaves import activation_of
-from rerank_kernels.models.packing import Table, dense, explained, lookup, norm, pack, positions_of, ready
+from rerank_kernels.models.packing import (
+    Table,
+    dense,
+    explained,
+    in_table,
+    looked_at,
+    lookup,
+    norm,
+    pack,
+    positions_of,
+    ready,
+)  # fmt: skip
+from rerank_kernels.models.replay import possible
 from rerank_kernels.models.roles import Assumed, Roles
 from rerank_kernels.models.served import Served
 from rerank_kernels.ops.attention import attention
@@ -101,13 +114,40 @@ def encoder_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
 
     ready(m, roles_of)
     with explained(m, roles_of):
-        batch = pack(m, _table(m), args, kwargs)
-        x = _encode(m, batch.words, batch.types, batch.positions, batch.sequences, batch.states)
-        fields = {"last_hidden_state": batch.sequences.unpack(x)}
-        if getattr(m, "pooler", None) is not None:  # ELECTRA has none, nor a place for its output
-            first = pool(x, "cls", cu_seqlens=batch.sequences)
-            fields["pooler_output"] = dense(m.pooler.dense, first, activation_of(m.pooler.activation))
-    return batch.output(getattr(modeling_outputs, _model_type(m).output), **fields)
+        table = _table(m)
+        replay = possible(m, table.words.weight.device)
+        batch = pack(m, table, args, kwargs, replay)
+        fields = None
+        if replay is not None and batch.tokens is not None:
+            fields = replay.run(
+                "states", batch.tokens, functools.partial(_outputs, m), functools.partial(_kept, batch.sequences)
+            )
+        if fields is None:
+            batch = batch.sent(table)
+            x = _encode(m, batch.words, batch.types, batch.positions, batch.sequences, batch.states, batch.tokens is not None)
+            fields = [batch.sequences.unpack(x), *_pooled(m, x, batch.sequences)]
+    # ELECTRA has no pooler, nor a place for its output
+    named = dict(zip(("last_hidden_state", "pooler_output"), fields, strict=False))
+    return batch.output(getattr(modeling_outputs, _model_type(m).output), **named)
+
+
+def _pooled(m: Any, x: Tensor, sequences: Sequences) -> tuple[Tensor, ...]:
+    if getattr(m, "pooler", None) is None:
+        return ()
+    return (dense(m.pooler.dense, pool(x, "cls", cu_seqlens=sequences), activation_of(m.pooler.activation)),)
+
+
+def _outputs(m: Any, given: Inputs) -> tuple[Tensor, ...]:
+    x = states_of(m, given)
+    return x, *_pooled(m, x, given.sequences)
+
+
+def _kept(sequences: Sequences, given: Inputs, outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    x, *pooled = outputs
+    n, (b, t) = sequences.total, sequences.padded  # type: ignore[misc]
+    x = x[:n]
+    x = x.clone() if sequences.index is None else x.new_zeros(b * t, x.shape[1]).index_copy_(0, given.places[:n], x)
+    return [x.view(b, t, -1), *(p[:b].clone() for p in pooled)]
 
 
 def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
@@ -117,20 +157,54 @@ def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     ready(m, roles_of)
     with explained(m, roles_of):
         encoder = _enter_encoder(m)
-        batch = pack(m, _table(encoder), args, kwargs)
-        x = _encode(encoder, batch.words, batch.types, batch.positions, batch.sequences, batch.states)
-        logits = _head(m)(x, batch.sequences).logit
+        table, logits = _table(encoder), None
+        replay = possible(m, table.words.weight.device)
+        batch = pack(m, table, args, kwargs, replay)
+        if replay is not None and batch.tokens is not None:
+            count = batch.sequences.count
+            logits = replay.run("logits", batch.tokens, functools.partial(_logits, m), lambda _, out: out[0][:count].clone())
+        if logits is None:
+            batch = batch.sent(table)
+            words, types, positions, sequences, states = batch[:5]
+            x = _encode(encoder, words, types, positions, sequences, states, batch.tokens is not None)
+            logits = _head(m)(x, sequences).logit
     return batch.output(SequenceClassifierOutput, logits=logits)
+
+
+def _logits(m: Any, given: Inputs) -> tuple[Tensor, ...]:
+    return (_head(m)(states_of(m, given), given.sequences).logit,)
 
 
 def packed_forward(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None) -> Tensor:
     """[total, D] of encoder or classifier m: ids and types [total], no padding."""
-    encoder = _enter_encoder(m) if _is_classifier(m) else m
+    encoder = entered(m)
     op = class_of(encoder)
     if types is not None:
         check.shape(op, "token_types", types, ids.shape[0])
     table = _table(encoder)
     return _encode(encoder, lookup(op, "ids", ids, table.words), types, positions_of(table, sequences), sequences, None)
+
+
+def tokens_of(m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None) -> Tokens:
+    """What packed_forward takes, on the host, and looked at, for a graph."""
+    table = _table(m.base_model)
+    op = class_of(table.encoder)
+    if types is not None:
+        check.shape(op, "token_types", types, ids.shape[0])
+    in_table(op, "ids", ids, table.words)
+    return looked_at(op, table, ids, types, positions_of(table, sequences), sequences)
+
+
+def states_of(m: Any, given: Inputs) -> Tensor:
+    """[T, D] of encoder or classifier m, inside a graph."""
+    encoder = m.base_model
+    words = lookup("", "", given.ids, _table(encoder).words, known=True)
+    return _encode(encoder, words, given.types, given.positions, given.sequences, None, True)
+
+
+def entered(m: Any) -> Any:
+    """The encoder in m, whose packed entry runs."""
+    return _enter_encoder(m) if _is_classifier(m) else m
 
 
 def max_tokens(m: Any) -> int:
@@ -166,13 +240,17 @@ def _encode(
     positions: Tensor,
     sequences: Sequences,
     states: list[Tensor] | None,
+    known: bool = False,
 ) -> Tensor:
-    """[total, D] through the embedding and all layers; appends the embedding's and each layer's output to `states`."""
+    """[total, D] through the embedding and all layers; appends the embedding's and each layer's output to `states`.
+
+    known: types and positions were looked at, on the host.
+    """
     op, e = class_of(encoder), encoder.embeddings
     types = torch.zeros_like(positions) if types is None else types
     # In transformers' order; three terms and the norm stay in float32, so the body's dtype is rounded to once, here.
-    total = words.float() + lookup(op, "token_type_ids", types, e.token_type_embeddings).float()
-    total = total + lookup(op, "position_ids", positions, e.position_embeddings).float()
+    total = words.float() + lookup(op, "token_type_ids", types, e.token_type_embeddings, known).float()
+    total = total + lookup(op, "position_ids", positions, e.position_embeddings, known).float()
     x = norm(e.LayerNorm, total).to(e.word_embeddings.weight.dtype)
     own = _model_type(encoder).base == "electra"  # whose words may be narrower than its layers
     if own and hasattr(encoder, "embeddings_project"):
@@ -209,8 +287,9 @@ def served() -> dict[str, Served]:
     """Exact class -> how it is served."""
     found: dict[str, Served] = {}
     for module, a in MODEL_TYPES.items():
-        encoder = Served(encoder_forward, roles_of, packed_forward, max_tokens)
-        classifier = Served(classifier_forward, roles_of, packed_forward, max_tokens, head=_head)
+        inside: dict[str, Any] = dict(tokens=tokens_of, states=states_of, entered=entered)
+        encoder = Served(encoder_forward, roles_of, packed_forward, max_tokens, **inside)
+        classifier = Served(classifier_forward, roles_of, packed_forward, max_tokens, head=_head, **inside)
         found |= {f"{module}.{a.prefix}Model": encoder, f"{module}.{a.prefix}ForSequenceClassification": classifier}
     return found
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rerank_kernels.backend import library, registry
 from rerank_kernels.backend.modes import PORTABLE, Mode, of_the_model
 from rerank_kernels.errors import PatchError
+from rerank_kernels.graphs.captured import Graphs
 from rerank_kernels.models.activity import Activity
 from rerank_kernels.ops.opaque import asking, nothing_around, refuse_onnx, symbolic, traced
 
@@ -46,6 +47,7 @@ class Forward:
 
     undone = False  # also of one that an older version has pickled
     predictor: Callable[[int, Tensor], Tensor] | None = None  # likewise: patch(model, predictor=...)
+    wants_graphs = True  # likewise: patch(model, graphs=...)
 
     def __new__(cls, *args: Any) -> Forward:
         global _serve
@@ -56,12 +58,15 @@ class Forward:
         return super().__new__(cls)
 
     def __init__(
-        self, module: nn.Module, function: Callable[..., Any], mode: Mode = PORTABLE, backend: str | None = None
-    ) -> None:
+        self, module: nn.Module, function: Callable[..., Any], mode: Mode = PORTABLE, backend: str | None = None,
+        graphs: bool = True,
+    ) -> None:  # fmt: skip
         self.module = module
         self.function = function
         self.mode = mode
         self.backend = backend
+        self.wants_graphs = graphs
+        self.graphs = Graphs()
         self.calls = 0
         self.seen: Any = None  # what a forward that reads other modules saw of them at its last call (fingerprint.py)
         self.activity = Activity()
@@ -85,13 +90,16 @@ class Forward:
 
     def __getstate__(self) -> dict[str, Any]:
         return {
-            name: value for name, value in self.__dict__.items() if name not in ("seen", "cls", "stock", "number", "activity")
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("seen", "cls", "stock", "number", "activity", "graphs")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.seen = None
         self.activity = Activity()
+        self.graphs = Graphs()
         self._know_class()
 
     def _know_class(self) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,17 +22,19 @@ from torch import Tensor
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
+from rerank_kernels.graphs.buckets import Inputs, Reads, Tokens
 from rerank_kernels.models import decoder_roles, lora, packing, rope, sparse
 from rerank_kernels.models.bound import class_of, forward_of, name_of
 from rerank_kernels.models.caches import Keys, belongs, chosen, length, valid
 from rerank_kernels.models.decoder_types import MODEL_TYPES as MODEL_TYPES
 from rerank_kernels.models.decoder_types import ModelType, angles_of, inner, type_of
-from rerank_kernels.models.heads import LastTokenHead, asked, capped
+from rerank_kernels.models.heads import AnswerHead, LastTokenHead, asked, capped
 from rerank_kernels.models.leaves import activation_of
-from rerank_kernels.models.packing import dense, explained, lookup, ready
+from rerank_kernels.models.packing import dense, explained, in_table, lookup, ready
+from rerank_kernels.models.replay import Replay, possible
 from rerank_kernels.models.roles import Roles
-from rerank_kernels.models.served import Served
-from rerank_kernels.models.shared import Shared
+from rerank_kernels.models.served import Head, Served
+from rerank_kernels.models.shared import Gathered, Shared
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import activation
 from rerank_kernels.ops.norm import rms_norm
@@ -47,7 +49,7 @@ class Batch(NamedTuple):
     words: Tensor  # [total, D], word embeddings
     angles: Mapping[str, tuple[Tensor, Tensor]]  # of each of the type's `turns`: cos and sin, float32 [total, P]
     new: Sequences  # of the new tokens
-    keys: Keys | Shared | None  # where their keys are; None: nowhere else, the whole sequences are here
+    keys: Keys | Gathered | None  # where their keys are; None: nowhere else, the whole sequences are here
     states: list[Tensor] | None  # packed hidden states, collected if output_hidden_states
     as_dict: bool
 
@@ -71,11 +73,19 @@ def causal_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
 
     ready(m, roles_of)
     with explained(m, roles_of):
-        batch, given = _pack(m, _enter(m), args, kwargs, cached=True)
+        decoder, question = _enter(m), None if traced() else asked()
+        replay = None if question is None else possible(m, decoder.embed_tokens.weight.device, lambda: no_graph(m))
+        if replay is not None and question is not None:
+            head = AnswerHead(lora.held(m.lm_head), question.yes, question.no, word_cap(m))
+            logit = _replayed(m, replay, args, kwargs, (question.yes, question.no), head, cached=True)
+            if logit is not None:
+                question.answered = True
+                return CausalLMOutputWithPast(logits=logit[:, None])
+        batch, given = _pack(m, decoder, args, kwargs, cached=True)
         places = _places(m, batch.new, given.get("logits_to_keep", 0))  # an error of it leaves the cache as it was
         packed = _decode(inner(m), batch)
         kept = batch.new.unpack(packed)[:, places]
-        if not traced() and (question := asked()) is not None:
+        if question is not None:
             logits = question.answer(lora.held(m.lm_head), packed, batch.new, word_cap(m))
         else:
             logits = capped(dense(lora.held(m.lm_head), kept, out_dtype=torch.float32), word_cap(m))
@@ -88,18 +98,58 @@ def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
 
     ready(m, roles_of)
     with explained(m, roles_of):
-        batch, _ = _pack(m, _enter(m), args, kwargs, cached=False)
-        logit = _head(m)(_decode(inner(m), batch), batch.new).logit
+        decoder = _enter(m)
+        replay = possible(m, decoder.embed_tokens.weight.device, lambda: no_graph(m))
+        if replay is not None and (logit := _replayed(m, replay, args, kwargs, "logits", _head(m))) is not None:
+            return SequenceClassifierOutputWithPast(logits=logit)
+        batch, _ = _pack(m, decoder, args, kwargs, cached=False)
+        logit = _head(m)(_decode(decoder, batch), batch.new).logit
         return _output(m, batch, SequenceClassifierOutputWithPast, logits=logit)
+
+
+def _replayed(
+    m: Any, replay: Replay, args: tuple[Any, ...], kwargs: dict[str, Any], what: Hashable, head: Head, cached: bool = False
+) -> Tensor | None:
+    """The head's logits of a call of input_ids and attention_mask alone, by a graph; None if another way has to serve it.
+    cached: config.use_cache asks for a cache where the caller does not."""
+    given = packing._signature(m.__class__).bind(None, *args, **kwargs).arguments
+    given |= given.pop("kwargs", {})
+    ids, mask = given.pop("input_ids", None), given.pop("attention_mask", None)
+    others = [v for name, v in given.items() if name != "self" and v is not None and not (name == "use_cache" and v is False)]
+    where, op, config = inner(m).embed_tokens.weight.device, f"{class_of(m)}.forward", m.config
+    usual = getattr(config, "return_dict", True) and not any(
+        getattr(config, name, False) for name in ("torchscript", "output_hidden_states", "output_attentions")
+    )
+    if cached and given.get("use_cache", config.use_cache) is not False:
+        replay.leave("a cache")
+        return None
+    plain = all(isinstance(t, Tensor) and t.device == where and t.dim() == 2 for t in (ids, ids if mask is None else mask))
+    if others or not usual or not plain:
+        replay.leave("arguments besides input_ids and attention_mask")
+        return None
+    ids, mask = packing.fetched(ids, mask)
+    assert ids is not None
+    b, t = ids.shape
+    new = Sequences.from_mask(valid(op, mask, None, b, 0, t, ids.device), (b, t), op=op)
+    if mask is None:
+        packing._warn_of_pads(op, ids, config.pad_token_id)
+    tokens = tokens_of(m, new.pack(ids), new, None)
+    if isinstance(tokens, str):
+        replay.leave(tokens)
+        return None
+
+    def body(numbers: Inputs) -> tuple[Tensor, ...]:
+        return (head(states_of(m, numbers), numbers.sequences).logit,)
+
+    return replay.run(("a call", what), tokens, body, lambda _, out: out[0][:b].clone())
 
 
 def packed_forward(
     m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None, before: Sequence[int | None] | None = None
 ) -> Tensor:
     """[total, D] of any of the three: ids [total], no padding. before: the earlier sequence that each continues (shared.py)."""
-    decoder = m if inner(m) is m else _enter(m)
-    if types is not None:
-        raise ValueError(f"{class_of(decoder)}: token_types are not served, a decoder has none; leave them out")
+    decoder = entered(m)
+    _no_types(decoder, types)
     op, cu = class_of(decoder), sequences.cu_seqlens
     lengths = (cu[1:] - cu[:-1]).long()
     positions = torch.arange(ids.shape[0], device=cu.device)
@@ -110,6 +160,56 @@ def packed_forward(
     keys = Shared(op, sequences, before, turning_points(m))
     turned = _angles(decoder, op, positions + keys.starts, keys.whole, keys.reach, lengths)
     return _decode(decoder, Batch(_words(decoder, op, ids), turned, sequences, keys, None, True))
+
+
+def tokens_of(
+    m: Any, ids: Tensor, sequences: Sequences, types: Tensor | None, before: Sequence[int | None] | None = None
+) -> Tokens | str:
+    """What packed_forward takes, on the host, and looked at, for a graph; or why no graph serves them."""
+    decoder = inner(m)
+    op = class_of(decoder)
+    _no_types(decoder, types)
+    keys = None if before is None else Shared(op, sequences, before, turning_points(m))
+    longest = (sequences if keys is None else keys.whole).longest
+    _not_longer(op, longest, max_tokens(decoder))
+    in_table(op, "input_ids", ids, decoder.embed_tokens)
+    if longest > min(turning_points(m)):
+        return "a sequence beyond the angles' turning point"
+    cu = sequences.cu_seqlens.long()
+    begins = torch.repeat_interleave(cu[:-1], cu[1:] - cu[:-1], output_size=sequences.total)
+    positions = torch.arange(sequences.total) - begins
+    if keys is None:
+        return Tokens(ids, None, positions, sequences)
+    return Tokens(ids, None, positions + keys.starts, sequences, Reads(keys.index, keys.whole))
+
+
+def states_of(m: Any, given: Inputs) -> Tensor:
+    """[T, D], inside a graph: all sequences are whole, and of dead rows nobody reads a thing."""
+    decoder, turned = inner(m), {}
+    for turn, said in _said(decoder).items():
+        longest = given.ids.shape[0] if given.reads is None else given.reads.rows.shape[0]
+        tables = rope.tables(said, longest, given.ids.device)
+        given.held.extend(tables)
+        cos, sin = (t.index_select(0, given.positions) for t in tables)
+        turned[turn] = cos, sin
+    words = _words(decoder, class_of(decoder), given.ids, known=True)
+    keys = None if given.reads is None else Gathered(*given.reads)
+    return _decode(decoder, Batch(words, turned, given.sequences, keys, None, True))
+
+
+def entered(m: Any) -> Any:
+    """The decoder in m, whose packed entry runs."""
+    return m if inner(m) is m else _enter(m)
+
+
+def no_graph(m: Any) -> str | None:
+    """What of a model no graph can hold; None if one can hold it."""
+    return "sparse feed-forward layers" if sparse.layers(inner(m)) else None
+
+
+def _no_types(decoder: Any, types: Tensor | None) -> None:
+    if types is not None:
+        raise ValueError(f"{class_of(decoder)}: token_types are not served, a decoder has none; leave them out")
 
 
 def turning_points(m: Any) -> list[int]:
@@ -247,8 +347,8 @@ def angles(cu_seqlens: Tensor, positions: Tensor, pairs: int, said: str, limit: 
     return _turned(rope.read(said), limit, op, positions, keys, lengths)
 
 
-def _words(decoder: Any, op: str, ids: Tensor) -> Tensor:
-    words = lookup(op, "input_ids", ids, decoder.embed_tokens)
+def _words(decoder: Any, op: str, ids: Tensor, known: bool = False) -> Tensor:
+    words = lookup(op, "input_ids", ids, decoder.embed_tokens, known)
     scale = getattr(decoder.embed_tokens, "embed_scale", None)
     return _given(decoder, words) if scale is None else _scaled(words, scale)
 
@@ -285,13 +385,17 @@ def _turned(
     counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     longest = keys.longest
-    if longest > limit:
-        wanted = f"at most {limit} tokens a sequence, for config.max_position_embeddings"
-        check.fail(op, "input_ids", wanted, longest, f"tokenise with truncation=True, max_length={limit}")
+    _not_longer(op, longest, limit)
     own = None
     if lengths is not None and longest > rope.turning_point(said):
         own = torch.repeat_interleave(lengths, lengths if counts is None else counts, output_size=positions.shape[0])
     return rope.rows(said, positions, longest, own, op=op)
+
+
+def _not_longer(op: str, longest: int, limit: int) -> None:
+    if longest > limit:
+        wanted = f"at most {limit} tokens a sequence, for config.max_position_embeddings"
+        check.fail(op, "input_ids", wanted, longest, f"tokenise with truncation=True, max_length={limit}")
 
 
 def _places(m: Any, new: Sequences, keep: Any) -> Any:
@@ -419,9 +523,12 @@ def _roles(module: str, name: str) -> Roles:
 def served() -> dict[str, Served]:
     """Exact class -> how it is served."""
     found: dict[str, Served] = {}
+    inside: dict[str, Any] = dict(
+        turning_points=turning_points, tokens=tokens_of, states=states_of, entered=entered, why=no_graph
+    )
     for module, a in MODEL_TYPES.items():
         found |= {
-            f"{module}.{a.model}": Served(decoder_forward, roles_of, packed_forward, max_tokens, turning_points=turning_points),
+            f"{module}.{a.model}": Served(decoder_forward, roles_of, packed_forward, max_tokens, **inside),
             f"{module}.{a.causal}": Served(
                 causal_forward,
                 roles_of,
@@ -429,11 +536,9 @@ def served() -> dict[str, Served]:
                 max_tokens,
                 lambda m: m.lm_head,
                 cap=word_cap,
-                turning_points=turning_points,
+                **inside,
             ),
-            f"{module}.{a.classifier}": Served(
-                classifier_forward, roles_of, packed_forward, max_tokens, head=_head, turning_points=turning_points
-            ),
+            f"{module}.{a.classifier}": Served(classifier_forward, roles_of, packed_forward, max_tokens, head=_head, **inside),
         }
     return found
 

@@ -91,8 +91,10 @@ class AnswerHead:
             return self._of_two(lora.product(self.words, last, out_dtype=torch.float32)[:, self._rows])
         as_patched(self.words, nn.Linear)
         if self.cap is not None:
-            both = None if self.words.bias is None else self.words.bias[self._rows].float()
-            return self._of_two(score_head(last, self.words.weight[self._rows].float(), both).logit)
+            # one by one: a list as an index is copied to the device, and a graph cannot hold that
+            both = None if self.words.bias is None else torch.stack([self.words.bias[i] for i in self._rows]).float()
+            weights = torch.stack([self.words.weight[i] for i in self._rows]).float()
+            return self._of_two(score_head(last, weights, both).logit)
         row, bias = self.words.weight[self.yes].float(), None
         if self.words.bias is not None:
             bias = self.words.bias[self.yes, None].float()

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
+from rerank_kernels.graphs.buckets import Tokens
 from rerank_kernels.models import lora
 from rerank_kernels.models.bound import class_of, name_of, numbered, served_by
 from rerank_kernels.models.fingerprint import Fingerprint
+from rerank_kernels.models.replay import Replay
 from rerank_kernels.models.roles import HOOKS, Problem, Roles, problems
 from rerank_kernels.ops.linear import linear
 from rerank_kernels.ops.norm import layer_norm
@@ -48,7 +50,8 @@ class Kept(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The valid tokens of a batch, packed: [total] each; and what the caller asked for."""
+    """The valid tokens of a batch, packed: [total] each; and what the caller asked for. Where `tokens` holds the numbers, the
+    rest is there once the batch is `sent`."""
 
     words: Tensor  # [total, D], word embeddings
     types: Tensor | None
@@ -56,6 +59,19 @@ class Batch(NamedTuple):
     sequences: Sequences  # made once, for all layers and the head
     states: list[Tensor] | None  # packed hidden states, collected if output_hidden_states
     as_dict: bool
+    tokens: Tokens | None = None  # the numbers on the host, for a graph; all were looked at
+
+    def sent(self, table: Table) -> Batch:
+        """On the device of the table, for who computes without a graph."""
+        if self.tokens is None:
+            return self
+        there = self.tokens.to(table.words.weight.device)
+        return self._replace(
+            words=lookup("", "", there.ids, table.words, known=True),
+            types=there.types,
+            positions=there.positions,
+            sequences=there.sequences,
+        )
 
     def output(self, cls: Any, **fields: Any) -> Any:
         states = None if self.states is None else tuple(self.sequences.unpack(x) for x in self.states)
@@ -178,8 +194,9 @@ class Table(NamedTuple):
     limit: int  # tokens of the longest sequence
 
 
-def pack(m: Any, table: Table, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
-    """Stock arguments to packed tokens; an argument that would have to be ignored is an error."""
+def pack(m: Any, table: Table, args: tuple[Any, ...], kwargs: dict[str, Any], replay: Replay | None = None) -> Batch:
+    """Stock arguments to packed tokens; an argument that would have to be ignored is an error. replay: a graph may serve them,
+    so their numbers are looked at on the host."""
     op, given = f"{class_of(m)}.forward", _signature(m.__class__).bind(None, *args, **kwargs).arguments
     given.pop("self")
     given |= given.pop("kwargs", {})
@@ -194,6 +211,11 @@ def pack(m: Any, table: Table, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     else:
         check.shape(op, "input_ids", ids, "B", "T")
         b, t = ids.shape
+    if replay is not None and (why := _not_captured(table, states, ids, mask, types, positions)) is not None:
+        replay.leave(why)
+        replay = None
+    if replay is not None:
+        ids, mask, types, positions = fetched(ids, mask, types, positions)
     asked = embeds if ids is None else ids, mask, None if ids is None else m.config.pad_token_id, op
     if traced():
         cu, index = kept(*asked)
@@ -208,6 +230,13 @@ def pack(m: Any, table: Table, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             x = sequences.pack(x.expand(b, t))
         return x
 
+    if replay is not None:
+        numbers = sequences.pack(ids)
+        in_table(op, "input_ids", numbers, table.words)
+        own = packed("position_ids", positions)
+        own = positions_of(table, sequences) if own is None else own
+        tokens = looked_at(class_of(table.encoder), table, numbers, packed("token_type_ids", types), own, sequences)
+        return Batch(numbers, None, own, sequences, None, as_dict, tokens)
     if ids is None:
         words = sequences.pack(embeds)
     else:
@@ -216,6 +245,32 @@ def pack(m: Any, table: Table, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if own is None:
         own = positions_of(table, sequences)
     return Batch(words, packed("token_type_ids", types), own, sequences, states, as_dict)
+
+
+def _not_captured(table: Table, states: Any, ids: Tensor | None, *others: Tensor | None) -> str | None:
+    """Why a call cannot be replayed, None if it can."""
+    if states is not None:
+        return "hidden states were asked for"
+    if ids is None:
+        return "inputs_embeds"
+    where = table.words.weight.device
+    return None if all(t is None or t.device == where for t in (ids, *others)) else "arguments on another device"
+
+
+def fetched(*tensors: Tensor | None) -> list[Tensor | None]:
+    """On the host. Those of one dtype and shape, as a tokenizer gives them, come in one copy: each waits for the device."""
+    there = [t for t in tensors if t is not None]
+    alike = len({(t.dtype, t.shape, t.layout) for t in there}) == 1 and there[0].layout == torch.strided
+    rows = iter(torch.stack(there).cpu() if alike else [t.cpu() for t in there])
+    return [None if t is None else next(rows) for t in tensors]
+
+
+def looked_at(op: str, table: Table, ids: Tensor, types: Tensor | None, positions: Tensor, sequences: Sequences) -> Tokens:
+    """Of packed numbers on the host, all but the ids looked at here."""
+    if types is not None:
+        in_table(op, "token_type_ids", types, table.encoder.embeddings.token_type_embeddings)
+    in_table(op, "position_ids", positions, table.encoder.embeddings.position_embeddings)
+    return Tokens(ids, types, positions, sequences)
 
 
 def are_tensors(op: str, **given: Any) -> None:
@@ -299,20 +354,28 @@ def _counted(sequences: Sequences, first: int, limit: int, op: str) -> Tensor:
     return torch.arange(first, first + total, device=cu.device) - start
 
 
-def lookup(op: str, name: str, ids: Tensor, table: nn.Embedding) -> Tensor:
-    return looked_up(ids, table.weight, op, name)
+def lookup(op: str, name: str, ids: Tensor, table: nn.Embedding, known: bool = False) -> Tensor:
+    """known: the ids were looked at before, on the host."""
+    return F.embedding(ids, table.weight) if known else looked_up(ids, table.weight, op, name)
+
+
+def in_table(op: str, name: str, ids: Tensor, table: nn.Embedding) -> None:
+    _look(op, name, ids, table.weight.shape[0])
 
 
 @opaque(lambda ids, weight, *_: weight.new_empty(*ids.shape, weight.shape[1]))
 def looked_up(ids: Tensor, weight: Tensor, op: str, name: str) -> Tensor:
-    n = weight.shape[0]
+    _look(op, name, ids, weight.shape[0])
+    return F.embedding(ids, weight)
+
+
+def _look(op: str, name: str, ids: Tensor, n: int) -> None:
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must be int64 or int32, got {ids.dtype}")
-    if ids.numel():  # on a GPU too, for the same reason as above
+    if ids.numel():  # on a GPU too: there a wrong one would end in an assertion that takes the process's context with it
         low, high = torch.stack(torch.aminmax(ids)).tolist()
         if low < 0 or high >= n:
             check.fail(op, name, f"in [0, {n - 1}]", f"values in [{low}, {high}]")
-    return F.embedding(ids, weight)
 
 
 def _options(m: Any, op: str, given: dict[str, Any]) -> tuple[list[Tensor] | None, bool]:

@@ -6,7 +6,7 @@ absent class needs no import, and a subclass matches only where its body overrid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
+from rerank_kernels.graphs.buckets import Inputs
 from rerank_kernels.models import bert, decoder, leaf_roles, leaves, lora, sentence, sparse
 from rerank_kernels.models.bound import class_of, forward_of, hooked, name_of
 from rerank_kernels.models.heads import AnswerHead, embedding
-from rerank_kernels.models.packing import explained, ready, refuse_hooks
+from rerank_kernels.models.packing import explained, fetched, ready, refuse_hooks
+from rerank_kernels.models.replay import Replay, possible
 from rerank_kernels.models.roles import PEFT, Problem, overridden, problems, wrong, wrong_weights
 from rerank_kernels.models.served import Served
 from rerank_kernels.ops.pooling import HeadOutput
@@ -85,8 +87,7 @@ def packed_logits(
     served = _served(model, "logits")
     with _entered(model):
         assert served.head is not None
-        sequences = _sequences(model, ids, cu_seqlens)
-        return served.head(model)(_packed(served, model, ids, sequences, token_types, before), sequences)
+        return _through(served, model, (ids, cu_seqlens, token_types), before, "logits", served.head(model))
 
 
 def packed_answers(
@@ -97,9 +98,8 @@ def packed_answers(
     served = _served(model, "words")
     with _entered(model):
         assert served.words is not None
-        sequences = _sequences(model, ids, cu_seqlens)
         head = AnswerHead(served.words(model), yes, no, served.cap(model))
-        return head(_packed(served, model, ids, sequences, None, before), sequences)
+        return _through(served, model, (ids, cu_seqlens, None), before, ("answers", yes, no), head)
 
 
 def packed_embeddings(
@@ -114,8 +114,63 @@ def packed_embeddings(
     """Embeddings, float32 [B, D], of a patched encoder; heads.embedding says what they are."""
     served = _served(model, "states")
     with _entered(model):
-        sequences = _sequences(model, ids, cu_seqlens)
-        return embedding(served.packed(model, ids, sequences, token_types), sequences, pooling, normalise)
+
+        def pooled(x: Tensor, sequences: Sequences) -> Tensor:
+            return embedding(x, sequences, pooling, normalise)
+
+        if pooling not in POOLED_ON_THE_DEVICE:
+            return pooled(*_through(served, model, (ids, cu_seqlens, token_types), None, "rows", None))
+        what = ("embeddings", pooling, normalise)
+        return _through(served, model, (ids, cu_seqlens, token_types), None, what, pooled)
+
+
+POOLED_ON_THE_DEVICE = ("cls", "mean")  # the other poolings ask how long sequences are
+Numbers = tuple[Tensor, Tensor, Tensor | None]  # ids, offsets, token types
+
+
+def _through(served: Served, model: Any, numbers: Numbers, before: Before | None, what: Hashable, tail: Any) -> Any:
+    """tail(states, sequences), by a graph where one can be, named `what`; without a tail both of them."""
+    where = next(model.parameters()).device
+    replay = possible(model, where, lambda: served.why(model))
+    if replay is not None and (before is None or served.turning_points is not None):
+        found = _replayed(replay, served, model, numbers, before, what, tail)
+        if found is not None:
+            return found
+    ids, _, types = (t if t is None else t.to(where) for t in numbers)
+    sequences = _sequences(model, *numbers[:2]).to(where)
+    assert ids is not None
+    x = _packed(served, model, ids, sequences, types, before)
+    return (x, sequences) if tail is None else tail(x, sequences)
+
+
+def _replayed(
+    replay: Replay, served: Served, model: Any, numbers: Numbers, before: Before | None, what: Hashable, tail: Any
+) -> Any:
+    if served.tokens is None or served.states is None:
+        return replay.leave("a model type without graphs")
+    ids, cu, types = fetched(*numbers)
+    assert ids is not None and cu is not None
+    sequences, states = _sequences(model, ids, cu), served.states
+    tokens = served.tokens(model, ids, sequences, types, *(() if before is None else (before,)))
+    if isinstance(tokens, str):
+        return replay.leave(tokens)
+
+    def body(given: Inputs) -> tuple[Tensor, ...]:
+        x = states(model, given)
+        out = x if tail is None else tail(x, given.sequences)
+        return (out,) if isinstance(out, Tensor) else out
+
+    def keep(given: Inputs, out: tuple[Tensor, ...]) -> Any:
+        if tail is None:
+            return out[0][: sequences.total].clone(), sequences
+        found = [t[: sequences.count].clone() for t in out]
+        return HeadOutput(*found) if len(found) > 1 else found[0]
+
+    found = replay.run(("packed", what), tokens, body, keep)
+    if found is None:
+        return None
+    served.entered(model)
+    return (found[0], sequences.to(found[0].device)) if tail is None else found
 
 
 def kind(model: nn.Module) -> str | None:

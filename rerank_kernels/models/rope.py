@@ -198,6 +198,11 @@ def rows(said: Parameters, positions: Tensor, longest: int, lengths: Tensor | No
     return cos, sin
 
 
+def tables(said: Parameters, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [n, P] of all places of sequences that are no longer than the turning point nor than `tokens`."""
+    return _table(said, 0, _room(tokens - 1), device)
+
+
 def _room(last: int) -> int:
     """Of a table that holds place `last`: doubled, so that a growing sequence makes few of them."""
     return max(256, 1 << last.bit_length())

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rerank_kernels.graphs.buckets import Inputs, Tokens
 from rerank_kernels.models.roles import Roles
 from rerank_kernels.ops.pooling import HeadOutput
 from rerank_kernels.ops.sequences import Sequences
@@ -27,6 +28,12 @@ class Served:
     # The module -> lengths; of two sequences that are both longer than each or not, one may begin with the bits of the other.
     # None: no sequence begins with the bits of another.
     turning_points: Callable[[Any], list[int]] | None = None
+
+    # For a graph: (module, ids, sequences, token types), all on the host -> them looked at, or why no graph serves them;
+    tokens: Callable[..., Tokens | str] | None = None
+    states: Callable[[Any, Inputs], Tensor] | None = None  # (module, numbers on the device) -> [T, D]
+    entered: Callable[[Any], Any] = lambda m: m  # counts a call of what is inside the module
+    why: Callable[[Any], str | None] = lambda m: None  # what of the module no graph can hold
 
     @property
     def gives(self) -> str:

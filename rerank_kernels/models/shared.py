@@ -16,10 +16,22 @@ from rerank_kernels import check
 from rerank_kernels.ops.sequences import Sequences
 
 
-class Shared:
+class Gathered:
     """Keys of packed sequences of which some continue others; it stands where caches.Keys does."""
 
     cache = None
+
+    def __init__(self, index: Tensor, whole: Sequences) -> None:
+        self.index = index  # of each whole sequence, where its tokens stand
+        self.whole = whole
+
+    def stored(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Sequences]:
+        """k and v [total, H_kv, D] of a layer's tokens -> those of whole sequences, and whose they are."""
+        return k.index_select(0, self.index), v.index_select(0, self.index), self.whole
+
+
+class Shared(Gathered):
+    """What is gathered, and the angles that follow, by who continues whom."""
 
     def __init__(self, op: str, sequences: Sequences, before: Sequence[int | None], turns: Sequence[int]) -> None:
         """before: of each sequence the place of the one that it continues, or None. turns: the longest whole sequences whose
@@ -33,9 +45,9 @@ class Shared:
             own = np.arange(cu[i], cu[i + 1])
             rows.append(own if b is None else np.concatenate([rows[b], own]))
         lengths = [len(r) for r in rows]
-        self.index = torch.from_numpy(np.concatenate([*rows, np.zeros(0, np.int64)])).long().to(device)
+        index = torch.from_numpy(np.concatenate([*rows, np.zeros(0, np.int64)])).long().to(device)
         offsets = torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
-        self.whole = Sequences.from_cu_seqlens(offsets, int(offsets[-1]), device, op=op)
+        super().__init__(index, Sequences.from_cu_seqlens(offsets, int(offsets[-1]), device, op=op))
         # The angles of what is shared are those of the sequences that continue it.
         reach = list(lengths)
         for i in reversed(range(len(before))):
@@ -50,7 +62,3 @@ class Shared:
         counts = torch.from_numpy(np.diff(cu)).to(device)
         self.starts = torch.repeat_interleave(starts, counts, output_size=sequences.total)  # tokens before a token's sequence
         self.reach = torch.tensor(reach, dtype=torch.int64, device=device)  # the length that decides a sequence's angles
-
-    def stored(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Sequences]:
-        """k and v [total, H_kv, D] of a layer's tokens -> those of whole sequences, and whose they are."""
-        return k.index_select(0, self.index), v.index_select(0, self.index), self.whole

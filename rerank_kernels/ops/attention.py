@@ -189,5 +189,8 @@ def attention_truth(
             s = q[a:b, head].double() @ own_k.t() * (1.0 / math.sqrt(d) if scale is None else scale)
             s = s if softcap is None else torch.tanh(s / softcap) * softcap
             p = torch.softmax(s.masked_fill(hidden, -math.inf)[sees], -1)
-            out[a:b, head][sees] = p @ own_v
+            if own_v.isfinite().all():
+                out[a:b, head][sees] = p @ own_v
+            else:  # what a row does not see is skipped, not multiplied by 0
+                out[a:b, head][sees] = (p[..., None] * own_v).masked_fill(hidden[sees][..., None], 0.0).sum(1)
     return out

@@ -75,6 +75,16 @@ class Sequences:
         cu = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
         return cls(cu, batch * length, (batch, length))
 
+    def to(self, device: torch.device) -> Sequences:
+        """The same on `device`; lengths that are known stay known."""
+        if self.cu_seqlens.device == device:
+            return self
+        index = None if self.index is None else self.index.to(device)
+        made = Sequences(self.cu_seqlens.to(device), self.total, self.padded, index, self.op)
+        if (lengths := self.__dict__.get("lengths")) is not None:
+            made.__dict__["lengths"] = lengths
+        return made
+
     @property
     def count(self) -> int:
         """B."""

@@ -135,9 +135,10 @@ def sparse_ffn_truth(
     residual: Tensor | None = None,
 ) -> Tensor:
     first = linear_truth(x, up_weight, up_bias) if gate_weight is None else linear_truth(x, gate_weight, gate_bias)
-    hidden = activation_truth(torch.where(first > threshold, first, torch.zeros_like(first)), activation)
+    hidden = activation_truth(torch.where(first <= threshold, torch.zeros_like(first), first), activation)
     if gate_weight is not None:
-        hidden = hidden * activation_truth(linear_truth(x, up_weight, up_bias), up_activation)
+        gated = hidden * activation_truth(linear_truth(x, up_weight, up_bias), up_activation)
+        hidden = torch.where(hidden == 0, hidden, gated)  # 0 whatever is beside it
     if candidates is not None:
         hidden = hidden * candidates
     return linear_truth(hidden, down_weight, down_bias, residual=residual)

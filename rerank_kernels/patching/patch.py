@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rerank_kernels import check
 from rerank_kernels.backend import registry
 from rerank_kernels.backend.modes import Mode, named
 from rerank_kernels.errors import PatchError
@@ -24,7 +25,13 @@ Predictor = Callable[[int, Tensor], Tensor]
 
 
 def patch(
-    obj: Any, mode: str = "portable", strict: bool = True, *, backend: str | None = None, predictor: Predictor | None = None
+    obj: Any,
+    mode: str = "portable",
+    strict: bool = True,
+    *,
+    backend: str | None = None,
+    predictor: Predictor | None = None,
+    graphs: bool = True,
 ) -> Report:
     """Make what `obj` holds compute with rerank_kernels, in place.
 
@@ -57,6 +64,9 @@ def patch(
     backend: the one that serves this model, "triton" for instance, whatever rk.use() and the environment say around it. If not
     given: what they say, else the device's default.
 
+    graphs: on a GPU the model's forward is captured as CUDA graphs, which are replayed: the same bits, and less work for the
+    host. What cannot be captured runs without, and report.graphs() says why. Without a GPU nothing is captured.
+
     predictor: for a decoder whose feed-forward layers are sparse. predictor(layer, x) is given the rows [rows, D] that layer's
     feed-forward layer reads, and returns the neurons to look at, bool [rows, F]. All others count as zero: the model computes
     another function. It keeps each promise that the predictor keeps: a row's answer must depend on that row alone.
@@ -65,14 +75,15 @@ def patch(
     PatchError for all else that stands in the way.
     """
     numeric = named("patch", mode)
+    check.choice("patch", "graphs", graphs, (True, False))
     with CHANGING:
-        return _patch(obj, numeric, strict, backend, predictor)
+        return _patch(obj, numeric, strict, backend, predictor, graphs)
 
 
-def _patch(obj: Any, numeric: Mode, strict: bool, backend: str | None, predictor: Predictor | None) -> Report:
+def _patch(obj: Any, numeric: Mode, strict: bool, backend: str | None, predictor: Predictor | None, graphs: bool) -> Report:
     found = resolve(obj)
     if found is None:
-        report = walk.prepare(obj, numeric, strict, backend=backend)
+        report = walk.prepare(obj, numeric, strict, backend=backend, graphs=graphs)
         _propose(report, predictor)
         walk.bind(report)
         return report
@@ -80,7 +91,7 @@ def _patch(obj: Any, numeric: Mode, strict: bool, backend: str | None, predictor
         lines = "".join(f"\n  {problem}" for problem in found.problems)
         raise PatchError(f"patch: {found.system} cannot be served; nothing was patched:{lines}")
     _as_before(found, numeric, backend)
-    reports = {path: _prepared(found, path, numeric, strict, backend) for path in found.modules}
+    reports = {path: _prepared(found, path, numeric, strict, backend, graphs) for path in found.modules}
     report = _merged(found, reports, numeric, backend)
     _propose(report, predictor)
     for one in reports.values():
@@ -88,7 +99,9 @@ def _patch(obj: Any, numeric: Mode, strict: bool, backend: str | None, predictor
     for override in found.overrides.values():
         methods = Methods.of(override.holder)
         if override.name not in methods:  # one that copy.copy took from another is not there
-            again = functools.partial(patch, mode=numeric.name, strict=strict, backend=backend, predictor=predictor)
+            again = functools.partial(
+                patch, mode=numeric.name, strict=strict, backend=backend, predictor=predictor, graphs=graphs
+            )
             methods.put(Method(override.holder, override.name, override.function, numeric, strict, backend, report, again))
     return report
 
@@ -146,9 +159,9 @@ def _as_before(found: Resolved, mode: Mode, backend: str | None) -> None:
             )
 
 
-def _prepared(found: Resolved, path: str, mode: Mode, strict: bool, backend: str | None) -> Report:
+def _prepared(found: Resolved, path: str, mode: Mode, strict: bool, backend: str | None, graphs: bool) -> Report:
     try:
-        return walk.prepare(found.modules[path], mode, strict, backend=backend)
+        return walk.prepare(found.modules[path], mode, strict, backend=backend, graphs=graphs)
     except PatchError as error:
         raise PatchError(f"patch: {found.system}, {path}: {str(error).removeprefix('patch: ')}") from None
 

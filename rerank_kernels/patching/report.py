@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from rerank_kernels.models.bound import Forward
+from rerank_kernels.models.bound import Forward, name_of
+from rerank_kernels.models.registry import ENCODERS
+from rerank_kernels.models.replay import said
 
 
 @dataclass
@@ -43,6 +45,10 @@ class Report:
             for place, share in forward.activity.shares().items()
         }
 
+    def graphs(self) -> dict[str, str]:
+        """Path of a model -> what was captured of its forward as CUDA graphs so far, and why calls ran without."""
+        return {path: said(forward) for path, forward in self.forwards.items() if name_of(forward.module) in ENCODERS}
+
     def __str__(self) -> str:
         kinds = {"replaced": self.replaced, "exact": self.exact, "unknown": self.unknown}
         counts = {kind: Counter(what.split(" ")[0] for what in paths.values()) for kind, paths in kinds.items()}
@@ -55,6 +61,10 @@ class Report:
         lines += [f"unknown: {path or '(the model)'}: {what}" for path, what in self.unknown.items()]
         lines += [f"override: {path}: {why}" for path, why in self.overrides.items()]
         lines += [f"note: {note}" for note in self.notes]
+        graphs = self.graphs()
+        alike = len(set(graphs.values())) == 1
+        named = {"" if alike else f"{path or '(the model)'}: ": what for path, what in graphs.items()}
+        lines += [f"graphs: {name}{what}" for name, what in named.items()]
         calls = [f"{path or '(the model)'} {n}" for path, n in self.calls().items()]
         lines.append("calls: " + ", ".join(calls[:8]) + (f" and {len(calls) - 8} more" if len(calls) > 8 else ""))
         if active := self.active():

@@ -30,13 +30,15 @@ from rerank_kernels.ops.attention import MOST_IN_A_HEAD
 from rerank_kernels.patching.report import Report
 
 
-def patch(model: nn.Module, mode: str | Mode = PORTABLE, strict: bool = True, *, backend: str | None = None) -> Report:
+def patch(
+    model: nn.Module, mode: str | Mode = PORTABLE, strict: bool = True, *, backend: str | None = None, graphs: bool = True
+) -> Report:
     """patch of patch.py, which says what is promised, for a model of PyTorch or transformers with nothing around it."""
     for cls in type(model).__mro__:
         if cls.__name__ in HOLDERS:
             raise PatchError(f"model is a {cls.__name__}, a wrapper around the model to take; pass {HOLDERS[cls.__name__]}")
     with CHANGING:
-        report = prepare(model, mode, strict, backend=backend)
+        report = prepare(model, mode, strict, backend=backend, graphs=graphs)
         bind(report)
     return report
 
@@ -50,7 +52,9 @@ def bind(report: Report) -> None:
         held["forward"] = forward
 
 
-def prepare(model: nn.Module, mode: str | Mode = PORTABLE, strict: bool = True, *, backend: str | None = None) -> Report:
+def prepare(
+    model: nn.Module, mode: str | Mode = PORTABLE, strict: bool = True, *, backend: str | None = None, graphs: bool = True
+) -> Report:
     """What patch would do, with the forwards that bind() puts in place, and patch's errors; changes nothing."""
     if not isinstance(model, nn.Module):
         inside = isinstance(getattr(model, "model", None), nn.Module)
@@ -61,12 +65,12 @@ def prepare(model: nn.Module, mode: str | Mode = PORTABLE, strict: bool = True, 
     for cls in type(model).__mro__:
         if cls.__name__ in WRAPPERS:
             raise PatchError(f"patch: model is a {cls.__name__}, a wrapper around the model to patch; {WRAPPERS[cls.__name__]}")
-    _as_before(model, mode, backend)
+    _as_before(model, mode, backend, graphs)
     if backend is not None:
         registry.get(backend, f"patch(model, backend={backend!r})")
     if mode != PORTABLE:
         _can_ever_serve(model, mode, backend)
-    report, causes = _replacements(model, mode, backend)
+    report, causes = _replacements(model, mode, backend, graphs)
     if strict and report.unknown:
         architectures = ", ".join(PREFIXES)
         leaves = ", ".join(dict.fromkeys(name.rsplit(".", 1)[1] for name in LEAVES))
@@ -81,7 +85,7 @@ def prepare(model: nn.Module, mode: str | Mode = PORTABLE, strict: bool = True, 
 
 def unknown(model: nn.Module) -> dict[str, str]:
     """The modules of `model` that cannot be served, path -> why."""
-    return _replacements(model, PORTABLE, None)[0].unknown
+    return _replacements(model, PORTABLE, None, True)[0].unknown
 
 
 def unpatch(model: nn.Module) -> None:
@@ -103,10 +107,11 @@ def unpatch(model: nn.Module) -> None:
                 forward = value.forward if isinstance(value, Refusal) else value
                 if forward.module is module:  # a shallow copy holds another's
                     forward.undone = True
+                    forward.graphs.forget()  # a report may hold the forward
                 held.pop(name, None)
 
 
-def _as_before(model: nn.Module, mode: Mode, backend: str | None) -> None:
+def _as_before(model: nn.Module, mode: Mode, backend: str | None, graphs: bool) -> None:
     """Two forwards of one model in two modes would give bits of neither mode."""
     for path, module in model.named_modules():
         forward = forward_of(module)
@@ -116,6 +121,11 @@ def _as_before(model: nn.Module, mode: Mode, backend: str | None) -> None:
             raise PatchError(
                 f"patch: {path or 'the model'} ({class_of(module)}) is patched already, in {was}, and {asked} was asked for; "
                 "call rk.unpatch(model) first"
+            )
+        if forward is not None and name_of(module) in ENCODERS and forward.wants_graphs != graphs:
+            raise PatchError(
+                f"patch: {path or 'the model'} ({class_of(module)}) is patched already, with graphs={forward.wants_graphs}, "
+                f"and graphs={graphs} was asked for; call rk.unpatch(model) first"
             )
 
 
@@ -153,7 +163,7 @@ def _why(unknown: dict[str, str], causes: dict[str, str]) -> str:
     return "".join(f"\n  {what}{many[what]}{paths[0]}" for what, paths in alike.items())
 
 
-def _replacements(model: nn.Module, mode: Mode, backend: str | None) -> tuple[Report, dict[str, str]]:
+def _replacements(model: nn.Module, mode: Mode, backend: str | None, graphs: bool) -> tuple[Report, dict[str, str]]:
     """The report, and of its unknown modules those that are the cause, as path -> reason."""
     modules = dict(model.named_modules())
     problems = {path: why for path, m in modules.items() if (why := _problem(m)) is not None}
@@ -189,7 +199,7 @@ def _replacements(model: nn.Module, mode: Mode, backend: str | None) -> tuple[Re
         else:
             report.unknown[path] = f"{cls} (served only inside its whole model)"
         if forward is not None:
-            report.forwards[path] = forward_of(m) or Forward(m, forward, mode, backend)
+            report.forwards[path] = forward_of(m) or Forward(m, forward, mode, backend, graphs)
     return report, problems
 
 

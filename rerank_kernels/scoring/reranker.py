@@ -76,6 +76,7 @@ class Reranker:
     mode: "portable" or, for a half-precision model on a GPU, "tensor" (rk.patch says what they promise). Default: that of a
     model that is patched already, else "portable".
     backend: the one that serves this model, as in rk.patch.
+    graphs: CUDA graphs on a GPU, as in rk.patch. Default: that of a model that is patched already, else True.
     kind: "cross-encoder" or "embedding". Default: what the folder or the model's architecture says. An embedding model pools
     as its sentence-transformers files say (rk.pool names the modes), by the mean if there are none. Every other setting of
     these files is served too, or refused by name (docs/SYSTEMS.md).
@@ -99,12 +100,14 @@ class Reranker:
         kind: str | None = None,
         mode: str | None = None,
         backend: str | None = None,
+        graphs: bool | None = None,
         template: str | templates.Template | None = None,
         instruction: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         check.choice("Reranker", "kind", kind, (None, *settings.KINDS))
         check.choice("Reranker", "dtype", dtype, (None, *check.FLOATS))
+        check.choice("Reranker", "graphs", graphs, (None, True, False))
         check.choice("Reranker", "trust_remote_code", trust_remote_code, (False, True))
         found: settings.Settings | None = None
         self.model: Any
@@ -141,7 +144,8 @@ class Reranker:
         before = forward_of(self.model)
         if before is not None:
             mode, backend = mode or before.mode.name, backend or before.backend
-        self.report = walk.patch(self.model.eval(), mode or "portable", backend=backend)
+            graphs = before.wants_graphs if graphs is None else graphs
+        self.report = walk.patch(self.model.eval(), mode or "portable", backend=backend, graphs=graphs is not False)
         self.tokenizer = tokenizer
         self.settings = found or settings.Settings(self.kind, None)
         self.pooling, self.normalise = self.settings.pooling, self.settings.normalise
@@ -261,16 +265,16 @@ class Reranker:
         tokenising.in_vocabulary(ids, int(config.vocab_size), "ids of the tokenizer", "vocab_size")
         if types is not None and hasattr(config, "type_vocab_size"):
             tokenising.in_vocabulary(types, int(config.type_vocab_size), "token types of the tokenizer", "type_vocab_size")
-        device = self._device
         rows: list[Array | None] = [None] * n
         show = n > PROGRESS_FROM and sys.stderr.isatty() if progress is None else progress
         with _bar(n, show) as advance:
             for batch in self._passes(ids, None if types is not None or second is None else first, count):
-                cu = torch.tensor([0, *np.cumsum([len(own) for own in batch.sequences])], dtype=torch.int32, device=device)
-                flat = torch.from_numpy(np.concatenate(batch.sequences)).long().to(device)
+                # all on the host, where what is asked of them is known without waiting for a device
+                cu = torch.tensor([0, *np.cumsum([len(own) for own in batch.sequences])], dtype=torch.int32, device="cpu")
+                flat = torch.from_numpy(np.concatenate(batch.sequences)).long()
                 kind = None
                 if types is not None:
-                    kind = torch.from_numpy(np.concatenate([types[i] for i in batch.items])).long().to(device)
+                    kind = torch.from_numpy(np.concatenate([types[i] for i in batch.items])).long()
                 found = run(flat, cu, kind, batch.before).cpu().numpy()
                 for i, end in zip(batch.items, batch.ends, strict=True):
                     rows[i] = found[end]

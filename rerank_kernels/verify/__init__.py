@@ -82,7 +82,7 @@ def verify(
         if was is not None and was.mode.name != mode:
             walk.unpatch(model)
         # also for stock: what is not served is an error either way, and max_tokens asks a served model
-        walk.patch(model, mode, backend=served_by)
+        walk.patch(model, mode, backend=served_by, graphs=was is None or was.wants_graphs)
         if stock:
             walk.unpatch(model)
         large = sum(p.numel() for n, p in model.named_parameters() if "embeddings" not in n) >= LARGE
@@ -104,7 +104,7 @@ def verify(
         if was is None or forward_of(model) is not was:
             walk.unpatch(model)
         if was is not None:
-            walk.patch(model, was.mode, backend=was.backend)
+            walk.patch(model, was.mode, backend=was.backend, graphs=was.wants_graphs)
         model.train(training)
 
 

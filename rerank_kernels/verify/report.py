@@ -14,6 +14,8 @@ from rich.console import Console
 from torch import nn
 
 from rerank_kernels.backend import registry
+from rerank_kernels.backend.modes import MODES
+from rerank_kernels.backend.native import proven
 from rerank_kernels.errors import BackendError
 from rerank_kernels.tables import Column, Table
 from rerank_kernels.verify.controls import Control
@@ -145,12 +147,15 @@ def environment(setting: Setting | None = None) -> dict[str, Any]:
     try:
         setting = setting or Setting(torch.device("cpu"), "portable", registry.active("cpu"))
         out["backend"], out["promises"], out["mode"] = setting.backend.name, list(setting.promises), setting.mode
+        out["numerics"] = MODES[setting.mode].version
         if setting.device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(setting.device)
             out["gpu"] = f"{torch.cuda.get_device_name(setting.device)}, sm_{major}{minor}"
     except BackendError as error:
         out["backend"], out["promises"] = f"none: {error}", []
     out["isa"] = isa() or "-"
+    if not (said := proven.said()).startswith("off"):
+        out["cublaslt"] = said
     if registry.missing("cpu") is None:
         out["build"] = str(torch.ops.rerank_kernels.build_info())
     return out

@@ -17,7 +17,9 @@ import torch
 
 import cases
 import conftest
+import contract
 import invariants
+import rerank_kernels as rk
 from conftest import ran
 from invariants import all_same
 from prefill import keys_in_a_cache
@@ -63,7 +65,15 @@ class Mutant:
         return f"portable/{cases.OPS[cases.get(self.case).op]}"
 
 
+def exp_inside_softmax(falls: list[float]) -> None:
+    """Rows of a 0 and a number below it: exp of both, and the first digits of exp of the second."""
+    x = torch.tensor(falls)
+    e = torch.from_numpy(contract.exp(x.numpy()))
+    all_same((rk.softmax(torch.stack([torch.zeros_like(x), x], 1)),), (torch.stack([1 / (1 + e), e / (1 + e)], 1),), "exp")
+
+
 DIFFER = r"values differ"
+TWO_PRODUCTS = "p * float_of_bits(int((unsigned(bits_of_float(t)) << 23) + (unsigned(SHIFT + 127) << 23))) * BACK;"
 MUTANTS = [
     Mutant(
         "a barrier dropped: a tile is read before all of it is there",
@@ -104,12 +114,66 @@ MUTANTS = [
         DIFFER,
     ),
     Mutant(
+        "a large tile's barrier dropped: factors are read before they are there",
+        Edit(
+            "portable/gemm_large.cuh",
+            "__syncthreads();  // the next stage is there for all, and all are through with this one",
+            "",
+        ),
+        "linear-768x96-gelu-residual",
+        "RACE|race",
+        force=("linear", 0),
+    ),
+    Mutant(
+        "a large tile's k in another order",
+        Edit("portable/gemm_large.cuh", "(place() + a * 8 + e) * PITCH", "(place() + a * 8 + (e ^ 1)) * PITCH"),
+        "linear-768x96-gelu-residual",
+        DIFFER,
+        force=("linear", 0),
+    ),
+    Mutant(
+        "a large tile's k past the end are not zeros",
+        Edit("portable/gemm_large.cuh", "if (e >= there) continue;", "if (e > there) continue;"),
+        "linear-513x17-gelu",
+        f"{DIFFER}|out of bounds|out-of-bounds|outside",
+        force=("linear", 0),
+    ),
+    Mutant(
+        "a large tile's totals forget a chunk",
+        Edit("portable/gemm_large.cuh", "const bool first = stage == 0;", "const bool first = stage < 2 * CHUNK / T::BK;"),
+        "linear-1536x24-float32",
+        DIFFER,
+        force=("linear", 0),
+    ),
+    Mutant(
+        "chunk sums added from the last to the first",
+        Edit("portable/linear.cu", "(chunk * rows + m) * g.N + n;", "((setup.chunks - 1 - chunk) * rows + m) * g.N + n;"),
+        "linear-1536x24-float32",
+        DIFFER,
+        force=("linear", 1),
+    ),
+    Mutant(
+        "2^n as a sum of exponents: a NaN becomes a number",
+        Edit("../numerics.h", TWO_PRODUCTS, "float_of_bits(bits_of_float(p) + int(unsigned(bits_of_float(t)) << 23));"),
+        "softmax-100",
+        DIFFER,
+        lambda case, dtype: exp_inside_softmax([float("nan")]),
+    ),
+    Mutant(
+        "2^n in one product: nothing is left below 2^-126",
+        Edit("../numerics.h", TWO_PRODUCTS, "p * float_of_bits(int((unsigned(bits_of_float(t)) << 23) + (127u << 23)));"),
+        "softmax-100",
+        DIFFER,
+        lambda case, dtype: exp_inside_softmax([-87.5, -88.0, -90.0, -103.0]),
+    ),
+    Mutant(
         "chunk sums added by atomics: the order of the blocks is in the bits",
         Edit(
             "portable/linear.cu",
-            "            if (setup.four) store_four(to, y[0]);\n            else\n",
-            "            if (c + 3 < columns) for (int e = 0; e < 4; ++e) atomicAdd(to - chunk * g.M * g.N + e, y[0].v[e]);\n"
-            "            else\n",
+            "    if (setup.four) store_four(to, y[0]);\n    else\n",
+            "    if (c + 3 < part.columns)\n"
+            "        for (int e = 0; e < 4; ++e) atomicAdd(to - part.chunk * g.M * g.N + e, y[0].v[e]);\n"
+            "    else\n",
         ),
         "linear-1536x24-float32",
         DIFFER,
@@ -118,7 +182,11 @@ MUTANTS = [
     ),
     Mutant(
         "two blocks write one place",
-        Edit("portable/linear.cu", "(chunk * setup.batches * g.M + first + r) * g.N + n0 + c;", "(first + r) * g.N + n0 + c;"),
+        Edit(
+            "portable/linear.cu",
+            "(part.chunk * setup.batches * g.M + part.m + r) * g.N + part.n + c;",
+            "(part.m + r) * g.N + part.n + c;",
+        ),
         "linear-1536x24-float32",
         "RACE|race",
         force=("linear", 7),

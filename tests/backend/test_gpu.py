@@ -6,12 +6,14 @@ real sizes, streams, graphs, a second process, and compute-sanitizer where it is
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +28,9 @@ from gpu import on
 from invariants import all_same, same
 from rerank_kernels.backend import registry
 from rerank_kernels.backend.registry import OPS
+from rerank_kernels.graphs import buckets
+from rerank_kernels.models.registry import packed_answers
+from rerank_kernels.models.replay import said
 
 pytestmark = pytest.mark.gpu
 FAMILIES = sorted(set(OPS.values()))
@@ -145,6 +150,86 @@ def test_in_a_graph(family: str) -> None:
         with registry.use("cpu"):
             want = case.call({n: t.cpu() for n, t in rows.items()}, {n: t.cpu() for n, t in shared.items()})
         all_same(tuple(t.cpu() for t in got), want, f"{case}, replayed")
+
+
+def replays(model: Any) -> int:
+    told = said(model.forward)
+    assert "refused" not in told and "no memory" not in told, told
+    return int(model.forward.graphs.replays)
+
+
+@pytest.mark.parametrize("mode", ["portable", "tensor"])
+@pytest.mark.parametrize("served_by", SERVED_BY)
+def test_graphs_at_the_edges_of_buckets(served_by: str, mode: str) -> None:
+    """A captured forward has the bits of one that was not, whatever an earlier call left in the memory that graphs share."""
+    model = models.tiny("xlm-roberta", torch.float16, max_position_embeddings=600).cuda()
+    other = copy.deepcopy(model)
+    rk.patch(model, mode=mode, backend=served_by)
+    rk.patch(other, mode=mode, backend=served_by, graphs=False)
+    edges = [n for edge in buckets.TOKENS[:8] for n in (edge - 1, edge, edge + 1)]
+    calls = [[n // k + (i < n % k) for i in range(k)] for n in edges for k in (-(-n // 590), 7, 8, 9, 33)]
+    calls += [[0, 5], [5, 0, 9], [512] * 16, [512] * 17]
+    large = {n: t.cuda() for n, t in models.padded(models.rows((500,) * 16, 9), 1).items()}
+    with torch.inference_mode():
+        model(**large)
+        for i, lengths in enumerate(calls):
+            model(**large)
+            batch = {n: t.cuda() for n, t in models.padded(models.rows(lengths, i), 1, left=i % 2 == 1).items()}
+            same(
+                model(**batch).logits.cpu(),
+                other(**batch).logits.cpu(),
+                f"logits of {len(lengths)} sequences, {served_by}, {mode}",
+            )
+    assert replays(model) == 2 * len(calls) - 1  # all but 17 sequences of 512
+
+
+@pytest.mark.parametrize("served_by", SERVED_BY)
+def test_graphs_in_two_threads_on_two_streams(served_by: str) -> None:
+    model = models.tiny("bert").cuda()
+    other = copy.deepcopy(model)
+    rk.patch(model, backend=served_by)
+    rk.patch(other, backend=served_by, graphs=False)
+    batches = [{n: t.cuda() for n, t in models.padded(models.rows((i % 50 + 1, i % 90 + 1), i), 0).items()} for i in range(200)]
+    want = [other(**b).logits.cpu() for b in batches]
+    model(**batches[0])
+    torch.cuda.synchronize()
+
+    def run(half: int) -> list[torch.Tensor]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return [model(**b).logits.cpu() for b in batches[half::2]]
+
+    with ThreadPoolExecutor(2) as pool:
+        for half, found in enumerate(pool.map(run, range(2))):
+            for got, right in zip(found, want[half::2], strict=True):
+                same(got, right, "logits in two threads, on two streams")
+    assert replays(model) == len(batches)
+
+
+def test_graphs_of_a_model_that_moves() -> None:
+    model = models.tiny("bert").cuda()
+    rk.patch(model)
+    ids = models.padded(models.rows((20, 3)), 0)
+    for change in (lambda m: m, lambda m: m.half(), lambda m: m.cpu().cuda(), lambda m: m.float()):
+        change(model)
+        other = copy.deepcopy(model).cpu()
+        batch = {n: t.cuda() for n, t in ids.items()}
+        for _ in range(3):
+            same(model(**batch).logits.cpu(), other(**ids).logits, "logits after a move")
+    assert replays(model) >= 4
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+def test_graphs_of_decoders(kind: str) -> None:
+    model = models.decoder(kind).cuda()
+    other = copy.deepcopy(model)
+    rk.patch(model)
+    rk.patch(other, graphs=False)
+    for lengths in ((9,), (64,), (30, 1, 40), (100, 100)):
+        ids, cu = torch.cat(models.rows(lengths)), torch.tensor([0, *lengths]).cumsum(0).int()
+        for _ in range(2):
+            found, want = (packed_answers(m, ids.cuda(), cu.cuda(), 7, 11).logit.cpu() for m in (model, other))
+            same(found, want, f"log-odds of {kind}, {lengths}")
+    assert replays(model) == 7
 
 
 def test_in_two_processes() -> None:

@@ -154,11 +154,22 @@ def within(case: Case, rows: Tensors, shared: Tensors, got: Tensor) -> None:
 
 # whose choice it is: bmm and the product that decides in sparse_ffn are linear's
 LAUNCHER = {"linear": "linear_tensor", "bmm": "linear_tensor", "sparse_ffn": "linear_tensor", "attention": "attention_tensor"}
+HOPPER = {
+    "linear_tensor": "linear_hopper_tensor",
+    "attention_tensor": "attention_hopper_tensor",
+}  # who serves in its place on compute capability 9.0; see csrc/cuda/kernels.h
 
 
 def launchers() -> dict[str, int]:
     """The CUDA launchers with several ways, and how many."""
     return {name: int(count) for name, count in (entry.split() for entry in torch.ops.rerank_kernels.launchers().split(", "))}
+
+
+def ways_here(op: str) -> list[tuple[str, int]]:
+    """Every way of every CUDA launcher that can serve the op on this GPU."""
+    name = LAUNCHER[op]
+    names = [name, HOPPER[name]] if name in HOPPER and torch.cuda.get_device_capability() == (9, 0) else [name]
+    return [(n, way) for n in names for way in range(launchers()[n])]
 
 
 def of_triton(op: str) -> Any:
@@ -168,7 +179,7 @@ def of_triton(op: str) -> Any:
 
 def ways(served: str, case: Case) -> int:
     if served == "cuda":
-        return launchers()[LAUNCHER[case.op]]
+        return len(ways_here(case.op))
     arch = int("{}{}".format(*torch.cuda.get_device_capability()))
     shape = (case.rows["q"][1],) if case.op == "attention" else ()
     return len(of_triton(case.op).tensor_tiles(*shape, arch))
@@ -181,19 +192,20 @@ def forced(served: str, op: str, way: int) -> Iterator[None]:
     if module:
         module.force = way
     else:
-        torch.ops.rerank_kernels.force_launch(LAUNCHER[op], way)
+        name, way = ways_here(op)[way]
+        torch.ops.rerank_kernels.force_launch(name, way)
     try:
         yield
     finally:
         if module:
             module.force = None
         else:
-            torch.ops.rerank_kernels.force_launch(LAUNCHER[op], -1)
+            torch.ops.rerank_kernels.force_launch(name, -1)
 
 
 def test_the_launchers_with_several_ways_are_known(served: str) -> None:
     if served == "cuda":
-        assert {name for name in launchers() if name.endswith("_tensor")} == set(LAUNCHER.values())
+        assert {name for name in launchers() if name.endswith("_tensor")} == {*LAUNCHER.values(), *HOPPER.values()}
 
 
 @pytest.mark.parametrize("any_case", [*CASES, *REAL], ids=str)
@@ -269,6 +281,17 @@ def test_in_two_processes(served: str) -> None:
     there = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     hashes = [subprocess.run(command, env=there, capture_output=True, text=True, check=True).stdout for _ in range(2)]
     assert hashes[0] == hashes[1] and hashes[0].count("\n") == len(CASES)
+
+
+def test_cuda_and_triton_give_the_same_bits(case: OnGpu, dtype: torch.dtype) -> None:
+    """On one arithmetic class: mma.sync on one side, wgmma on the other where it is a Hopper."""
+    if reason := missing() or registry.missing("cuda") or registry.missing("triton"):
+        pytest.skip(reason)
+    rows, shared, out = case.make_rows(dtype), case.make_shared(dtype), []
+    for name in ("cuda", "triton"):
+        with registry.use(name):
+            out.append(case.call(rows, shared))
+    all_same(out[1], out[0], f"{case}, triton against cuda")
 
 
 # ---- facts about this chip, which nothing rests on

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import mpmath
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+import contract
 import rerank_kernels as rk
+from tools import fit
 
 _host = pytest.importorskip("rerank_kernels._host", reason="the C++ library was not built")
 ISAS = [name for name, there in _host.cpu_features().items() if there]
@@ -163,6 +166,44 @@ def test_portable_elementwise_bits(name: str) -> None:
         assert np.array_equal(shifted.view(np.uint32), got[5:].view(np.uint32)), "a value's bits depend on its place"
 
 
+def exp_of_all(exp: Callable[[np.ndarray], np.ndarray]) -> None:
+    """An exp against the four steps of NUMERICS.md: every 9,973rd float of [-128, -0] and of [0, 89], and a NaN."""
+    for first, last in ((0x80000000, 0xC3000000), (0, 0x42B20000)):
+        x = np.append(np.arange(first, last, 9973, dtype=np.uint64).astype(np.uint32).view(np.float32), np.float32(np.nan))
+        got, want = exp(x), contract.exp(x)
+        same = (got.view(np.uint32) == want.view(np.uint32)) | (np.isnan(got) & np.isnan(want))
+        assert same.all(), f"exp({x[~same][0]!r}) = {got[~same][0]!r}, want {want[~same][0]!r}"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_exp_is_the_four_steps(isa: str) -> None:
+    exp_of_all(lambda x: _host.elementwise("exp", x, isa))
+
+
+def test_exp_of_the_contract_is_held_to_account() -> None:
+    """Other ways to multiply by 2^n, which are as short and not the same."""
+
+    def with_the_last_step(scaled: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+        def exp(x: np.ndarray) -> np.ndarray:
+            n = np.round(np.clip(x, -128, 89).astype(np.float64) / math.log(2))  # of NaN: NaN
+            power = np.nan_to_num(n).astype(np.int32)
+            with np.errstate(all="ignore"):
+                return scaled((contract.exp(x - np.float32(0)).astype(np.float64) / np.exp2(n)).astype(np.float32), power)
+
+        return exp
+
+    def sum_of_exponents(p: np.ndarray, n: np.ndarray) -> np.ndarray:  # wraps below 2^-126, and makes a number of a NaN
+        return (p.view(np.int32) + (n << 23)).view(np.float32)
+
+    def flushed(p: np.ndarray, n: np.ndarray) -> np.ndarray:
+        y = np.ldexp(p, n)
+        return np.where(np.abs(y) < 2.0**-126, np.float32(0), y)
+
+    for mutant in (sum_of_exponents, flushed):
+        with pytest.raises(AssertionError, match=r"exp\(.* want"):
+            exp_of_all(with_the_last_step(mutant))
+
+
 def test_exact_points() -> None:
     def f(name: str, *values: float) -> list[float]:
         return _host.elementwise(name, np.array(values, dtype=np.float32), ISAS[0]).tolist()
@@ -173,6 +214,55 @@ def test_exact_points() -> None:
     assert f("tanh", math.inf, -math.inf, 0.0) == [1.0, -1.0, 0.0]
     assert f("normcdf", 0.0, math.inf, -math.inf) == [0.5, 1.0, 0.0]
     assert all(math.isnan(v) for name in BOUNDS for v in f(name, math.nan))
+
+
+def test_exp2_short() -> None:
+    """The bound of NUMERICS.md, and the contract's bits."""
+    d = np.concatenate([np.linspace(-800, 0, 400_001, dtype=np.float32), -np.logspace(-30, 3, 40_001, dtype=np.float32)])
+    for scale in (0.125, 1.0, 0.08838834764831845, 1e-9, 1e9):
+        c, least, scaled = _host.weighing(scale, 0.0)
+        assert not scaled
+        x = (d * (0.18 / c)).astype(np.float32)
+        got, want = _host.exp2_short(x, c, least), np.exp2(x.astype(np.float64) * c)
+        normal = want >= 2.0**-126
+        assert float((np.abs(got - want)[normal] / want[normal]).max()) < 2.9e-6
+        assert float(np.abs(got - want).max()) < 2.9e-6 and (got >= 0).all() and (got[~normal] < 2.0**-125.9).all()
+        stated = contract.exp2_short(x, np.float32(c), np.float32(least))
+        assert np.array_equal(got.view(np.uint32), stated.view(np.uint32))
+    assert "below 2.9e-6" in (ROOT / "NUMERICS.md").read_text()
+
+
+def test_gelu_short() -> None:
+    """The bound of NUMERICS.md in units of float16 and bfloat16, the contract's bits, and what is no number."""
+    x = np.concatenate([sweep(), np.linspace(-13.5, 13.5, 400_001, dtype=np.float32)])
+    got, want = _host.gelu_short(x), truth("gelu", x)
+    finite, tiny = np.isfinite(x), np.abs(want) < 2.0**-126 * np.maximum(np.abs(x), 1.0)
+    error = np.abs(got.astype(np.float64) - want)
+    assert float(error[finite & tiny].max()) < 2.0**-126
+    for bits, least, stated in ((11, -24, 0.07), (8, -133, 0.01)):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ulp = np.exp2(np.maximum(np.floor(np.log2(np.abs(want))) - (bits - 1), least))
+        assert float((error / ulp)[finite & ~tiny].max()) < stated
+        assert (
+            f"below {stated:g} ulp of float16" in (text := (ROOT / "NUMERICS.md").read_text())
+            or f"{stated:g} ulp of bf" in text
+        )
+    stated_bits = contract.gelu_short(x)
+    assert ((got.view(np.uint32) == stated_bits.view(np.uint32)) | (np.isnan(got) & np.isnan(stated_bits))).all()
+    ends = _host.gelu_short(np.array([math.inf, -math.inf, math.nan, -0.0, 1e30, -1e30], np.float32))
+    assert ends[0] == math.inf and np.isnan(ends[1:3]).all() and ends[4] == np.float32(1e30)
+    assert ends[[3, 5]].tolist() == [0.0, 0.0] and np.signbit(ends[[3, 5]]).all()
+
+
+def test_the_short_forms_are_what_fit_gives(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every coefficient that tools/fit.py finds stands in numerics.h and in its Triton twin."""
+    fit.main()
+    said = capsys.readouterr().out
+    found = re.findall(r"x\^\d: (-?0x\S+)f", said[said.index("exp2_short") :])
+    assert len(found) == 10
+    for path in ("csrc/numerics.h", "rerank_kernels/backend/triton/numerics.py"):
+        held = {float.fromhex(h) for h in re.findall(r"-?0x1\.[0-9a-f]*p[+-]?\d+", (ROOT / path).read_text())}
+        assert {float.fromhex(h) for h in found} <= held, path
 
 
 def test_sigmoid_complement_stays_distinct() -> None:

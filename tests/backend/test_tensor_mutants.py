@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import pytest
 import test_cuda
+import test_tensor_contract
 import torch
 
 import cases
@@ -54,6 +55,10 @@ def every_way(case: Case, dtype: torch.dtype) -> None:
     for way in range(simulated.launchers()["linear_tensor"]):
         with simulated.forced("linear_tensor", way):
             all_same(case.call(rows, shared), want, f"{case}, way {way}")
+
+
+def stated_gelu(case: Case, dtype: torch.dtype) -> None:
+    test_tensor_contract.gelu_as_stated("cuda", dtype)
 
 
 @dataclass(frozen=True)
@@ -149,9 +154,9 @@ MUTANTS = [
         "the sum is rounded to half precision before the bias",
         Edit(
             "sm80/linear.cu",
-            "            finish(g, setup.eight, first + r, n0 + c, y);",
+            "            finish<Digits::OF_RESULT>(g, setup.eight, first + r, n0 + c, y);",
             "            for (int e = 0; e < 8; ++e) y[e / 4].v[e % 4] = widen(narrow<Half>(y[e / 4].v[e % 4]));\n"
-            "            finish(g, setup.eight, first + r, n0 + c, y);",
+            "            finish<Digits::OF_RESULT>(g, setup.eight, first + r, n0 + c, y);",
         ),
         "linear-1536x24-float32",
         invariants.right,
@@ -181,6 +186,13 @@ MUTANTS = [
         "linear-768x96-gelu-residual",
         invariants.right,
         "beyond the bound",
+    ),
+    Mutant(
+        "gelu has its long form for a half result too",
+        Edit("epilogue.cuh", "return each(x, gelu_short);", "return each(x, gelu_of<float>);"),
+        "linear-513x17-gelu",
+        stated_gelu,
+        DIFFER,
     ),
     Mutant(
         "every product of bmm takes the first one's second operand",

@@ -125,11 +125,7 @@ def test_decode_and_chunks_have_the_bits_of_the_prefill() -> None:
 
 @in_dtypes
 def test_element_functions_over_all_exponents(dtype: torch.dtype) -> None:
-    """Subnormals, infinities and NaN included: every 65,521st float32, and every half."""
-    if dtype == torch.float32:
-        x = torch.arange(-(2**31), 2**31, 65521).to(torch.int32).view(torch.float32)
-    else:
-        x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    x = cases.every_exponent(dtype)
     for kind in cases.ACTIVATIONS:
         for arch in (80, 90):
             with registry.use("cpu"):
@@ -537,9 +533,8 @@ TENSOR_MUTANTS: dict[str, tuple[Edit, str, dict[str, Any], Callable[[Case, torch
     "a sequence alone goes over its keys backwards": (
         Edit(
             "attention.py",
-            "for key in tl.range(whole, whole_end, KEY_TILE):",
-            "for at in tl.range(whole, whole_end, KEY_TILE):\n"
-            "        key = tl.where(B == 1, whole_end - KEY_TILE - at + whole, at)",
+            "for key in tl.range(whole, whole_end, KEYS):",
+            "for at in tl.range(whole, whole_end, KEYS):\n        key = tl.where(B == 1, whole_end - KEYS - at + whole, at)",
         ),
         "attention-D16-H2of1-T600-causal=True",
         {"mma": 2},

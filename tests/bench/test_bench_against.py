@@ -14,7 +14,7 @@ from rich.console import Console
 import rerank_kernels as rk
 from bench import run
 from bench.harness import against
-from bench.harness.turns import Pace
+from bench.harness.turns import Missing, Pace
 
 NOISE = [0.0, 0.09, -0.08, 0.03, -0.02, 0.07, -0.09, 0.01, -0.05, 0.06, -0.03, 0.02, -0.07, 0.05, 0.08]
 
@@ -22,14 +22,16 @@ NOISE = [0.0, 0.09, -0.08, 0.03, -0.02, 0.07, -0.09, 0.01, -0.05, 0.06, -0.03, 0
 class Fake:
     """A revision whose every call takes so many seconds, give or take a tenth: the machine is a shared one."""
 
+    tree = Path("tree")
+
     def __init__(self, noise: int, **seconds: float) -> None:
         self.name, self.all, self.noise = f"{noise}", seconds, noise
 
-    def ask(self, function: str, case: str) -> dict[str, Any]:
+    def ask(self, function: Any, case: str, who: str, tree: str) -> str:
         if case not in self.all:
-            return {"error": "ValueError: no such op"}
+            raise Missing("failed: ValueError: no such op")
         self.seconds = self.all[case]
-        return {"bits": self.name if case == "changed" else "same"}
+        return self.name if case == "changed" else "same"
 
     def turn(self, calls: int) -> float:
         self.noise += 1
@@ -37,7 +39,8 @@ class Fake:
 
 
 def compared(this: Fake, other: Fake) -> dict[str, dict[str, Any]]:
-    return {r["case"]: r for r in against.compare(list(this.all), this, other, Pace(0.1, 15, 2.0))}
+    sides = {"this": lambda: this, "REV": lambda: other}
+    return {r["case"]: r for r in against.compare([(case, "") for case in this.all], sides, Pace(0.1, 15, 2.0))}
 
 
 def test_a_slowed_kernel_shows_up(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,9 +79,9 @@ def test_a_busy_moment_is_no_verdict() -> None:
     class Once(Fake):
         made = 0
 
-        def ask(self, function: str, case: str) -> dict[str, Any]:
+        def ask(self, *question: Any) -> str:
             self.made += 1
-            return super().ask(function, case)
+            return super().ask(*question)
 
         def turn(self, calls: int) -> float:
             return super().turn(calls) * (2.0 if self.made == 1 else 1.0)
@@ -112,10 +115,13 @@ def repository(tmp_path: Path) -> Path:
     ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(words)
-    git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a"]):
-        subprocess.run([*git, *words], check=True)
+    commit(root, ["init", "-q"])
     return root
+
+
+def commit(root: Path, *before: list[str]) -> None:
+    for words in (*before, ["add", "-A"], ["commit", "-qm", "a"]):
+        subprocess.run(["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True)
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
@@ -135,6 +141,22 @@ def test_the_library_is_built_only_if_its_sources_differ(repository: Path, tmp_p
         against.checked_out("nothing", there, console, repository)
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+@pytest.mark.parametrize("file", ["a.cpp", "new.cpp"])
+def test_pip_builds_what_has_other_sources(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.setattr(against, "BUILT", tmp_path / "built")
+    setup = "from setuptools import setup\nsetup(name='it', version='1', packages=['rerank_kernels'])\n"
+    (repository / "setup.py").write_text(setup)
+    commit(repository)
+    (repository / "csrc" / file).write_text("2")  # changed, or not known to git
+    (repository / "rerank_kernels" / "__init__.py").write_text("changed = True")
+    against.checked_out("HEAD", there := tmp_path / "there", Console(), repository)
+    assert (there / "rerank_kernels" / "__init__.py").read_text() == ""
+    assert not list((there / "rerank_kernels").glob("*.so")), "this tree's library"
+
+
 @pytest.mark.exhaustive
 def test_a_slowed_kernel_shows_up_between_two_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """This tree beside a copy whose layer_norm runs twice: REV is the copy, so this tree is faster; then the other way."""
@@ -150,17 +172,18 @@ def test_a_slowed_kernel_shows_up_between_two_processes(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         against, "checked_out", lambda rev, folder, console: shutil.copytree(trees[1], folder, dirs_exist_ok=True)
     )
-    for word, code in (("faster", 0), ("SLOWER", 1)):
-        records, got = against.main(args, Console())
+    for word in ("faster", "SLOWER"):
+        records = against.measured(args, Console())
         verdicts = {r["case"]: r["verdict"] for r in records}
-        assert verdicts["layer_norm + residual 2048x768"] == word and got == code
+        assert verdicts["layer_norm + residual 2048x768"] == word
         assert all(r["same_bits"] for r in records)
         trees.reverse()
         monkeypatch.setattr(against, "ROOT", trees[0])
 
 
 def test_run_hands_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(against, "main", lambda args, console: ([{"case": args.against}], 1))
+    monkeypatch.setattr(against, "measured", lambda args, console: [{"case": args.against, "verdict": "SLOWER", "ratio": 2.0}])
     out = tmp_path / "a.json"
-    assert run.main(["--against", "HEAD~3", "--quick", "--json", str(out)]) == 1
+    assert run.main(["--against", "HEAD~3", "--quick", "--json", str(out)]) == 0
+    assert run.main(["--against", "HEAD~3", "--quick", "--strict", "--json", str(out)]) == 1
     assert '"case": "HEAD~3"' in out.read_text()

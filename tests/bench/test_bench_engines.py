@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor
 
 from bench import run
-from bench.cases import memory, models, ops, shapes
+from bench.cases import contests, memory, models, ops, shapes
 from bench.harness import turns, worker
 from bench.rivals import engines, mkl
 
-TINY = shapes.Shape("xlm-roberta", 1, 32, 64, 2, 3000, 514)
+TINY = shapes.Shape("XLMRoberta", 1, 32, 64, 2, 3000, 514)
 LENGTHS = (9, 30, 12, 5)
 
 
@@ -27,8 +26,8 @@ def ended() -> Iterator[None]:
     """No process outlives these tests."""
     yield
     engines.close()
-    mkl.close()
-    assert not engines._workers and not engines._folders and not mkl._workers
+    worker.close()
+    assert not engines._exported and not worker._resident
 
 
 @pytest.mark.parametrize("engine", engines.ENGINES)
@@ -44,7 +43,7 @@ def test_engine_computes_the_models_logits(engine: str) -> None:
         seen.update(logits)
 
     for of in (4, 1):
-        turn = engines.ready(engine, engines.Question(TINY, 1, LENGTHS, of, (0, 1, 3)), right)
+        turn = engines.ready(engine, engines.Question(TINY, LENGTHS, of, (0, 1, 3)), right)
         assert 0.0 < turn(2) < 10.0
         assert sorted(seen) == [0, 1, 3]
         torch.testing.assert_close(torch.stack([seen[i] for i in (0, 1, 3)]), want[[0, 1, 3]], atol=1e-5, rtol=0)
@@ -55,28 +54,26 @@ def test_a_wrong_engine_gets_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The float64 check, of a worker that is a hundredth off."""
 
     class Off:
-        def ask(self, function: str, **what: object) -> dict[str, dict[str, list[float]]]:
-            return {"logits": {"0": [float(truth) + 0.01]}}
+        def ask(self, *question: object) -> dict[int, list[float]]:
+            return {0: [float(truth) + 0.01]}
 
-    monkeypatch.setitem(shapes.RERANKERS, models.BASE, TINY)
     monkeypatch.setattr(engines, "missing", lambda _: None)
     monkeypatch.setattr(engines, "_export", lambda *_: Path("x"))
-    monkeypatch.setitem(engines._workers, "OpenVINO", Off())  # type: ignore[misc]
-    models.forget()
+    monkeypatch.setattr(worker, "rival", lambda name: Off())
+    contests.forget()
     with torch.no_grad():
-        model = models.Model(ops.Place(), models.BASE, (9,), "fp32")
+        model = models.Model(ops.Place(), TINY, (9,), "fp32")
         truth = models.truth(*model.key, tuple(model.rows[0].tolist()))
         (engine,) = (c for c in model.contest(with_engines=True).contestants if c.name == "OpenVINO")
         with pytest.raises(AssertionError, match=r"OpenVINO, pair 0: logit 0.01 from float64's"):
             engine.away()
-    del engines._workers["OpenVINO"]
-    models.forget()
+    contests.forget()
 
 
 def test_an_engine_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(turns.Missing, match=r"not installed: openvino, onnx, onnxscript \(pip install -e '.\[engines\]'\)"):
-        engines.ready("OpenVINO", engines.Question(TINY, 1, (9,), 1, (0,)), lambda _: None)
+        engines.ready("OpenVINO", engines.Question(TINY, (9,), 1, (0,)), lambda _: None)
 
 
 def test_mkl_takes_strict_mode() -> None:
@@ -86,7 +83,7 @@ def test_mkl_takes_strict_mode() -> None:
 
 
 def test_the_first_rival_in_strict_mode_is_one_more() -> None:
-    table = run.contests(True)
+    table = run.contested(True)
     assert {n for n, b in table.items() if getattr(b, "func", None) is mkl.away} == {n for n in table if mkl.chosen(n)}
     assert set(mkl.CASES) <= set(table) and sum(mkl.chosen(n) for n in table) == len(mkl.CASES) + len(mkl.MODELS)
     _, plain, strict = table["linear 1x768x768"]().contestants
@@ -97,21 +94,20 @@ def test_the_first_rival_in_strict_mode_is_one_more() -> None:
         pytest.skip(str(why))
     assert 0.0 < turn(3) < 1.0
     with pytest.raises(turns.Missing, match="failed: KeyError"):
-        mkl.ready({"case": "no such case", "quick": True, "rival": "F.linear"})
+        mkl.ready("no such case", "F.linear", True)
 
 
 def test_bits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = replace(TINY, hidden=96, ffn=384)
-    monkeypatch.setitem(shapes.RERANKERS, "tiny", shape)
     monkeypatch.setattr(mkl, "WAYS", ("stock",))
     monkeypatch.setattr(mkl, "OF_BITS", ("fp32",))
-    (stock,) = mkl.bits("tiny", pairs=8)
+    (stock,) = mkl.bits(shape, pairs=8)
     assert (stock["way"], stock["pairs"]) == ("stock", 8)
     assert sum(stock["differ"].values()) > 0 and stock["furthest"] > 0
     threads = torch.get_num_threads()
     try:
         with torch.no_grad():
-            ours = mkl.count(dataclasses.asdict(shape), "fp32", True, 8)
+            ours = mkl.count(shape, "fp32", True, 8)
     finally:
         torch.set_num_threads(threads)
     assert list(ours["differ"]) == ["batches of 2", "batches of 7", "batches of 32", "padding", "2 threads"]
@@ -123,7 +119,7 @@ def test_peak_memory_sees_what_a_process_holds(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(memory, "LENGTHS", {"8x128": (12,) * 8})
     shapes.reranker(TINY).save_pretrained(tmp_path)
     for who in ("stock", "ours"):
-        found = memory.one(who, str(tmp_path), dataclasses.asdict(TINY))
+        found = memory.one(who, str(tmp_path), TINY)
         assert set(found) == {"loaded", "8x128"} and min(found.values()) > 50
     hold = torch.ones(1024, 2**18)  # 1 GiB
     assert memory.peak() - found["8x128"] > 700
@@ -132,55 +128,57 @@ def test_peak_memory_sees_what_a_process_holds(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.exhaustive
 def test_memory_of_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(shapes.RERANKERS, "tiny", TINY)
-    records = memory.measure("tiny")
-    assert [r["step"] for r in records] == list(memory.STEPS) and [r["bar"] for r in records] == [None, 1.15, None]
+    records = memory.measure("tiny", TINY)
+    assert [r["step"] for r in records] == ["loaded", *memory.LENGTHS] and [r["bar"] for r in records] == [None, 1.15, None]
     for r in records:
         assert r["ratio"] == r["ours_mib"] / r["stock_mib"] and r["ours_mib"] > 50
     assert records[1]["verdict"] == ("ok" if records[1]["ratio"] <= 1.15 else "FALLS SHORT")
 
 
+DIES = "import sys; from multiprocessing.connection import Connection; Connection(int(sys.argv[1])).recv(); raise SystemExit(7)"
+
+
 @pytest.fixture
 def dead() -> Iterator[worker.Worker]:
-    one = worker.Worker(program=["-c", "input(); raise SystemExit(7)"])
-    yield one
-    one.close()
+    with worker.Worker(program=["-c", DIES]) as one:
+        yield one
 
 
 def test_a_contestant_that_dies_says_so(dead: worker.Worker) -> None:
-    with pytest.raises(SystemExit, match="ended with 7"):
-        dead.ask("anything")
+    with pytest.raises(turns.Missing, match="ended with 7"):
+        dead.ask(dict)
+    with pytest.raises(turns.Missing, match="ended with 7"):
+        dead.turn(1)
 
 
 def test_a_contestant_that_says_nothing_is_ended() -> None:
     silent = worker.Worker(program=["-c", "import time; time.sleep(60)"], patience=0.2)
-    with pytest.raises(worker.Died, match="no answer for 0 s"):
-        silent.ask("anything")
+    with pytest.raises(turns.Missing, match="no answer for 0 s"):
+        silent.ask(dict)
     assert silent.process.poll() is not None
 
 
 def told(word: str) -> dict[str, object]:
-    print("on stdout, which is not the pipe")
     return {"said": word, "MKL_CBWR": os.getenv("MKL_CBWR"), "threads": torch.get_num_threads()}
 
 
 def test_a_worker_answers_and_has_an_environment_of_its_own() -> None:
     path = os.pathsep.join(str(p) for p in reversed(Path(__file__).parents[:3]))
-    one = worker.Worker(environment={"MKL_CBWR": "AVX2", "PYTHONPATH": path}, threads=1)
-    try:
-        assert one.ask(f"{__name__}:told", word="a") == {"said": "a", "MKL_CBWR": "AVX2", "threads": 1}
-        assert one.ask(f"{__name__}:told")["error"].startswith("TypeError") and one.turn(3) >= 0.0
-    finally:
-        one.close()
+    with worker.Worker(environment={"MKL_CBWR": "AVX2", "PYTHONPATH": path}, threads=1) as one:
+        assert one.ask(told, "a") == {"said": "a", "MKL_CBWR": "AVX2", "threads": 1}
+        with pytest.raises(turns.Missing, match="failed: TypeError"):
+            one.ask(told)
+        assert one.turn(3) >= 0.0
 
 
 def test_an_engine_that_dies_loses_its_own_rows_only(dead: worker.Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "missing", lambda _: None)
     monkeypatch.setattr(engines, "_export", lambda *_: Path("x"))
-    monkeypatch.setattr(engines, "_workers", {"OpenVINO": dead})
-    with pytest.raises(turns.Missing, match="failed: a contestant's process ended with 7"):
-        engines.ready("OpenVINO", engines.Question(TINY, 1, (9,), 1, (0,)), lambda _: None)
-    assert not engines._workers
+    monkeypatch.setattr(worker, "_resident", {"OpenVINO": dead})
+    with pytest.raises(turns.Missing, match="its process ended with 7"):
+        engines.ready("OpenVINO", engines.Question(TINY, (9,), 1, (0,)), lambda _: None)
+    assert worker.resident("OpenVINO").process.pid != dead.process.pid, "a dead process is asked again"
+    worker.close()
 
     left = [3]
 
@@ -190,4 +188,4 @@ def test_an_engine_that_dies_loses_its_own_rows_only(dead: worker.Worker, monkey
 
     contestants = [turns.Contestant("ours", ours=True), turns.Contestant("stock"), turns.Contestant("dies", away=lambda: turn)]
     cells = turns.play(turns.Work(contestants), turns.Pace(0.0, 3, 99.0))
-    assert "ms" in cells["stock"] and cells["dies"]["why"] == "a contestant's process ended with 7; its message is above"
+    assert "ms" in cells["stock"] and cells["dies"]["why"] == "its process ended with 7; its message is above"

@@ -21,6 +21,7 @@ from commands import bad, run, write
 from models import save_cross_encoder, tiny, tokenizer
 from rerank_kernels import cli, verify
 from rerank_kernels.backend import registry
+from rerank_kernels.backend.native import proven
 from rerank_kernels.cli import models as chosen
 from rerank_kernels.cli import score as score_command
 
@@ -474,6 +475,17 @@ def test_mode_and_device(capsys, folder, pairs) -> None:
     assert bad(capsys, "score", folder, pairs, "--device", "cuda").startswith("--device cuda: ")
     assert bad(capsys, "score", folder, pairs, "--device", "no such").startswith("--device no such: ")
     assert run(capsys, "score", folder, pairs, "--device", "cpu", "--mode", "portable")[0] == 0
+
+
+def test_info_says_what_cublaslt_may_do(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv(proven.SETTING, raising=False)
+    assert f"off; {proven.SETTING}=1 lets cuBLASLt" in run(capsys, "info")[1]
+    monkeypatch.setenv(proven.SETTING, "maybe")
+    assert f"{proven.SETTING} must be 0 or 1, got 'maybe'" in run(capsys, "info")[1]
+    monkeypatch.setenv(proven.SETTING, "1")
+    code, out, _ = run(capsys, "info")
+    assert code == 0 and ("kinds of products" if torch.cuda.is_available() else "on, and ours serve: ") in out
 
 
 def test_info_plan(capsys, monkeypatch) -> None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from . import allocate
 from .allocate import NONE, Record
-from .instructions import ADDRESS64, BRANCH, Instructions
+from .asynchronous import Asynchronous, watch
+from .instructions import ADDRESS64, BRANCH
 from .opcodes import form
 from .operands import Scope
 from .parse import Function, ModuleText, ParseError, align, parameters, split_operands, statements, variables
@@ -34,12 +35,14 @@ class Program:
     local_bytes: int
     shared_granule: int
     global_granule: int
+    watched: int  # registers that wgmmas use
+    touches: list[list[int]]  # of each instruction, those among them: 2 * number + written
 
 
 _OPERATION = re.compile(r"(?:@(!?)\s*([\w$%]+)\s+)?([\w.:]+)\s*(.*)\Z", re.S)
 
 
-class Decoder(Instructions):
+class Decoder(Asynchronous):
     # ---- statements
 
     def body(self, function: Function) -> None:
@@ -190,7 +193,9 @@ def decode(
         for label in [str(r.target)] if r.control == BRANCH else r.labels:
             if label not in d.labels:
                 raise ParseError(f"PTX line {r.line}: no label {label}")
-    permanent = set(d.constants.values()) | set(d.specials.values())
+    # A wgmma in flight reads and writes its registers until it is waited for: no other may have their cells.
+    watched, touches = watch(d.code)
+    permanent = set(d.constants.values()) | set(d.specials.values()) | set(watched)
     spans = allocate.lives(d.code, d.labels)
     offsets, size = allocate.cells(spans, [SIZE[c] for c in d.classes], permanent)
     return Program(
@@ -204,4 +209,6 @@ def decode(
         local_bytes=align(d.local_bytes, 16),
         shared_granule=d.granules["shared"],
         global_granule=d.granules["global"],
+        watched=len(watched),
+        touches=touches,
     )

@@ -56,8 +56,8 @@ class Instructions(Operands):
     def hint(self, mods: list[str], o: list[str]) -> None:
         self.emit("nothing", [], 0)
 
-    op_membar = op_fence = op_prefetch = op_prefetchu = op_discard = op_griddepcontrol = hint
-    op_nanosleep = op_setmaxnreg = op_applypriority = op_pmevent = op_brkpt = hint
+    op_membar = op_prefetch = op_prefetchu = op_discard = op_griddepcontrol = hint
+    op_nanosleep = op_applypriority = op_pmevent = op_brkpt = hint
 
     def op_createpolicy(self, mods: list[str], o: list[str]) -> None:
         self.emit("mov.64", [self.destination(o[0], "D"), self.constant("d", 0)], 1)
@@ -124,7 +124,7 @@ class Instructions(Operands):
         self.memory(mods, o[1], o[0], False)
 
     def op_cp(self, mods: list[str], o: list[str]) -> None:
-        if mods[0] != "async" or "bulk" in mods or "mbarrier" in mods:
+        if mods[0] != "async" or "mbarrier" in mods:
             raise ParseError("unknown instruction")
         if mods[1:] in (["commit_group"], ["wait_all"]):
             self.emit("cp.async." + mods[1], [], 0)

@@ -125,14 +125,19 @@ class Kernel:
                                at[r.guard] if r.guard >= 0 else -1, target, more, r.line)  # fmt: skip
         constants = [n for v, wide, value in p.constants for n in (at[v], int(wide), value)]
         specials = [n for v, which in p.specials for n in (at[v], which)]
+        touches = []
+        for t in p.touches:
+            touches.append(len(pool) if t else -1)
+            pool += [len(t), *t] if t else []
         sizes = [len(p.code), len(pool), len(p.constants), len(p.specials), p.file_bytes, p.static_shared, p.local_bytes,
-                 p.shared_granule, p.global_granule]  # fmt: skip
+                 p.shared_granule, p.global_granule, p.watched]  # fmt: skip
         handle: int = library().c.ptxsim_program(
             bytes(packed),
             (ctypes.c_int32 * (len(pool) + 1))(*pool),
             (ctypes.c_uint64 * (len(constants) + 1))(*constants),
             (ctypes.c_uint32 * (len(specials) + 1))(*specials),
             (ctypes.c_uint32 * len(sizes))(*sizes),
+            (ctypes.c_int32 * (len(touches) + 1))(*touches),
         )
         return handle
 
@@ -233,10 +238,13 @@ def run(
     block: int | Sequence[int],
     args: Sequence[object],
     shared: int = 0,
+    memory: Sequence[Region] = (),
     **options: Any,
 ) -> LaunchReport:
-    """One launch on numpy arrays (changed in place), None, numbers and bytes. options: as Kernel.launch has them."""
+    """One launch on numpy arrays (changed in place), None, numbers and bytes. memory: what else it may touch; options: as
+    Kernel.launch has them.
+    """
     k = _module(ptx).kernel(kernel)
-    params, memory = k.pack(args)
+    params, arrays = k.pack(args)
     grid, block = ([v] if isinstance(v, int) else v for v in (grid, block))
-    return k.launch(grid, block, params, shared, memory, **options)
+    return k.launch(grid, block, params, shared, [*arrays, *memory], **options)

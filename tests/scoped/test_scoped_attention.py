@@ -136,6 +136,16 @@ def test_numbers_added_are_independent_of_batch_and_padding() -> None:
             assert torch.equal(y[i, :, own], attend(*part, bias)[0]), (left, n)
 
 
+def test_keys_count_from_the_first_that_is_seen() -> None:
+    """400 keys are one chunk; behind 300 others they would be two."""
+    q, k, v = (heads(1, 2, n, D, seed=n) for n in (3, 400, 401))
+    v, bias = v[:, :, :400], heads(3, 400, seed=7)
+    alone = attend(q, k, v, bias)
+    before = heads(1, 2, 300, D, seed=9)
+    mask = torch.cat([torch.full((3, 300), -math.inf), bias], 1)
+    assert torch.equal(attend(q, torch.cat([before, k], 2), torch.cat([before, v], 2), mask), alone)
+
+
 def test_a_query_that_sees_nothing_gives_zero_and_infinities_reach_whoever_sees_them() -> None:
     q, k, v = one(6, 0, torch.float32)
     v[0, :, 4] = math.inf

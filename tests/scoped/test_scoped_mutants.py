@@ -89,7 +89,7 @@ def test_keys_counted_from_the_first_column_are_caught(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(attention, "_first_seen", from_the_first)
     with pytest.raises(AssertionError):
-        test_scoped_attention.test_numbers_added_are_independent_of_batch_and_padding()
+        test_scoped_attention.test_keys_count_from_the_first_that_is_seen()
 
 
 def test_a_way_chosen_by_all_rows_of_a_mask_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.cpp_extension
@@ -37,6 +37,7 @@ from rerank_kernels.backend import registry, weights
 ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent
 CUDA = ROOT / "csrc" / "cuda"
+TENSOR_MAP = ROOT / "tests" / "ptxsim" / "machine" / "tensormap.h"
 BUILD = Path(os.environ.get("RERANK_KERNELS_CACHE", ROOT / "build" / "ptxsim"))
 SOURCES = tuple(sorted(str(p.relative_to(CUDA).with_suffix("")) for p in CUDA.rglob("*.cu")))  # "portable/linear"
 # every op but those that are the CPU's own: one without a CUDA kernel fails, it is not the CPU's in disguise
@@ -71,8 +72,12 @@ _ATTENTION = """if (args.dtype == Dtype::F32) start(attention_rows<float>);
     else if (args.dtype == Dtype::F16) start(attention_rows<f16>);
     else start(attention_rows<bf16>);"""
 _LINEAR_TENSOR = "g.x.dtype == Dtype::F16 ? linear_tensor_tile<T, f16> : linear_tensor_tile<T, bf16>"
+_HOPPER_WAYS, FEW_HOPPER_WAYS = "std::make_integer_sequence<int, LINEAR_WAYS>()", (0, 2, 5)  # a tile of each kind
+_LINEAR_HOPPER = "g.x.dtype == Dtype::F16 ? linear_hopper<T, f16> : linear_hopper<T, bf16>"
 _ATTENTION_TENSOR = """if (args.dtype == Dtype::F16) start(attention_tensor_rows<WIDTH, f16>);
     else start(attention_tensor_rows<WIDTH, bf16>);"""
+_ATTENTION_HOPPER = "args.dtype == Dtype::F16 ? attention_wgmma_rows<B, f16> : attention_wgmma_rows<B, bf16>"
+_ATTENTION_HOPPER_WIDTH = "args.D == 64 ? way == 0 ? start<64, 0> : start<64, 1> : way == 0 ? start<128, 0> : start<128, 1>"
 _ATTENTION_WIDTH = """args.D <= 32    ? start_attention<32>
                        : args.D <= 64  ? start_attention<64>
                        : args.D <= 96  ? start_attention<96>
@@ -88,21 +93,36 @@ LONGEST = {
         ("portable/linear.cu", _LINEAR, "start(Yes(), Yes());"),
         ("portable/attention.cu", _ATTENTION, "start(attention_rows<f16>);"),
         ("sm80/linear.cu", _LINEAR_TENSOR, "linear_tensor_tile<T, f16>"),
+        ("sm90/linear.cu", _LINEAR_HOPPER, "linear_hopper<T, f16>"),
+        ("sm90/linear.cu", _HOPPER_WAYS, f"std::integer_sequence<int, {', '.join(map(str, FEW_HOPPER_WAYS))}>()"),
         ("sm80/attention.cu", _ATTENTION_TENSOR, "start(attention_tensor_rows<WIDTH, f16>);"),
         ("sm80/attention.cu", _ATTENTION_WIDTH, "start_attention<64>;"),
+        ("sm90/attention.cu", _ATTENTION_HOPPER, "attention_wgmma_rows<B, f16>"),
+        ("sm90/attention.cu", _ATTENTION_HOPPER_WIDTH, "way == 0 ? start<64, 0> : start<64, 1>"),
     ],
 }
 
 
 @dataclasses.dataclass
 class Options:
-    """How the simulator runs kernels (program.py, Kernel.launch); `arch` is the architecture that nvcc compiles PTX for."""
+    """How the simulator runs kernels (program.py, Kernel.launch); `arch` is the architecture that nvcc compiles PTX for; a room
+    may have its own.
+    """
 
     arch: str = "80"
     launch: dict[str, Any] = dataclasses.field(default_factory=dict)
     edit: Edit | None = None
     poison: int = 0xFF  # the byte that new tensors are filled with: NaNs, so that a place nobody writes shows
 
+
+class Gpu(NamedTuple):
+    """What a launcher may ask the runtime about a device."""
+
+    capability: int
+    multiprocessors: int
+
+
+AMPERE, HOPPER = Gpu(80, 108), Gpu(90, 132)
 
 _options = Options()
 _signatures = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -138,13 +158,22 @@ def missing() -> str | None:
 
 
 @contextlib.contextmanager
-def simulated(*, arch: str = "80", edit: Edit | None = None, poison: int = 0xFF, **launch: Any) -> Iterator[None]:
-    """Inside the block ops on CPU tensors are served by backend "cuda". Re-entrant: the inner options hold inside."""
+def simulated(
+    *, arch: str = "80", gpu: Gpu = AMPERE, edit: Edit | None = None, poison: int = 0xFF, **launch: Any
+) -> Iterator[None]:
+    """Inside the block ops on CPU tensors are served by backend "cuda" on a GPU like `gpu`. Re-entrant: the inner options hold
+    inside.
+    """
     global _options
-    fill = ctypes.c_int.in_dll(ctypes.CDLL(str(library())), "ptxsim_poison")
+    loaded = ctypes.CDLL(str(library()))
+    fill = ctypes.c_int.in_dll(loaded, "ptxsim_poison")
+    facts = [ctypes.c_int.in_dll(loaded, f"ptxsim_{name}") for name in Gpu._fields]
+    gpu_before = [fact.value for fact in facts]
     before, laid_out, registered_as = _options, weights.SCREENS_ON, dict(registry.BACKENDS)
     _options, weights.SCREENS_ON = Options(arch, launch, edit, poison), ()
     fill.value = poison
+    for fact, value in zip(facts, gpu, strict=True):
+        fact.value = value
     there, gone = registered_as["cuda"], registered_as["cpu"]
     registry.BACKENDS["cuda"] = dataclasses.replace(there, devices=("cpu",), missing=lambda: None)
     # its ops on CPU tensors are csrc/cuda's now: what a test asks of it here would be compared with itself
@@ -161,6 +190,8 @@ def simulated(*, arch: str = "80", edit: Edit | None = None, poison: int = 0xFF,
     finally:
         _options, weights.SCREENS_ON = before, laid_out
         fill.value = before.poison
+        for fact, value in zip(facts, gpu_before, strict=True):
+            fact.value = value
         registry.BACKENDS.update(registered_as)
         registry.missing.cache_clear()
 
@@ -222,7 +253,13 @@ def ptx(source: str, arch: str, edit: Edit | None = None) -> Path:
     assert edit is None or (CUDA / edit.file).is_file(), f"there is no {edit.file}: the edit would change nothing"
     if edit and edit.file.endswith(".cu") and edit.file != f"{source}.cu":
         edit = None  # it does not reach this one
-    return kit.ptx((_edited(edit) if edit else CUDA) / f"{source}.cu", arch)
+    return kit.ptx((_edited(edit) if edit else CUDA) / f"{source}.cu", arch_of(source, arch))
+
+
+def arch_of(source: str, arch: str = "80") -> str:
+    """A room that is compiled for one architecture is that one's, whatever the others are compiled for."""
+    only = toolkit.found.ROOMS.get(source.partition("/")[0])
+    return only[0] if only else arch
 
 
 @functools.cache
@@ -291,7 +328,7 @@ def library() -> Path:
     # Bsymbolic: our stand-in, not the libcudart that a CUDA build of torch has loaded for all
     link = ["-shared", "-Wl,-Bsymbolic"]
     key = hashlib.sha256("\0".join([torch.__version__, kit.release, *flags, *link]).encode())
-    for p in sorted([*(ROOT / "csrc").rglob("*.[ch]*"), *HERE.glob("c*.[ch]*")]):
+    for p in sorted([*(ROOT / "csrc").rglob("*.[ch]*"), *HERE.glob("c*.[ch]*"), TENSOR_MAP]):
         key.update(p.name.encode() + p.read_bytes())
     made = BUILD / f"simulated-{key.hexdigest()[:20]}.so"
     with alone(made):
@@ -312,7 +349,10 @@ def _build(kit: toolkit.Toolkit, made: Path, torch_side: list[Path], flags: list
             run("c++", *flags, "-c", source, "-o", out)
             return out
 
-        devices = [pool.submit(kit.object, CUDA / f"{s}.cu", Path(scratch) / f"{s.replace('/', '-')}.cu.o") for s in SOURCES]
+        devices = [
+            pool.submit(kit.object, CUDA / f"{s}.cu", Path(scratch) / f"{s.replace('/', '-')}.cu.o", arch_of(s))
+            for s in SOURCES
+        ]
         hosts = [pool.submit(compile_host, s) for s in [*torch_side, HERE / "cudart.cpp"]]
         objects = [job.result() for job in [*hosts, *devices]]
         lib = Path(torch.__file__).parent / "lib"

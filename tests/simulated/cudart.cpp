@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "../ptxsim/machine/tensormap.h"
+
 namespace {
 
 struct Size {
@@ -30,11 +32,37 @@ std::vector<ptxsim_memory> memory;
 int depth = 0, last_error = 0;
 
 enum { SUCCESS = 0, INVALID_VALUE = 1, LAUNCH_FAILURE = 719, NOT_FOUND = 98 };
-constexpr int MOST_SHARED = 99 * 1024;  // the smallest limit of sm_80 to sm_120
+// Of a block: the smallest limit of sm_80 to sm_120, but for what only a Hopper runs.
+int most_shared() { return (ptxsim_capability == 90 ? 227 : 99) * 1024; }
 
 using Launch = int (*)(const char* name, const unsigned* grid, const unsigned* block, uint64_t shared, void** arguments,
                        const ptxsim_memory* memory, uint64_t count);
 Launch in_python = nullptr;
+
+// cuTensorMapEncodeTiled, as far as the simulator knows tensor maps (ptxsim/machine/tensormap.h). It refuses what the driver
+// refuses: see the driver API's page.
+int encode_tiled(ptxsim::TensorMap* made, int type, unsigned rank, void* address, const uint64_t* sizes,
+                 const uint64_t* strides, const unsigned* box, const unsigned* steps, int interleave, int swizzle, int,
+                 int fill) {
+    constexpr uint8_t ELEMENT_BYTES[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2};  // u8 u16 u32 s32 u64 s64 f16 f32 f64 bf16
+    const auto number = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
+    if (number(made) % 64 || type < 0 || type > 9 || rank < 1 || rank > 5 || number(address) % 16) return INVALID_VALUE;
+    if (interleave != 0 || swizzle < 0 || swizzle > 3 || fill != 0) return INVALID_VALUE;
+    ptxsim::TensorMap m{};
+    m.magic = ptxsim::TensorMap::MAGIC;
+    m.element_bytes = ELEMENT_BYTES[type], m.rank = uint8_t(rank), m.swizzle = uint8_t(swizzle), m.address = number(address);
+    const unsigned inner = box[0] * m.element_bytes;
+    if (inner % 16 || (swizzle && inner > 16u << swizzle)) return INVALID_VALUE;
+    for (unsigned i = 0; i < rank; i++) {
+        if (sizes[i] < 1 || sizes[i] > uint64_t(1) << 32 || box[i] < 1 || box[i] > 256 || steps[i] != 1) return INVALID_VALUE;
+        m.last[i] = uint32_t(sizes[i] - 1), m.box[i] = uint16_t(box[i]);
+        if (i + 1 == rank) break;
+        if (strides[i] % 16 || strides[i] >= uint64_t(1) << 40) return INVALID_VALUE;
+        m.strides[i] = strides[i];
+    }
+    *made = m;
+    return SUCCESS;
+}
 
 int failed(int code) {
     last_error = code;
@@ -47,7 +75,7 @@ extern "C" {
 
 // ---- for Python and for the ops
 
-int ptxsim_poison = 0xff;
+int ptxsim_poison = 0xff, ptxsim_capability = 80, ptxsim_multiprocessors = 108;
 
 void ptxsim_connect(Launch launch) { in_python = launch; }
 
@@ -119,9 +147,31 @@ int cudaLaunchKernel(const void* host, Size grid, Size block, void** arguments, 
 int cudaFuncSetAttribute(const void* host, int attribute, int value) {
     constexpr int max_dynamic_shared = 8;
     const auto found = kernels.find(host);
-    if (found == kernels.end() || attribute != max_dynamic_shared || value > MOST_SHARED) return failed(INVALID_VALUE);
+    if (found == kernels.end() || attribute != max_dynamic_shared || value > most_shared()) return failed(INVALID_VALUE);
     found->second.allowed_shared = value;
     return SUCCESS;
+}
+int cudaGetDevice(int* device) {
+    *device = 0;
+    return SUCCESS;
+}
+int cudaDeviceGetAttribute(int* value, int attribute, int) {
+    enum { MULTIPROCESSORS = 16, MAJOR = 75, MINOR = 76 };
+    if (attribute == MULTIPROCESSORS) *value = ptxsim_multiprocessors;
+    else if (attribute == MAJOR) *value = ptxsim_capability / 10;
+    else if (attribute == MINOR) *value = ptxsim_capability % 10;
+    else return failed(INVALID_VALUE);
+    return SUCCESS;
+}
+int cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned, unsigned long long, int* answer) {
+    enum { FOUND = 0, NO_SUCH_SYMBOL = 1 };
+    const bool known = std::strcmp(name, "cuTensorMapEncodeTiled") == 0;
+    *found = known ? reinterpret_cast<void*>(encode_tiled) : nullptr;
+    if (answer) *answer = known ? FOUND : NO_SUCH_SYMBOL;
+    return SUCCESS;
+}
+int cudaGetDriverEntryPoint(const char* name, void** found, unsigned long long flags, int* answer) {
+    return cudaGetDriverEntryPointByVersion(name, found, 12000, flags, answer);
 }
 int cudaGetLastError() {
     const int code = last_error;

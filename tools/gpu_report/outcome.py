@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from tools import pages
+from tools.gpu_report import goals
 from tools.gpu_report.runner import Record, Result
 
 Content = Mapping[str, Any]
 WRITER = "gpu-report"
-TIMED = {"ways-cuda": "Ways of CUDA's launchers", "models": "Whole models", "ways-triton": "Ways of Triton's kernels"}
+TIMED = {
+    "ways-cuda": "Ways of CUDA's launchers",
+    "models": "Whole models",
+    "models-compiled": "Whole models beside torch.compile",
+    "ways-triton": "Ways of Triton's kernels",
+}
 
 
 def content(about: Record, results: Iterable[Result]) -> dict[str, Any]:
@@ -113,6 +119,8 @@ def terminal(found: Content) -> str:
             table = [HEADS, *(line(case, records) for case, records in listed.items())]
             widths = [max(len(row[i]) for row in table) for i in range(6)]
             lines += ["", step, *("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in table)]
+    if [r for r in found["records"] if "ms" in r]:
+        lines += ["", "goals", *("  ".join(row) for row in goals.rows(found["records"]))]
     for record in wrong(found):
         lines.append(f"WRONG: {record['step']}: {record.get('case', '')}: {record.get('who', '')} {record['wrong']}")
     return "\n".join(lines)
@@ -132,6 +140,7 @@ def blocks(found: Content) -> dict[str, str | None]:
     made: dict[str, str | None] = {"machine": f"({', '.join(facts)})\n"}
     rows = [(s["name"], s["question"], verdict(s), f"{s['seconds']:.0f} s") for s in found["steps"]]
     made["steps"] = pages.markdown(("", "question", "status", "time"), rows)
+    made["goals"] = pages.markdown(goals.HEADS, goals.rows(found["records"]))
     for step in TIMED:
         listed = by_case(found, step)
         made[step] = pages.markdown(HEADS, [line(c, records) for c, records in listed.items()]) if listed else None

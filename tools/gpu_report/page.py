@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from tools.gpu_report import goals
 from tools.gpu_report.outcome import HEADS, TIMED, Content, by_case, fastest, line, unwell, verdict, wrong
 from tools.gpu_report.steps import ROOT
 
@@ -44,6 +45,8 @@ def written(found: Content) -> str:
         ],
         bars=list(_bars(found)),
         steps=[{**s, "verdict": verdict(s), "bad": bool(s["wrong"]) or s in ill} for s in found["steps"]],
+        goal_heads=goals.HEADS,
+        goals=[(row, row[-1] == goals.MISSED) for row in goals.rows(found["records"])],
         heads=HEADS,
         tables=[
             (title, [(line(case, records), any(r.get("wrong") for r in records)) for case, records in listed.items()])

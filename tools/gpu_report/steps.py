@@ -14,6 +14,8 @@ WORK = ROOT / "tools" / "gpu_report" / "work"
 PROBES = ROOT / "tools" / "probes"
 PROBE_SECONDS = 20.0
 WAYS = "How fast is each way of {} beside cuBLAS and SDPA, and do all ways give equal bits?"
+# Probes on which decisions wait: whether instructions are one arithmetic, what graphs gain, whether cuBLASLt has our bits.
+FIRST = ("probe-arithmetic", "probe-graphs", "probe-launches", "probe-cublaslt")
 LEAST = 5.0  # seconds below which no step is started
 
 
@@ -33,24 +35,33 @@ def work(name: str, *arguments: str) -> tuple[str, ...]:
 
 
 def steps(probes: Path = PROBES, build: bool = True) -> list[Step]:
+    """By value: are the bits right, how fast is what a user has, and what decides what comes next; the rest behind."""
     needs = "build" if build else None
+    compiled = "How fast are whole models beside torch.compile's modes reduce-overhead and max-autotune?"
     listed = [
         Step(
             "golden-cuda", "Does backend cuda give the bits of golden.json and golden_tensor.json?", work("golden", "cuda"), 25
         ),
         Step("promises-cuda", "Do the promises hold on backend cuda, in every mode?", work("promises", "cuda"), 20),
-        Step("golden-triton", "Does backend triton give the bits of golden.json?", work("golden", "triton"), 45),
-        Step("promises-triton", "Do the promises hold on backend triton, in every mode?", work("promises", "triton"), 30),
         Step("ways-cuda", WAYS.format("CUDA's launchers"), work("ways", "cuda"), 60),
-        Step("models", "How fast are whole models beside stock eager, SDPA and torch.compile?", work("models"), 120),
+        Step("models", "How fast are whole models beside stock eager, SDPA and torch.compile?", work("models"), 60),
+        *ordered(probes_in(probes), FIRST),
+        Step("models-compiled", compiled, work("models", "compiled"), 80),
+        Step("golden-triton", "Does backend triton give the bits of golden.json?", work("golden", "triton"), 40),
+        Step("promises-triton", "Do the promises hold on backend triton, in every mode?", work("promises", "triton"), 20),
         Step("ways-triton", WAYS.format("Triton's kernels"), work("ways", "triton"), 40),
+        *[s for s in probes_in(probes) if s.name not in FIRST],
         Step("counters", "What do hardware counters say of the slowest kernels?", work("counters"), 30),
-        *probes_in(probes),
     ]
     listed = [Step(s.name, s.question, s.command, s.seconds, s.fixed, needs, s.probe) for s in listed]
     if build:
         listed = [Step("build", "Does it compile for this GPU?", work("build"), build_seconds(), fixed=True), *listed]
     return listed
+
+
+def ordered(found: Sequence[Step], names: Sequence[str]) -> list[Step]:
+    """Those of the names that are there, in the names' order."""
+    return [s for name in names for s in found if s.name == name]
 
 
 def build_seconds() -> float:

@@ -1,21 +1,19 @@
-"""Which cuBLASLt kernel does torch take for nn.Linear's layout at each M, is there an unsplit choice, and do their bytes equal
-ours in mode tensor?
+"""Has cuBLASLt an algorithm that splits no sum and gives our bytes in mode tensor, for the products of bge base and large, and
+which kernel does torch take for nn.Linear at each M?
 
-Published work says that an unsplit kernel on Hopper (nvjet) adds ascending chains of 16 terms, as mode tensor does. If its
-bytes are ours, the library may serve such a shape. `torch`: the kernels that F.linear starts. `unsplit`: cuBLASLt's first
-answer with split-K 1 and no reduction. `as torch at 16384`: whether M itself moves the bytes of the first row.
+Published work says that an unsplit kernel on Hopper (nvjet) adds ascending chains of 16 terms, as mode tensor does. A trial is
+the one after which RERANK_KERNELS_CUBLASLT=1 lets it serve (rerank_kernels/backend/native/proven.py).
 
-One line of JSON: heads and rows, one row per dtype, N, K, bias and M.
+One line of JSON. trials: one row per dtype, N, K, form and class of M, with the algorithm and both times. torch: one row per M.
 """
 
 from __future__ import annotations
 
-import ctypes as c
 import json
 import os
-import re
+import statistics
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,115 +21,71 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import DeviceType
 
+from rerank_kernels.backend.native.cublaslt import Product
+
 SECONDS = 35
+DEVICE = "cuda"  # tests have another
+CLASSES = (16384, 4096, 1024, 256, 64)  # of M; the class below 64 is ours
 ROWS = (16384, 4096, 1024, 200, 64, 17, 16, 8, 3, 2, 1)
 SHAPES = ((768, 768), (3072, 768), (768, 3072), (1024, 1024), (4096, 1024), (1024, 4096))  # N, K of bge base and large
-HEADS = (
-    "dtype",
-    "N",
-    "K",
-    "bias",
-    "M",
-    "torch",
-    "torch = ours",
-    "as torch at 16384",
-    "unsplit",
-    "its choice",
-    "unsplit = ours",
-)
-WORKSPACE = 32 << 20
-
-# of cublasLt.h, the same since CUDA 11
-COMPUTE_32F, R_32F, OP_T, EPILOGUE_BIAS = 68, 0, 1, 4
-DATA = {torch.float16: 2, torch.bfloat16: 14}
-DESC_TRANSA, DESC_EPILOGUE, DESC_BIAS_POINTER = 3, 7, 8
-PREFER_WORKSPACE, PREFER_REDUCTION = 1, 3
-CONFIG = {"id": 0, "tile": 1, "splitk": 2, "reduction": 3, "stages": 6, "cluster": 8}
+DTYPES = (torch.float16, torch.bfloat16)
+TRIALS = ("dtype", "N", "K", "form", "M to", "its bits are ours", "why", "its choice", "its ms", "our ms")
+TORCH = ("dtype", "N", "K", "bias", "M", "kernels", "= ours", "as at 16384")
 
 
-class Algo(c.Structure):
-    _fields_ = (("data", c.c_uint64 * 8),)
+def milliseconds(call: Callable[[], object], calls: int = 10) -> float:
+    call()
+    times = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / calls)
+    return round(statistics.median(times), 5)
 
 
-class Heuristic(c.Structure):
-    _fields_ = (
-        ("algo", Algo),
-        ("workspace", c.c_size_t),
-        ("state", c.c_int),
-        ("waves", c.c_float),
-        ("reserved", c.c_int * 4),
-    )
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    import rerank_kernels as rk
+
+    return rk.linear(x, weight, bias, residual=residual, mode="tensor")
 
 
-class Lt:
-    """cuBLASLt as torch has loaded it: y = x w^T (+ bias) in rows is D = A^T B in columns, with A = w and B = x."""
+def trials(n: int, k: int, dtype: torch.dtype) -> Iterator[list[Any]]:
+    from rerank_kernels.backend.native import cublaslt, proven
 
-    def __init__(self) -> None:
-        paths = set(re.findall(r"\S*libcublasLt\.so\S*", Path("/proc/self/maps").read_text()))
-        self.library = c.CDLL(paths.pop())
-        self.handle = c.c_void_p()
-        self("Create", c.byref(self.handle))
-        self.workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device="cuda")
-
-    def __call__(self, name: str, *arguments: Any) -> None:
-        if status := getattr(self.library, f"cublasLt{name}")(*arguments):
-            raise RuntimeError(f"cublasLt{name} gives status {status}")
-
-    def unsplit(self, x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, dict[str, int]] | None:
-        """The result, and the algorithm: the heuristic's first without a split of K."""
-        (m, k), n = x.shape, w.shape[0]
-        y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-        desc, preference = c.c_void_p(), c.c_void_p()
-        self("MatmulDescCreate", c.byref(desc), COMPUTE_32F, R_32F)
-        self("MatmulPreferenceCreate", c.byref(preference))
-        self._set("MatmulDescSetAttribute", desc, DESC_TRANSA, c.c_int32(OP_T))
-        if bias is not None:
-            self._set("MatmulDescSetAttribute", desc, DESC_EPILOGUE, c.c_uint32(EPILOGUE_BIAS))
-            self._set("MatmulDescSetAttribute", desc, DESC_BIAS_POINTER, c.c_void_p(bias.data_ptr()))
-        self._set("MatmulPreferenceSetAttribute", preference, PREFER_WORKSPACE, c.c_uint64(WORKSPACE))
-        self._set("MatmulPreferenceSetAttribute", preference, PREFER_REDUCTION, c.c_uint32(0))
-        layouts = [self._layout(x.dtype, *shape) for shape in ((k, n), (k, m), (n, m))]
-        found, count = (Heuristic * 16)(), c.c_int()
-        a, b, d = layouts
-        try:
-            self("MatmulAlgoGetHeuristic", self.handle, desc, a, b, d, d, preference, len(found), found, c.byref(count))
-            for one in found[: count.value]:
-                config = self._config(one.algo)
-                if one.state or config["splitk"] > 1 or config["reduction"]:
-                    continue
-                one_, zero, stream = c.c_float(1.0), c.c_float(0.0), c.c_void_p(torch.cuda.current_stream().cuda_stream)
-                pointers = [c.c_void_p(t.data_ptr()) for t in (w, x, y, y)]
-                operands = (pointers[0], a, pointers[1], b, c.byref(zero), pointers[2], d, pointers[3], d)
-                space = (c.c_void_p(self.workspace.data_ptr()), c.c_size_t(WORKSPACE))
-                self("Matmul", self.handle, desc, c.byref(one_), *operands, c.byref(one.algo), *space, stream)
-                return y, config
-            return None
-        finally:
-            for layout in layouts:
-                self("MatrixLayoutDestroy", layout)
-            self("MatmulPreferenceDestroy", preference)
-            self("MatmulDescDestroy", desc)
-
-    def _layout(self, dtype: torch.dtype, rows: int, columns: int) -> c.c_void_p:
-        layout = c.c_void_p()
-        sizes = c.c_uint64(rows), c.c_uint64(columns), c.c_int64(rows)
-        self("MatrixLayoutCreate", c.byref(layout), DATA[dtype], *sizes)
-        return layout
-
-    def _set(self, name: str, of: c.c_void_p, attribute: int, value: Any) -> None:
-        self(name, of, attribute, c.byref(value), c.c_size_t(c.sizeof(value)))
-
-    def _config(self, algo: Algo) -> dict[str, int]:
-        found = {}
-        for name, attribute in CONFIG.items():
-            value, written = c.c_uint32(), c.c_size_t()
-            get = self.library.cublasLtMatmulAlgoConfigGetAttribute
-            status = get(c.byref(algo), attribute, c.byref(value), c.c_size_t(c.sizeof(value)), c.byref(written))
-            found[name] = -1 if status else value.value & (0xFFFF if written.value == 2 else 0xFFFFFFFF)
-        return found
+    here = proven.of(torch.empty(0, device=DEVICE).device)
+    if here is None:
+        yield [str(dtype)[6:], n, k, "", 0, False, str(cublaslt.loaded()), "", None, None]
+        return
+    for form in (cublaslt.PRODUCT, cublaslt.BIAS, cublaslt.RESIDUAL):
+        for rows in CLASSES:
+            kind = cublaslt.Kind(dtype, n, k, form, rows)
+            verdict = proven.judged(here, kind, plain)
+            about = [str(dtype)[6:], n, k, form, rows, verdict.product is not None, verdict.why]
+            if verdict.product is None:
+                yield [*about, "", None, None]
+                continue
+            config = " ".join(f"{name} {value}" for name, value in verdict.product.config.items())
+            yield [*about, config, *times(verdict.product)]
 
 
-def started(call: Any) -> tuple[Any, str]:
+def times(product: Product) -> tuple[float, float]:
+    """Its milliseconds, and ours."""
+    from rerank_kernels.backend.native import cublaslt, proven
+
+    dtype, n, k, form, rows = product.kind
+    x, w, y = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((rows, k), (n, k), (rows, n)))
+    bias = torch.randn(n, device=DEVICE).to(dtype) if form == cublaslt.BIAS else None
+    residual = torch.randn_like(y) if form == cublaslt.RESIDUAL else None
+    more, stream = bias if residual is None else residual, proven.stream(x.device)
+    theirs = milliseconds(lambda: product(x, w, more, y, stream))
+    return theirs, milliseconds(lambda: plain(x, w, bias, residual))
+
+
+def started(call: Callable[[], Tensor]) -> tuple[Tensor, str]:
     """What a call gives, and the names of the kernels that it starts."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         out = call()
@@ -142,40 +96,43 @@ def started(call: Any) -> tuple[Any, str]:
     return out, " + ".join(names)
 
 
-def same(a: Tensor, b: Tensor | None) -> bool | None:
-    return None if b is None else bool(torch.equal(a.view(torch.int16), b.view(torch.int16)))
+def same(a: Tensor, b: Tensor) -> bool:
+    return bool(torch.equal(a.view(torch.int16), b.view(torch.int16)))
+
+
+def of_torch(n: int, k: int, dtype: torch.dtype) -> Iterator[list[Any]]:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    x = torch.randn(ROWS[0], k, generator=generator, device=DEVICE).to(dtype)
+    w = torch.randn(n, k, generator=generator, device=DEVICE).mul_(k**-0.5).to(dtype)
+    for bias in (None, torch.randn(n, generator=generator, device=DEVICE).to(dtype)):
+        first = F.linear(x, w, bias)[:1]
+        for m in ROWS:
+            theirs, kernels = started(lambda m=m, bias=bias: F.linear(x[:m], w, bias))  # type: ignore[misc]
+            ours = plain(x[:m], w, bias, None)
+            yield [str(dtype)[6:], n, k, bias is not None, m, kernels, same(theirs, ours), same(theirs[:1], first)]
 
 
 def main() -> None:
     import rerank_kernels as rk
+    from rerank_kernels.backend.native import cublaslt
 
-    generator = torch.Generator("cuda").manual_seed(0)
-    F.linear(torch.ones(16, 16, device="cuda").half(), torch.ones(16, 16, device="cuda").half())  # loads the library
-    lt, rows, why, until = Lt(), [], "", float(os.environ.get("GPU_REPORT_UNTIL", "inf")) - 3.0
-    for dtype in DATA:
-        for n, k in SHAPES:
-            x = torch.randn(ROWS[0], k, generator=generator, device="cuda").to(dtype)
-            w = torch.randn(n, k, generator=generator, device="cuda").mul_(k**-0.5).to(dtype)
-            for bias in (None, torch.randn(n, generator=generator, device="cuda").to(dtype)):
-                first = F.linear(x, w, bias)[:1]
-                for m in ROWS if time.time() < until else ():  # what was found must still be printed
-                    some = x[:m]
-                    theirs, kernel = started(lambda some=some, w=w, bias=bias: F.linear(some, w, bias))
-                    ours = rk.linear(some, w, bias, mode="tensor")
-                    y, unsplit, config = None, "", None
-                    try:
-                        found, unsplit = started(lambda some=some, w=w, bias=bias: lt.unsplit(some, w, bias))
-                        y, config = found or (None, None)
-                    except RuntimeError as error:
-                        why = str(error)
-                    said = " ".join(f"{name} {value}" for name, value in config.items()) if config else why or "none"
-                    equal = same(theirs, ours), same(theirs[:1], first), same(ours, y)
-                    about = (str(dtype)[6:], n, k, bias is not None, m)
-                    rows.append([*about, kernel, equal[0], equal[1], unsplit, said, equal[2]])
-    ours_too = [sum(bool(row[i]) for row in rows) for i in (6, 10)]
-    calls = len(DATA) * len(SHAPES) * 2 * len(ROWS)
-    counts = {"calls": len(rows), "of": calls, "torch equals ours": ours_too[0], "unsplit equals ours": ours_too[1]}
-    print(json.dumps({"counts": counts, "cublasLt": lt.library.cublasLtGetVersion(), "heads": HEADS, "rows": rows}))
+    until = float(os.environ.get("GPU_REPORT_UNTIL", "inf")) - 3.0
+    found: dict[str, list[list[Any]]] = {"trials": [], "torch": []}
+    with rk.use("cuda"):
+        plain(*(torch.ones(16, 16, device=DEVICE).half() for _ in range(2)), None, None)
+        F.linear(*(torch.ones(16, 16, device=DEVICE).half() for _ in range(2)))  # loads what torch takes
+        for name, rows in (("trials", trials), ("torch", of_torch)):
+            for dtype in DTYPES:
+                for n, k in SHAPES:
+                    for row in rows(n, k, dtype):
+                        found[name].append(row)
+                        if time.time() > until:  # what was found must still be printed
+                            break
+    lt = cublaslt.loaded()
+    equal = sum(row[5] for row in found["trials"])
+    counts = {"trials": len(found["trials"]), "of": len(DTYPES) * len(SHAPES) * 3 * len(CLASSES), "equal": equal}
+    heads = {"trials": TRIALS, "torch": TORCH}
+    print(json.dumps({"counts": counts, "cublasLt": lt if isinstance(lt, str) else lt.version, "heads": heads, **found}))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from tools.witness.machine import Code, machine_kernels
 from tools.witness.ptx import dyed, outside_contract, ptx_kernels
 
 CUDA = Path(__file__).parent.parent.parent / "csrc" / "cuda"
-TENSOR_ROOM = "sm80"  # the folder of CUDA whose kernels have tensor cores
+TENSOR_ROOMS = {"sm80": "HMMA", "sm90": "HGMMA"}  # the folders of CUDA whose kernels have tensor cores, and their instruction
 ARCHITECTURES = toolkit.ARCHITECTURES
+# Where ptxas sees that sums are +0 it takes scale-d = 0 instead, which may turn the sign of a zero: in these it is in no bit.
+SIGN_OF_ZERO_IS_FREE = ("sm90/attention",)
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,16 @@ class Kernel:
     stack: int
     spills: int
     static_shared: int
+    serialized: tuple[str, ...] = ()  # ptxas' warnings: wgmma that run one by one, or a fence that it had to add
 
     @property
     def name(self) -> str:
         return readable(self.mangled)
 
     @property
-    def tensor(self) -> bool:
-        return self.family.startswith(f"{TENSOR_ROOM}/")
+    def tensor(self) -> str | None:
+        """The matrix instruction of its room, None if that has none."""
+        return TENSOR_ROOMS.get(self.family.partition("/")[0])
 
     def defects(self) -> list[str]:
         told = [f"PTX outside the contract: {listed(ops)}"] if (ops := outside_contract(self.ptx, self.tensor)) else []
@@ -47,9 +51,12 @@ class Kernel:
         there = sum({"FFMA": 1, "FFMA2": 2}.get(op.split(".")[0], 0) for op in self.dyed.ops)
         told += [f"{wanted} fma in PTX, {there} in the dyed code"] if wanted > there else []
         told += [f"machine code: {listed(ops)}"] if (ops := self.code.forbidden(self.tensor)) else []
-        told += ["mode tensor, and no HMMA"] if self.tensor and not self.code.count("HMMA") else []
+        told += [f"mode tensor, and no {self.tensor}"] if self.tensor and not self.code.count(self.tensor) else []
+        told += [f"ptxas waits for every wgmma: {said}" for said in self.serialized]
+        if self.family not in SIGN_OF_ZERO_IS_FREE and self.code.from_nothing():
+            told.append("a chain of wgmma starts from scale-d = 0, not from registers that hold +0")
         told += [f"{self.stack} bytes of stack, {self.spills} of spills"] if self.stack or self.spills else []
-        if streams(self.name) and not self.code.wide("LDG", "LDGSTS"):
+        if streams(self.name) and not self.code.wide("LDG", "LDGSTS") and not self.code.count("UTMALDG"):
             told.append("streams, but loads no 16 bytes at once")
         return told
 
@@ -78,12 +85,14 @@ def readable(mangled: str) -> str:
     return re.sub(r"\w*Tile<(\d+), (\d+),[^<>]*>", r"\1x\2", name)
 
 
-def of_ptx(ptx: str, family: str, arch: str) -> list[Kernel]:
+def of_ptx(ptx: str, family: str, arch: str, target: str | None = None) -> list[Kernel]:
+    """`target`: what ptxas is told, if it is not `arch`."""
     kit = toolkit.find()
     assert kit is not None
-    made, said = kit.assemble(ptx, arch)
+    target = target or arch
+    made, said = kit.assemble(ptx, target)
     codes = machine_kernels(kit.disassemble(made))
-    dyed_codes = machine_kernels(kit.disassemble(kit.assemble(dyed(ptx), arch)[0]))
+    dyed_codes = machine_kernels(kit.disassemble(kit.assemble(dyed(ptx), target)[0]))
     kernels = []
     for mangled, text in ptx_kernels(ptx).items():
         log = re.search(rf"entry function '{mangled}'.*?Used (\d+) registers[^\n]*", said, re.DOTALL)
@@ -105,19 +114,26 @@ def of_ptx(ptx: str, family: str, arch: str) -> list[Kernel]:
                 numbers["stack frame"],
                 spills,
                 numbers["smem"],
+                tuple(re.findall(rf"\((C75\d\d)\)[^\n]*'{mangled}'", said)),
             )
         )
     return kernels
 
 
+def arch_of(source: Path, arch: str) -> str | None:
+    """As what a source is compiled where `arch` is asked for: in a room for Hopper alone "90a" for "90", and None for "80"."""
+    only = toolkit.found.ROOMS.get(source.parent.name)
+    return arch if only is None else next((a for a in only if a.rstrip("af") == arch), None)
+
+
 def of_source(source: Path, arch: str) -> list[Kernel]:
-    kit = toolkit.find()
-    assert kit is not None
-    return of_ptx(kit.ptx(source, arch).read_text(), f"{source.parent.name}/{source.stem}", arch)
+    kit, name = toolkit.find(), arch_of(source, arch)
+    assert kit is not None and name is not None
+    return of_ptx(kit.ptx(source, name).read_text(), f"{source.parent.name}/{source.stem}", arch, name)
 
 
 def every(architectures: tuple[str, ...]) -> list[Kernel]:
     sources = sorted(CUDA.rglob("*.cu"))
     with ThreadPoolExecutor(2) as pool:
-        made = pool.map(lambda job: of_source(*job), [(s, a) for a in architectures for s in sources])
+        made = pool.map(lambda job: of_source(*job), [(s, a) for a in architectures for s in sources if arch_of(s, a)])
         return [k for kernels in made for k in kernels]

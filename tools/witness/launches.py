@@ -173,4 +173,9 @@ def launches() -> tuple[list[list[Launch]], dict[str, Launch]]:
             with simulated.forced(kernel, way) if kernel else contextlib.nullcontext():
                 for launch in (launch for call in calls for launch in of(call)):
                     one.setdefault(launch.mangled, launch)
+        with simulated.simulated(gpu=simulated.HOPPER):
+            for kernel, way in ((k, w) for k, w in forced if k and "_hopper_" in k):
+                with simulated.forced(kernel, way):
+                    for launch in (launch for call in calls for launch in of(call)):
+                        one.setdefault(launch.mangled, launch)
     return real, one

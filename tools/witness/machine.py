@@ -21,6 +21,11 @@ class Code:
     def count(self, *roots: str) -> int:
         return sum(op.split(".")[0] in roots for op in self.ops)
 
+    def from_nothing(self) -> int:
+        """How many matrix instructions do not read the sum that they add to."""
+        both = zip(self.ops, self.operands, strict=True)
+        return sum(op.startswith("HGMMA") and "!UPT" in operands for op, operands in both)
+
     def undyed(self) -> Counter[str]:
         fma = (op for op in self.ops if op.split(".")[0] in ("FFMA", "FFMA2") and "RZ" not in op.split("."))
         return Counter(fma)
@@ -28,14 +33,15 @@ class Code:
     def wide(self, *roots: str) -> int:
         return sum(op.split(".")[0] in roots and "128" in op.split(".") for op in self.ops)
 
-    def forbidden(self, tensor: bool = False) -> Counter[str]:
+    def forbidden(self, tensor: str | None = None) -> Counter[str]:
+        """`tensor`: the matrix instruction that a kernel of mode tensor may have."""
         found: Counter[str] = Counter()
         for op, operands in zip(self.ops, self.operands, strict=True):
             root, parts = op.split(".")[0], op.split(".")
             local = root in ("LDL", "STL")
             atomic = root in ("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "REDS")
             # HFMA2.MMA with zeros is ptxas' way to load a constant; it is no tensor core
-            matrix = root.endswith("MMA") and root != "HFMA2" and not (tensor and root == "HMMA")
+            matrix = root.endswith("MMA") and root != "HFMA2" and root != tensor
             half = root in ("HFMA2", "HMUL2") and "RZ, RZ" not in operands
             half = half or (root == "HADD2" and "F32" not in parts)
             double = root in ("DADD", "DMUL", "DFMA")
@@ -47,10 +53,11 @@ class Code:
     def hot(self) -> tuple[int, int]:
         """Of the loop that is densest in FFMA, which is where a kernel that computes spends its time: these, and all its
         instructions, both without the loops inside it; (0, 0) without such a loop. One that divides is an epilogue's, if there
-        is another. With tensor cores, of the loop with most HMMA: its instructions are also those for rows at odd addresses.
+        is another. With tensor cores, of the loop with most HMMA or HGMMA: its instructions are also those for rows at odd
+        addresses.
         """
-        matrix = self.count("HMMA") > 0
-        what, least = ("HMMA", 4) if matrix else ("FFMA", 8)
+        matrix = next((root for root in ("HGMMA", "HMMA") if self.count(root)), None)
+        what, least = (matrix, 4) if matrix else ("FFMA", 8)
         found = []
         for a, b in self.loops:
             inside = {i for c, d in self.loops if (c, d) != (a, b) and a <= c and d <= b for i in range(c, d + 1)}

@@ -72,13 +72,14 @@ def estimates(kernels: dict[tuple[str, str], Kernel], real: list[list[Launch]]) 
 def table(kernels: dict[tuple[str, str], Kernel], one: dict[str, Launch]) -> list[str]:
     """A row a kernel; instances of a template with equal figures share one."""
     rows: dict[tuple[str, ...], list[str]] = {}
-    for mangled in sorted({m for m, _ in kernels}, key=lambda m: (kernels[m, ARCHITECTURES[0]].family, readable(m))):
-        each = {a: kernels[mangled, a] for a in ARCHITECTURES}
-        launch = one[mangled]
-        shared = each["80"].static_shared + launch.shared
+    families = {m: k.family for (m, _), k in kernels.items()}
+    for mangled in sorted(families, key=lambda m: (families[m], readable(m))):
+        each = {a: kernels[mangled, a] for a in ARCHITECTURES if (mangled, a) in kernels}
+        launch, first = one[mangled], next(iter(each.values()))
+        shared = first.static_shared + launch.shared
         resident = {a: blocks_per_sm(a, k.registers, k.static_shared + launch.shared, launch.block) for a, k in each.items()}
         warps = {a: resident[a] * math.ceil(launch.block / 32) for a in each}
-        others = [a for a in ARCHITECTURES if a not in ("80", "120")]
+        others = [a for a in each if a not in ("80", "120")]
 
         def between(values: list[int]) -> str:
             return f"{min(values)}" if min(values) == max(values) else f"{min(values)}..{max(values)}"
@@ -87,15 +88,17 @@ def table(kernels: dict[tuple[str, str], Kernel], one: dict[str, Launch]) -> lis
             fma, all_ops = k.code.hot()
             return f"{fma} / {all_ops}" if fma else ""
 
-        family, *_ = {k.family for k in each.values()}
         figures = (
-            family,
+            families[mangled],
             readable(mangled).split("<")[0],
             f"{launch.block}",
             f"{shared / 1024:.1f}",
-            *(f"{each[a].registers} | {resident[a]} x {launch.block // 32} = {warps[a]}" for a in ("80", "120")),
+            *(
+                f"{each[a].registers} | {resident[a]} x {launch.block // 32} = {warps[a]}" if a in each else " | "
+                for a in ("80", "120")
+            ),
             f"{between([each[a].registers for a in others])} | {between([warps[a] for a in others])}",
-            full(each["80"]),
+            full(first),
         )
         rows.setdefault(figures, []).append(readable(mangled).partition("<")[2].removesuffix(">"))
     lines = [
@@ -112,7 +115,8 @@ def table(kernels: dict[tuple[str, str], Kernel], one: dict[str, Launch]) -> lis
 def page(found: list[Kernel]) -> str:
     kernels = {(k.mangled, k.arch): k for k in found}
     real, one = launches()
-    count = len({k.mangled for k in found})
+    count = len({k.mangled for k in found if k.arch == ARCHITECTURES[0]})
+    hopper = len({k.mangled for k in found}) - count
     fma = sum(len(re.findall(r"\bfma\.rn\.f32\b", k.ptx)) for k in found)
     kit = toolkit.find()
     assert kit is not None
@@ -131,7 +135,8 @@ def page(found: list[Kernel]) -> str:
     ]
     return "\n".join(
         [
-            f"nvcc {kit.release}; {count} kernels for each of {', '.join('sm_' + a for a in ARCHITECTURES)}. In all of them: "
+            f"nvcc {kit.release}; {count} kernels for each of {', '.join('sm_' + a for a in ARCHITECTURES)}, and "
+            f"{hopper} for sm_90a alone, which were never run on a GPU. In all of them: "
             "no instruction outside the contract, no spills and no local memory, no atomics, and tensor cores in those of mode "
             f"tensor only; {fma:,} fma in PTX, and no product that ptxas fused with a sum.",
             "",

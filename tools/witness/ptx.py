@@ -10,7 +10,12 @@ _FLOAT = re.compile(r"\.(f16|f16x2|bf16|bf16x2|f32|f32x2|f64|tf32|e4m3\w*|e5m2\w
 _ARITHMETIC = {"add", "sub", "mul", "fma", "mad", "div", "sqrt", "rcp", "neg", "abs", "min", "max", "copysign", "testp"}
 _ROUNDS = {"add", "sub", "mul", "fma", "mad", "div", "sqrt", "rcp"}
 _NEVER = {"ex2", "lg2", "sin", "cos", "tanh", "rsqrt", "mma", "wmma", "wgmma", "tcgen05", "atom", "red", "multimem", "call"}
-_TENSOR = re.compile(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(f16|bf16)\.\1\.f32")  # the one of mode "tensor"
+_TENSOR = {  # those of mode "tensor", by what ptxas makes of them
+    "HMMA": re.compile(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(f16|bf16)\.\1\.f32"),
+    "HGMMA": re.compile(
+        r"wgmma\.(mma_async\.sync\.aligned\.m64n\d+k16\.f32\.(f16|bf16)\.\2|(fence|commit_group|wait_group)\.sync\.aligned)"
+    ),
+}
 _WHICH_CHIP = re.compile(r"%(smid|nsmid|warpid|nwarpid|gridid|clock|clock64|globaltimer)\b")
 
 
@@ -19,15 +24,15 @@ def ptx_kernels(ptx: str) -> dict[str, str]:
     return {m[1]: m[0] for m in re.finditer(r"\.entry\s+(\w+)\s*\(.*?^\}", ptx, re.MULTILINE | re.DOTALL)}
 
 
-def outside_contract(kernel: str, tensor: bool = False) -> Counter[str]:
+def outside_contract(kernel: str, tensor: str | None = None) -> Counter[str]:
     """The instructions of a kernel's PTX that the contract does not have: bits left open, or other than its float32 steps.
-    `tensor`: a kernel of mode "tensor", which may have that mode's one instruction besides.
+    `tensor`: a kernel of mode "tensor", which may have its room's one instruction besides: HMMA or HGMMA.
     """
     found: Counter[str] = Counter()
     for op, operands in _INSTRUCTION.findall(kernel):
         root, *parts = op.split(".")
         kind = _FLOAT.findall(op)
-        if tensor and _TENSOR.fullmatch(op):
+        if tensor and _TENSOR[tensor].fullmatch(op):
             continue
         bad = root in _NEVER or {"approx", "ftz", "full", "sat"} & set(parts)
         if root in _ARITHMETIC and kind:

@@ -16,6 +16,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../attention.cuh"
 #include "../kernels.h"
@@ -107,10 +108,12 @@ __device__ __forceinline__ void add_scores(const char* q, const char* k, int wid
 // writes, eight keys of four rows, and the reads, four keys of four rows, free of bank conflicts.
 __device__ __forceinline__ int score_at(int rg, int key) { return rg * KEY_TILE + ((key / 4) ^ (2 * rg)) * 4 + key % 4; }
 
-// sum[i][c] += the terms of keys [key, key + count) of the tile. values: rows of COLUMNS, from that key on. With HIDES, keys
-// that a row does not see are skipped; without, such keys lie behind the sequence's end, where weights and values are zeros.
-template <bool HIDES, class T>
-__device__ __forceinline__ void add_values(const float* weights, const T* values, int key, int count, bool second,
+// sum[i][c] += the terms of keys [key, key + count) of the tile, c < 4 HALVES. values: rows of COLUMNS, from that key on. With
+// HIDES, keys that a row does not see are skipped; without, such keys lie behind the sequence's end, where weights and values
+// are zeros. A weight is used for all columns before the next row's, and rows go there and back: what was just used is used
+// again, which leaves the register banks to the rest.
+template <bool HIDES, int HALVES, class T>
+__device__ __forceinline__ void add_values(const float* weights, const T* values, int key, int count,
                                            float (&sum)[THREAD_ROWS][8]) {
     const auto [warp, lane, rg, kg] = place_now();
 #pragma unroll 1
@@ -119,16 +122,18 @@ __device__ __forceinline__ void add_values(const float* weights, const T* values
 #pragma unroll
         for (int i = 0; i < THREAD_ROWS; ++i) e[i] = load_four(weights + i * 4 * KEY_TILE + score_at(rg, key + n));
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if (half && !second) break;
+        for (int m = 0; m < 4; ++m) {
+            Four v[HALVES];
 #pragma unroll
-            for (int m = 0; m < 4; ++m) {
-                const Four v = load_four(values + (n + m) * COLUMNS + half * 32 + kg * 4);
+            for (int half = 0; half < HALVES; ++half) v[half] = load_four(values + (n + m) * COLUMNS + half * 32 + kg * 4);
 #pragma unroll
-                for (int i = 0; i < THREAD_ROWS; ++i) {
-                    if (HIDES && __float_as_uint(e[i].v[m]) == 0x80000000u) continue;
+            for (int r = 0; r < THREAD_ROWS; ++r) {
+                const int i = m % 2 ? THREAD_ROWS - 1 - r : r;
+                if (HIDES && __float_as_uint(e[i].v[m]) == 0x80000000u) continue;
 #pragma unroll
-                    for (int c = 0; c < 4; ++c) sum[i][4 * half + c] = fmadd(e[i].v[m], v.v[c], sum[i][4 * half + c]);
+                for (int d = 0; d < 4 * HALVES; ++d) {
+                    const int c = i % 2 ? 4 * HALVES - 1 - d : d;
+                    sum[i][c] = fmadd(e[i].v[m], v[c / 4].v[c % 4], sum[i][c]);
                 }
             }
         }
@@ -346,8 +351,13 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 2) attention_rows(AttentionAr
                 const T* v = reinterpret_cast<const T*>(advance());
                 const int count = min(V_ROWS, seen - part * V_ROWS);
                 if (!sees) continue;
-                if (hides) add_values<true>(mine, v, part * V_ROWS, count, columns > 32, s);
-                else add_values<false>(mine, v, part * V_ROWS, count, columns > 32, s);
+                const auto add = [&](auto hiding, auto halves) {
+                    add_values<hiding.value, halves.value, T>(mine, v, part * V_ROWS, count, s);
+                };
+                using One = std::integral_constant<int, 1>;
+                using Two = std::integral_constant<int, 2>;
+                if (columns > 32) hides ? add(std::true_type(), Two()) : add(std::false_type(), Two());
+                else hides ? add(std::true_type(), One()) : add(std::false_type(), One());
             }
 #pragma unroll
             for (int i = 0; i < THREAD_ROWS; ++i)

@@ -1,7 +1,7 @@
 // linear.cu: y[m, n] = act(dot(x[m], w[n]) + bias[n]) + residual[m, n], and activations alone. x [M, K] and w [N, K] as
 // nn.Linear has it, any mix of dtypes, every shape; of bmm, several such products, whose tiles are blocks of one grid.
 //
-// Order: gemm.cuh's for dot, epilogue.cuh's for the rest.
+// Order: gemm.cuh's for dot, in gemm_large.cuh too, epilogue.cuh's for the rest.
 //
 // Ways: tiles from 128 x 128 outputs per block, for many rows, to 8 x 16, for a query's single row or a head's single column,
 // where weights stream through and latency counts. Each whole, or split: a block per chunk of 512 along K, whose sums go to
@@ -12,6 +12,7 @@
 
 #include "../epilogue.cuh"
 #include "gemm.cuh"
+#include "gemm_large.cuh"
 #include "room.cuh"
 
 namespace rk {
@@ -25,6 +26,55 @@ struct LinearSetup {
     int64_t chunks, batches;
 };
 
+// The outputs of a block of T::BM x T::BN, and its part of K.
+struct Part {
+    int64_t m, n, chunk;  // first row of all outputs, first column
+    int rows, columns;
+    int64_t k_begin, k_end;
+    const char *x, *w;
+
+    // Where row r of an operand begins; past the end, the last row that exists.
+    __device__ __forceinline__ const char* x_row(const LinearSetup& setup, int r) const {
+        return x + (r < rows ? r : rows - 1) * setup.x.bytes;
+    }
+    __device__ __forceinline__ const char* w_row(const LinearSetup& setup, int r) const {
+        return w + (r < columns ? r : columns - 1) * setup.w.bytes;
+    }
+};
+template <class T>
+__device__ __forceinline__ Part part_of(const LinearArgs& g, const LinearSetup& setup) {
+    // Blocks that run together share rows and weights: bands of 8 row tiles, down each band column by column.
+    const int64_t tiles = setup.row_tiles * setup.column_tiles, tile = blockIdx.x % tiles;
+    const int64_t batch = blockIdx.x / tiles % setup.batches, chunk = blockIdx.x / tiles / setup.batches;
+    const int64_t band = tile / (8 * setup.column_tiles) * 8;
+    const int64_t height = setup.row_tiles - band < 8 ? setup.row_tiles - band : 8, inside = tile - band * setup.column_tiles;
+    const int64_t m0 = (band + inside % height) * T::BM, n0 = inside / height * T::BN, k = chunk * CHUNK;
+    Part part;
+    part.m = batch * g.M + m0;
+    part.n = n0;
+    part.chunk = chunk;
+    part.rows = g.M - m0 < T::BM ? int(g.M - m0) : T::BM;
+    part.columns = g.N - n0 < T::BN ? int(g.N - n0) : T::BN;
+    part.k_begin = k;
+    part.k_end = setup.sums && g.K - k > CHUNK ? k + CHUNK : g.K;
+    part.x = static_cast<const char*>(g.x.data) + part.m * setup.x.bytes;
+    part.w = static_cast<const char*>(g.weight.data) + (batch * g.N + n0) * setup.w.bytes;
+    return part;
+}
+
+// The end of four neighbours of row r from column c on: the epilogue, or of a split the workspace.
+__device__ __forceinline__ void leave(const LinearArgs& g, const LinearSetup& setup, const Part& part, int r, int c,
+                                      Four sums) {
+    if (r >= part.rows || c >= part.columns) return;
+    Four y[1] = {sums};
+    if (!setup.sums) return finish(g, setup.four, part.m + r, part.n + c, y);
+    float* to = setup.sums + (part.chunk * setup.batches * g.M + part.m + r) * g.N + part.n + c;
+    if (setup.four) store_four(to, y[0]);
+    else
+        for (int e = 0; e < 4; ++e)
+            if (c + e < part.columns) to[e] = y[0].v[e];
+}
+
 // The tile of sums waits in shared memory for the epilogue, so that neighbours in a row are stored by neighbouring threads and
 // the element functions stand in the code once. 8 more floats a row: a warp's four rows of eight then fill all banks.
 template <class T>
@@ -36,23 +86,12 @@ constexpr int linear_shared = std::max(Dot<T, X_HALF, W_HALF>::BYTES, T::BM* sum
 template <class T, bool X_HALF, bool W_HALF>
 __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tile(const LinearArgs g, const LinearSetup setup) {
     extern __shared__ __align__(16) char shared[];
-    // Blocks that run together share rows and weights: bands of 8 row tiles, down each band column by column.
-    const int64_t tiles = setup.row_tiles * setup.column_tiles, tile = blockIdx.x % tiles;
-    const int64_t batch = blockIdx.x / tiles % setup.batches, chunk = blockIdx.x / tiles / setup.batches;
-    const int64_t band = tile / (8 * setup.column_tiles) * 8;
-    const int64_t height = setup.row_tiles - band < 8 ? setup.row_tiles - band : 8, inside = tile - band * setup.column_tiles;
-    const int64_t m0 = (band + inside % height) * T::BM, n0 = inside / height * T::BN;
-    const int rows = g.M - m0 < T::BM ? int(g.M - m0) : T::BM, columns = g.N - n0 < T::BN ? int(g.N - n0) : T::BN;
-    const int64_t k_begin = chunk * CHUNK, k_end = setup.sums && g.K - k_begin > CHUNK ? k_begin + CHUNK : g.K;
-
-    const int64_t first = batch * g.M + m0;  // of the output's rows
-    const char* x = static_cast<const char*>(g.x.data) + first * setup.x.bytes;
-    const char* w = static_cast<const char*>(g.weight.data) + (batch * g.N + n0) * setup.w.bytes;
-    const auto x_row = [&](int r) { return x + (r < rows ? r : rows - 1) * setup.x.bytes; };
-    const auto w_row = [&](int r) { return w + (r < columns ? r : columns - 1) * setup.w.bytes; };
+    const Part part = part_of<T>(g, setup);
+    const auto x_row = [&](int r) { return part.x_row(setup, r); };
+    const auto w_row = [&](int r) { return part.w_row(setup, r); };
     using D = Dot<T, X_HALF, W_HALF>;
     float total[T::TM][T::TN];
-    D::run(shared, setup.x, x_row, setup.w, w_row, rows, columns, k_begin, k_end, total);
+    D::run(shared, setup.x, x_row, setup.w, w_row, part.rows, part.columns, part.k_begin, part.k_end, total);
 
     __syncthreads();
     constexpr int pitch = sums_pitch<T>;
@@ -64,20 +103,25 @@ __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tile(const L
             sums[(D::first_row() + i * T::LM) * pitch + D::first_column() + j * T::LN] = total[i][j];
     __syncthreads();
 #pragma unroll 1
-    for (int i = int(threadIdx.x) * 4; i < T::BM * T::BN; i += T::THREADS * 4) {
-        const int r = i / T::BN, c = i % T::BN;
-        if (r >= rows || c >= columns) continue;
-        Four y[1] = {load_four(sums + r * pitch + c)};
-        if (!setup.sums) {
-            finish(g, setup.four, first + r, n0 + c, y);
-        } else {
-            float* to = setup.sums + (chunk * setup.batches * g.M + first + r) * g.N + n0 + c;
-            if (setup.four) store_four(to, y[0]);
-            else
-                for (int e = 0; e < 4; ++e)
-                    if (c + e < columns) to[e] = y[0].v[e];
-        }
+    for (int i = int(threadIdx.x) * 4; i < T::BM * T::BN; i += T::THREADS * 4)
+        leave(g, setup, part, i / T::BN, i % T::BN, load_four(sums + i / T::BN * pitch + i % T::BN));
+}
+
+template <class T, bool X_HALF, bool W_HALF>
+__global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_large_tile(const LinearArgs g, const LinearSetup setup) {
+    extern __shared__ __align__(16) char shared[];
+    using D = LargeDot<T, X_HALF, W_HALF>;
+    {
+        const Part part = part_of<T>(g, setup);
+        const auto x_row = [&](int r) { return part.x_row(setup, r); };
+        const auto w_row = [&](int r) { return part.w_row(setup, r); };
+        D::run(shared, setup.x, x_row, setup.w, w_row, part.k_begin, part.k_end);
     }
+    const Part part = part_of<T>(g, setup);  // afresh: the loop leaves no registers to keep it in
+#pragma unroll 1
+    for (int i = 0; i < D::GROUPS; ++i)
+        leave(g, setup, part, D::first_row() + D::row_of(i), D::first_column() + D::column_of(i),
+              load_four(D::totals(shared, i)));
 }
 
 // The end of a split: the chunks' sums, added ascending from +0, four neighbours a thread.
@@ -100,20 +144,21 @@ __global__ void linear_add_chunks(const LinearArgs g, const LinearSetup setup) {
 
 // ---- launchers
 
-using Tile128x128 = Tile<128, 128, 16, 8, 8, 4, 3, 1>;
+using Tile128x128 = LargeTile<128, 128, 16, 2>;
 using Tile128x64 = Tile<128, 64, 16, 8, 8, 4, 3, 2>;
 using Tile64x64 = Tile<64, 64, 16, 4, 8, 8, 3, 3>;
 using Tile32x32 = Tile<32, 32, 32, 4, 4, 4, 2, 8>;
 using Tile8x16 = Tile<8, 16, 64, 1, 1, 2, 4, 7>;
 
 // Of a tile: its size, how many blocks of it a multiprocessor holds, and nanoseconds per step along k of a block that is
-// alone there and of as many as it holds. Measured on an H100 in float32 (half precision: up to a third more); only for speed.
+// alone there and of as many as it holds. Measured on an H100 in float32 (half precision: up to a third more); the first tile's
+// are an estimate from its machine code, never measured, on the scale of the others. Only for speed.
 struct Cost {
     int64_t rows, columns, resident;
     double alone, full;
 };
 constexpr Cost COSTS[] = {
-    {128, 128, 1, 112, 112}, {128, 64, 2, 69, 119}, {64, 64, 3, 40, 97}, {32, 32, 8, 25, 65}, {8, 16, 7, 8, 22}};
+    {128, 128, 2, 98, 169}, {128, 64, 2, 69, 119}, {64, 64, 3, 40, 97}, {32, 32, 8, 25, 65}, {8, 16, 7, 8, 22}};
 constexpr int TILES = 5;
 
 static Choice linear_choice("linear", 2 * TILES);  // way = 2 * tile + split
@@ -158,7 +203,10 @@ static void start_tile(const char* op, const LinearArgs& g, LinearSetup setup, S
     const dim3 grid(checked_blocks(op, tiles * (setup.sums ? setup.chunks : 1)));
     auto start = [&](auto x_half, auto w_half) {
         constexpr bool X_HALF = decltype(x_half)::value, W_HALF = decltype(w_half)::value;
-        launch(op, linear_tile<T, X_HALF, W_HALF>, grid, T::THREADS, linear_shared<T, X_HALF, W_HALF>, stream, g, setup);
+        if constexpr (LARGE<T>)
+            launch(op, linear_large_tile<T, X_HALF, W_HALF>, grid, T::THREADS, LargeDot<T, X_HALF, W_HALF>::BYTES, stream, g,
+                   setup);
+        else launch(op, linear_tile<T, X_HALF, W_HALF>, grid, T::THREADS, linear_shared<T, X_HALF, W_HALF>, stream, g, setup);
     };
     using Yes = std::true_type;
     using No = std::false_type;

@@ -1,30 +1,30 @@
 // attention.cu: packed attention of mode "tensor": float16 and bfloat16, heads of up to 256, any length, window, grouping.
 //
-// Per query row, over tiles of 64 keys, counted from the sequence's own first key, ascending (NUMERICS.md, "Mode tensor"):
-//   s_j = dot_tensor(q, k_j) * scale                 one mma for every 16 features; capped: tanh(s_j / softcap) * softcap
-//   m' = max(m, max_j s_j);  f = exp(m - m');  p_j = exp(s_j - m'), 0 for a hidden key
-//   l = l * f + sum_j p_j                            product and sum rounded each; sum_j: see below
-//   o = o * f, then o += p_j v_j                     one mma for every 16 keys, p rounded to half
-// and out = o / l, +0 for a row that sees no key. Until a row has seen a score that is not -inf, 0 stands for m' beside the
-// minus signs.
-//
-// sum_j p_j: of each 16 keys thread t of four has 2t, 2t + 1, 2t + 8, 2t + 9; it adds its 16 of the 64, ascending, from +0;
-// then (t0 + t1) + (t2 + t3). Keys that are left out count as the +0 they would have added.
+// Per query row, over tiles of 128 keys (64 where a head is wider than 128), counted from the sequence's own first key,
+// ascending (NUMERICS.md, "Mode tensor"):
+//   s_j = dot_tensor(q, k_j)                         one mma for every 16 features; in some calls scaled, and capped
+//   (weighing.h) m' = max(m, max_j s_j), a NaN stays;  r = exp2_short(m - m');  p_j = exp2_short(s_j - m') rounded to half, 0
+//   for a hidden key o = o * r, then o += p_j v_j;  l = l * r, then l += p_j * 1      one mma for every 16 keys, ascending, in
+//   both
+// and out = o / l, +0 for a row that sees no key, NaN for one whose m is no finite number. Until a row has seen a score that is
+// not -inf, 0 stands for m' beside the minus signs. A hidden key is a score of -inf: its weight is below 2^-140, which is +0.
 //
 // A warp has 16 rows of one sequence and key head, from the sequence's first row on, whatever the way. What it leaves out (the
-// 16 keys that none of its rows sees, a tile of such) would have changed nothing: f is 1, every p is +0, and an mma of zeros
+// 16 keys that none of its rows sees, a tile of such) would have changed nothing: r is 1, every p is +0, and an mma of zeros
 // keeps its sum, up to the sign of a zero, which one last + 0 takes away. So neither blocks nor tiles are in the expression.
 // Only a value that is not finite may reach a row that does not see it, as 0 * inf: if one of the same 16 rows sees one of
 // the same 16 keys, and that again depends on nothing but the sequence.
 //
-// A block has 2, 4 or 8 warps, and one key head after another, in which the same tokens are its rows. Tiles of keys and of
-// values take turns in two or three stages of shared memory, filled by cp.async one step ahead, across the heads. Q stays in
-// registers as fragments (in shared memory if a head is wider than 128: each thread reads what it wrote).
+// A block has 2, 4 or 8 warps, and one key head after another, in which the same tokens are its rows. Parts of 64 keys and of
+// 64 values pass through two or three stages of shared memory: of a tile all its keys, then all its values. cp.async fills
+// them one or two steps ahead, across tiles and heads. Q stays in registers as fragments, or in shared memory where those are
+// too few: each thread reads what it wrote.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <type_traits>
 
+#include "../../weighing.h"
 #include "../attention.cuh"
 #include "../kernels.h"
 #include "room.cuh"
@@ -34,19 +34,19 @@ namespace rk {
 
 using Keys = std::false_type;
 using Values = std::true_type;
-using sm80::WARP_ROWS, sm80::WARP_WAYS;
-static_assert(sm80::KEYS == KEY_TILE && sm80::WORK_BYTES == WORK);
-constexpr int GROUPS = KEY_TILE / STEP;  // of 16 keys
+using sm80::WARP_ROWS, sm80::WARP_WAYS, sm80::PART;
+static_assert(sm80::WORK_BYTES == WORK);
+constexpr int GROUPS = PART / STEP;  // of 16 keys, in a part
 constexpr float NONE_YET = -__builtin_huge_valf();
-constexpr float NORMAL = -87.0f;  // exp is a normal number from here on
 
 // What follows from the width that a head is filled up to.
 template <int WIDTH>
 struct Head {
     static constexpr int ROW = WIDTH * 2, PIECES = WIDTH / 8, STEPS = WIDTH / STEP;
     static constexpr int SURE_STEPS = WIDTH <= 32 ? 1 : WIDTH <= 128 ? STEPS - 1 : STEPS - 3;  // that even the narrowest has
-    static constexpr int TILE = KEY_TILE * ROW;                                                // bytes
+    static constexpr int BYTES = PART * ROW;                                                   // of a part
     static constexpr sm80::HeadTile SHAPE{WIDTH};
+    static constexpr int KEYS = SHAPE.keys(), PARTS = KEYS / PART;  // of a tile
     static constexpr bool Q_IN_REGISTERS = SHAPE.q_in_registers();
     static constexpr int STAGES = SHAPE.stages();
     static constexpr int REGISTERS_FOR = WIDTH <= 64 ? 12 : WIDTH <= 128 ? 8 : 4;  // warps: three, two, one blocks of 4
@@ -75,19 +75,19 @@ struct Tiles {
     int begin, end;  // of keys
 };
 
-// A tile of keys or values: rows from `live` on and halves from D on become zeros, unread.
+// A part of keys or values: rows from `live` on and halves from D on become zeros, unread.
 template <int WIDTH, class T>
-__device__ __forceinline__ void fetch_tile(unsigned to, const T* from, int64_t stride, int live, int D, bool wide) {
+__device__ __forceinline__ void fetch_part(unsigned to, const T* from, int64_t stride, int live, int D, bool wide) {
     constexpr int PIECES = Head<WIDTH>::PIECES;
     constexpr int ACROSS = PIECES <= 4 ? 4 : PIECES <= 8 ? 8 : PIECES <= 16 ? 16 : 32;
     const int thread = thread_now(), piece = thread % ACROSS, valid = min(max(D - piece * 8, 0), 8);
-    const int rows = min(KEY_TILE, (live + STEP - 1) / STEP * STEP);  // nobody reads further
+    const int rows = min(PART, (live + STEP - 1) / STEP * STEP);  // nobody reads further
     if (PIECES < ACROSS && piece >= PIECES) return;
-    if (wide && D == WIDTH && live >= KEY_TILE) {  // as nearly always: no piece of it is missing
+    if (wide && D == WIDTH && live >= PART) {  // as nearly always: no piece of it is missing
         const T* row = from + thread / ACROSS * stride + piece * 8;
         const int64_t down = blockDim.x / ACROSS * stride;
 #pragma unroll 1
-        for (int r = thread / ACROSS; r < KEY_TILE; r += blockDim.x / ACROSS, row += down)
+        for (int r = thread / ACROSS; r < PART; r += blockDim.x / ACROSS, row += down)
             copy_piece(to + place<Head<WIDTH>::ROW>(r, piece), row);
         return;
     }
@@ -117,16 +117,24 @@ __device__ __forceinline__ unsigned round_two<bf16>(float a, float b) {
     return both;
 }
 
-// exp_of_negative, bit for bit, for NORMAL <= x <= 0: n can be added to the exponent as an integer.
-__device__ __forceinline__ float exp_normal(float x) {
-    float t;
-    const float p = exp_fraction(x, t);
-    return __uint_as_float(__float_as_uint(p) + (__float_as_uint(t) << 23));
+// 1 twice, in half precision.
+template <class T>
+constexpr unsigned ONES = sizeof(T) == 0;
+template <>
+constexpr unsigned ONES<f16> = 0x3C003C00u;
+template <>
+constexpr unsigned ONES<bf16> = 0x3F803F80u;
+
+// The larger of two numbers; a NaN wins.
+__device__ __forceinline__ float largest_of(float a, float b) {
+    float c;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+    return c;
 }
 
 template <int WIDTH, class T>
 __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
-    attention_tensor_rows(AttentionArgs a, bool wide, PackedArgs packed) {
+    attention_tensor_rows(AttentionArgs a, Weighing weigh, bool wide, PackedArgs packed) {
     using H = Head<WIDTH>;
     extern __shared__ __align__(128) char shared[];
     static_assert(sizeof(Work<T>) + sizeof(Tiles) <= WORK, "the bytes that both have in shared memory");
@@ -140,49 +148,53 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
 
     // shared memory after `work`: the stages, Q unless it is in registers, the rows
     const unsigned stages = shared_address(shared + WORK);
-    uint4* const q_shared = reinterpret_cast<uint4*>(shared + WORK + H::STAGES * H::TILE) + threadIdx.x;
-    Row* const rows = reinterpret_cast<Row*>(shared + WORK + H::STAGES * H::TILE +
+    uint4* const q_shared = reinterpret_cast<uint4*>(shared + WORK + H::STAGES * H::BYTES) + threadIdx.x;
+    Row* const rows = reinterpret_cast<Row*>(shared + WORK + H::STAGES * H::BYTES +
                                              (H::Q_IN_REGISTERS ? 0 : warps * 32 * H::STEPS * int(sizeof(uint4))));
 
     // the tiles of keys that the block sees; a register each is too much
-    const auto key_of = [](int tile) { return tile * KEY_TILE; };
-    const auto tile_of = [](int key) { return key / KEY_TILE; };
+    const auto key_of = [](int tile) { return tile * H::KEYS; };
+    const auto tile_of = [](int key) { return key / H::KEYS; };
     Tiles& tiles = *reinterpret_cast<Tiles*>(shared + sizeof(Work<T>));
     if (threadIdx.x == 0) tiles = {tile_of(work.begin(work.token)), tile_of(work.end(work.token_of(work.rows - 1)) - 1) + 1};
     __syncthreads();
 
-    // ---- the stages. A step is a tile of keys or of values
-    unsigned stage = 0;
-    const auto after = [](unsigned at) { return at == (H::STAGES - 1) * H::TILE ? 0 : at + H::TILE; };
-    const auto fetch = [&](auto kind, int head, int tile, unsigned to) {
+    // ---- the stages. A step is a part of a tile's keys or of its values, of which nothing is copied where no row sees it
+    unsigned stage = (H::STAGES - 1) * H::BYTES;
+    const auto after = [](unsigned at) { return at == (H::STAGES - 1) * H::BYTES ? 0 : at + H::BYTES; };
+    const auto fetch = [&](auto kind, int head, int tile, int part, unsigned to) {
         constexpr bool values = decltype(kind)::value;
         if (head < a.H_kv) {
-            const int64_t key = key_of(tile), stride = values ? a.v_token : a.k_token;
+            const int64_t key = key_of(tile) + part * PART, stride = values ? a.v_token : a.k_token;
             const T* const from =
                 (values ? work.v : work.k) + key * stride + (head - int(blockIdx.y)) * (values ? a.v_head : a.k_head);
-            fetch_tile<WIDTH>(stages + to, from, stride, work.length - int(key), D, wide);
+            fetch_part<WIDTH>(stages + to, from, stride, work.length - int(key), D, wide);
         }
-        commit_copies();
+        commit_copies();  // perhaps an empty group: the count of groups is the clock
     };
-    // Ends a step: the stage of the next one, which has landed. Everybody is past the step that ended, so that its stage can be
-    // filled again: with three stages by the next tile of the kind that begins, with two by what comes after it.
-    const auto advance = [&](auto kind, int head, int tile) {
+    // Begins a step: its stage, which has landed. Everybody is past the step before, so that its stage can be filled again: by
+    // the same part of the other kind where a tile has two parts; else by the same of the next tile with three stages, and with
+    // two by what comes next.
+    const auto advance = [&](auto kind, int head, int tile, int part) {
         constexpr bool values = decltype(kind)::value;
+        constexpr bool other = H::PARTS == 2 || H::STAGES == 2;
+        static_assert(H::PARTS == 1 || (H::PARTS == 2 && H::STAGES == 3));
         wait_for_copies<H::STAGES - 2>();
         __syncthreads();
-        const unsigned now = stage, to = H::STAGES == 3 ? after(after(now)) : after(now);
-        stage = after(now);
-        if (H::STAGES == 3 || values) {
-            const bool last = tile + 1 == tiles.end;
-            fetch(std::bool_constant<values == (H::STAGES == 3)>(), last ? head + int(gridDim.y) : head,
-                  last ? tiles.begin : tile + 1, to);
+        const unsigned before = stage;
+        stage = after(stage);
+        if (other && !values) {
+            fetch(Values(), head, tile, part, before);
         } else {
-            fetch(Values(), head, tile, to);
+            const bool last = tile + 1 == tiles.end;
+            fetch(std::bool_constant<values != other>(), last ? head + int(gridDim.y) : head, last ? tiles.begin : tile + 1,
+                  part, before);
         }
-        return stages + now;
+        return stages + stage;
     };
-    fetch(Keys(), blockIdx.y, tiles.begin, 0);
-    if constexpr (H::STAGES == 3) fetch(Values(), blockIdx.y, tiles.begin, H::TILE);
+    fetch(Keys(), blockIdx.y, tiles.begin, 0, 0);
+    if constexpr (H::PARTS == 2) fetch(Keys(), blockIdx.y, tiles.begin, 1, H::BYTES);
+    else if constexpr (H::STAGES == 3) fetch(Values(), blockIdx.y, tiles.begin, 0, H::BYTES);
 
     for (int r = threadIdx.x; r < warps * WARP_ROWS; r += blockDim.x) {
         const int there = min(r, work.rows - 1), token = work.token_of(there), head = work.head_of(there);
@@ -216,26 +228,29 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
         if (wide && D % 2 == 0) each([&](const T* p, int left) { return left > 0 ? two(p) : 0u; });
         else each([&](const T* p, int left) { return (left > 0 ? one(p) : 0u) | (left > 1 ? one(p + 1) << 16 : 0u); });
     };
-    // s[0], s[1] += the products with two times 8 keys, of features [16 step, 16 step + 16)
-    const auto multiply = [&](float (*s)[4], int step, unsigned keys) {
-        unsigned k[4];
-        load_matrices(k, keys);
+    // Q's fragment of features [16 step, 16 step + 16)
+    const auto q_of = [&](int step, unsigned (&x)[4]) {
         if constexpr (H::Q_IN_REGISTERS) {
-            mma<T>(s[0], q[step], k[0], k[1]);
-            mma<T>(s[1], q[step], k[2], k[3]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x[i] = q[step][i];
         } else {
-            const uint4 x = q_shared[step * blockDim.x];
-            const unsigned y[4] = {x.x, x.y, x.z, x.w};
-            mma<T>(s[0], y, k[0], k[1]);
-            mma<T>(s[1], y, k[2], k[3]);
+            const uint4 all = q_shared[step * blockDim.x];
+            x[0] = all.x, x[1] = all.y, x[2] = all.z, x[3] = all.w;
         }
     };
-    if (live) load_q(blockIdx.y);
+    // s[0], s[1] += the products of x with two times 8 keys
+    const auto multiply = [&](float (*s)[4], const unsigned (&x)[4], unsigned keys) {
+        unsigned k[4];
+        load_matrices(k, keys);
+        mma<T>(s[0], x, k[0], k[1]);
+        mma<T>(s[1], x, k[2], k[3]);
+    };
 
     const unsigned my_keys = place<H::ROW>(row_of_b(), piece_of_b()), my_values = place<H::ROW>(row_of_a(), piece_of_a());
 #pragma unroll 1
     for (int head = blockIdx.y; head < a.H_kv; head += gridDim.y) {
-        float top[2] = {NONE_YET, NONE_YET}, l[2] = {0.0f, 0.0f};
+        if (live) load_q(head);
+        float top[2] = {NONE_YET, NONE_YET}, l[4] = {};  // l[2 i]: of row i of this thread
         float out[H::PIECES][4];
 #pragma unroll
         for (int n = 0; n < H::PIECES; ++n)
@@ -247,126 +262,105 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
             const int key = key_of(tile);
             // the warp's first row sees from the earliest key on, its last row up to the latest
             const Row &first = rows[warp * WARP_ROWS], &last = rows[warp * WARP_ROWS + WARP_ROWS - 1];
-            const bool sees = live && key < last.end && key + KEY_TILE > first.begin;
-            const bool whole = last.begin <= key && first.end >= key + KEY_TILE;
-            // of the tile's 16 keys four times: those that a row sees
-            const int from = max(first.begin - key, 0) / STEP, to = min(GROUPS, (last.end - key + STEP - 1) / STEP);
-
+            // of the tile's groups of 16 keys: those that a row sees
+            const int from = max(first.begin - key, 0) / STEP, to = live ? (last.end - key + STEP - 1) / STEP : 0;
             const auto left_out = [&](int g) { return g < from || g >= to; };
+            const auto sees = [&](int p) { return from < (p + 1) * GROUPS && to > p * GROUPS && from < to; };
 
-            float s[2 * GROUPS][4];  // scores, then weights; s[2 g], s[2 g + 1]: of keys 16 g + 0..7 and + 8..15
+            float s[2 * GROUPS * H::PARTS][4];  // scores; s[2 g], s[2 g + 1]: of keys 16 g + 0..7 and + 8..15
             // s[n][e] is of row e / 2 of this thread, and of key `key + 8 n + 2 t + e % 2`: a term that depends on the two
-            // places would be added here.
-            const auto score = [&](float dot) { return dot * a.scale; };
-            unsigned weights[GROUPS][4];  // rounded
-            const unsigned keys = advance(Keys(), head, tile) + my_keys;
-            if (sees) {
+            // places would be added where s is scaled.
 #pragma unroll
-                for (int n = 0; n < 2 * GROUPS; ++n)
+            for (int p = 0; p < H::PARTS; ++p) {
+                const unsigned keys = advance(Keys(), head, tile, p) + my_keys;
+#pragma unroll
+                for (int n = 2 * GROUPS * p; n < 2 * GROUPS * (p + 1); ++n)
 #pragma unroll
                     for (int e = 0; e < 4; ++e) s[n][e] = 0.0f;
-                if (whole) {
+                if (from <= p * GROUPS && to >= (p + 1) * GROUPS) {
 #pragma unroll
                     for (int step = 0; step < H::STEPS; ++step) {
                         if (step >= H::SURE_STEPS && step * STEP >= D) break;
+                        unsigned x[4];
+                        q_of(step, x);
 #pragma unroll
                         for (int g = 0; g < GROUPS; ++g)
-                            multiply(&s[2 * g], step, step_to<H::ROW>(keys, 2 * step) + g * STEP * H::ROW);
+                            multiply(&s[2 * (GROUPS * p + g)], x, step_to<H::ROW>(keys, 2 * step) + g * STEP * H::ROW);
                     }
-#pragma unroll
-                    for (int n = 0; n < 2 * GROUPS; ++n)
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) s[n][e] = score(s[n][e]);
-                } else {
-                    const int at = key + 2 * t;
-                    const int after[2] = {at - mine[0].begin, at - mine[8].begin};
-                    const unsigned seen[2] = {unsigned(mine[0].end - mine[0].begin), unsigned(mine[8].end - mine[8].begin)};
+                } else if (sees(p)) {
 #pragma unroll
                     for (int g = 0; g < GROUPS; ++g) {
-                        if (!left_out(g)) {
+                        if (left_out(GROUPS * p + g)) continue;
 #pragma unroll
-                            for (int step = 0; step < H::STEPS; ++step) {
-                                if (step >= H::SURE_STEPS && step * STEP >= D) break;
-                                multiply(&s[2 * g], step, step_to<H::ROW>(keys, 2 * step) + g * STEP * H::ROW);
-                            }
+                        for (int step = 0; step < H::STEPS; ++step) {
+                            if (step >= H::SURE_STEPS && step * STEP >= D) break;
+                            unsigned x[4];
+                            q_of(step, x);
+                            multiply(&s[2 * (GROUPS * p + g)], x, step_to<H::ROW>(keys, 2 * step) + g * STEP * H::ROW);
                         }
-#pragma unroll
-                        for (int n = 2 * g; n < 2 * g + 2; ++n)
-#pragma unroll
-                            for (int e = 0; e < 4; ++e)
-                                s[n][e] = unsigned(after[e / 2] + n * 8 + e % 2) < seen[e / 2] ? score(s[n][e]) : NONE_YET;
                     }
                 }
             }
-            if (sees && a.softcap != 0.0f) {
-                const int at = key + 2 * t, after[2] = {at - mine[0].begin, at - mine[8].begin};
+            if (weigh.scaled) {
+#pragma unroll
+                for (int n = 0; n < 2 * GROUPS * H::PARTS; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) s[n][e] = s[n][e] * a.scale;
+                if (a.softcap != 0.0f) {
+#pragma unroll
+                    for (int n = 0; n < 2 * GROUPS * H::PARTS; ++n)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) s[n][e] = capped(s[n][e], a.softcap);
+                }
+            }
+#pragma unroll
+            for (int p = 0; p < H::PARTS; ++p) {
+                const int at = key + p * PART;
+                if (last.begin <= at && first.end >= at + PART) continue;  // every row sees all of it
+                const int behind[2] = {at + 2 * t - mine[0].begin, at + 2 * t - mine[8].begin};
                 const unsigned seen[2] = {unsigned(mine[0].end - mine[0].begin), unsigned(mine[8].end - mine[8].begin)};
 #pragma unroll
                 for (int n = 0; n < 2 * GROUPS; ++n)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e)
-                        s[n][e] = unsigned(after[e / 2] + n * 8 + e % 2) < seen[e / 2] ? capped(s[n][e], a.softcap) : NONE_YET;
+                    for (int e = 0; e < 4; ++e) {
+                        float& score = s[2 * GROUPS * p + n][e];
+                        score = unsigned(behind[e / 2] + n * 8 + e % 2) < seen[e / 2] ? score : NONE_YET;
+                    }
             }
-            // Q of the next head is on its way while this one's last tile is finished
-            if (live && tile + 1 == tiles.end && head + int(gridDim.y) < a.H_kv) load_q(head + gridDim.y);
-
-            if (sees) {
-                float below[2], faded[2], sum[2] = {0.0f, 0.0f};
+            unsigned weights[GROUPS * H::PARTS]
+                            [4];  // rounded; all are set, or ptxas keeps registers for them from tile to tile
+#pragma unroll
+            for (int g = 0; g < GROUPS * H::PARTS; ++g)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) weights[g][i] = 0;
+            if (from < to) {
+                float base[2], faded[2];
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     float most = top[i];
 #pragma unroll
-                    for (int n = 0; n < 2 * GROUPS; ++n) most = fmaxf(most, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+                    for (int n = 0; n < 2 * GROUPS * H::PARTS; ++n)
+                        most = largest_of(most, largest_of(s[n][2 * i], s[n][2 * i + 1]));
 #pragma unroll
-                    for (int step = 1; step < 4; step *= 2) most = fmaxf(most, __shfl_xor_sync(WARP, most, step));
-                    below[i] = most == NONE_YET ? 0.0f : most;
-                    faded[i] = exp_of_negative(top[i] - below[i]);
+                    for (int step = 1; step < 4; step *= 2) most = largest_of(most, __shfl_xor_sync(WARP, most, step));
+                    base[i] = most == NONE_YET ? 0.0f : most;
+                    faded[i] = exp2_short(top[i] - base[i], weigh.c, weigh.least);
                     top[i] = most;
                 }
-                float least[2] = {0.0f, 0.0f};
 #pragma unroll
-                for (int n = 0; n < 2 * GROUPS; ++n)
+                for (int g = 0; g < GROUPS * H::PARTS; ++g) {
+                    if (left_out(g)) continue;
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        s[n][e] = s[n][e] - below[e / 2];
-                        least[e / 2] = fminf(least[e / 2], s[n][e]);
+                    for (int i = 0; i < 4; ++i) {
+                        const float* const pair = s[2 * g + i / 2] + i % 2 * 2;
+                        const float a_half = exp2_short(pair[0] - base[i % 2], weigh.c, weigh.least);
+                        const float b_half = exp2_short(pair[1] - base[i % 2], weigh.c, weigh.least);
+                        weights[g][i] = round_two<T>(a_half, b_half);
                     }
-                // a NaN is passed over here, and stays one in exp_normal
-                const bool normal = fminf(least[0], least[1]) >= NORMAL;
-                const auto weigh = [&](auto exp) {
-#pragma unroll
-                    for (int g = 0; g < GROUPS; ++g) {
-                        if (left_out(g)) continue;
-                        float p[2][4];
-#pragma unroll
-                        for (int n = 0; n < 2; ++n)
-#pragma unroll
-                            for (int e = 0; e < 4; ++e) {
-                                p[n][e] = exp(s[2 * g + n][e]);
-                                sum[e / 2] = sum[e / 2] + p[n][e];
-                            }
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) weights[g][i] = round_two<T>(p[i / 2][i % 2 * 2], p[i / 2][i % 2 * 2 + 1]);
-                    }
-                };
-                if (__all_sync(WARP, normal)) {
-                    weigh([](float x) { return exp_normal(x); });
-                } else {  // hidden keys, as at a sequence's end, or scores far below the largest
-                    bool or_hidden = true;
-#pragma unroll
-                    for (int n = 0; n < 2 * GROUPS; ++n)
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) or_hidden = or_hidden & ((s[n][e] >= NORMAL) | (s[n][e] == NONE_YET));
-                    if (__all_sync(WARP, or_hidden)) weigh([](float x) { return x == NONE_YET ? 0.0f : exp_normal(x); });
-                    else weigh([](float x) { return exp_of_negative(x); });
-                }
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-#pragma unroll
-                    for (int step = 1; step < 4; step *= 2) sum[i] = sum[i] + __shfl_xor_sync(WARP, sum[i], step);
-                    l[i] = l[i] * faded[i] + sum[i];
                 }
                 if (__any_sync(WARP, faded[0] != 1.0f || faded[1] != 1.0f)) {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) l[e] = l[e] * faded[e / 2];
 #pragma unroll
                     for (int n = 0; n < H::PIECES; ++n)
 #pragma unroll
@@ -374,18 +368,23 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
                 }
             }
 
-            const unsigned values = advance(Values(), head, tile) + my_values;
-            if (!sees) continue;
 #pragma unroll
-            for (int g = 0; g < GROUPS; ++g) {
-                if (left_out(g)) continue;
+            for (int p = 0; p < H::PARTS; ++p) {
+                const unsigned values = advance(Values(), head, tile, p) + my_values;
+                if (!sees(p)) continue;
 #pragma unroll
-                for (int n = 0; n < H::STEPS; ++n) {
-                    if (n >= H::SURE_STEPS && n * STEP >= D) break;
-                    unsigned v[4];
-                    load_transposed(v, step_to<H::ROW>(values, 2 * n) + g * STEP * H::ROW);
-                    mma<T>(out[2 * n], weights[g], v[0], v[1]);
-                    mma<T>(out[2 * n + 1], weights[g], v[2], v[3]);
+                for (int g = 0; g < GROUPS; ++g) {
+                    if (left_out(GROUPS * p + g)) continue;
+                    const unsigned (&weight)[4] = weights[GROUPS * p + g];
+#pragma unroll
+                    for (int n = 0; n < H::STEPS; ++n) {
+                        if (n >= H::SURE_STEPS && n * STEP >= D) break;
+                        unsigned v[4];
+                        load_transposed(v, step_to<H::ROW>(values, 2 * n) + g * STEP * H::ROW);
+                        mma<T>(out[2 * n], weight, v[0], v[1]);
+                        mma<T>(out[2 * n + 1], weight, v[2], v[3]);
+                    }
+                    mma<T>(l, weight, ONES<T>, ONES<T>);
                 }
             }
         }
@@ -395,11 +394,14 @@ __global__ void __launch_bounds__(Head<WIDTH>::REGISTERS_FOR * 32)
         for (int i = 0; i < 2; ++i) {
             if (warp * WARP_ROWS + lane / 4 + 8 * i >= work.rows) continue;
             const bool blind = mine[8 * i].end == 0;  // whatever came in as 0 * inf
+            // a NaN or an infinity of q and k: no weight is right
+            const float below = fabsf(top[i]) < -NONE_YET ? l[2 * i] : __int_as_float(0x7fc00000);
             T* const to = work.out + (head - int(blockIdx.y)) * (int64_t(work.group) * D) + mine[8 * i].out + 2 * t;
 #pragma unroll
             for (int n = 0; n < H::PIECES; ++n) {
                 const int column = n * 8 + 2 * t;
-                const unsigned y = blind ? 0u : round_two<T>((out[n][2 * i] + 0.0f) / l[i], (out[n][2 * i + 1] + 0.0f) / l[i]);
+                const unsigned y =
+                    blind ? 0u : round_two<T>((out[n][2 * i] + 0.0f) / below, (out[n][2 * i + 1] + 0.0f) / below);
                 if (D % 2 == 0) {
                     if (column < D) *reinterpret_cast<unsigned*>(to + n * 8) = y;
                 } else {
@@ -438,7 +440,10 @@ static void start_attention(const AttentionArgs& args, const PackedArgs& packed,
     const dim3 grid(checked_blocks("attention", ceil_div(rows, warps * WARP_ROWS) + B),
                     unsigned(std::min<int64_t>(way < WARP_WAYS ? args.H_kv : ceil_div(args.H_kv, HEADS_AT_ONCE), 65535)));
     const size_t shared = Shape::SHAPE.shared(warps);
-    const auto start = [&](auto kernel) { launch("attention", kernel, grid, warps * 32, shared, stream, args, wide, packed); };
+    const Weighing weigh = weighing(args.scale, args.softcap);
+    const auto start = [&](auto kernel) {
+        launch("attention", kernel, grid, warps * 32, shared, stream, args, weigh, wide, packed);
+    };
     if (args.dtype == Dtype::F16) start(attention_tensor_rows<WIDTH, f16>);
     else start(attention_tensor_rows<WIDTH, bf16>);
 }

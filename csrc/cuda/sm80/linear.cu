@@ -2,7 +2,8 @@
 // and w [N, K] half precision of one dtype, every shape, M = 1 and odd addresses included.
 //
 // Order: one accumulator per output, one mma for every 16 k, ascending, from +0; what is missing in the last one is zeros on
-// both sides, and none is issued beyond it. Then epilogue.cuh's. Blocks, warps and lanes split outputs only, K never.
+// both sides, and none is issued beyond it. Then epilogue.cuh's, with gelu's short form for a half result. Blocks, warps and
+// lanes split outputs only, K never.
 //
 // How: a block computes BM x BN outputs, a warp WM x WN of them. BK values of k of each of the BM + BN rows are a stage;
 // several stages are on their way into shared memory (cp.async) while one is computed, and a warp's fragments for the next 16 k
@@ -215,7 +216,7 @@ __global__ void __launch_bounds__(T::THREADS, T::MIN_BLOCKS) linear_tensor_tile(
             if (r >= rows || c >= columns) continue;
             const float* from = sums + strip_row * T::PITCH + c;
             Four y[2] = {load_four(from), load_four(from + 4)};
-            finish(g, setup.eight, first + r, n0 + c, y);
+            finish<Digits::OF_RESULT>(g, setup.eight, first + r, n0 + c, y);
         }
     }
 }

@@ -30,23 +30,26 @@ constexpr LinearTile LINEAR_TILES[] = {
 };
 constexpr int LINEAR_WAYS = sizeof(LINEAR_TILES) / sizeof(LinearTile);
 
-// attention.cu: a warp has WARP_ROWS rows, a block 8, 4 or 2 warps; tiles of KEYS keys pass through shared memory.
-constexpr int WARP_ROWS = 16, KEYS = 64, MOST_WARPS = 8, WARP_WAYS = 3;
+// attention.cu: a warp has WARP_ROWS rows, a block 8, 4 or 2 warps; a tile of keys passes through shared memory in parts.
+constexpr int WARP_ROWS = 16, PART = 64, MOST_WARPS = 8, WARP_WAYS = 3;
 constexpr int WORK_BYTES = 128, ROW_BYTES = 24;  // what is kept there of a block's work, and of a row
 
 struct HeadTile {
     int width;  // that a head is filled up to
 
-    constexpr bool q_in_registers() const { return width <= 128; }
+    // of a tile: with the head's features alone it is in the expression of an output (NUMERICS.md, "Mode tensor")
+    constexpr int keys() const { return width <= 128 ? 128 : 64; }
+    // With 64 features three blocks share a multiprocessor's registers, and Q would be too much.
+    constexpr bool q_in_registers() const { return width <= 128 && width != 64; }
     constexpr int stages() const { return width <= 192 ? 3 : 2; }
     // of a block, in way 0, 1 or 2; for a wide head not 8, for the shared memory that Q takes
     constexpr int warps(int way) const {
-        const int wanted = MOST_WARPS >> way, most = q_in_registers() ? MOST_WARPS : 4;
+        const int wanted = MOST_WARPS >> way, most = width <= 128 ? MOST_WARPS : 4;
         return wanted < most ? wanted : most;
     }
     constexpr int shared(int warps) const {
         const int q = q_in_registers() ? 0 : warps * 32 * (width / STEP) * 16;
-        return WORK_BYTES + stages() * KEYS * width * 2 + q + warps * WARP_ROWS * ROW_BYTES;
+        return WORK_BYTES + stages() * PART * width * 2 + q + warps * WARP_ROWS * ROW_BYTES;
     }
 };
 constexpr HeadTile HEAD_TILES[] = {{32}, {64}, {96}, {128}, {192}, {256}};

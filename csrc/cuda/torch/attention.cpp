@@ -30,9 +30,15 @@ static Tensor attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, 
     return out;
 }
 
+static void run_tensor(const AttentionArgs& args, const PackedArgs& packed, Stream stream) {
+    const bool ask = hopper.attention_tensor && !Choice::is_forced("attention_tensor");
+    if (ask && hopper.attention_tensor(args, packed, stream)) return;
+    attention_tensor(args, packed, stream);
+}
+
 RK_TORCH_LIBRARY_IMPL(RK_KEY, m) {
     m.impl("attention", TORCH_BOX(&attention_cuda<attention>));
-    m.impl("attention_tensor", TORCH_BOX(&attention_cuda<attention_tensor>));
+    m.impl("attention_tensor", TORCH_BOX(&attention_cuda<run_tensor>));
 }
 
 }  // namespace rk

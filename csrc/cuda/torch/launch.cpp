@@ -1,5 +1,6 @@
 // launch.cpp: the launchers' choices, and the op by which tests force them.
 
+#include <cstring>
 #include <string>
 
 #include "launch.h"
@@ -9,6 +10,12 @@ namespace rk {
 Choice*& Choice::first() {
     static Choice* list = nullptr;
     return list;
+}
+
+bool Choice::is_forced(const char* kernel) {
+    for (const Choice* c = first(); c != nullptr; c = c->next)
+        if (c->forced >= 0 && std::strcmp(c->kernel, kernel) == 0) return true;
+    return false;
 }
 
 static std::string launchers() {

@@ -15,7 +15,10 @@ static void run(const CallArguments& in, const LinearArgs& args, int64_t batches
 static void run_tensor(const CallArguments& in, const LinearArgs& args, int64_t batches) {
     RK_CHECK(args.x.dtype != Dtype::F32 && args.x.dtype == args.weight.dtype, in.op(),
              "mode 'tensor' takes operands in half precision, both of one dtype");
-    linear_tensor(in.op(), args, batches, in.call().stream());
+    const Stream stream = in.call().stream();
+    const bool ask = hopper.linear_tensor && !Choice::is_forced("linear_tensor");
+    if (ask && hopper.linear_tensor(in.op(), args, batches, stream)) return;
+    linear_tensor(in.op(), args, batches, stream);
 }
 
 using Mode = decltype(&run);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rerank_kernels.backend.native import proven
 from rerank_kernels.backend.weights import contiguous
 
 # enum Activation in csrc/numerics.h
@@ -23,7 +24,16 @@ def linear_tensor(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     bias = None if bias is None else bias.contiguous()
-    return torch.ops.rerank_kernels.linear_tensor(x, contiguous(weight), bias, CODES[activation], residual, out_dtype)
+    weight = contiguous(weight)
+    if activation is None and out_dtype == x.dtype and proven.wanted():
+        y = proven.linear(x, weight, bias, residual, _plain)
+        if y is not None:
+            return y
+    return torch.ops.rerank_kernels.linear_tensor(x, weight, bias, CODES[activation], residual, out_dtype)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    return torch.ops.rerank_kernels.linear_tensor(x, weight, bias, CODES[None], residual, x.dtype)
 
 
 def activation(x: Tensor, kind: str, up: Tensor | None) -> Tensor:

@@ -8,21 +8,28 @@ gives 0.
 A block has ROWS queries of one head and goes over the keys twice, 32 at a step, which are the 32 lanes of l. First it finds the
 maximum, then l and out. Scores are made twice and stored nowhere. Offsets are read on the device only.
 
-Mode tensor ("Mode tensor" there) goes over the keys once, in tiles of 64 from the sequence's first key, ascending, with a
-running maximum m. For a tile: s_j = dot_tensor(q, k_j) * scale, capped likewise, -inf where hidden; m' = max(m, max s_j);
-p_j = exp(s_j - m'); l = l * exp(m - m') + sum p_j; acc = acc * exp(m - m'), then the matrix instructions' chain over the 64
-keys, of p rounded to half precision times v. out = (acc + 0) / l. The sum of the 64 p folds by 32, 16, 8, 4, 2, 1: place i
-takes place i + half.
+Mode tensor ("Mode tensor" there) goes over the keys once, in tiles of 128 (64 for heads wider than 128) from the sequence's
+first key, ascending, with a running maximum m. For a tile: s_j = dot_tensor(q, k_j), in some calls scaled and capped
+(`weighing`), -inf where hidden; m' = max(m, max s_j), in which a NaN stays; p_j = exp2_short(s_j - m') rounded to half
+precision; r = exp2_short(m - m'). acc = acc * r, then the matrix instructions' chain over the tile's keys, of p times v;
+l = l * r, then the same chain of p times 1. out = (acc + 0) / l, or NaN where m ends as no finite number.
 
-A tile in which a row sees no key changes nothing for that row: m' = m, exp(0) = 1 exactly, p = 0 exactly. Only the sign of a
+l stands in as many columns as the instruction wants, which are all the same. With wgmma it is l transposed, ones times p
+transposed: products commute, and p then comes out of shared memory. Two products that share p in registers are what an H100
+gave wrong sums for (`parts`).
+
+A tile in which a row sees no key changes nothing for that row: m' = m, r = 1 exactly, p = 0 exactly. Only the sign of a
 zero in acc could turn, so the end adds +0. Thus which tiles a block visits, that is how many rows it has, is in no
 expression. While nothing was seen m is -inf, and 0 stands in for m' where it would give inf - inf.
 
-Features are taken as LOW + HIGH, powers of two (96 = 64 + 32), both parts one chain; zeros fill what D leaves of them.
+Features are taken as LOW + HIGH, powers of two (40 = 32 + 16), both parts one chain; zeros fill what D leaves of them.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import struct
 from typing import NamedTuple
 
 import triton
@@ -36,18 +43,21 @@ from rerank_kernels.backend.triton.numerics import (
     KEY_TILE,
     LANES,
     MINUS_INFINITY,
+    exp2_short,
     exp_of_negative,
-    exp_of_nonpositive,
     fmadd,
     fold_lanes,
-    half_fold,
+    larger,
     tanh_of,
 )
 
 ROWS = 32  # queries of one block
 STEP = 16  # features at a time, of q and k
 WIDEST = 128  # features of v of one block
+ONES = 16  # columns in which a row's sum stands; with wgmma its rows, 64
+LOG2_E = 1.4426950408889634
 SEQUENCES = 256  # offsets looked at together
+FARTHEST = 1 << 30  # keys back: a place below 0 less that many is still an int32
 force: int | None = None  # for tests: the tile of mode tensor to take
 
 
@@ -212,8 +222,9 @@ def _keys_of(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None) -> tuple[Tensor, T
 @triton.jit(do_not_specialize=["keys_begin", "keys_end", "B", "total", "total_k", "left", "right"])
 def attention_tensor_kernel(
     q, k, v, cu_seqlens, keys_begin, keys_end, y, q_token, q_head, k_token, k_head, v_token, v_head,
-    B, total, total_k, H, GROUP, left, right, scale, softcap,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, CAPPED: tl.constexpr, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    B, total, total_k, H, GROUP, left, right, scale, softcap, c, least,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
+    D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, KEYS: tl.constexpr, ONES: tl.constexpr, TURNED: tl.constexpr,
     ROWS: tl.constexpr, SEQUENCES: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     # as above, the last b whose first tile is not behind ours
@@ -239,14 +250,14 @@ def attention_tensor_kernel(
     begin, end, whole = 0, length, 0
     at = row + (length - rows)
     if LEFT:
-        begin = tl.maximum(at - left, 0) // KEY_TILE * KEY_TILE
-        whole = tl.cdiv(tl.maximum(at + ROWS - 1 - left, 0), KEY_TILE) * KEY_TILE
+        begin = tl.maximum(at - left, 0) // KEYS * KEYS
+        whole = tl.cdiv(tl.maximum(at + ROWS - 1 - left, 0), KEYS) * KEYS
     if RIGHT:
         right = tl.minimum(right, tl.maximum(length, rows))
         end = tl.minimum(length, at + ROWS + right)
-        whole_end = tl.maximum(tl.minimum(length, at + right + 1), 0) // KEY_TILE * KEY_TILE
+        whole_end = tl.maximum(tl.minimum(length, at + right + 1), 0) // KEYS * KEYS
     else:
-        whole_end = length // KEY_TILE * KEY_TILE
+        whole_end = length // KEYS * KEYS
 
     # rows beyond the last are the last once more: nothing of them is stored
     query = tl.minimum(i, rows - 1)
@@ -255,47 +266,52 @@ def attention_tensor_kernel(
     if HIGH > 0:
         q_high = _features(q_first, query, q_token, rows, D, LOW, HIGH, LOW + HIGH <= D, False)
     top = tl.full((ROWS,), MINUS_INFINITY, tl.float32)
-    bottom = tl.zeros((ROWS,), tl.float32)
+    bottom = tl.zeros((ONES, ROWS) if TURNED else (ROWS, ONES), tl.float32)
     low = tl.zeros((ROWS, LOW), tl.float32)
     high = tl.zeros((ROWS, HIGH if HIGH > 0 else 16), tl.float32)
     if LEFT:
-        for key in tl.range(begin, tl.minimum(whole, end), KEY_TILE, num_stages=EDGE):
+        for key in tl.range(begin, tl.minimum(whole, end), KEYS, num_stages=EDGE):
             top, bottom, low, high = _visit(
-                key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, softcap,
-                top, bottom, low, high, LEFT, RIGHT, CAPPED, D, LOW, HIGH, True,
+                key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, softcap, c, least,
+                top, bottom, low, high, LEFT, RIGHT, SCALED, CAPPED, D, LOW, HIGH, KEYS, TURNED, True,
             )  # fmt: skip
-    for key in tl.range(whole, whole_end, KEY_TILE):
+    for key in tl.range(whole, whole_end, KEYS):
         top, bottom, low, high = _visit(
-            key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, softcap,
-            top, bottom, low, high, LEFT, RIGHT, CAPPED, D, LOW, HIGH, False,
+            key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, softcap, c, least,
+            top, bottom, low, high, LEFT, RIGHT, SCALED, CAPPED, D, LOW, HIGH, KEYS, TURNED, False,
         )  # fmt: skip
-    for key in tl.range(tl.maximum(whole, whole_end), end, KEY_TILE, num_stages=EDGE):
+    for key in tl.range(tl.maximum(whole, whole_end), end, KEYS, num_stages=EDGE):
         top, bottom, low, high = _visit(
-            key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, softcap,
-            top, bottom, low, high, LEFT, RIGHT, CAPPED, D, LOW, HIGH, True,
+            key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, softcap, c, least,
+            top, bottom, low, high, LEFT, RIGHT, SCALED, CAPPED, D, LOW, HIGH, KEYS, TURNED, True,
         )  # fmt: skip
 
+    below = tl.max(bottom, axis=0) if TURNED else tl.max(bottom, axis=1)
+    # a NaN or an infinity of q and k: no weight is right
+    below = tl.where(tl.abs(top) < float("inf"), below, float("nan"))
     y_row = y + ((first + i).to(tl.int64) * H + head)[:, None] * D
     sees = (length > 0) & (i >= 0)
     if RIGHT:
         sees = sees & (place + right >= 0)
-    _store(y_row, low, bottom, i, sees, rows, D, 0, LOW)
+    _store(y_row, low, below, i, sees, rows, D, 0, LOW)
     if HIGH > 0:
-        _store(y_row, high, bottom, i, sees, rows, D, LOW, HIGH)
+        _store(y_row, high, below, i, sees, rows, D, LOW, HIGH)
 
 
 @triton.jit
 def _visit(
-    key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, softcap, top, bottom, low, high,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, CAPPED: tl.constexpr, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    MASKED: tl.constexpr,
+    key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, softcap, c, least,
+    top, bottom, low, high,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
+    D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, KEYS: tl.constexpr, TURNED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys. MASKED: some of them may be hidden from some row, or lie beyond the sequence."""
-    j = key + tl.arange(0, KEY_TILE)
+    j = key + tl.arange(0, KEYS)
     s = tl.dot(q_low, tl.trans(_features(k_first, j, k_token, length, D, 0, LOW, LOW <= D, MASKED)))
     if HIGH > 0:
         s = tl.dot(q_high, tl.trans(_features(k_first, j, k_token, length, D, LOW, HIGH, LOW + HIGH <= D, MASKED)), s)
-    s = _score(s, scale, softcap, CAPPED)  # a term that depends on `place` and j would be added here
+    if SCALED:
+        s = _score(s, scale, softcap, CAPPED)  # a term that depends on `place` and j would be added here
     if MASKED:
         seen = (j < length)[None, :]
         if LEFT:
@@ -303,12 +319,16 @@ def _visit(
         if RIGHT:
             seen = seen & (j[None, :] - place[:, None] <= right)
         s = tl.where(seen, s, MINUS_INFINITY)
-    new_top = tl.maximum(top, tl.max(s, axis=1))  # a NaN loses to a number here: the sum brings it back
+    new_top = larger(top, tl.reduce(s, 1, larger))
     base = tl.where(new_top == MINUS_INFINITY, 0.0, new_top)
-    p = exp_of_nonpositive(s - base[:, None])
-    shrink = exp_of_nonpositive(top - base)
-    bottom = bottom * shrink + tl.reshape(fold_lanes(half_fold(p, p.shape[0], 32), p.shape[0]), (p.shape[0],))
-    weights = p.to(v_first.dtype.element_ty)
+    shrink = exp2_short(top - base, c, least)
+    weights = exp2_short(s - base[:, None], c, least).to(v_first.dtype.element_ty)
+    if TURNED:
+        ones = tl.full((bottom.shape[0], KEYS), 1.0, weights.dtype)
+        bottom = tl.dot(ones, tl.trans(weights), bottom * shrink[None, :])
+    else:
+        ones = tl.full((KEYS, bottom.shape[1]), 1.0, weights.dtype)
+        bottom = tl.dot(weights, ones, bottom * shrink[:, None])
     value = _features(v_first, j, v_token, length, D, 0, LOW, LOW <= D, MASKED)
     low = tl.dot(weights, value, low * shrink[:, None])
     if HIGH > 0:
@@ -355,21 +375,46 @@ def tensor_tiles(d: int, arch: int) -> tuple[AttentionTensorTile, ...]:
     if d > 128:
         return (AttentionTensorTile(128, 8, 2, edge=2),) if wgmma else (AttentionTensorTile(32, 8, 2),)
     if d > 64:
-        return (AttentionTensorTile(128, 8, 3),) if wgmma else (AttentionTensorTile(128, 8, 2), AttentionTensorTile(64, 4, 2))
-    few = AttentionTensorTile(64, 4, 3), AttentionTensorTile(128, 8, 3)
-    return (*few, AttentionTensorTile(128, 4, 3)) if wgmma else few
+        return (AttentionTensorTile(64, 8, 2),) if wgmma else (AttentionTensorTile(32, 4, 2), AttentionTensorTile(32, 8, 2))
+    few, spread = AttentionTensorTile(64, 4, 3), AttentionTensorTile(64, 8, 3)
+    return (spread, few) if wgmma else (few, spread)
+
+
+def keys(d: int) -> int:
+    """Of a tile: with the head's features alone it is in the expression of an output."""
+    return 128 if d <= 128 else 64
+
+
+@functools.lru_cache(64)
+def weighing(scale: float, softcap: float) -> tuple[float, float, bool]:
+    """c, least and scaled of csrc/weighing.h, which says why."""
+    c = ctypes.c_float(ctypes.c_float(scale).value * LOG2_E).value
+    scaled = softcap != 0.0 or not 2.0**-64 <= c <= 2.0**64
+    if scaled:
+        c = ctypes.c_float(LOG2_E).value
+    (bits,) = struct.unpack("<i", struct.pack("<f", 127.0 / c))
+    while _float_of(bits) * c > 127.0:
+        bits -= 1
+    while _float_of(bits + 1) * c <= 127.0:
+        bits += 1
+    return c, -_float_of(bits), scaled
+
+
+def _float_of(bits: int) -> float:
+    (x,) = struct.unpack("<f", struct.pack("<i", bits))
+    return float(x)
 
 
 def parts(d: int, arch: int) -> tuple[int, int]:
-    """What d features are filled up to, in one part or two: 96 = 64 + 32.
+    """What d features are filled up to, in one part or two: 40 = 32 + 16.
 
-    With mma.sync a part of 64 keys is held in registers, so 128 = 64 + 64; 160 = 128 + 64, since 32 spilled.
+    With mma.sync a part of the keys is held in registers, so 128 = 64 + 64; 96 = 64 + 64 and 160 = 128 + 64, since 32 spilled.
     With wgmma it is one part. Two products there that share the weights in registers gave other values of the second part at
     every run, and wrote outside memory, on an H100 with Triton 3.6 (tests/backend/test_gpu_tensor.py, heads of 40, 80 and 96).
     """
     if matrix_instruction(arch) == "wgmma":
         return triton.next_power_of_2(max(16, d)), 0
-    low, least = (WIDEST, 64) if d > 128 else (min(64, max(16, 1 << d.bit_length() - 1)), 16)
+    low, least = (WIDEST if d > 128 else 64, 64) if d > 64 else (max(16, 1 << d.bit_length() - 1), 16)
     return low, triton.next_power_of_2(max(least, d - low)) if d > low else 0
 
 
@@ -382,12 +427,15 @@ def attention_tensor(
     arch = launch.architecture(q)
     tile = tensor_tiles(d, arch)[force or 0]
     low, high = parts(d, arch)
+    c, least, scaled = weighing(scale, softcap)
+    turned = matrix_instruction(arch) == "wgmma"
     tiles = total // tile.rows + sequences if total else 0
     start(
         attention_tensor_kernel, (tiles, heads), q, k, v, cu_seqlens, *_keys_of(cu_seqlens, cu_seqlens_k), y,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        sequences, total, k.shape[0], heads, heads // k.shape[1], left, right, scale, softcap,
-        LEFT=left >= 0, RIGHT=right >= 0, CAPPED=softcap != 0.0, D=d, LOW=low, HIGH=high,
+        sequences, total, k.shape[0], heads, heads // k.shape[1], min(left, FARTHEST), right, scale, softcap, c, least,
+        LEFT=left >= 0, RIGHT=right >= 0, SCALED=scaled, CAPPED=softcap != 0.0, D=d, LOW=low, HIGH=high,
+        KEYS=keys(d), ONES=64 if turned else ONES, TURNED=turned,
         ROWS=tile.rows, SEQUENCES=SEQUENCES, EDGE=tile.edge, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y

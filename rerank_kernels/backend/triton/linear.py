@@ -10,10 +10,11 @@ K has a type, so that K = 1 is not compiled as a constant. Then no loop would be
 dot of dot(a, b, 0) + total that starts from total. That is another expression.
 
 Mode tensor ("Mode tensor" there) is one chain of matrix instructions over all of K, 16 k each, ascending, in one float32
-accumulator. A step of the loop is STEP k's in every tile. So a last step that K does not fill ends in up to three instructions
-of nothing but zeros. They leave the accumulator as it is (at most a -0 becomes +0), and every tile has the same ones. On
-Hopper the instruction is wgmma and wants 64 rows for four warps. A smaller tile would get mma.sync, whose sums are others: the
-tiles there have 64 rows at least. Which tile a call gets depends on M, N and the architecture.
+accumulator; then + 0, and gelu has its short form where the result is half precision. A step of the loop is STEP k's in every
+tile. So a last step that K does not fill ends in up to three instructions of nothing but zeros. They leave the accumulator as
+it is (at most a -0 becomes +0, as the end makes it in any case). On Hopper the instruction is wgmma and wants 64 rows for four
+warps. A smaller tile would get mma.sync: the tiles there have 64 rows at least. Which tile a call gets depends on M, N and the
+architecture.
 """
 
 from __future__ import annotations
@@ -125,6 +126,7 @@ def linear_tensor_kernel(
         else:
             b = tl.load(w_row + here[:, None], mask=here[:, None] < K, other=0.0)
         total = tl.dot(a, b, total)
+    total = total + 0.0  # a sum that underflowed to -0, which a step of zeros makes +0
     _finish(total, bias, None, residual, y, batch, m, n, M, N, ACTIVATION)
 
 
@@ -216,6 +218,8 @@ def linear_tensor(
 ) -> Tensor:
     y = x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
     bias = None if bias is None else bias.contiguous()
+    if activation == "gelu" and out_dtype != torch.float32:
+        activation = "gelu_short"
     _start_tensor(x[None], contiguous(weight)[None], bias, activation, residual, y)
     return y
 

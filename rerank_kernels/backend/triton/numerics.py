@@ -21,8 +21,6 @@ KEY_TILE = tl.constexpr(64)  # attention's sum over keys: the same, in chunks of
 
 MINUS_INFINITY = tl.constexpr(float("-inf"))
 ROUND_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23
-ROUND_MAGIC_BITS = tl.constexpr(0x4B400000)
-SHIFTED_SCALE_BITS = tl.constexpr((64 + 127) << 23)  # of 2^(n + 64), less n: ROUND_MAGIC_BITS << 23 is 0 in 32 bits
 SHIFT_BACK = _hex("0x1p-64")
 
 # exp
@@ -57,6 +55,21 @@ P1 = _hex("-0x1.310816p-2")
 G1 = _hex("0x1.2444f2p-4")
 G0 = _hex("0x1.988454p+0")
 
+# the short forms of mode tensor: exp2, and gelu of a result in half precision
+X4 = _hex("0x1.3a052cp-7")
+X3 = _hex("0x1.c9fc6ap-5")
+X2 = _hex("0x1.ec036ep-3")
+X1 = _hex("0x1.62e12cp-1")
+TAIL_END = _hex("0x1.a8998p+3")
+MINUS_HALF_LOG2_E = _hex("-0x1.715474p-1")
+SEED = tl.constexpr(0x7EF311C7)
+Q5 = _hex("0x1.3cb030p-4")
+Q4 = _hex("-0x1.aa4dc6p-3")
+Q3 = _hex("0x1.477250p-4")
+Q2 = _hex("0x1.3b4342p-3")
+Q1 = _hex("0x1.941d4ap-3")
+Q0 = _hex("0x1.98e390p-3")
+
 QUICK = _hex("0x1.b3b646p+0")  # quick_gelu
 SLOPE = _hex("0x1.47ae14p-7")  # leaky_relu
 
@@ -67,23 +80,21 @@ def fmadd(a, b, c):
 
 
 @triton.jit
-def scale_by_exp2(p, t):
-    n = t.to(tl.int32, bitcast=True) - ROUND_MAGIC_BITS
-    first = n >> 1
-    s1 = ((first + 127) << 23).to(tl.float32, bitcast=True)
-    s2 = ((n - first + 127) << 23).to(tl.float32, bitcast=True)
-    return p * s1 * s2
+def scale_by_exp2(p, t, SHIFT: tl.constexpr, BACK: tl.constexpr):
+    """p * 2^n, t = n + ROUND_MAGIC. 2^(n + SHIFT) is normal, so the first product is exact, and the one with BACK = 2^-SHIFT
+    rounds once. The shift by 23 leaves nothing of ROUND_MAGIC. A NaN in p stays one."""
+    return p * ((t.to(tl.int32, bitcast=True) << 23) + ((SHIFT + 127) << 23)).to(tl.float32, bitcast=True) * BACK
 
 
 @triton.jit
 def exp_within(x):
     t = fmadd(x, LOG2_E, ROUND_MAGIC)
-    return scale_by_exp2(_exp_of_rest(x, t), t)
+    return scale_by_exp2(exp_fraction(x, t), t, 64, SHIFT_BACK)
 
 
 @triton.jit
-def _exp_of_rest(x, t):
-    """exp(x - n log 2) for the n that t = 1.5 * 2^23 + n holds."""
+def exp_fraction(x, t):
+    """exp(x) / 2^n for the n that t = 1.5 * 2^23 + n holds."""
     n = t - ROUND_MAGIC
     r = fmadd(n, LOG_2_HIGH, x)
     r = fmadd(n, LOG_2_LOW, r)
@@ -97,23 +108,14 @@ def _exp_of_rest(x, t):
 
 @triton.jit
 def exp_of_negative(x):
-    return exp_within(tl.where(x < -104.0, -104.0, x))
+    return exp_within(tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
-def exp_of_nonpositive(x):
-    """The bits of exp_of_negative for x <= 0 and NaN, in fewer instructions. -150 <= n <= 0, so 2^(n + 64) is no subnormal, the
-    product with it is exact, and the one with 2^-64 rounds p * 2^n once, as there. n's bits reach the exponent by the shift."""
-    x = tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL)
+def exp_of_positive(x):
+    x = tl.where(x > 89.0, 89.0, x)
     t = fmadd(x, LOG2_E, ROUND_MAGIC)
-    p = _exp_of_rest(x, t)
-    s = ((t.to(tl.int32, bitcast=True) << 23) + SHIFTED_SCALE_BITS).to(tl.float32, bitcast=True)
-    return p * s * SHIFT_BACK
-
-
-@triton.jit
-def exp_of(x):
-    return exp_of_negative(tl.where(x > 89.0, 89.0, x))
+    return scale_by_exp2(exp_fraction(x, t), t, -1, 2.0)
 
 
 @triton.jit
@@ -131,7 +133,7 @@ def tanh_of(x):
     q = fmadd(q, z, T0)
     small = fmadd(q * z, x, x)
     a = tl.abs(x)
-    above = exp_of(a + a) + 1.0
+    above = exp_of_positive(a + a) + 1.0
     big = 1.0 - tl.div_rn(tl.full(x.shape, 2.0, tl.float32), above)
     return tl.where(a < 0.625, small, tl.where(x < 0.0, 0.0 - big, big))
 
@@ -163,6 +165,44 @@ def normcdf_of(x):
 @triton.jit
 def gelu_of(x):
     return x * normcdf_of(x)
+
+
+@triton.jit
+def _exp2_of_parts(z, f):
+    p = fmadd(f, X4, X3)
+    p = fmadd(p, f, X2)
+    p = fmadd(p, f, X1)
+    p = fmadd(p, f, 1.0)
+    return (p.to(tl.int32, bitcast=True) + (z.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exp2_short(d, c, least):
+    d = tl.maximum(d, least)  # a NaN loses
+    c = tl.full(d.shape, 1.0, tl.float32) * c
+    z = fmadd(d, c, ROUND_MAGIC)
+    return _exp2_of_parts(z, fmadd(d, c, ROUND_MAGIC - z))
+
+
+@triton.jit
+def gelu_short(x):
+    y = tl.minimum(tl.abs(x), TAIL_END)  # a NaN loses, and comes back with the last product
+    t = y * (y * MINUS_HALF_LOG2_E)
+    z = t + ROUND_MAGIC
+    e = _exp2_of_parts(z, t - (z - ROUND_MAGIC))
+    w = fmadd(y, 0.5, 1.0)
+    below = 0.0 - w
+    u = (SEED - w.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    u = fmadd(u, fmadd(below, u, 1.0), u)
+    u = fmadd(u, fmadd(below, u, 1.0), u)
+    u = fmadd(u, fmadd(below, u, 1.0), u)
+    q = fmadd(u, Q5, Q4)
+    q = fmadd(q, u, Q3)
+    q = fmadd(q, u, Q2)
+    q = fmadd(q, u, Q1)
+    q = fmadd(q, u, Q0)
+    tail = e * (q * u)
+    return x * tl.where(x < 0.0, tail, 1.0 - tail)
 
 
 @triton.jit
@@ -207,6 +247,8 @@ def mish_of(x):
 def activate(x, KIND: tl.constexpr):
     if KIND == "gelu":
         return gelu_of(x)
+    elif KIND == "gelu_short":
+        return gelu_short(x)
     elif KIND == "gelu_tanh":
         return gelu_tanh_of(x)
     elif KIND == "tanh":
@@ -227,6 +269,12 @@ def activate(x, KIND: tl.constexpr):
         return mish_of(x)
     else:
         return x
+
+
+@triton.jit
+def larger(a, b):
+    """A NaN wins."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ static void land(Warp& w, const Copy& c) {
     Inst in{};
     in.line = c.line;
     u8* to = shared_pointer(w, c.lane, in, c.to, c.size, true);
+    wrote_shared(w, c.lane, in, c.to, c.size);
     if (c.valid) memcpy(to, reinterpret_cast<const u8*>(c.from), c.valid);
     memset(to + c.valid, 0, c.size - c.valid);
 }

@@ -31,6 +31,7 @@ static T combine(T old, T b, T c) {
 static u8* target(Warp& w, u32 i, const Inst& in, u64 a, u32 bytes) {
     const bool shared = in.mod & 8;
     u8* p = shared ? shared_pointer(w, i, in, a, bytes, true) : any_pointer(w, i, in, a, bytes, true, true);
+    if (shared || a >> 60 == SHARED_WINDOW >> 60) wrote_shared(w, i, in, u32(a), bytes);
     if (w.launch->options.race) {
         if (shared || a >> 60 == SHARED_WINDOW >> 60) race_shared(w, i, in.line, u32(a), bytes, true, nullptr, true);
         else if (a >> 60 == 0) race_global(w, i, in.line, region_of(w, i, in, a, bytes, true), a, bytes, true, nullptr, true);

@@ -11,6 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "hopper.h"
+
 namespace ptxsim {
 
 using u8 = uint8_t;
@@ -36,7 +38,8 @@ struct Inst;
 using Handler = void (*)(Warp&, const Inst&);
 
 // What the interpreter's loop itself must do with an instruction; decode.py has the same numbers.
-enum Control : u8 { PLAIN, BRANCH, EXIT, COLLECTIVE, BARRIER, BRANCH_TABLE, TRAP };
+// WATCHED: plain, and touches a register that a wgmma uses.
+enum Control : u8 { PLAIN, BRANCH, EXIT, COLLECTIVE, BARRIER, BRANCH_TABLE, TRAP, WATCHED, MBARRIER_WAIT, WGMMA_WAIT };
 
 struct Inst {  // decode.py packs all of it but `run`
     u32 op;
@@ -54,6 +57,7 @@ struct Inst {  // decode.py packs all of it but `run`
 
 // Modifier bits of floating-point instructions (Inst::mod).
 enum Mod : u16 { FTZ = 1, SAT = 2, RZ = 4, RM = 8, RP = 12, ROUNDING = 12, RELU = 16, NAN_ = 32, ABS_ = 64, RNA = 128 };
+constexpr u16 OWN_RULES = 0xffff;  // Inst::mod of wgmma, which looks at its registers itself
 // Of loads and stores.
 enum MemMod : u16 { SIGNED = 1, ADDRESS64 = 2, KEEP32 = 256 };  // KEEP32: a signed value fills a 32-bit register
 
@@ -77,6 +81,12 @@ struct Program {
     };
     std::vector<Constant> constants;
     std::vector<Special> specials;
+    // Of a program with wgmma, for every instruction: where the pool says which of the registers that a wgmma uses it touches:
+    // how many, then 2 * register + written. -1: none.
+    std::vector<s32> touches;
+    u32 watched = 0;    // how many such registers there are
+    bool bulk = false;  // has wgmma or bulk copies: who wrote to shared memory by other means must be known
+    bool mbarriers = false;
     std::vector<u64> executed, lanes;  // per instruction: times run by a warp, times run by a lane
 };
 
@@ -105,7 +115,7 @@ struct Options {
     u64 seed, max_steps;
 };
 
-enum State : u8 { RUNNABLE, AT_BARRIER, AT_COLLECTIVE };
+enum State : u8 { RUNNABLE, AT_BARRIER, AT_COLLECTIVE, AT_MBARRIER, AT_WGMMA };
 
 struct Group {  // lanes of one warp that share a program counter
     u32 pc, mask;
@@ -134,6 +144,13 @@ struct Warp {
     Group groups[33];
     u32 committed[32];
     std::vector<Copy> copies;
+    u64 polled;                     // steps since it last asked an mbarrier in vain
+    u64 fenced[32];                 // when each lane last ran fence.proxy.async
+    std::vector<u8> uses;           // of the registers that wgmmas use: Use
+    std::vector<Product> products;  // issued and not waited for
+    u64 product_count;
+    u32 product_groups;  // committed
+    u32 registers;       // as setmaxnreg set them; 0: it did not
 
     template <class T>
     T* at(s32 offset) {
@@ -156,6 +173,12 @@ struct Block {
     u32 shared_bytes;
     std::vector<Warp> warps;
     Bar bars[16];
+    std::map<u32, Mbar> mbars;  // by address
+    std::vector<Bulk> copies;   // on their way
+    std::vector<u64> generic;   // for every 16 bytes: when (<< 16) and by whom last written, but by a bulk copy
+    u32 idle;                   // rounds in which no warp did more than ask an mbarrier in vain
+    u64 proxy_time;             // counts these writes and their fences
+    std::vector<std::vector<Product>> products;  // what the first warp of each warpgroup has issued
     // Race detector: warp w knows of all that warp v did before time seen[w][v]; low[w] and high[w] are the row's extremes.
     std::vector<std::vector<u32>> seen;
     std::vector<u32> low, high;
@@ -172,6 +195,7 @@ struct Launch {
     u64 random, steps = 0;
     u32 time = 1;  // of the race detector: counts barriers
     std::vector<Touched> cells;
+    std::vector<u32> read_times;         // with mbarriers, for every cell: when each of 32 warps and agents last read it
     std::set<std::pair<s32, s32>> told;  // pairs of lines whose race has been reported
     std::vector<std::string> problems;
     u32 problem_count = 0;
@@ -198,6 +222,28 @@ u8* any_pointer(Warp& w, u32 lane, const Inst& in, u64 address, u32 bytes, bool 
 // ---- async.cpp
 void start_block_copies(Warp& w);
 
+// ---- mbarrier.cpp
+void complete_bytes(Block& b, u32 mbar, u32 bytes);
+u32 mbarrier_over(Warp& w, const Inst& in, u32 mask, u32* at);  // the lanes that need not wait; at[lane]: the mbarrier
+Mbar& mbar_at(Warp& w, u32 lane, const Inst& in, u64 address);
+void mark_generic(Warp& w, u32 lane, const Inst& in, u32 offset, u32 bytes);  // a write to shared memory, but by a bulk copy
+std::string waits_for(const Block& b, u32 mbar);
+inline void wrote_shared(Warp& w, u32 lane, const Inst& in, u32 offset, u32 bytes) {
+    if (__builtin_expect(!w.block->generic.empty(), 0)) mark_generic(w, lane, in, offset, bytes);
+}
+
+// ---- bulk.cpp
+void start_block_bulk(Block& b);
+void land_bulk(Block& b, size_t which);
+void end_block_bulk(Block& b);
+
+// ---- wgmma.cpp
+void start_warp_wgmma(Warp& w);
+void watch(Warp& w, const Inst& in, u32 pc);  // an instruction that touches a register of a wgmma
+bool products_there(Warp& w, u32 groups);     // whether the warp's three companions have committed as many groups
+void finish_products(Warp& w, u32 groups);    // those of the first so many groups
+void end_warp_wgmma(Warp& w, const Inst& in);
+
 // ---- race.cpp
 void race_shared(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes, bool write, const u8* value, bool atomic = false);
 void race_global(Warp& w, u32 lane, s32 line, Region& region, u64 address, u32 bytes, bool write, const u8* value,
@@ -206,6 +252,14 @@ void race_start_block(Block& b);
 void race_copy_issued(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes);
 void race_copy_landed(Warp& w, u32 lane, s32 line, u32 offset, u32 bytes);
 void race_warp_sync(Warp& w);
+void race_bulk_issued(Block& b, const Bulk& c);
+void race_bulk_landed(Block& b, const Bulk& c);
+void race_mbarrier_arrive(Warp& w, Mbar& m);
+void race_mbarrier_wait(Warp& w, const Mbar& m);
+void race_wgmma_read(Warp& w, s32 line, u32 offset);    // 16 bytes
+void race_wgmma_issued(Warp& w, s32 line, u32 offset);  // 16 bytes
+u32 race_wgmma_over(Warp& w);                           // when its reads are known to have ended
+void race_wgmma_known(Warp& w, u32 time);
 void race_arrive(Warp& w, Bar& bar);                              // before the release of what it waits for
 void race_wait_over(Bar& bar, const std::vector<Warp*>& waited);  // all that waited there go on
 
@@ -231,5 +285,8 @@ void add_atomic(Table&);
 void add_collective(Table&);
 void add_async(Table&);
 void add_matrix(Table&);
+void add_mbarrier(Table&);
+void add_bulk(Table&);
+void add_wgmma(Table&);
 
 }  // namespace ptxsim

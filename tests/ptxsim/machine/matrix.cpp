@@ -3,6 +3,8 @@
 // How a tensor core adds up is not specified, and differs between GPUs. A kernel that depends on it must be right under every
 // order, so there are four (option mma): 0 one fma after another, 1 the exact sum rounded once, 2 products aligned to the
 // largest exponent and cut off, which for half precision is what an H100 does, 3 the fma in reverse.
+#include "matrix.h"
+
 #include <algorithm>
 #include <cmath>
 
@@ -65,8 +67,7 @@ static float truncated(const double* p, const int* exponent, int n) {
 // `least`: of its format, which subnormal numbers have too, and zeros. What is not finite needs none.
 static int exponent_of(float x, int least) { return std::max(int(bits_of(x) >> 23 & 255) - 127, least); }
 
-// c + sum of a[i] * b[i]; `step`: how many products mode 2 takes at a time; `least`: the operands' smallest exponent
-static float accumulate(int mode, float c, const float* a, const float* b, int n, int step, int least) {
+float accumulate(int mode, float c, const float* a, const float* b, int n, int step, int least) {
     if (mode == 0) {
         for (int i = 0; i < n; i++) c = __builtin_fmaf(a[i], b[i], c);
     } else if (mode == 3) {
@@ -187,6 +188,7 @@ static u8* row_pointer(Warp& w, const Inst& in, u32 lane, bool write) {
     const u64 offset = a >> 60 == SHARED_WINDOW >> 60 ? a - SHARED_WINDOW : a;
     u8* p = shared_pointer(w, lane, in, offset, 16, write);
     if (w.launch->options.race) race_shared(w, lane, in.line, u32(offset), 16, write, nullptr);
+    if (write) wrote_shared(w, lane, in, u32(offset), 16);
     return p;
 }
 // x[0..3] the registers; mod: 8 transposed, 16.. the number of matrices

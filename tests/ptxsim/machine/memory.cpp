@@ -241,6 +241,11 @@ static void store(Warp& w, const Inst& in) {
     u8* p[32];
     addresses(w, in, a);
     const bool row = resolve<SPACE>(w, in, BYTES, true, a, p);
+    if constexpr (SPACE == SHARED || SPACE == GENERIC)
+        if (__builtin_expect(!w.block->generic.empty(), 0))
+            each_lane(w.mask, [&](u32 i) {
+                if (SPACE == SHARED || a[i] >> 60 == SHARED_WINDOW >> 60) mark_generic(w, i, in, u32(a[i]), BYTES);
+            });
     const s32* more = N > 4 ? &w.program->pool[in.more] : nullptr;
     const C* s[N];
     for (int k = 0; k < N; k++) s[k] = w.at<C>(k < 4 ? in.x[k] : more[k - 4]);

@@ -16,6 +16,7 @@ static const Table& table() {
         Table t;
         add_integer(t), add_logic(t), add_float(t), add_double(t), add_half(t), add_convert(t), add_compare(t), add_move(t);
         add_memory(t), add_atomic(t), add_collective(t), add_async(t), add_matrix(t);
+        add_mbarrier(t), add_bulk(t), add_wgmma(t);
         t.add("control", nullptr);
         return t;
     }();
@@ -82,6 +83,7 @@ static void start_block(Block& b, u32 number, u32 dynamic) {
     poison(b.shared, b.shared_bytes, 0x7fc0dead);  // what nobody has written reads as NaN
     poison(b.warps[0].local, size_t(l.program->local_bytes) * 32 * b.warps.size(), 0x7fc0d0d0);
     for (Bar& bar : b.bars) bar = Bar{0, 0, 0, 0, 1, 0, false, {}};
+    start_block_bulk(b);
     for (Warp& w : b.warps) {
         start_warp(w);
         for (const Program::Special& s : l.program->specials)
@@ -90,23 +92,32 @@ static void start_block(Block& b, u32 number, u32 dynamic) {
     if (l.options.race) race_start_block(b);
 }
 
+constexpr u32 IDLE_ROUNDS = 1000;  // after which nobody will do more than ask mbarriers in vain
+
 static void run_block(Block& b) {
     Launch& l = *b.launch;
     const u32 n = u32(b.warps.size());
     std::vector<u32> order(n);
     for (u32 i = 0; i < n; i++) order[i] = l.options.sched == 1 ? n - 1 - i : i;
+    b.idle = 0;
     while (b.live) {
         bool any = false;
         if (l.options.sched == 2)
             for (u32 i = n - 1; i > 0; i--) std::swap(order[i], order[l.draw() % (i + 1)]);
         for (u32 i : order) {
             if (!runnable(b.warps[i])) continue;
-            any = true;
             run_warp(b.warps[i], l.options.sched == 2 ? 1 + l.draw() % 64 : 100000);
+            any |= b.warps[i].polled >= NOT_POLLING;
+        }
+        b.idle = any ? 0 : b.idle + 1;
+        if (!any && !b.copies.empty()) {  // the last legal moment
+            const u64 n = b.copies.size();
+            land_bulk(b, l.options.sched == 0 ? 0 : l.options.sched == 1 ? n - 1 : l.draw() % n);
+            continue;
         }
         if (l.steps > l.options.max_steps)
             throw Fault{text("more than %llu warp instructions: an endless loop?", (unsigned long long)l.options.max_steps)};
-        if (!any && b.live) {
+        if (b.idle > IDLE_ROUNDS || (!any && b.live && std::none_of(b.warps.begin(), b.warps.end(), runnable))) {
             std::string who;
             u32 shown = 0;
             for (const Warp& w : b.warps)
@@ -114,6 +125,7 @@ static void run_block(Block& b) {
             throw Fault{text("deadlock in block (%u,%u,%u):", b.ctaid[0], b.ctaid[1], b.ctaid[2]) + who};
         }
     }
+    end_block_bulk(b);
 }
 
 static void run_launch(Launch& l, u32 dynamic) {
@@ -186,8 +198,10 @@ struct Packed {  // an instruction as decode.py packs it
     s32 guard, target, more, line;
 };
 
-// sizes: instructions, pool, constants, specials, file bytes, static shared, local bytes, shared granule, global granule
-void* ptxsim_program(const void* code, const s32* pool, const u64* constants, const u32* specials, const u32* sizes) {
+// sizes: instructions, pool, constants, specials, file bytes, static shared, local bytes, shared granule, global granule,
+// registers that wgmmas use; touches: Program::touches
+void* ptxsim_program(const void* code, const s32* pool, const u64* constants, const u32* specials, const u32* sizes,
+                     const s32* touches) {
     Program* p = new Program;
     const Packed* in = static_cast<const Packed*>(code);
     for (u32 i = 0; i < sizes[0]; i++) {
@@ -211,6 +225,13 @@ void* ptxsim_program(const void* code, const s32* pool, const u64* constants, co
     for (u32 i = 0; i < sizes[3]; i++) p->specials.push_back({specials[2 * i], specials[2 * i + 1]});
     p->file_bytes = sizes[4], p->static_shared = sizes[5], p->local_bytes = sizes[6];
     p->shared_granule = sizes[7], p->global_granule = sizes[8];
+    p->watched = sizes[9];
+    if (p->watched) p->touches.assign(touches, touches + sizes[0]);
+    for (const Inst& i : p->code) {
+        const std::string& name = table().names[i.op];
+        p->bulk |= name == "wgmma" || name == "bulk.tensor";
+        p->mbarriers |= name == "mbarrier.init";
+    }
     p->executed.assign(sizes[0], 0);
     p->lanes.assign(sizes[0], 0);
     return p;

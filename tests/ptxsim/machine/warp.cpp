@@ -27,6 +27,8 @@ void start_warp(Warp& w) {
     w.expired = false;
     w.groups[0] = Group{0, w.born, RUNNABLE, false, 0, 0, 0};
     start_block_copies(w);
+    start_warp_wgmma(w);
+    w.polled = NOT_POLLING;
 }
 
 bool runnable(const Warp& w) {
@@ -191,11 +193,14 @@ static bool barrier(Warp& w, const Inst& in, u32 mask) {
 
 // ---- collectives: run when all lanes of the member mask that still live are there
 
+static bool watched(const Warp& w, u32 pc) { return !w.program->touches.empty() && w.program->touches[pc] >= 0; }
+
 static bool collective(Warp& w, const Inst& in, u32 mask) {
     if (!mask) {
         w.pc++;
         return true;
     }
+    if (__builtin_expect(watched(w, w.pc), 0) && in.mod != OWN_RULES) w.mask = mask, watch(w, in, w.pc);
     const u32* members = in.x[5] >= 0 ? w.at<u32>(in.x[5]) : nullptr;
     if (mask == FULL && !members && u32(in.target) == FULL) {
         w.mask = mask;
@@ -254,13 +259,15 @@ static void recheck_collectives(Warp& w) {
             else j++;
         const Inst& in = w.program->code[g.pc];
         w.mask = all;
+        if (watched(w, g.pc) && in.mod != OWN_RULES) watch(w, in, g.pc);
         in.run(w, in);
         w.groups[i] = Group{g.pc + 1, all, RUNNABLE, false, 0, 0, 0};
     }
 }
 
-static bool leave_program(Warp& w, u32 mask) {
+static bool leave_program(Warp& w, const Inst& in, u32 mask) {
     w.live &= ~mask;
+    if (!w.live) end_warp_wgmma(w, in);
     w.block->live -= u32(__builtin_popcount(mask));
     w.active &= ~mask;
     w.pc++;
@@ -319,14 +326,80 @@ static bool branch_table(Warp& w, const Inst& in, u32 mask) {  // x[1] the index
     return choose(w);
 }
 
+// ---- waits for what is asynchronous
+
+static bool mbarrier_wait(Warp& w, const Inst& in, u32 mask) {
+    u32 at[32];
+    const u32 over = mbarrier_over(w, in, mask, at);
+    u32 late = mask & ~over;
+    w.mask = mask;
+    w.set_pred(in.x[0], over);
+    const bool may_wait = in.mod & 8;
+    if (late && (!may_wait || (w.launch->options.sched == 2 && w.launch->draw() % 4 == 0))) {  // not over yet
+        w.pc++;
+        save(w);
+        w.expired = true;
+        w.polled = 0;
+        return false;
+    }
+    if (!late) {
+        w.pc++;
+        return true;
+    }
+    const u32 here = w.pc, rest = w.active & ~late;
+    if (rest) {
+        w.pc++;
+        w.active = rest;
+        save(w);
+    } else {
+        drop(w, w.current);
+    }
+    while (late) {  // they come back to this instruction when the phase is over
+        const u32 mbar = at[__builtin_ctz(late)];
+        u32 same = 0;
+        each_lane(late, [&](u32 i) { same |= u32(at[i] == mbar) << i; });
+        add_group(w, Group{here, same, AT_MBARRIER, false, mbar, 0, 0});
+        late &= ~same;
+    }
+    w.current = ~0u;
+    return choose(w);
+}
+
+static bool wgmma_wait(Warp& w, const Inst& in, u32 mask) {  // imm: how many groups may be left
+    if (mask != FULL) fault(w, u32(__builtin_ctz(mask)), in, "wgmma.wait_group without all 32 lanes of the warp");
+    const u32 groups = w.product_groups > u32(in.imm) ? w.product_groups - u32(in.imm) : 0;
+    if (!w.products.empty() && !products_there(w, groups)) {
+        drop(w, w.current);
+        add_group(w, Group{w.pc, mask, AT_WGMMA, false, groups, 0, 0});
+        w.current = ~0u;
+        return choose(w);
+    }
+    finish_products(w, groups);
+    w.pc++;
+    return true;
+}
+
 static bool control(Warp& w, const Inst& in, u32 mask) {
     switch (in.control) {
+        case WATCHED:
+            if (mask) {
+                w.mask = mask;
+                watch(w, in, w.pc);
+                in.run(w, in);
+            }
+            break;
+        case MBARRIER_WAIT:
+            if (mask) return mbarrier_wait(w, in, mask);
+            break;
+        case WGMMA_WAIT:
+            if (mask) return wgmma_wait(w, in, mask);
+            break;
         case BRANCH: return branch(w, in, mask);
         case COLLECTIVE: return collective(w, in, mask);
         case BARRIER: return barrier(w, in, mask);
         case BRANCH_TABLE: return branch_table(w, in, mask);
         case EXIT:
-            if (mask) return leave_program(w, mask);
+            if (mask) return leave_program(w, in, mask);
             break;
         case TRAP:
             if (mask) fault(w, u32(__builtin_ctz(mask)), in, "trap");
@@ -362,10 +435,12 @@ void run_warp(Warp& w, u64 steps) {
             w.pc = pc + 1;
         } else if (!control(w, in, mask)) {
             w.launch->steps += steps - left + 1;
+            w.polled += steps - left + 1;
             return;
         }
     }
     w.launch->steps += steps;
+    w.polled += steps;
     save(w);
     w.expired = true;  // lanes that spin must not keep the others from their turn
 }
@@ -376,9 +451,14 @@ std::string waiting(const Warp& w) {
         const Group& g = w.groups[i];
         const char* why = g.state == AT_BARRIER
                               ? (g.counted ? "waits at barrier" : "waits at an aligned barrier for other lanes of its warp")
-                              : "waits at a collective for lanes";
+                          : g.state == AT_MBARRIER ? "waits for an mbarrier"
+                          : g.state == AT_WGMMA    ? "waits for the other warps of its warpgroup to commit their wgmmas"
+                          : g.state == RUNNABLE    ? "polls"
+                                                   : "waits at a collective for lanes";
         s += text("\n  warp %u, lanes 0x%08x: ", w.id, g.mask) + why;
         if (g.state == AT_BARRIER) s += text(" %u", g.bar);
+        else if (g.state == AT_MBARRIER) s += waits_for(*w.block, g.bar);
+        else if (g.state == AT_WGMMA || g.state == RUNNABLE) s += "";
         else s += text(" 0x%08x", g.member & w.live & ~g.mask);
         s += text(", {line %d}", w.program->code[g.pc].line);
     }

@@ -6,6 +6,8 @@
 
 namespace ptxsim {
 
+constexpr u64 NOT_POLLING = 1000;  // steps since a vain question to an mbarrier after which a warp does something else
+
 void start_warp(Warp& w);
 bool runnable(const Warp& w);
 void run_warp(Warp& w, u64 steps);   // until all groups wait or `steps` instructions are done

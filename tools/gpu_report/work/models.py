@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -22,8 +21,7 @@ from tools.gpu_report.work.ways import begun, flat
 
 PACE = Pace(0.25, 5, 0.5)
 BATCHES = {"32x128": (128,) * 32, "mixed": shapes.MIXED_LENGTHS, "32x512": (512,) * 32, "8x128": (128,) * 8, "1x128": (128,)}
-BASE, LARGE = models.BASE, models.LARGE
-SDPA = {"eager": "SDPA", "padded": "SDPA, padded"}  # bench's names of stock as it comes, and what that is
+BASE, LARGE = shapes.BASE, shapes.LARGE
 Case = tuple[str, Sequence[int], str, str]  # model, lengths, dtype, torch.compile's mode, if it is beside that
 
 
@@ -37,29 +35,35 @@ def table() -> dict[str, Case]:
             found[name] = (model, BATCHES[batch], dtype, compiled)
 
     add(BASE, ("32x128", "mixed", "1x128"), "fp16")
-    add(BASE, ("32x128",), "fp16", "default")
-    add(BASE, ("1x128",), "fp16", "reduce-overhead")
     add(BASE, ("32x512", "8x128"), "fp16")
     add(LARGE, ("32x128", "mixed", "1x128"), "fp16")
     add(BASE, ("32x128", "mixed"), "fp32")
     add(BASE, ("32x128", "mixed"), "bf16")
     add(LARGE, ("32x512", "8x128"), "fp16")
-    add(BASE, ("32x128",), "fp16", "reduce-overhead")
-    add(BASE, ("1x128",), "fp16", "default")
-    add(LARGE, ("32x128",), "fp16", "default")
-    add(LARGE, ("1x128",), "fp16", "reduce-overhead")
     add(BASE, ("32x512", "1x128"), "fp32")
     add(LARGE, ("32x128",), "bf16")
     add(LARGE, ("32x128",), "fp32")
+    add(BASE, ("1x128", "32x128", "mixed"), "fp16", "reduce-overhead")
+    add(LARGE, ("32x128",), "fp16", "reduce-overhead")
+    add(BASE, ("32x512", "8x128"), "fp16", "reduce-overhead")
+    add(BASE, ("32x128", "1x128"), "fp16", "max-autotune")
+    add(LARGE, ("mixed", "1x128"), "fp16", "reduce-overhead")
+    add(BASE, ("32x128", "1x128"), "fp16", "default")
+    add(LARGE, ("32x512", "8x128"), "fp16", "reduce-overhead")
     return found
+
+
+def listed(*only: str) -> dict[str, Case]:
+    """Without a word: what needs no compiler of torch's. `compiled`: the rest."""
+    return {n: case for n, case in table().items() if (only or not case[3]) and all(word in n for word in only)}
 
 
 def main(*only: str) -> None:
     place = gpu.place("cuda", False)
-    listed = table()
+    chosen = listed(*only)
     with torch.no_grad():
-        for name in cases([n for n in listed if all(word in n for word in only)]):
-            work = work_of(place, *listed[name])
+        for name in cases(list(chosen)):
+            work = work_of(place, *chosen[name])
             try:
                 found = play(work, PACE, begins=begun)
             except DeviceLost as error:
@@ -69,32 +73,9 @@ def main(*only: str) -> None:
 
 
 def work_of(place: ops.Place, name: str, lengths: Sequence[int], dtype: str, compiled: str) -> Work:
-    model = models.Model(place, name, lengths, dtype)
-    stock = models.stock_model(*model.key)
-    work = model.contest()
-    contestants = [with_bits(c, model) if c.ours else named(c) for c in work.contestants]
-
-    def stocks(label: str, other: Any) -> Contestant:
-        return Contestant(label, lambda i: other(**model.batch).logits, graph=False)
-
-    if compiled:
-        contestants = [c for c in contestants if c.ours or c.name in SDPA.values()]
-        # dynamic=False is what suits it best: the shapes of a case never change
-        contestants.append(stocks(f"compile, {compiled}", torch.compile(stock, dynamic=False, mode=compiled)))
-    else:
-        contestants.append(stocks("eager attention", eager(stock)))
-    return dataclasses.replace(work, contestants=contestants)
-
-
-def named(one: Contestant) -> Contestant:
-    return dataclasses.replace(one, name=SDPA.get(one.name, one.name))
-
-
-def eager(stock: Any) -> Any:
-    """The same weights with attention as three ops; shapes.reranker asks for SDPA."""
-    other = shapes.twin(stock)
-    other.set_attn_implementation("eager")  # type: ignore[operator]
-    return other
+    model = models.Model(place, shapes.RERANKERS[name], lengths, dtype)
+    work = model.contest(compiled=compiled or None)
+    return dataclasses.replace(work, contestants=[with_bits(c, model) if c.ours else c for c in work.contestants])
 
 
 def with_bits(one: Contestant, model: models.Model) -> Contestant:
@@ -103,8 +84,7 @@ def with_bits(one: Contestant, model: models.Model) -> Contestant:
     def gate() -> None:
         full = one.call(0)
         for i in sorted({0, len(model.rows) - 1}):
-            batch = models.on(model.place, shapes.padded(model.shape, [model.rows[i]]))
-            alone = model.ours(mode)(**batch).logits[0]
+            alone = model.ours(mode)(**model.padded([model.rows[i]])).logits[0]
             invariants.same(alone, full[i], f"{one.name}, pair {i} alone against in the batch")  # type: ignore[index]
 
     return dataclasses.replace(one, gate=gate)

@@ -22,6 +22,7 @@ from bench.cases import ops, shapes
 from bench.harness import gpu
 from bench.harness.turns import Contestant, DeviceLost, Pace, Work, play
 from rerank_kernels.backend import registry
+from tools.gpu_report.work import launchers
 from tools.gpu_report.work.cases import cases, say
 
 PACE = Pace(0.08, 5, 0.5)  # of all contestants of a case
@@ -98,7 +99,8 @@ def main(served_by: str, *only: str) -> None:
         for name in cases(names):
             for record in timed(name, listed_cases[name], place, served_by, reached):
                 say(case=name, **record)
-    if served_by == "cuda" and not only and (untimed := set(ways_of_cuda()) - reached):
+    here = {n for n in launchers.listed() if launchers.fits(n, torch.cuda.get_device_capability())}
+    if served_by == "cuda" and not only and (untimed := here - reached):
         say(note=f"launchers with several ways that no case reached: {', '.join(sorted(untimed))}")
 
 
@@ -115,11 +117,14 @@ def timed(name: str, build: Build, place: ops.Place, served_by: str, reached: se
         backend, mode = one.name.split(" ")
         if backend != served_by:
             continue
-        reached.add(launcher(op, mode))
         d = int(name.split("x")[-1].split(" ")[0]) if op == "attention" else 0
         contestants.append(remembering(one, kept))
-        for way in range(ways(backend, op, mode, d)):
-            contestants.append(forced_to(one, kept, functools.partial(forced, backend, op, mode, way), way))
+        for launcher, count in ways(backend, op, mode, d).items():
+            reached.add(launcher)
+            words = "" if launcher == launchers.named(op, mode) or backend != "cuda" else f"{launcher} "
+            for way in range(count):
+                force = functools.partial(forced, backend, launcher, way)
+                contestants.append(forced_to(one, kept, force, f"{words}{way}"))
     work = dataclasses.replace(work, contestants=contestants)
     try:
         found = play(work, PACE, begins=begun)
@@ -133,11 +138,13 @@ def flat(who: str, result: dict[str, Any], work: Work) -> dict[str, Any]:
     first, _, way = who.partition(", way ")
     backend, _, mode = first.partition(" ") if result["ours"] else (None, "", None)
     record: dict[str, Any] = {"who": who, "ours": result["ours"], "backend": backend, "mode": mode}
-    record["way"] = int(way) if way else None
+    room, _, number = way.rpartition(" ")
+    record |= {"way": int(number) if way else None, "launcher": room or None}
     if "ms" not in result:
         return record | {k: result[k] for k in ("wrong", "error", "why") if k in result}
     times = sorted(result["all_ms"])
     record |= {"ms": result["ms"], "least_ms": times[0], "most_ms": times[-1], "call_ms": result.get("call_ms")}
+    record["kernels_ms"] = result.get("kernels_ms")  # of a whole model
     return record | {
         "tflops": 2.0 * work.fmas / result["ms"] * 1e-9,
         "gbs": work.bytes / result["ms"] * 1e-6,
@@ -153,45 +160,35 @@ def begun(who: str) -> None:
 # ---- the ways of a launcher
 
 
-def launcher(op: str, mode: str) -> str:
-    return {"sum": "row_sum"}.get(op, op) + ("_tensor" if mode == "tensor" else "")
-
-
-def ways_of_cuda() -> dict[str, int]:
-    return {n: int(count) for n, count in (entry.split() for entry in torch.ops.rerank_kernels.launchers().split(", "))}
-
-
 def of_triton(op: str) -> Any:
     return importlib.import_module(f"{registry.BACKENDS['triton'].package}.{op}")
 
 
-def ways(backend: str, op: str, mode: str, d: int) -> int:
-    """How many there are; d: the features of a head."""
+def ways(backend: str, op: str, mode: str, d: int) -> dict[str, int]:
+    """Launcher -> how many there are; Triton's are an op's own. d: the features of a head."""
+    capability = torch.cuda.get_device_capability()
     if backend == "cuda":
-        return ways_of_cuda().get(launcher(op, mode), 0)
+        return launchers.of(op, mode, launchers.listed(), capability)
     if op not in ("linear", "attention") or (op == "attention" and mode == "portable"):
-        return 0
-    arch = int("{}{}".format(*torch.cuda.get_device_capability()))
+        return {}
     module = of_triton(op)
     if mode == "portable":
-        return len(module.TILES)
-    return len(module.tensor_tiles(*([d] if op == "attention" else []), arch))
+        return {op: len(module.TILES)}
+    return {op: len(module.tensor_tiles(*([d] if op == "attention" else []), int("{}{}".format(*capability))))}
 
 
 @contextlib.contextmanager
-def forced(backend: str, op: str, mode: str, way: int) -> Iterator[None]:
+def forced(backend: str, launcher: str, way: int) -> Iterator[None]:
     """Inside, the launcher takes this way for every call."""
     if backend == "cuda":
-        torch.ops.rerank_kernels.force_launch(launcher(op, mode), way)
-    else:
-        of_triton(op).force = way
+        with launchers.forced(launcher, way):
+            yield
+        return
+    of_triton(launcher).force = way
     try:
         yield
     finally:
-        if backend == "cuda":
-            torch.ops.rerank_kernels.force_launch(launcher(op, mode), -1)
-        else:
-            of_triton(op).force = None
+        of_triton(launcher).force = None
 
 
 def remembering(one: Contestant, kept: list[object]) -> Contestant:
@@ -205,7 +202,7 @@ def remembering(one: Contestant, kept: list[object]) -> Contestant:
     return dataclasses.replace(one, gate=gate)
 
 
-def forced_to(one: Contestant, kept: list[object], force: Callable[[], AbstractContextManager[None]], way: int) -> Contestant:
+def forced_to(one: Contestant, kept: list[object], force: Callable[[], AbstractContextManager[None]], way: str) -> Contestant:
     """The same call by this way, which must give the bits that are kept."""
 
     @contextlib.contextmanager

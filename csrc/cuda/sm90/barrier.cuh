@@ -1,0 +1,76 @@
+// barrier.cuh: how the warps of a block hand shared memory to each other on Hopper: mbarriers, named barriers, register counts.
+//
+// An mbarrier counts arrivals, and bytes where TMA writes for it; with the last one a phase ends and the next begins. Whoever
+// waits names the parity of the phase that must have ended: the first phase is 0. On a fresh barrier parity 1 has ended. A wait
+// may be one phase behind and no more: two behind, the parities are equal, and it would pass too early.
+#pragma once
+
+#include "../device.cuh"
+
+namespace rk::sm90 {
+
+constexpr int GROUP = 128;  // threads of a warpgroup: four warps, which issue wgmma together
+
+__device__ __forceinline__ unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
+
+struct Barrier {
+    unsigned at;  // in shared memory, 8 bytes
+
+    __device__ __forceinline__ Barrier operator[](int i) const { return {at + unsigned(i) * 8}; }
+    __device__ __forceinline__ void init(int arrivals) const {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
+    }
+    __device__ __forceinline__ void arrive() const {
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+    }
+    // One arrival, and `bytes` that copies will write before the phase ends.
+    __device__ __forceinline__ void expect(int bytes) const {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+    }
+    __device__ __forceinline__ bool ended(int parity) const {
+        int yes;
+        asm volatile(
+            "{\n.reg .pred ended;\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\nselp.b32 %0, 1, 0, ended;\n}"
+            : "=r"(yes)
+            : "r"(at), "r"(parity)
+            : "memory");
+        return yes != 0;
+    }
+    // RK_WAITS: a debug build's bound of a wait, in tries; a kernel that would stand for ever traps instead.
+    __device__ __forceinline__ void wait(int parity) const {
+#ifdef RK_WAITS
+        for (int tries = 0; !ended(parity); ++tries)
+            if (tries == RK_WAITS) __trap();
+#else
+        while (!ended(parity)) {}
+#endif
+    }
+};
+
+// After one thread's init, before __syncthreads: the barriers are ready for the block and for TMA.
+__device__ __forceinline__ void barriers_are_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// What this thread wrote into shared memory by ordinary stores is there for wgmma and TMA; a barrier must follow where other
+// threads issue them.
+__device__ __forceinline__ void stores_before_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A barrier of `threads` threads; 0 is __syncthreads' own.
+template <int ID>
+__device__ __forceinline__ void named_barrier(int threads) {
+    asm volatile("bar.sync %0, %1;" ::"n"(ID), "r"(threads) : "memory");
+}
+
+// All warps of a warpgroup: from the registers that the kernel was compiled with to fewer, or to more once others gave some.
+template <int REGISTERS>
+__device__ __forceinline__ void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+__device__ __forceinline__ void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+// The number of this thread's warpgroup, which ptxas then knows to be one for the warp.
+__device__ __forceinline__ int warpgroup() { return __shfl_sync(WARP, int(threadIdx.x) / GROUP, 0); }
+
+}  // namespace rk::sm90
