@@ -84,6 +84,7 @@ CASES: dict[str, Case] = {
     "pow": lambda x: x.abs().pow(1.7),
     "pow, of a number": lambda x: torch.pow(3.0, x),
     "rsqrt": lambda x: (x.square() + 0.5).rsqrt(),
+    "sqrt": lambda x: x.abs().sqrt(),
     "erf": lambda x: x.erf(),
     "softplus": lambda x: F.softplus(x),
     "elu": lambda x: F.elu(x),

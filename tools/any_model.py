@@ -15,6 +15,7 @@ import collections
 import contextlib
 import json
 import logging
+import signal
 import sys
 import warnings
 from typing import Any
@@ -27,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 import rerank_kernels as rk
 
 LENGTHS = (5, 12, 9, 1, 7, 12, 3)
+SECONDS = 20  # for one model
 MOST = 20_000_000  # parameters of what counts as a toy
 SMALL = {
     ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embed_dim", "embedding_size", "word_embed_proj_dim"): 64,
@@ -47,6 +49,7 @@ SMALL = {
     ("vocab_size", "n_vocab"): 120,
     ("num_experts", "num_local_experts", "n_routed_experts"): 4,
     ("num_experts_per_tok",): 2,
+    ("image_size",): 64,
 }
 
 
@@ -125,24 +128,30 @@ def _apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))  # some toys fade to subnormals
 
 
+def _too_long(*_: object) -> None:
+    raise TimeoutError(f"more than {SECONDS} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="*", default=sorted(MODEL_MAPPING_NAMES))
     parser.add_argument("--json")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
+    signal.signal(signal.SIGALRM, _too_long)
     torch.set_num_threads(1)
     found = {}
     for model_type in options.only:
+        signal.alarm(SECONDS)
+        kind = "not built"
         try:
             model = built(model_type)
+            kind = "error"
+            found[model_type] = judged(model)
         except Exception as error:
-            found[model_type] = "not built", f"{type(error).__name__}: {error}".partition("\n")[0]
-        else:
-            try:
-                found[model_type] = judged(model)
-            except Exception as error:
-                found[model_type] = "error", f"{type(error).__name__}: {error}".partition("\n")[0]
+            found[model_type] = kind, f"{type(error).__name__}: {error}".partition("\n")[0]
+        finally:
+            signal.alarm(0)
         print(f"{model_type:30} {found[model_type][0]:10} {found[model_type][1][:150]}", flush=True)
     print(dict(collections.Counter(kind for kind, _ in found.values())))
     if options.json:

@@ -106,12 +106,25 @@ def sigmoid(self: Tensor) -> Tensor:
     return _activation("sigmoid", torch.sigmoid, self)
 
 
+def root(x: Tensor) -> Tensor:
+    """√x in float32, correctly rounded: PyTorch's own is MKL's in contiguous memory, which rounds otherwise on some paths. Any
+    root in float64 within 3 ulp rounds to the right float32."""
+    return x.double().sqrt().float()
+
+
+def sqrt(self: Tensor) -> Tensor:
+    if self.dtype == torch.float64 or whole(self.dtype):
+        return in_pieces(torch.sqrt, (self,), {})
+    floats(self=self)
+    return root(self).to(self.dtype)
+
+
 def rsqrt(self: Tensor) -> Tensor:
     """1 / √x, two steps, each rounded; half precision is float32 inside."""
     if self.dtype == torch.float64 or whole(self.dtype):
-        return 1.0 / self.sqrt()
+        return 1.0 / sqrt(self)
     floats(self=self)
-    return (1.0 / self.float().sqrt()).to(self.dtype)
+    return (1.0 / root(self)).to(self.dtype)
 
 
 def pow_(self: Tensor, exponent: float) -> Tensor:
@@ -170,6 +183,7 @@ ROUTES: dict[str, Callable[..., Any]] = {
     "glu": glu,
     "relu": relu,
     "rsqrt": rsqrt,
+    "sqrt": sqrt,
     "pow.Tensor_Scalar": pow_,
     "tanh": tanh,
     "sigmoid": sigmoid,

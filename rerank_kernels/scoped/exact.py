@@ -34,7 +34,7 @@ ONE_STEP = names(
     abs bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor bucketize ceil copysign
     div eq equal floor frac ge gt heaviside imag isfinite isin isinf isnan isneginf isposinf le leaky_relu logical_and
     logical_not logical_or logical_xor lt mul nan_to_num ne neg nextafter one_hot positive prelu _prelu_kernel real
-    reciprocal round searchsorted sgn sign signbit sqrt square trunc
+    reciprocal round searchsorted sgn sign signbit square trunc
     """
 )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rerank_kernels.ops import norm as own
 from rerank_kernels.ops import softmax
+from rerank_kernels.scoped.elementwise import root
 from rerank_kernels.scoped.refusal import Refusal, floats
 
 
@@ -40,7 +41,7 @@ def native_layer_norm(
     wide = input.float()
     average = softmax.mean(wide, dims, True)
     apart = wide - average
-    return y, average, 1.0 / (softmax.mean(apart * apart, dims, True) + eps).sqrt()
+    return y, average, 1.0 / root(softmax.mean(apart * apart, dims, True) + eps)
 
 
 def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:  # noqa: A002
@@ -84,7 +85,7 @@ def batch_norm(
         raise Refusal("it normalises by the other rows of the batch; call model.eval()")
     floats(input=input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     y = input.float() - _channel(running_mean, input)
-    y = y / (_channel(running_var, input) + eps).sqrt()
+    y = y / root(_channel(running_var, input) + eps)
     return _by_channel(y, weight, bias).to(input.dtype)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels.ops import softmax as own
-from rerank_kernels.scoped.elementwise import exp, log
+from rerank_kernels.scoped.elementwise import exp, log, root
 from rerank_kernels.scoped.refusal import Refusal, floats, whole
 
 Dims = Sequence[int] | int | None
@@ -38,7 +38,7 @@ def var(self: Tensor, dim: Dims = None, correction: float | None = None, keepdim
 
 
 def std(self: Tensor, dim: Dims = None, correction: float | None = None, keepdim: bool = False) -> Tensor:
-    return _moments(self, dim, correction, keepdim)[0].sqrt().to(self.dtype)
+    return root(_moments(self, dim, correction, keepdim)[0]).to(self.dtype)
 
 
 def var_mean(self: Tensor, dim: Dims = None, correction: float | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def var_mean(self: Tensor, dim: Dims = None, correction: float | None = None, ke
 
 def std_mean(self: Tensor, dim: Dims = None, correction: float | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     variance, average = _moments(self, dim, correction, keepdim)
-    return variance.sqrt().to(self.dtype), average.to(self.dtype)
+    return root(variance).to(self.dtype), average.to(self.dtype)
 
 
 def _moments(x: Tensor, dim: Dims, correction: float | None, keepdim: bool) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ def vector_norm(
     if not dims:
         return self.abs()
     if ord == 2:
-        return own.sum(wide * wide, dims, keepdim).sqrt().to(self.dtype)
+        return root(own.sum(wide * wide, dims, keepdim)).to(self.dtype)
     if ord == 1:
         return own.sum(wide.abs(), dims, keepdim).to(self.dtype)
     if ord in (math.inf, -math.inf):
