@@ -1,6 +1,7 @@
 """Which models of the installed transformers rk.invariant serves: each that can be built small, batch 1 against 2, 3, 7.
 
     python tools/any_model.py [--only bert gpt2] [--json FILE]
+    python tools/any_model.py --write [FILE]  # what a run found into docs/INVARIANT.md, beside the table of ops
 
 Each model gets random weights and texts of random ids, padded on the right; a model of images gets one per text. "pass": the
 states of every text have the bits that it gets alone. "same padding": they have those that it gets alone with the same padding,
@@ -18,15 +19,24 @@ import logging
 import signal
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 import rerank_kernels as rk
+from rerank_kernels.scoped import elementwise, exact, table
 
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+from tools import pages  # noqa: E402
+
+PAGE = ROOT / "docs" / "INVARIANT.md"
+KINDS = ("pass", "same padding", "refused", "fail", "error", "not called", "not built")
 LENGTHS = (5, 12, 9, 1, 7, 12, 3)
 SECONDS = 20  # for one model
 MOST = 20_000_000  # parameters of what counts as a toy
@@ -132,11 +142,47 @@ def _too_long(*_: object) -> None:
     raise TimeoutError(f"more than {SECONDS} s")
 
 
+def ops_written() -> str:
+    """The table of PyTorch's ops in docs/INVARIANT.md."""
+    routed = {key.partition(".")[0] for key in table.ROUTES}
+    kinds = {
+        "computed by us": routed,
+        "PyTorch's, in pieces, so that each element goes through its vector code": elementwise.IN_PIECES - routed,
+        "exact: nothing is computed": exact.MOVED,
+        "exact: one correctly rounded step per element": exact.ONE_STEP,
+        "exact: a choice among the values of a row, or a count": exact.CHOSEN,
+        "exact for whole numbers": exact.EXACT_OF_INTEGERS - exact.EXACT,
+    }
+    lines = ["| kind | PyTorch's ops |", "| --- | --- |"]
+    for kind, names in kinds.items():
+        lines.append(f"| {kind} | {', '.join(f'`{n}`' for n in sorted(names, key=lambda n: n.lstrip('_')))} |")
+    return "\n".join(lines) + "\n"
+
+
+def models_written(found: dict[str, tuple[str, str]]) -> str:
+    """The table of models in docs/INVARIANT.md. Those that could not be built or called are counted alone."""
+    of = {kind: sorted(m for m, (k, _) in found.items() if k == kind) for kind in KINDS}
+    lines = ["| verdict | model types of transformers | which |", "| --- | ---: | --- |"]
+    for kind in ("pass", "same padding", "fail"):
+        lines.append(f"| {kind} | {len(of[kind])} | {', '.join(of[kind])} |")
+    refused = "; ".join(f"{m}: {found[m][1].partition(' in ')[0].removeprefix('aten::')}" for m in of["refused"])
+    lines.append(f"| refused, by the op | {len(of['refused'])} | {refused} |")
+    lines.append(f"| not built small, or wanting other inputs | {sum(len(of[k]) for k in KINDS[4:])} | |")
+    return "\n".join(lines) + f"\n\n(transformers {transformers.__version__}, torch {torch.__version__}, float32, a CPU)\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="*", default=sorted(MODEL_MAPPING_NAMES))
     parser.add_argument("--json")
+    parser.add_argument(
+        "--write", nargs="?", const="", help="no run: fill docs/INVARIANT.md, with models of this file of --json"
+    )
     options = parser.parse_args()
+    if options.write is not None:
+        models = models_written(json.loads(Path(options.write).read_text())) if options.write else None
+        print(pages.write(PAGE, "any_model", {"ops": ops_written(), "models": models}))
+        return
     logging.disable(logging.WARNING)
     signal.signal(signal.SIGALRM, _too_long)
     torch.set_num_threads(1)

@@ -35,6 +35,7 @@ PAGES = (
     "NUMERICS.md",
     "CONTRIBUTING.md",
     "docs/GPU.md",
+    "docs/INVARIANT.md",
     "docs/SPEED.md",
     "docs/SYSTEMS.md",
     "docs/USE.md",

@@ -7,6 +7,7 @@ import torch
 
 from rerank_kernels.scoped import exact, table
 from scoped_cases import CASES, NO_TRUTH, ROWS, hold, rows
+from tools import any_model, pages
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,6 +27,10 @@ def test_stock_fails_what_is_asked() -> None:
         if n not in NO_TRUTH and not torch.equal(f(x), torch.cat([f(x[i : i + 1]) for i in range(ROWS)]))
     }
     assert changed & {"linear", "mm", "matmul", "bmm", "addmm", "conv1d", "conv2d", "mv"}, changed
+
+
+def test_the_page_lists_the_ops() -> None:
+    assert pages.text(any_model.PAGE, "any_model", "ops") == any_model.ops_written(), "run: python tools/any_model.py --write"
 
 
 def test_no_op_is_in_two_tables() -> None:
