@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import rerank_kernels as rk
+from rerank_kernels.backend import registry
 
 ROWS = 7
+# On the pytorch backend a scope promises less.
+NEEDS = pytest.mark.skipif(registry.missing("cpu") is not None, reason="backend cpu: the C++ library is missing")
 Case = Callable[[Tensor], Tensor]  # [ROWS, 6, 70] -> [ROWS, ...]
 K = 70
 

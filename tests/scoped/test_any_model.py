@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 import rerank_kernels as rk
 from rerank_kernels.scoped import scope, table
+from scoped_cases import NEEDS
 from tools import any_model
 
-MODELS = ("mpnet", "deberta-v2", "t5", "gpt2", "mixtral", "falcon_h1", "clip_vision_model")
+pytestmark = NEEDS
+MODELS = ("mpnet", "deberta-v2", "t5", "gpt2", "mixtral", "clip_vision_model")
 
 
 @pytest.mark.parametrize("model_type", MODELS)

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from rerank_kernels.scoped import exact, table
-from scoped_cases import CASES, NO_TRUTH, ROWS, hold, rows
+from scoped_cases import CASES, NEEDS, NO_TRUTH, ROWS, hold, rows
 from tools import any_model, pages
 
+pytestmark = NEEDS
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -17,7 +17,9 @@ from torch.utils import _python_dispatch
 import models
 import rerank_kernels as rk
 from rerank_kernels.scoped import scope
+from scoped_cases import NEEDS
 
+pytestmark = NEEDS
 X = torch.randn(5, 300, generator=torch.Generator().manual_seed(1))
 W = torch.randn(40, 300, generator=torch.Generator().manual_seed(2))
 

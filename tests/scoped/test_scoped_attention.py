@@ -11,7 +11,9 @@ from torch import Tensor
 
 import rerank_kernels as rk
 from rerank_kernels.scoped import attention as routes
+from scoped_cases import NEEDS
 
+pytestmark = NEEDS
 LENGTHS = (70, 3, 131)
 LONGEST, H, D = 131, 4, 16
 FORMS = ("bool", "-inf", "least")

@@ -17,7 +17,9 @@ from torch import Tensor
 
 import rerank_kernels as rk
 from rerank_kernels.scoped import attention, products, scope, sums, table
-from scoped_cases import CASES, hold
+from scoped_cases import CASES, NEEDS, hold
+
+pytestmark = NEEDS
 
 
 def replaced(monkeypatch: pytest.MonkeyPatch, op: str, **changes: Any) -> None:
