@@ -260,7 +260,8 @@ RK_FN float exp2_short(float d, float c, float least) {
 }
 
 // gelu for a result in half precision: Phi(-y) = exp2(-y^2 log2(e) / 2) u Q(u), u = 1 / (1 + y / 2) from a seed and three steps
-// of Newton's. Relative error below 4e-5 for x > -13.2. From y = 0x1.a8998p+3 on t is -127 exactly, so the tail is 0.
+// of Newton's. Relative error below 4e-5 where Phi(x) is 2^-126 or more, which is for x > -12.94. From y = 0x1.a8998p+3 on t is
+// -127 exactly, so the tail is 0.
 RK_FN float gelu_short(float x) {
     const float y = smaller_of(abs_of(x), 0x1.a89980p+3f);
     const float t = y * (y * -0x1.715474p-1f);

@@ -133,7 +133,7 @@ class Recorder:
 
     def zeros(self, numbers: int) -> Tensor:
         self.pinned = [(np.zeros(numbers, np.int64), []) for _ in range(device.PINNED)]
-        self.buffer = torch.zeros(numbers, dtype=torch.int64)
+        self.buffer = torch.zeros(numbers, dtype=torch.int64, device="cpu")
         return self.buffer
 
     def send(self, write: Callable[[Any], None], to: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""The command `rerank-kernels`: score, rank, verify, bench, info, infinity-server.
+"""The command `rerank-kernels`: score, rank, verify, bench, order, info, infinity-server.
 
-Exit codes: 0 done; 1 a promise did not hold (verify and bench) or cannot be made (infinity-server, which then does not start);
-2 bad input or an environment that cannot serve; 130 interrupted. Logits that are not finite are null, which a warning says,
-and the code is 0. A file is written beside its place and renamed into it when
+Exit codes: 0 done; 1 a promise did not hold (verify, bench, order) or cannot be made (infinity-server, which then does not
+start); 2 bad input or an environment that cannot serve; 130 interrupted. Logits that are not finite are null, which a warning
+says, and the code is 0. A file is written beside its place and renamed into it when
 it is whole: whatever happens, what stood there before is intact.
 """
 

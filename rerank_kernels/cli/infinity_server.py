@@ -6,6 +6,7 @@ import argparse
 
 from rerank_kernels.cli import terminal
 from rerank_kernels.cli.errors import InputError, fail_with, say
+from rerank_kernels.cli.options import graph_options
 
 MORE = " A model that cannot be served keeps it from starting, with exit code 1; else the exit code is Infinity's."
 
@@ -15,6 +16,7 @@ def options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--backend", metavar="B", help="the one that serves the models, triton for instance (default: the device's)"
     )
+    graph_options(sub)
     sub.add_argument(
         "arguments",
         nargs=argparse.REMAINDER,
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     terminal.theirs()
     try:
-        return serve(arguments, args.mode, args.backend)
+        return serve(arguments, args.mode, args.backend, not args.no_graphs)
     except ImportError as error:  # Infinity, or an extra of it
         fail_with(error)
     except PatchError as error:

@@ -14,12 +14,14 @@ COMMANDS = {
     "rank": "Rank documents for one query, best first.",
     "verify": "Check every promise on this machine; exit code 1 if one does not hold.",
     "bench": "Time the model, stock beside patched, and check that the bits hold.",
+    "order": "Show in which order an op adds, stock's and ours, at several sizes of the batch.",
     "infinity-server": "Run Infinity's server with every model patched before the first request.",
     "info": "Say what is installed, what can run here, and why the rest cannot.",
 }
 EXIT_CODES = (
-    "Exit codes: 0 done, also where logits are not finite, which a warning counts; 1 a promise did not hold (verify and "
-    "bench) or cannot be made (infinity-server); 2 bad input, or a machine or environment that cannot serve; 130 interrupted."
+    "Exit codes: 0 done, also where logits are not finite, which a warning counts; 1 a promise did not hold (verify, "
+    "bench, order) or cannot be made (infinity-server); 2 bad input, or a machine or environment that cannot serve; 130 "
+    "interrupted."
 )
 
 

@@ -91,7 +91,7 @@ class Graphs:
         self._refused: dict[Hashable, str] = {}  # what -> why it cannot be captured
         self._ceiling = TOKENS[-1] + 1  # tokens for which there was no memory
         self._places: dict[Hashable, Outputs] = {}  # what -> where its largest graph writes
-        self._buffer = torch.empty(0)
+        self._buffer = torch.empty(0, device="cpu")
 
     def _replayable(self, state: object, size: Bucket | None) -> tuple[Device, Bucket] | str:
         """The device, or why a call runs without a graph whatever it computes."""
@@ -135,7 +135,7 @@ class Graphs:
                 replay, (inputs, outputs) = device.capture(run)
             except torch.OutOfMemoryError:
                 self._ceiling = min(self._ceiling, size.tokens)
-            except RuntimeError as error:  # an op that waits for the device, or copies to it
+            except Exception as error:  # an op that waits for the device, or copies to it; or what the call itself will say
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 self._refused[what] = f"capture was refused: {first:.120}"
             else:

@@ -64,7 +64,7 @@ class Gpu:
         return torch.zeros(numbers, dtype=torch.int64, device=self.device)
 
     def _on_the_host(self, numbers: int) -> Tensor:
-        return torch.zeros(numbers, dtype=torch.int64, pin_memory=True)
+        return torch.zeros(numbers, dtype=torch.int64, device="cpu", pin_memory=True)
 
     def send(self, write: Callable[[Any], None], to: Tensor) -> None:
         self._turn = (self._turn + 1) % PINNED

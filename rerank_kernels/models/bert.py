@@ -247,7 +247,7 @@ def _encode(
     known: types and positions were looked at, on the host.
     """
     op, e = class_of(encoder), encoder.embeddings
-    types = torch.zeros_like(positions) if types is None else types
+    types = torch.zeros_like(positions, dtype=torch.int64) if types is None else types  # whatever the positions are
     # In transformers' order; three terms and the norm stay in float32, so the body's dtype is rounded to once, here.
     total = words.float() + lookup(op, "token_type_ids", types, e.token_type_embeddings, known).float()
     total = total + lookup(op, "position_ids", positions, e.position_embeddings, known).float()

@@ -31,7 +31,7 @@ from rerank_kernels.models.decoder_types import ModelType, angles_of, inner, typ
 from rerank_kernels.models.heads import AnswerHead, LastTokenHead, asked, capped
 from rerank_kernels.models.leaves import activation_of
 from rerank_kernels.models.packing import dense, explained, in_table, lookup, ready
-from rerank_kernels.models.replay import Replay, possible
+from rerank_kernels.models.replay import Replay, possible, without
 from rerank_kernels.models.roles import Roles
 from rerank_kernels.models.served import Head, Served
 from rerank_kernels.models.shared import Gathered, Shared
@@ -57,12 +57,16 @@ class Batch(NamedTuple):
 # ---- forwards ---------------------------------------------------------------------------------------------------------------
 
 
+ALL = "all words of a decoder, or its states"  # no graph holds them
+
+
 def decoder_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
     """LlamaModel and its like, stock arguments: BaseModelOutputWithPast."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     ready(m, roles_of)
     with explained(m, roles_of):
+        without(m, m.embed_tokens.weight.device, ALL)
         batch, _ = _pack(m, m, args, kwargs, cached=True)
         return _output(m, batch, BaseModelOutputWithPast, last_hidden_state=batch.new.unpack(_decode(m, batch)))
 
@@ -81,6 +85,8 @@ def causal_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
             if logit is not None:
                 question.answered = True
                 return CausalLMOutputWithPast(logits=logit[:, None])
+        if question is None:
+            without(m, decoder.embed_tokens.weight.device, ALL)
         batch, given = _pack(m, decoder, args, kwargs, cached=True)
         places = _places(m, batch.new, given.get("logits_to_keep", 0))  # an error of it leaves the cache as it was
         packed = _decode(inner(m), batch)
@@ -177,7 +183,7 @@ def tokens_of(
         return "a sequence beyond the angles' turning point"
     cu = sequences.cu_seqlens.long()
     begins = torch.repeat_interleave(cu[:-1], cu[1:] - cu[:-1], output_size=sequences.total)
-    positions = torch.arange(sequences.total) - begins
+    positions = torch.arange(sequences.total, device=cu.device) - begins
     if keys is None:
         return Tokens(ids, None, positions, sequences)
     return Tokens(ids, None, positions + keys.starts, sequences, Reads(keys.index, keys.whole))

@@ -370,7 +370,7 @@ def looked_up(ids: Tensor, weight: Tensor, op: str, name: str) -> Tensor:
 
 
 def _look(op: str, name: str, ids: Tensor, n: int) -> None:
-    if ids.is_floating_point() or ids.dtype == torch.bool:
+    if ids.dtype not in (torch.int64, torch.int32):  # a graph would take narrower ones, and an embedding does not
         raise TypeError(f"{op}: {name} must be int64 or int32, got {ids.dtype}")
     if ids.numel():  # on a GPU too: there a wrong one would end in an assertion that takes the process's context with it
         low, high = torch.stack(torch.aminmax(ids)).tolist()

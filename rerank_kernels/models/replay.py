@@ -86,6 +86,13 @@ def possible(m: Any, where: torch.device, why: Callable[[], str | None] = lambda
     return None
 
 
+def without(m: Any, where: torch.device, why: str) -> None:
+    """Count a call of m that no graph serves; where one could, the report says why none did."""
+    forward = None if traced() or where.type not in device.DEVICES else served_by(m)
+    if forward is not None and forward.wants_graphs:
+        forward.graphs.leave(why)
+
+
 def _replay(forward: Forward, where: torch.device, why: Callable[[], str | None]) -> Replay | str:
     make, backends = device.DEVICES[where.type]
     if forward.seen is None:

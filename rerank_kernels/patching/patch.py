@@ -90,7 +90,7 @@ def _patch(obj: Any, numeric: Mode, strict: bool, backend: str | None, predictor
     if found.problems and (strict or not (found.modules or found.overrides)):
         lines = "".join(f"\n  {problem}" for problem in found.problems)
         raise PatchError(f"patch: {found.system} cannot be served; nothing was patched:{lines}")
-    _as_before(found, numeric, backend)
+    _as_before(found, numeric, backend, graphs)
     reports = {path: _prepared(found, path, numeric, strict, backend, graphs) for path in found.modules}
     report = _merged(found, reports, numeric, backend)
     _propose(report, predictor)
@@ -148,7 +148,7 @@ def unpatch(obj: Any) -> None:
             walk.unpatch(module)
 
 
-def _as_before(found: Resolved, mode: Mode, backend: str | None) -> None:
+def _as_before(found: Resolved, mode: Mode, backend: str | None, graphs: bool) -> None:
     for path, override in found.overrides.items():
         before = vars(override.holder).get(override.name)
         if isinstance(before, Method) and (before.mode, before.backend) != (mode, backend):
@@ -156,6 +156,13 @@ def _as_before(found: Resolved, mode: Mode, backend: str | None) -> None:
             raise PatchError(
                 f"patch: {path} of {class_of(override.holder)} is patched already, in {was}, and {asked}, was asked for; "
                 "call rk.unpatch() with it first"
+            )
+        # of a model that is still to be loaded; of one that is there, its forwards know
+        had = getattr(getattr(before, "patch", None), "keywords", {}).get("graphs", graphs)
+        if had != graphs and not found.modules:
+            raise PatchError(
+                f"patch: {path} of {class_of(override.holder)} is patched already, with graphs={had}, and graphs={graphs} was "
+                "asked for; call rk.unpatch() with it first"
             )
 
 

@@ -145,7 +145,7 @@ class Reranker:
         if before is not None:
             mode, backend = mode or before.mode.name, backend or before.backend
             graphs = before.wants_graphs if graphs is None else graphs
-        self.report = walk.patch(self.model.eval(), mode or "portable", backend=backend, graphs=graphs is not False)
+        self.report = walk.patch(self.model.eval(), mode or "portable", backend=backend, graphs=graphs is None or bool(graphs))
         self.tokenizer = tokenizer
         self.settings = found or settings.Settings(self.kind, None)
         self.pooling, self.normalise = self.settings.pooling, self.settings.normalise

@@ -242,6 +242,7 @@ def test_what_tma_cannot_take_is_the_other_rooms_with_the_same_bits() -> None:
         ("v at an odd address", simulated.HOPPER, (*plain[:2], odd(plain[2])), False),
         ("an older GPU", simulated.AMPERE, plain, False),
         ("a newer GPU", simulated.Gpu(100, 148), plain, False),
+        ("a driver that refuses the map", simulated.HOPPER._replace(maps=0), plain, False),
     ):
         kernels()
         with on_hopper(gpu=gpu):

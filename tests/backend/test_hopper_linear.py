@@ -165,6 +165,7 @@ def test_what_tma_cannot_take_is_the_other_rooms_with_the_same_bits() -> None:
         ("rows of 140 bytes", FEW, short_x, short_w, False),
         ("an older GPU", simulated.AMPERE, x, w, False),
         ("a newer GPU", simulated.Gpu(100, 148), x, w, False),
+        ("a driver that refuses the map", simulated.HOPPER._replace(maps=0), x, w, False),
     ):
         with tensor.simulated("cuda", tensor.H100):
             want = linear(a, b, mode="tensor")

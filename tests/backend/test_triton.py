@@ -547,7 +547,7 @@ TENSOR_MUTANTS: dict[str, tuple[Edit, str, dict[str, Any], Callable[[Case, torch
         invariants.batch_invariant,
     ),
     "a mask off by one": (
-        Edit("attention.py", "seen = (j < length)[None, :]", "seen = (j <= length)[None, :]"),
+        Edit("attention.py", "place + right, length - 1) if", "place + right + 1, length - 1) if"),
         WINDOW,
         {"mma": 2},
         invariants.right,

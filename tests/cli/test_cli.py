@@ -533,7 +533,7 @@ def cli():
         asyncio.run(engine.astart())
     except Exception:
         sys.exit(3)  # as uvicorn does, after its own lines
-    print(*sys.argv, type(vars(engine).get("rerank")).__name__, flush=True)
+    print(*sys.argv, type(vars(engine).get("rerank")).__name__, model.model.forward.wants_graphs, flush=True)
     if "--wait" in sys.argv:
         signal.raise_signal(signal.SIGTERM)
     sys.exit(5)
@@ -552,10 +552,10 @@ def infinity(tmp_path) -> dict[str, str]:
 
 
 def test_infinity_server(infinity) -> None:
-    for dashes in (["--"], []):
+    for graphs, dashes in ((True, ["--"]), (True, []), (False, ["--no-graphs", "--"])):
         ran = process("infinity-server", *dashes, "v2", "--model-id", "m", stdout=subprocess.PIPE, **infinity)
         assert ran.returncode == 5, ran.stderr
-        assert ran.stdout.decode().splitlines() == ["started", "infinity_emb v2 --model-id m Method"]
+        assert ran.stdout.decode().splitlines() == ["started", f"infinity_emb v2 --model-id m Method {graphs}"]
         line = "rerank_kernels: one, mode portable: _model_replicas[0].model (XLMRobertaForSequenceClassification)"
         assert any(logged.startswith(line) for logged in ran.stderr.decode().splitlines())
 

@@ -199,10 +199,12 @@ def test_a_decoder_that_is_asked_for_two_words(device: type[Recorder], kind: str
         same(replayed(with_graphs, asks(no, use_cache=False))[0], asks(no, use_cache=False)(without), f"{kind}, 7 and {no}")
     same(asks(11)(with_graphs), asks(11)(without), "with a cache")
     assert said(with_graphs.forward).endswith(f"; 1 without: a cache; 1 without: {captured.FIRST}")
-    before = said(with_graphs.forward)
     batch = padded(rows((9, 4)), 0)
     same(with_graphs(**batch, use_cache=False).logits, without(**batch, use_cache=False).logits, "all words")
-    assert said(with_graphs.forward) == before
+    assert "; 1 without: all words of a decoder, or its states" in said(with_graphs.forward)
+    bare, _ = both(decoder(kind, cls="Model"))
+    bare(**batch)
+    assert said(bare.forward) == "0 captured, 0 replayed; 1 without: all words of a decoder, or its states"
 
 
 def test_a_classifier_of_a_decoder(device: type[Recorder]) -> None:
@@ -368,6 +370,24 @@ def test_in_and_out_of_inference_mode(device: type[Recorder]) -> None:
             same(replayed(with_graphs, call((9, 4)))[0], want, f"inference_mode({inference})")
 
 
+def test_a_default_device(device: type[Recorder]) -> None:
+    """torch.set_default_device("cuda"), as many programs call it: the numbers of a call are on the host all the same."""
+    (with_graphs, without), (first, _) = both(decoder("llama")), pair()
+    plain, shared, pairs = packed((9, 1, 30)), packed((20, 4, 9)), padded(rows((9, 4)), 0)
+    for run in (
+        lambda m: packed_answers(m, *plain, 7, 11).logit,
+        lambda m: packed_answers(m, *shared, 7, 11, (None, 0, 0)).logit,
+    ):
+        want = run(without)
+        with torch.device("meta"):
+            (got,) = replayed(with_graphs, run)
+        same(got, want, "answers")
+    want = first(**pairs).logits
+    with torch.device("meta"):
+        (got,) = replayed(first, lambda m: m(**pairs).logits)
+    same(got, want, "logits")
+
+
 def test_no_graph_is_left_where_none_can_serve(device: type[Recorder]) -> None:
     """Their memory is given back by unpatch, and at the first call on a device that has no graphs."""
     model, run = patched(tiny("bert")), call((9, 4))
@@ -407,6 +427,10 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("a position beyond the table", {"position_ids": torch.full((1, 9), 140)}),
     ("a position below 0", {"position_ids": torch.full((1, 9), -1)}),
     ("a sequence that is too long", {"input_ids": torch.ones(1, 141, dtype=torch.int64), "attention_mask": None}),
+    ("ids of 16 bits", {"input_ids": torch.ones(1, 9, dtype=torch.int16)}),
+    ("token types of 8 bits", {"token_type_ids": torch.ones(1, 9, dtype=torch.uint8)}),
+    ("positions of 16 bits", {"position_ids": torch.ones(1, 9, dtype=torch.int16)}),
+    ("positions that are bools", {"position_ids": torch.ones(1, 9, dtype=torch.bool)}),
     ("labels", {"labels": torch.ones(1)}),
 ]
 
@@ -421,7 +445,7 @@ def test_errors_are_the_same(device: type[Recorder], what: str, wrong: dict[str,
         with pytest.raises((ValueError, TypeError)) as error:
             model(**(batch | wrong))
         said.append(str(error.value))
-    assert said[0] == said[1]
+    assert said[0] == said[1] and next(iter(wrong)) in said[0]
     same(call((9,))(with_graphs), call((9,))(without), "logits after the error")
 
 
@@ -504,6 +528,25 @@ def test_out_of_memory_in_a_capture(device: type[Recorder], monkeypatch: pytest.
         same(call(lengths)(with_graphs), call(lengths)(without), "logits")
     told = said(with_graphs.forward)
     assert told.startswith("1 captured, 2 replayed") and "no memory to capture 24 tokens" in told, told
+
+
+@pytest.mark.parametrize("error", [ValueError("too many rows"), TypeError(), rk.PatchError("no")], ids=repr)
+def test_an_error_that_only_a_capture_has(device: type[Recorder], monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Dead rows are the graph's own: a call that is right without them gets its answer."""
+    from rerank_kernels.models import bert
+
+    attention = bert.attention
+
+    def small(q: Any, *args: Any, **kwargs: Any) -> Any:
+        if q.shape[0] in SMALL:
+            raise error
+        return attention(q, *args, **kwargs)
+
+    monkeypatch.setattr(bert, "attention", small)
+    with_graphs, without = pair()
+    for _ in range(3):
+        same(call((9,))(with_graphs), call((9,))(without), "logits")
+    assert f"2 without: capture was refused: {str(error) or 'TypeError'}" in said(with_graphs.forward)
 
 
 def test_an_op_that_cannot_be_captured(device: type[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -598,6 +641,7 @@ def test_a_reranker(device: type[Recorder], tmp_path: Any) -> None:
     same(torch.from_numpy(scores[0].logit), torch.from_numpy(scores[1].logit), "scores")
     assert graphs_of(with_graphs.model).replays and without.report.graphs()[""] == "off"
     assert not rk.Reranker(without.model, without.tokenizer).model.forward.wants_graphs
+    assert not rk.Reranker(tmp_path, graphs=0).model.forward.wants_graphs  # type: ignore[arg-type]
 
 
 def test_the_numbers_of_a_call_leave_none_of_another(device: type[Recorder]) -> None:

@@ -125,3 +125,10 @@ def test_a_capture_that_fails_leaves_the_streams_in_order(log: list[str]) -> Non
     with pytest.raises(RuntimeError), gpu.using():
         gpu.capture(body)
     assert log[-2:] == ["stream waits for side", "event 0 behind stream"]
+
+
+def test_pinned_memory_is_the_hosts_whatever_the_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(torch, "zeros", lambda *size, **how: asked.update(how))
+    device.Gpu._on_the_host(None, 4)  # type: ignore[arg-type]
+    assert asked["device"] == "cpu" and asked["pin_memory"]

@@ -139,7 +139,7 @@ ROOMS = (
     ("models", "scoped"),
     ("patching",),
     ("scoring",),
-    ("verify", "bench"),
+    ("verify", "bench", "order"),
     ("page",),
     ("cli",),
 )

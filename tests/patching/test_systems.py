@@ -296,10 +296,25 @@ def test_twice_is_once_and_another_way_is_an_error(version):
     assert vars(encoder)["rank"] is bound and again.calls() == {"model": 0, "model.roberta": 0}
     with pytest.raises(rk.PatchError, match=r"is patched already, in mode 'portable'.* call rk\.unpatch"):
         rk.patch(encoder, backend="pytorch")
+    with pytest.raises(rk.PatchError, match=r"is patched already, with graphs=True.* call rk\.unpatch"):
+        rk.patch(encoder, graphs=False)
     rk.unpatch(encoder)
     report = rk.patch(encoder, backend="pytorch")
     encoder.rank(QUERY, TEXTS)
     assert report.backend == "pytorch" and report.calls()["model"] == 1
+
+
+def test_another_way_before_the_model_is_loaded():
+    ranker = systems.TransformersSimilarityRanker(systems.model)
+    rk.patch(ranker)
+    rk.patch(ranker)
+    wrong = r"with graphs=True, and graphs=False was asked for; call rk\.unpatch\(\) with it first"
+    with pytest.raises(rk.PatchError, match=wrong):
+        rk.patch(ranker, graphs=False)
+    rk.unpatch(ranker)
+    rk.patch(ranker, graphs=False)
+    ranker.warm_up()
+    assert not ranker.model.forward.wants_graphs
 
 
 def arrives_patched(version, carry):

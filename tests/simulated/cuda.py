@@ -116,10 +116,11 @@ class Options:
 
 
 class Gpu(NamedTuple):
-    """What a launcher may ask the runtime about a device."""
+    """What a launcher may ask the runtime about a device, and whether its driver makes tensor maps at all."""
 
     capability: int
     multiprocessors: int
+    maps: int = 1
 
 
 AMPERE, HOPPER = Gpu(80, 108), Gpu(90, 132)

@@ -46,7 +46,8 @@ int encode_tiled(ptxsim::TensorMap* made, int type, unsigned rank, void* address
                  int fill) {
     constexpr uint8_t ELEMENT_BYTES[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2};  // u8 u16 u32 s32 u64 s64 f16 f32 f64 bf16
     const auto number = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
-    if (number(made) % 64 || type < 0 || type > 9 || rank < 1 || rank > 5 || number(address) % 16) return INVALID_VALUE;
+    if (!ptxsim_maps || number(made) % 64 || type < 0 || type > 9 || rank < 1 || rank > 5 || number(address) % 16)
+        return INVALID_VALUE;
     if (interleave != 0 || swizzle < 0 || swizzle > 3 || fill != 0) return INVALID_VALUE;
     ptxsim::TensorMap m{};
     m.magic = ptxsim::TensorMap::MAGIC;
@@ -75,7 +76,7 @@ extern "C" {
 
 // ---- for Python and for the ops
 
-int ptxsim_poison = 0xff, ptxsim_capability = 80, ptxsim_multiprocessors = 108;
+int ptxsim_poison = 0xff, ptxsim_capability = 80, ptxsim_multiprocessors = 108, ptxsim_maps = 1;
 
 void ptxsim_connect(Launch launch) { in_python = launch; }
 

@@ -14,5 +14,6 @@ void ptxsim_end();
 extern int ptxsim_poison;  // the byte that new tensors are filled with
 // What the device says of itself: its compute capability, 80 or 90, and how many multiprocessors it has.
 extern int ptxsim_capability, ptxsim_multiprocessors;
+extern int ptxsim_maps;  // 0: its driver refuses each tensor map
 void ptxsim_note(const void* address, size_t bytes, int writable);
 }

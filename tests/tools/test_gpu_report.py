@@ -407,8 +407,25 @@ def test_without_a_gpu_it_says_what_is_missing(tmp_path: Path) -> None:
         pytest.skip("there is a GPU")
     done = program("--out", str(tmp_path / "out"), "--only", "golden")
     assert done.returncode == 2 and "cannot run here" in done.stderr and "run this with" in done.stderr
-    assert program("--only", "nonsense").returncode == 2
     assert program("--place", str(tmp_path / "page.md"), "--out", str(tmp_path)).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("--minutes", "nan"), "--minutes must be a number above 0, got nan"),
+        (("--minutes", "inf"), "--minutes must be a number above 0, got inf"),
+        (("--minutes", "0"), "--minutes must be a number above 0, got 0"),
+        (("--only", "nonsense"), "--only nonsense names no step; there are golden-cuda, "),
+        (("--only", "build"), "--only build names no step; there are golden-cuda, "),
+    ],
+)
+def test_wrong_options(capsys: Any, wrong: tuple[str, ...], said: str) -> None:
+    from tools.gpu_report.__main__ import main
+
+    with pytest.raises(SystemExit) as end:
+        main([*wrong, "--dry-run"])
+    assert end.value.code == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("op", ["normalize", "rms_norm", "sum"])

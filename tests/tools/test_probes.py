@@ -20,8 +20,12 @@ from typing import Any
 import pytest
 import torch
 
+import rerank_kernels as rk
 import toolkit
+from bench.cases import shapes
 from ptxsim.program import Module
+from recorder import recording
+from rerank_kernels.graphs import buckets, captured
 from simulated import served
 from tools.gpu_report.steps import PROBES
 
@@ -301,6 +305,25 @@ def test_cublaslt_is_tried_timed_and_compared_with_torch(probe: Any, monkeypatch
     ]
     assert len(found["torch"]) == 8 and found["torch"][0][5] == "a_kernel"
     assert len(found["heads"]["trials"]) == len(found["trials"][0]) and len(found["heads"]["torch"]) == len(found["torch"][0])
+
+
+def test_what_a_capture_costs_is_of_each_bucket(probe: Any, monkeypatch: Any, capsys: Any) -> None:
+    graphs, patch = probe("graphs"), rk.patch
+    monkeypatch.setattr(rk, "patch", lambda model, mode, **how: patch(model, **how))  # mode tensor needs a GPU
+    tiny = shapes.Shape("XLMRoberta", 1, 32, 64, 2, 3000, 64)
+    monkeypatch.setattr(shapes, "RERANKERS", {"BAAI/bge-reranker-base": tiny})
+    monkeypatch.setattr(shapes, "MIXED_LENGTHS", (5, 9))
+    monkeypatch.setattr(graphs, "LENGTHS", {"1x16": (16,), "3x16": (16,) * 3, "again": (15,)})
+    monkeypatch.setattr(graphs, "kernels", lambda call: call() and 0.0)
+    for module in (buckets, captured):
+        monkeypatch.setattr(module, "TOKENS", (64, 128))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with recording(monkeypatch) as device, torch.no_grad():
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: sum(len(d.captures) for d in device.made) << 20)
+        graphs.main()
+    found = printed(capsys)
+    assert [row[1] for row in found["rows"]] == [True] * 4, "equal bits"
+    assert [row[-1] for row in found["rows"]] == [2, 1, 0, 0], "captures: the largest and its own; its own; none; none"
 
 
 def test_probes_are_started_as_programs(tmp_path: Path) -> None:

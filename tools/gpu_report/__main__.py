@@ -35,15 +35,15 @@ def main(argv: list[str] | None = None) -> int:
         "--place", type=Path, metavar="PAGE", help="write the tables of DIR/report.json into this page, and end"
     )
     args = parser.parse_args(argv)
-    if args.minutes <= 0:
-        parser.error(f"--minutes must be above 0, got {args.minutes:g}")
+    if not 0 < args.minutes < float("inf"):
+        parser.error(f"--minutes must be a number above 0, got {args.minutes:g}")
     folder = args.out.resolve()
     if args.place:
         return place(folder, args.place)
     build = not args.no_build
     listed = [s for s in steps(build=build) if not args.only or s.name == "build" or any(w in s.name for w in args.only)]
     if not [s for s in listed if s.name != "build"]:
-        parser.error(f"--only {' '.join(args.only)} names no step; there are {', '.join(s.name for s in steps(build=build))}")
+        parser.error(f"--only {' '.join(args.only)} names no step; there are {', '.join(s.name for s in steps(build=False))}")
     environment = machine.environment(folder, build)
     facts = machine.facts(environment)
     lacking = machine.lacks(facts, build)

@@ -485,11 +485,13 @@ static bool attention_tensor(const AttentionArgs& args, const PackedArgs& packed
     // the driver may want each stride to be a multiple of the one before
     const auto fits = [](const Boxes<3>& all) { return all.fit() && all.strides[1] % all.strides[0] == 0; };
     if (!fits(keys) || !fits(values)) return false;
+    CUtensorMap key_map, value_map;
+    if (!keys.map(key_map) || !values.map(value_map)) return false;
     const int64_t rows = packed.total * (args.H / args.H_kv);
     const int way =
         attention_hopper_way.take(own_way(rows, ceil_div(rows, packed.B), args.H_kv, int(args.D), device.multiprocessors));
     const auto go = args.D == 64 ? way == 0 ? start<64, 0> : start<64, 1> : way == 0 ? start<128, 0> : start<128, 1>;
-    go(args, packed, keys.map("attention"), values.map("attention"), setup, stream);
+    go(args, packed, key_map, value_map, setup, stream);
     return true;
 }
 

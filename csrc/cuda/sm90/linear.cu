@@ -268,21 +268,27 @@ static int linear_hopper_way(const LinearArgs& g, int64_t batches) {
     return best;
 }
 
+// False: the driver refused a map of the operands, and nothing was started.
 template <int WAY>
-static void start(const char* op, const LinearArgs& g, int64_t batches, int multiprocessors, Stream stream) {
+static bool start(const char* op, const LinearArgs& g, int64_t batches, int multiprocessors, Stream stream) {
     using T = HopperTile<LINEAR_TILES[WAY].rows, LINEAR_TILES[WAY].columns, WAY>;
     const TileSetup setup{int(ceil_div(g.M, T::BM)), int(ceil_div(g.N, T::BN)),
                           int(batches * ceil_div(g.M, T::BM) * ceil_div(g.N, T::BN)), in_groups_of(8, g)};
-    const auto map = [&](const Ref& from, int64_t rows, int box) { return boxes(from, g, batches, rows, box).map(op); };
+    CUtensorMap x_map, w_map;
+    const auto map = [&](CUtensorMap& made, const Ref& from, int64_t rows, int box) {
+        return boxes(from, g, batches, rows, box).map(made);
+    };
+    if (!map(x_map, g.x, g.M, T::BM) || !map(w_map, g.weight, g.N, T::BN)) return false;
     const auto kernel = g.x.dtype == Dtype::F16 ? linear_hopper<T, f16> : linear_hopper<T, bf16>;
-    launch(op, kernel, dim3(unsigned(std::min(setup.tiles, multiprocessors))), T::THREADS, T::SHARED, stream,
-           map(g.x, g.M, T::BM), map(g.weight, g.N, T::BN), g, setup);
+    launch(op, kernel, dim3(unsigned(std::min(setup.tiles, multiprocessors))), T::THREADS, T::SHARED, stream, x_map, w_map, g,
+           setup);
+    return true;
 }
 
 template <int... WAY>
-static void start_way(int way, std::integer_sequence<int, WAY...>, const char* op, const LinearArgs& g, int64_t batches,
+static bool start_way(int way, std::integer_sequence<int, WAY...>, const char* op, const LinearArgs& g, int64_t batches,
                       int multiprocessors, Stream stream) {
-    ((way == WAY ? start<WAY>(op, g, batches, multiprocessors, stream) : void()), ...);
+    return ((way == WAY && start<WAY>(op, g, batches, multiprocessors, stream)) || ...);
 }
 
 // Whether the call was one for this room, and was started.
@@ -291,9 +297,8 @@ static bool linear_tensor(const char* op, const LinearArgs& g, int64_t batches, 
     if (!device.hopper || encode_tiled() == nullptr) return false;
     if (!boxes(g.x, g, batches, g.M, ROWS).fit() || !boxes(g.weight, g, batches, g.N, ROWS).fit()) return false;
     if (batches * ceil_div(g.M, 64) * ceil_div(g.N, 8) > 0x3fffffff || g.K > 0x7fff0000) return false;
-    start_way(linear_hopper_choice.take(linear_hopper_way(g, batches)), std::make_integer_sequence<int, LINEAR_WAYS>(), op, g,
-              batches, device.multiprocessors, stream);
-    return true;
+    return start_way(linear_hopper_choice.take(linear_hopper_way(g, batches)), std::make_integer_sequence<int, LINEAR_WAYS>(),
+                     op, g, batches, device.multiprocessors, stream);
 }
 
 static const bool there = (hopper.linear_tensor = linear_tensor, true);

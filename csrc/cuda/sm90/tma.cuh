@@ -78,22 +78,18 @@ struct Boxes {
         return fits;
     }
 
-    // `fit` was asked before, and encode_tiled.
-    CUtensorMap map(const char* op) const {
+    // Whether the driver made the map; it may refuse what `fit` takes, since its own rules are not all written down. `fit` was
+    // asked before, and encode_tiled.
+    bool map(CUtensorMap& made) const {
         static_assert(RANK >= 2 && RANK <= 4);
         cuuint64_t extents[RANK], apart[RANK - 1];
         cuuint32_t rows[RANK], ones[RANK];
         for (int i = 0; i < RANK; ++i) extents[i] = cuuint64_t(sizes[i]), rows[i] = cuuint32_t(box[i]), ones[i] = 1;
         for (int i = 0; i + 1 < RANK; ++i) apart[i] = cuuint64_t(strides[i]) * 2;
-        CUtensorMap made{};
-        const CUresult code =
-            encode_tiled()(&made, dtype == Dtype::F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                           RANK, const_cast<void*>(data), extents, apart, rows, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                           CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-        if (code != CUDA_SUCCESS)
-            throw std::runtime_error(std::string(op) + ": cuTensorMapEncodeTiled failed with CUDA driver error " +
-                                     std::to_string(int(code)));
-        return made;
+        return encode_tiled()(&made, dtype == Dtype::F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                              RANK, const_cast<void*>(data), extents, apart, rows, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
     }
 };
 

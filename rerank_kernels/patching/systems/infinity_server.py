@@ -16,7 +16,7 @@ from rerank_kernels.patching.patch import patch
 INSTALL = 'infinity-server: infinity_emb is not installed; run: pip install "infinity_emb[torch,server]"'
 
 
-def serve(arguments: list[str], mode: str, backend: str | None) -> int:
+def serve(arguments: list[str], mode: str, backend: str | None, graphs: bool = True) -> int:
     """Run infinity_emb's command line until it ends; its exit code. Raises what patch raises if an engine cannot be patched."""
     try:
         from infinity_emb import cli
@@ -31,7 +31,7 @@ def serve(arguments: list[str], mode: str, backend: str | None) -> int:
 
     async def astart(engine: Any) -> None:
         try:
-            report = patch(engine, mode, backend=backend)
+            report = patch(engine, mode, backend=backend, graphs=graphs)
         except Exception as error:
             refused.append(error)
             raise
