@@ -18,7 +18,7 @@ from rerank_kernels.version import __version__ as __version__
 if TYPE_CHECKING:  # for type checkers and editors; _NAMES says the same to Python
     from rerank_kernels.backend.registry import backends, use
     from rerank_kernels.backend.weights import forget
-    from rerank_kernels.errors import BackendError, FallbackWarning, PatchError
+    from rerank_kernels.errors import BackendError, FallbackWarning, InvariantError, InvariantWarning, PatchError
     from rerank_kernels.models.prefix import Prefix, prefix
     from rerank_kernels.models.sampling import Sampling
     from rerank_kernels.ops.attention import *  # noqa: F403  an op's name stands in names.py alone
@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # for type checkers and editors; _NAMES says the same to Pyth
     from rerank_kernels.ops.sparse_ffn import *  # noqa: F403
     from rerank_kernels.patching.patch import patch, unpatch
     from rerank_kernels.patching.report import Report
+    from rerank_kernels.scoped.report import InvariantReport
+    from rerank_kernels.scoped.scope import invariant
     from rerank_kernels.scoring.reranker import Ranked, Reranker, Scores
     from rerank_kernels.scoring.templates import Template
 
@@ -41,6 +43,9 @@ __all__ = [
     "BackendError",
     "FallbackWarning",
     "HeadOutput",
+    "InvariantError",
+    "InvariantReport",
+    "InvariantWarning",
     "PatchError",
     "Prefix",
     "Ranked",
@@ -52,6 +57,7 @@ __all__ = [
     "Template",
     "backends",
     "forget",
+    "invariant",
     "patch",
     "prefix",
     "rotary_table",
@@ -63,7 +69,7 @@ __all__ = [
 _NAMES = {
     "backend.registry": ("backends", "use"),
     "backend.weights": ("forget",),
-    "errors": ("BackendError", "FallbackWarning", "PatchError"),
+    "errors": ("BackendError", "FallbackWarning", "InvariantError", "InvariantWarning", "PatchError"),
     "models.prefix": ("Prefix", "prefix"),
     "models.sampling": ("Sampling",),
     "ops.pooling": ("HeadOutput",),
@@ -71,6 +77,8 @@ _NAMES = {
     "ops.sequences": ("Sequences",),
     "patching.patch": ("patch", "unpatch"),
     "patching.report": ("Report",),
+    "scoped.report": ("InvariantReport",),
+    "scoped.scope": ("invariant",),
     "scoring.reranker": ("Ranked", "Reranker", "Scores"),
     "scoring.templates": ("Template",),
 }

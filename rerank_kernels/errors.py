@@ -13,3 +13,11 @@ class FallbackWarning(RuntimeWarning):
 
 class PatchError(RuntimeError):
     """The model cannot be served as asked; the message says which modules, and what would work. Nothing was changed."""
+
+
+class InvariantError(RuntimeError):
+    """Inside rk.invariant: an op that would break its promise; the message says which, where, why, and what would work."""
+
+
+class InvariantWarning(RuntimeWarning):
+    """Inside rk.invariant(strict=False): PyTorch computed an op that breaks the promise. Given once per op and block."""
