@@ -40,7 +40,7 @@ def model(family: str = "xlm-roberta", *, head: bool = True, labels: int = 1, dt
     with torch.no_grad():
         for name, p in made.named_parameters():
             p.copy_(numbers(name, tuple(p.shape), torch.float32, 2.0**-3))
-            if "LayerNorm.weight" in name:
+            if models.is_norm(name):
                 p.add_(1.0)
     return made.to(dtype)
 
@@ -64,17 +64,18 @@ def _forward(family: str, head: bool, dtype: torch.dtype) -> Run:
     long = [(torch.arange(120) * 7 + i) % 150 + 5 for i in range(10)]  # so many tokens are not taken at once
     flat, cu = torch.cat(rows), torch.tensor([0, *np.cumsum(LENGTHS)], dtype=torch.int32)
     right, left, alone = padded(rows, pad), padded(rows, pad, left=True, to=80), rows[3][None]
-    types = torch.zeros_like(right["input_ids"])
+    types = {} if family in models.UNTYPED else {"token_type_ids": torch.zeros_like(right["input_ids"])}
+    flat_types = torch.zeros_like(flat) if types else None
 
     def run() -> list[Tensor]:
         out = [own(**inputs) for inputs in (right, left, padded(long, pad), {"input_ids": alone})]
-        out.append(own(**right, token_type_ids=types, output_hidden_states=True))
+        out.append(own(**right, **types, output_hidden_states=True))
         out.append(own(input_ids=alone, position_ids=torch.arange(2, 72)[None]))
-        words = own.base_model.embeddings.word_embeddings(right["input_ids"]).detach()
+        words = own.get_input_embeddings()(right["input_ids"]).detach()
         out.append(own(inputs_embeds=words, attention_mask=right["attention_mask"].bool()))
         found = [t for one in out for t in one.to_tuple()]
         if head:
-            packed: list[Tensor] = list(served.packed_logits(own, flat, cu, torch.zeros_like(flat)))
+            packed: list[Tensor] = list(served.packed_logits(own, flat, cu, flat_types))
         else:
             packed = [served.packed_embeddings(own, flat, cu, pooling=pooling) for pooling in ("mean", "cls")]
         return [t for one in (*found, *packed) for t in (one if isinstance(one, tuple) else (one,))]

@@ -23,8 +23,10 @@ CORPUS = (
     "How long should one boil an egg? Six to eight minutes, depending on taste.",
     "Matrix multiplication dominates the cost of a transformer encoder.",
 )
-FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
-PREFIX = dict(zip(FAMILIES, ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra"), strict=True))  # of its classes
+BERTS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+FAMILIES = (*BERTS, "modernbert")
+PREFIX = dict(zip(FAMILIES, ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra", "ModernBert"), strict=True))  # of classes
+UNTYPED = ("modernbert",)  # their tokens have no types
 PAD = {family: 0 if family in ("bert", "electra") else 1 for family in FAMILIES}
 VOCABULARY = 160
 POSITIONS = 140  # more than two key tiles of 64, so that sequences of several tiles can be made
@@ -37,7 +39,18 @@ def config(family: str, **changes: Any) -> Any:
     sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, num_labels=1)
     room = dict(vocab_size=VOCABULARY, max_position_embeddings=POSITIONS, type_vocab_size=2, attn_implementation="eager")
     narrow = {"embedding_size": 48} if family == "electra" else {}  # its words are narrower than its layers
+    if family == "modernbert":  # a layer that sees all and one with a window; stock's eager attention gives NaN beyond one
+        narrow = dict(global_attn_every_n_layers=2, local_attention=2 * HALF + 1, attn_implementation="sdpa")
+        narrow |= dict(pad_token_id=1, bos_token_id=None, eos_token_id=None, cls_token_id=None, sep_token_id=None)
     return cls(**(sizes | room | narrow | changes))
+
+
+HALF = 16  # of modernbert's window: keys that a query sees on each side
+
+
+def is_norm(parameter: str) -> bool:
+    """Whether a parameter is the weight of a layer norm of one of FAMILIES."""
+    return parameter.endswith(("LayerNorm.weight", "norm.weight"))
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, *, head: bool = True, seed: int = 0, **changes: Any) -> Any:
@@ -51,7 +64,7 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, *, head: bool = True, 
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, p in model.named_parameters():
-            centre = 1.0 if "LayerNorm.weight" in key else 0.0
+            centre = 1.0 if is_norm(key) else 0.0
             p.copy_(centre + torch.randn(p.shape, generator=draw) * 0.15)
     return model.to(dtype).eval()
 

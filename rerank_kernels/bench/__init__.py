@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from rerank_kernels.models.registry import max_tokens
+from rerank_kernels.models.registry import max_tokens, typed
 from rerank_kernels.models.sentence import stock_pooling
 from rerank_kernels.ops.pooling import pool
 from rerank_kernels.patching.walk import patch, unpatch
@@ -149,7 +149,7 @@ def bench(
     if prompts is not None:
         ids, types = [np.asarray(prompts.ids(*pair), np.int32) for pair in pairs], None
     else:
-        ids, types = tokenise(tokenizer, first, second, cut)
+        ids, types = tokenise(tokenizer, first, second, cut, typed(model))
     rows = [len(one) for one in ids]
 
     def batches(order: Sequence[int], size: int) -> Batches:

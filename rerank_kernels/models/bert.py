@@ -31,6 +31,7 @@ from rerank_kernels.models.packing import (
     pack,
     positions_of,
     ready,
+    unpacked,
 )  # fmt: skip
 from rerank_kernels.models.replay import possible
 from rerank_kernels.models.roles import Assumed, Roles
@@ -120,7 +121,7 @@ def encoder_forward(m: Any, *args: Any, **kwargs: Any) -> Any:
         fields = None
         if replay is not None and batch.tokens is not None:
             fields = replay.run(
-                "states", batch.tokens, functools.partial(_outputs, m), functools.partial(_kept, batch.sequences)
+                "states", batch.tokens, functools.partial(_outputs, m), functools.partial(unpacked, batch.sequences)
             )
         if fields is None:
             batch = batch.sent(table)
@@ -140,14 +141,6 @@ def _pooled(m: Any, x: Tensor, sequences: Sequences) -> tuple[Tensor, ...]:
 def _outputs(m: Any, given: Inputs) -> tuple[Tensor, ...]:
     x = states_of(m, given)
     return x, *_pooled(m, x, given.sequences)
-
-
-def _kept(sequences: Sequences, given: Inputs, outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    x, *pooled = outputs
-    n, (b, t) = sequences.total, sequences.padded  # type: ignore[misc]
-    x = x[:n]
-    x = x.clone() if sequences.index is None else x.new_zeros(b * t, x.shape[1]).index_copy_(0, given.places[:n], x)
-    return [x.view(b, t, -1), *(p[:b].clone() for p in pooled)]
 
 
 def classifier_forward(m: Any, *args: Any, **kwargs: Any) -> Any:

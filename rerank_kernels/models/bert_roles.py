@@ -21,7 +21,8 @@ ATTENTION = ("eager", "sdpa", "flash_attention", "flex_attention", "paged|", "ke
 # What forwards of transformers call of their own file: another one in its place computes something else.
 FUNCTIONS = (
     *("apply_rotary_pos_emb", "rotate_half", "repeat_kv", "apply_chunking_to_forward"),
-    *("create_causal_mask", "create_sliding_window_causal_mask", "create_bidirectional_mask"),
+    *("create_causal_mask", "create_sliding_window_causal_mask"),
+    *("create_bidirectional_mask", "create_bidirectional_sliding_window_mask"),
 )
 
 

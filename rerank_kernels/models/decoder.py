@@ -38,7 +38,7 @@ from rerank_kernels.models.shared import Gathered, Shared
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import activation
 from rerank_kernels.ops.norm import rms_norm
-from rerank_kernels.ops.opaque import opaque, traced
+from rerank_kernels.ops.opaque import traced
 from rerank_kernels.ops.rotary import rotary
 from rerank_kernels.ops.sequences import Sequences
 
@@ -177,7 +177,7 @@ def tokens_of(
     _no_types(decoder, types)
     keys = None if before is None else Shared(op, sequences, before, turning_points(m))
     longest = (sequences if keys is None else keys.whole).longest
-    _not_longer(op, longest, max_tokens(decoder))
+    rope.not_longer(op, longest, max_tokens(decoder))
     in_table(op, "input_ids", ids, decoder.embed_tokens)
     if longest > min(turning_points(m)):
         return "a sequence beyond the angles' turning point"
@@ -329,28 +329,11 @@ def _traced(
     if positions is not None:
         own = new.pack(positions.expand(b, t)).long()
     turned = {
-        turn: angles(cu, own, dict(said)["features"] // 2, rope.written(said), limit, op)
+        turn: rope.angles(cu, own, dict(said)["features"] // 2, rope.written(said), limit, op)
         for turn, said in _said(decoder).items()
     }
     words = _given(decoder, new.pack(embeds)) if ids is None else _words(decoder, op, new.pack(ids))
     return Batch(words, turned, new, None, states, as_dict)
-
-
-def _angles_result(cu_seqlens: Tensor, positions: Tensor, pairs: int, *_: Any) -> tuple[Tensor, Tensor]:
-    cos, sin = (positions.new_empty(positions.shape[0], pairs, dtype=torch.float32) for _ in range(2))
-    return cos, sin
-
-
-@opaque(
-    _angles_result,
-    result=lambda cos, sin: (cos, sin),
-    schema="(Tensor cu_seqlens, Tensor positions, int pairs, str said, int limit, str op) -> (Tensor, Tensor)",
-)
-def angles(cu_seqlens: Tensor, positions: Tensor, pairs: int, said: str, limit: int, op: str) -> tuple[Tensor, Tensor]:
-    """_angles of whole sequences, where a tracer writes it down; said: the angles' parameters as a text."""
-    keys = Sequences.from_cu_seqlens(cu_seqlens, positions.shape[0], op=op)
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    return _turned(rope.read(said), limit, op, positions, keys, lengths)
 
 
 def _words(decoder: Any, op: str, ids: Tensor, known: bool = False) -> Tensor:
@@ -383,25 +366,7 @@ def _angles(
     """cos and sin of the new tokens; lengths: of whole sequences, None where cached keys would need other angles; counts: of
     the new tokens of each, if those are not all."""
     limit = max_tokens(decoder)
-    return {turn: _turned(said, limit, op, positions, keys, lengths, counts) for turn, said in _said(decoder).items()}
-
-
-def _turned(
-    said: rope.Parameters, limit: int, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None,
-    counts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    longest = keys.longest
-    _not_longer(op, longest, limit)
-    own = None
-    if lengths is not None and longest > rope.turning_point(said):
-        own = torch.repeat_interleave(lengths, lengths if counts is None else counts, output_size=positions.shape[0])
-    return rope.rows(said, positions, longest, own, op=op)
-
-
-def _not_longer(op: str, longest: int, limit: int) -> None:
-    if longest > limit:
-        wanted = f"at most {limit} tokens a sequence, for config.max_position_embeddings"
-        check.fail(op, "input_ids", wanted, longest, f"tokenise with truncation=True, max_length={limit}")
+    return {turn: rope.turned(said, limit, op, positions, keys, lengths, counts) for turn, said in _said(decoder).items()}
 
 
 def _places(m: Any, new: Sequences, keep: Any) -> Any:
@@ -530,7 +495,7 @@ def served() -> dict[str, Served]:
     """Exact class -> how it is served."""
     found: dict[str, Served] = {}
     inside: dict[str, Any] = dict(
-        turning_points=turning_points, tokens=tokens_of, states=states_of, entered=entered, why=no_graph
+        typed=False, turning_points=turning_points, tokens=tokens_of, states=states_of, entered=entered, why=no_graph
     )
     for module, a in MODEL_TYPES.items():
         found |= {

@@ -70,7 +70,8 @@ def _of(turn: str) -> tuple[Assumed, ...]:
     )
 
 
-def _rows(m: Any) -> int:
+def rows_of(m: Any) -> int:
+    """Of the weight of a linear layer, with adapters around it or without; -1 where there is none."""
     shape = getattr(getattr(getattr(m, "base_layer", m), "weight", None), "shape", None)
     return int(shape[0]) if shape else -1
 
@@ -95,7 +96,7 @@ SELF = (
 GROUPS = Assumed(
     "num_key_value_groups",
     "the rows of q_proj.weight for each row of k_proj.weight",
-    lambda value, m: value * _rows(m.k_proj) == _rows(m.q_proj),
+    lambda value, m: value * rows_of(m.k_proj) == rows_of(m.q_proj),
 )
 # Of one matrix, whose rows are those of queries, keys and values.
 FUSED = (
@@ -103,7 +104,7 @@ FUSED = (
     Assumed(
         "config.num_attention_heads",
         "what the rows of qkv_proj.weight leave for queries",
-        lambda value, m: (value + 2 * m.num_key_value_heads) * m.head_dim == _rows(m.qkv_proj),
+        lambda value, m: (value + 2 * m.num_key_value_heads) * m.head_dim == rows_of(m.qkv_proj),
         needed=True,
     ),
     Assumed(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rerank_kernels.models import lora
-from rerank_kernels.models.packing import as_patched
+from rerank_kernels.models.packing import as_patched, norm
 from rerank_kernels.ops.linear import activation, linear
 from rerank_kernels.ops.norm import normalize
 from rerank_kernels.ops.opaque import opaque
@@ -47,12 +47,38 @@ class ClassificationHead:
     def _with_adapters(self, x: Tensor) -> HeadOutput:
         """The same chain, float32 throughout, where a layer or both have adapters."""
         for m, act in ((self.dense, self.activation), (self.out, None)):
-            if lora.is_lora(m):
-                x = lora.product(m, x, act, torch.float32)
-            else:
-                as_patched(m, nn.Linear)
-                x = linear(x, m.weight, m.bias, activation=act, out_dtype=torch.float32, mode="portable")
+            x = _wide(m, x, act)
         return HeadOutput(x, sigmoid(x), sigmoid(-x))
+
+
+def _wide(m: nn.Linear, x: Tensor, act: str | None) -> Tensor:
+    """A head's layer, with adapters or without; float32."""
+    if lora.is_lora(m):
+        return lora.product(m, x, act, torch.float32)
+    as_patched(m, nn.Linear)
+    return linear(x, m.weight, m.bias, activation=act, out_dtype=torch.float32, mode="portable")
+
+
+@dataclass(frozen=True)
+class NormedHead:
+    """out(norm(activation(dense(one vector per sequence)))), in float32: modules of the classifier, read at each call."""
+
+    dense: nn.Linear
+    norm: nn.LayerNorm
+    out: nn.Linear
+    activation: str
+    pooling: str  # "cls" or "mean"
+
+    def __call__(self, x: Tensor, sequences: Sequences) -> HeadOutput:
+        """[total, D] -> float32 [B, L] each: logit, score, complement."""
+        pooled = pool(x, self.pooling, cu_seqlens=sequences, out_dtype=torch.float32)
+        as_patched(self.norm, nn.LayerNorm)
+        normed = norm(self.norm, _wide(self.dense, pooled, self.activation))
+        if lora.is_lora(self.out):
+            logit = lora.product(self.out, normed, out_dtype=torch.float32)
+            return HeadOutput(logit, sigmoid(logit), sigmoid(-logit))
+        as_patched(self.out, nn.Linear)
+        return score_head(normed, self.out.weight, self.out.bias)
 
 
 @dataclass(frozen=True)

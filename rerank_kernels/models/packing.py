@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
-from rerank_kernels.graphs.buckets import Tokens
+from rerank_kernels.graphs.buckets import Inputs, Tokens
 from rerank_kernels.models import lora
 from rerank_kernels.models.bound import class_of, name_of, numbered, served_by
 from rerank_kernels.models.fingerprint import Fingerprint
@@ -192,6 +192,8 @@ class Table(NamedTuple):
     words: nn.Embedding
     first: int  # position id of a sequence's first token
     limit: int  # tokens of the longest sequence
+    typed: bool = True  # tokens have types
+    placed: bool = True  # places are looked up in a table; where not, angles are made of them
 
 
 def pack(m: Any, table: Table, args: tuple[Any, ...], kwargs: dict[str, Any], replay: Replay | None = None) -> Batch:
@@ -203,6 +205,8 @@ def pack(m: Any, table: Table, args: tuple[Any, ...], kwargs: dict[str, Any], re
     ids, mask, embeds, types, positions = (given.pop(name, None) for name in TENSORS)
     states, as_dict = _options(m, op, given)
     are_tensors(op, **dict(zip(TENSORS, (ids, mask, embeds, types, positions), strict=True)))
+    if types is not None:
+        refuse_types(op, "token_type_ids", table)
     if (ids is None) == (embeds is None):
         raise ValueError(f"{op}: exactly one of input_ids [B, T] and inputs_embeds [B, T, D] must be given")
     if ids is None:
@@ -247,12 +251,24 @@ def pack(m: Any, table: Table, args: tuple[Any, ...], kwargs: dict[str, Any], re
     return Batch(words, packed("token_type_ids", types), own, sequences, states, as_dict)
 
 
-def _not_captured(table: Table, states: Any, ids: Tensor | None, *others: Tensor | None) -> str | None:
+def refuse_types(op: str, name: str, table: Table) -> None:
+    """An encoder that has no token types cannot read them."""
+    if not table.typed:
+        cure = "leave them out: tokenizer.model_input_names = ['input_ids', 'attention_mask']"
+        raise ValueError(f"{op}: {name} are not served, a {class_of(table.encoder)} has no token types; {cure}")
+
+
+def _not_captured(
+    table: Table, states: Any, ids: Tensor | None, mask: Tensor | None, types: Tensor | None, positions: Tensor | None
+) -> str | None:
     """Why a call cannot be replayed, None if it can."""
     if states is not None:
         return "hidden states were asked for"
     if ids is None:
         return "inputs_embeds"
+    if positions is not None and not table.placed:
+        return "position_ids"
+    others = mask, types, positions
     where = table.words.weight.device
     return None if all(t is None or t.device == where for t in (ids, *others)) else "arguments on another device"
 
@@ -269,8 +285,18 @@ def looked_at(op: str, table: Table, ids: Tensor, types: Tensor | None, position
     """Of packed numbers on the host, all but the ids looked at here."""
     if types is not None:
         in_table(op, "token_type_ids", types, table.encoder.embeddings.token_type_embeddings)
-    in_table(op, "position_ids", positions, table.encoder.embeddings.position_embeddings)
+    if table.placed:
+        in_table(op, "position_ids", positions, table.encoder.embeddings.position_embeddings)
     return Tokens(ids, types, positions, sequences)
+
+
+def unpacked(sequences: Sequences, given: Inputs, outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """What a graph gave, as the caller's batch has it: states [B, T, D], and of what is one row per sequence the batch's."""
+    x, *pooled = outputs
+    n, (b, t) = sequences.total, sequences.padded  # type: ignore[misc]
+    x = x[:n]
+    x = x.clone() if sequences.index is None else x.new_zeros(b * t, x.shape[1]).index_copy_(0, given.places[:n], x)
+    return [x.view(b, t, -1), *(p[:b].clone() for p in pooled)]
 
 
 def are_tensors(op: str, **given: Any) -> None:

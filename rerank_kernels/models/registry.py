@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rerank_kernels import check
 from rerank_kernels.errors import PatchError
 from rerank_kernels.graphs.buckets import Inputs
-from rerank_kernels.models import bert, decoder, leaf_roles, leaves, lora, sentence, sparse
+from rerank_kernels.models import bert, decoder, leaf_roles, leaves, lora, modernbert, sentence, sparse
 from rerank_kernels.models.bound import class_of, forward_of, hooked, name_of
 from rerank_kernels.models.heads import AnswerHead, embedding
 from rerank_kernels.models.packing import explained, fetched, ready, refuse_hooks
@@ -26,9 +26,9 @@ from rerank_kernels.ops.pooling import HeadOutput
 from rerank_kernels.ops.sequences import Sequences
 
 # Whole models: an encoder, or a classifier around one.
-ENCODERS: dict[str, Served] = bert.served() | decoder.served()
+ENCODERS: dict[str, Served] = bert.served() | decoder.served() | modernbert.served()
 # Modules inside an encoder, whose weights its forward reads.
-PARTS: frozenset[str] = bert.parts() | decoder.parts() | {lora.LINEAR, lora.SAVED}
+PARTS: frozenset[str] = bert.parts() | decoder.parts() | modernbert.parts() | {lora.LINEAR, lora.SAVED}
 # What is served wherever it stands.
 LEAVES: dict[str, Callable[..., Any]] = leaves.FORWARDS | sentence.FORWARDS
 FORWARDS: dict[str, Callable[..., Any]] = LEAVES | {name: served.forward for name, served in ENCODERS.items()}
@@ -49,7 +49,7 @@ EXACT = {
     *sentence.TRANSFORMERS,
     COMPILED,
 }
-PREFIXES = tuple(a.prefix for types in (bert.MODEL_TYPES, decoder.MODEL_TYPES) for a in types.values())
+PREFIXES = (*(a.prefix for types in (bert.MODEL_TYPES, decoder.MODEL_TYPES) for a in types.values()), "ModernBert")
 
 
 def problem(m: Any) -> str | None:
@@ -189,6 +189,12 @@ def turning_points(model: nn.Module) -> list[int] | None:
 def max_tokens(model: nn.Module) -> int:
     """The longest sequence that a served model takes."""
     return ENCODERS[name_of(model)].max_tokens(model)
+
+
+def typed(model: nn.Module) -> bool:
+    """Whether a model's tokens have types, as far as is known."""
+    served = ENCODERS.get(name_of(model))
+    return served is None or served.typed
 
 
 def model_types() -> list[str]:

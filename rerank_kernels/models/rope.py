@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import check
+from rerank_kernels.ops.opaque import opaque
 from rerank_kernels.ops.rotary import rotary_table
+from rerank_kernels.ops.sequences import Sequences
 
 TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 DIGITS = Context(prec=40)
@@ -196,6 +198,43 @@ def rows(said: Parameters, positions: Tensor, longest: int, lengths: Tensor | No
         long = (t.index_select(0, positions) for t in _table(said, turn + 1, _room(last), positions.device))
         cos, sin = (torch.where(far, b, a) for a, b in zip((cos, sin), long, strict=True))
     return cos, sin
+
+
+def turned(
+    said: Parameters, limit: int, op: str, positions: Tensor, keys: Sequences, lengths: Tensor | None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`rows` of the new tokens of sequences; keys: whole ones. lengths: of those, None where cached keys would need other
+    angles; counts: of the new tokens of each, if those are not all."""
+    longest = keys.longest
+    not_longer(op, longest, limit)
+    own = None
+    if lengths is not None and longest > turning_point(said):
+        own = torch.repeat_interleave(lengths, lengths if counts is None else counts, output_size=positions.shape[0])
+    return rows(said, positions, longest, own, op=op)
+
+
+def not_longer(op: str, longest: int, limit: int) -> None:
+    if longest > limit:
+        wanted = f"at most {limit} tokens a sequence, for config.max_position_embeddings"
+        check.fail(op, "input_ids", wanted, longest, f"tokenise with truncation=True, max_length={limit}")
+
+
+def _angles_result(cu_seqlens: Tensor, positions: Tensor, pairs: int, *_: Any) -> tuple[Tensor, Tensor]:
+    cos, sin = (positions.new_empty(positions.shape[0], pairs, dtype=torch.float32) for _ in range(2))
+    return cos, sin
+
+
+@opaque(
+    _angles_result,
+    result=lambda cos, sin: (cos, sin),
+    schema="(Tensor cu_seqlens, Tensor positions, int pairs, str said, int limit, str op) -> (Tensor, Tensor)",
+)
+def angles(cu_seqlens: Tensor, positions: Tensor, pairs: int, said: str, limit: int, op: str) -> tuple[Tensor, Tensor]:
+    """`turned` of whole sequences, where a tracer writes it down; said: the angles' parameters as a text."""
+    keys = Sequences.from_cu_seqlens(cu_seqlens, positions.shape[0], op=op)
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    return turned(read(said), limit, op, positions, keys, lengths)
 
 
 def tables(said: Parameters, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:

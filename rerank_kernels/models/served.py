@@ -24,6 +24,7 @@ class Served:
     max_tokens: Callable[[Any], int]  # the module -> the longest sequence it takes
     words: Callable[[Any], nn.Linear] | None = None  # the module -> its language head; None: it writes no text
     head: Callable[[Any], Head] | None = None  # the module -> its classification head; None: it has none
+    typed: bool = True  # its tokens have types
     cap: Callable[[Any], float | None] = lambda m: None  # the module -> how far the logits of its language head go
     # The module -> lengths; of two sequences that are both longer than each or not, one may begin with the bits of the other.
     # None: no sequence begins with the bits of another.

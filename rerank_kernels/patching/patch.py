@@ -39,8 +39,8 @@ def patch(
     methods of the object, and what stays the system's own.
 
     obj: one of
-    - a model of transformers 4.57 or 5, also behind torch.compile: BERT, RoBERTa, XLM-RoBERTa, CamemBERT or ELECTRA,
-      with or without ForSequenceClassification;
+    - a model of transformers 4.57 or 5, also behind torch.compile: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA or
+      ModernBERT, with or without ForSequenceClassification;
     - such a model with LoRA adapters, or PEFT's PeftModel around it;
     - a container of plain leaves: nn.Linear, nn.LayerNorm, activations;
     - sentence-transformers' CrossEncoder and SentenceTransformer;

@@ -47,7 +47,9 @@ def load_model(folder: Folder, kind: str, trust: bool = False) -> Any:
     own = {"local_files_only": True, "trust_remote_code": trust}
     with _named(f"no model could be loaded from {folder.path}"), _no_bar():
         config: Any = AutoConfig.from_pretrained(folder.path, **own)
-        config._attn_implementation = None  # transformers' own choice, whatever the folder says: a name may mean a download
+        # transformers' own choice, whatever the folder says: a name may mean a download. Where FlashAttention is installed,
+        # that of transformers 4 for ModernBERT has angles of its own.
+        config._attn_implementation = "sdpa" if config.model_type == "modernbert" else None
         model, info = auto.from_pretrained(
             folder.path, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **own
         )

@@ -291,7 +291,7 @@ class Reranker:
     def _tokenised(self, first: list[str], second: list[str] | None) -> tuple[list[Ids], list[Ids] | None]:
         if self.template is None or second is None:
             first, second = self._bounded(first, second)
-            return tokenising.tokenise(self.tokenizer, first, second, self.max_length)
+            return tokenising.tokenise(self.tokenizer, first, second, self.max_length, models.typed(self.model))
         second, _ = self._bounded(second, None)
         with tokenising.LOCK:
             return [np.asarray(self._prompts.ids(*pair), np.int32) for pair in zip(first, second, strict=True)], None

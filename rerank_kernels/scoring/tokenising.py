@@ -78,13 +78,15 @@ def cut(first: int, second: int, room: int) -> tuple[int, int]:
 
 
 def tokenise(
-    tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, max_length: int
+    tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, max_length: int, typed: bool = True
 ) -> tuple[list[Ids], list[Ids] | None]:
-    """Ids and types of each text or pair, cut to max_length; types are None if the tokenizer has none."""
+    """Ids and types of each text or pair, cut to max_length; types are None if the tokenizer has none, or the model reads none
+    (typed)."""
     with LOCK, around(), panics(tokenizer):
         template = None if not _known(tokenizer) else _template(tokenizer.backend_tokenizer, second is not None)
         if template is None or template.count > max_length:
-            return _called(tokenizer, first, second, max_length)
+            ids, types = _called(tokenizer, first, second, max_length)
+            return ids, types if typed else None
         backend = tokenizer.backend_tokenizer
         _plain(tokenizer)
         room, right = max_length - template.count, tokenizer.truncation_side == "right"
@@ -99,7 +101,7 @@ def tokenise(
         counts = (min(own[0][1], room),) if second is None else cut(own[0][1], own[1][1], room)
         texts = [ids[:n] if right else ids[len(ids) - n :] for (ids, _), n in zip(own, counts, strict=True)]
         made.append(template.around(texts))
-    typed = "token_type_ids" in tokenizer.model_input_names
+    typed = typed and "token_type_ids" in tokenizer.model_input_names
     return [ids for ids, _ in made], [types for _, types in made] if typed else None
 
 

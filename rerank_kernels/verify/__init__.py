@@ -16,7 +16,7 @@ from torch import nn
 
 from rerank_kernels.backend.modes import PROMISES
 from rerank_kernels.models.bound import forward_of
-from rerank_kernels.models.registry import max_tokens
+from rerank_kernels.models.registry import max_tokens, typed
 from rerank_kernels.patching import walk
 from rerank_kernels.scoring.language import prompts_of, writes
 from rerank_kernels.scoring.reranker import Reranker
@@ -192,10 +192,8 @@ def _texts(
         if prompts is not None and document is not None:
             one = {"input_ids": prompts.ids(query, document)}
         else:
-            ids, types = tokenise(tokenizer, [query], None if document is None else [document], cut)
+            ids, types = tokenise(tokenizer, [query], None if document is None else [document], cut, typed(model))
             one = {"input_ids": ids[0].tolist()} | ({} if types is None else {"token_type_ids": types[0].tolist()})
-            if writes(model):
-                one.pop("token_type_ids", None)
         key = (*one["input_ids"], *one.get("token_type_ids", ()))
         if key not in rows:
             if limit is not None and len(tokens) >= limit:

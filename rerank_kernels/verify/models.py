@@ -26,6 +26,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "bge-reranker-large": {"layers": 24, "hidden": 1024, "heads": 16, "inner": 4096, "vocabulary": 250_002},
     "tiny": {"layers": 2, "hidden": 64, "heads": 4, "inner": 160, "vocabulary": WORDS},
 }
+# Other cross-encoders: the class's prefix and its config.
+CROSS_ENCODERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gte-reranker-modernbert-base": ("ModernBert", {"vocab_size": 50_368, "classifier_pooling": "mean", "num_labels": 1}, ""),
+}
 # Decoders with a language head: the class's prefix, its config, and what is cut of the model that people run.
 DECODERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen3-reranker-0.6b": (
@@ -108,9 +112,11 @@ def _unpacked(file: Path, dtype: torch.dtype | None) -> Loaded:
 
 def _shape(name: str, dtype: torch.dtype | None) -> Loaded:
     if name in DECODERS:
-        return _decoder_shape(name, dtype)
+        return _named_shape(name, *DECODERS[name], "ForCausalLM", "lasttoken", dtype)
+    if name in CROSS_ENCODERS:
+        return _named_shape(name, *CROSS_ENCODERS[name], "ForSequenceClassification", "mean", dtype)
     if name not in SHAPES:
-        raise ValueError(f"no shape is named {name!r}; there are {', '.join((*SHAPES, *DECODERS))}")
+        raise ValueError(f"no shape is named {name!r}; there are {', '.join((*SHAPES, *CROSS_ENCODERS, *DECODERS))}")
     from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
 
     tokenizer = _word_tokenizer()
@@ -132,13 +138,14 @@ def _shape(name: str, dtype: torch.dtype | None) -> Loaded:
     return Loaded(_drawn(XLMRobertaForSequenceClassification, config, dtype), tokenizer, "mean")
 
 
-def _decoder_shape(name: str, dtype: torch.dtype | None) -> Loaded:
+def _named_shape(
+    name: str, prefix: str, sizes: dict[str, Any], cut: str, head: str, pooling: str, dtype: torch.dtype | None
+) -> Loaded:
     import transformers
 
-    prefix, sizes, cut = DECODERS[name]
     note = f"shape:{name}: random weights{', ' + cut if cut else ''}"
     config = getattr(transformers, f"{prefix}Config")(**sizes, bos_token_id=0, pad_token_id=1, eos_token_id=2)
-    return Loaded(_drawn(getattr(transformers, f"{prefix}ForCausalLM"), config, dtype), _word_tokenizer(), "lasttoken", note)
+    return Loaded(_drawn(getattr(transformers, f"{prefix}{head}"), config, dtype), _word_tokenizer(), pooling, note)
 
 
 def _drawn(cls: Any, config: Any, dtype: torch.dtype | None) -> Any:

@@ -112,6 +112,18 @@ def test_hidden_states_come_back_to_their_places(device: type[Recorder], how: di
         same(got.pooler_output, want.pooler_output, "pooler")
 
 
+def test_hidden_states_and_positions_of_modernbert(device: type[Recorder]) -> None:
+    """Positions that are given make angles, for which a graph has no table: that call runs without one."""
+    with_graphs, without = pair("modernbert", head=False)
+    outputs = [lambda m, n=n: m(**padded(rows(n), 1)).last_hidden_state for n in ((11, 3), (24,), (7, 7))]
+    for got, run in zip(replayed(with_graphs, *outputs), outputs, strict=True):
+        same(got, run(without), "hidden states")
+    batch, places = padded(rows((9, 4)), 1), torch.arange(30, 39).expand(1, 9)
+    got = with_graphs(**batch, position_ids=places).last_hidden_state
+    same(got, without(**batch, position_ids=places).last_hidden_state, "given positions")
+    assert "1 without: position_ids" in said(with_graphs.forward)
+
+
 def test_token_types_and_positions(device: type[Recorder]) -> None:
     with_graphs, without = pair()
     batch = padded(rows((9, 4)), 0)

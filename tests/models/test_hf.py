@@ -20,7 +20,7 @@ from torch import nn
 
 import rerank_kernels as rk
 from conftest import require
-from models import FAMILIES, PAD, POSITIONS, config, minilm, padded, rows, tiny
+from models import BERTS, FAMILIES, PAD, POSITIONS, UNTYPED, config, minilm, padded, rows, tiny
 from rerank_kernels.models import bert
 from rerank_kernels.models.bound import Forward
 from rerank_kernels.models.packing import ready
@@ -28,7 +28,7 @@ from rerank_kernels.models.registry import packed_embeddings, packed_logits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LENGTHS = (7, 1, 70, 23, 64, 2, 65, 23)  # around one key tile of 64, and equal ones
-HASHES = {"bert": "6606d6874a67e6ed", "electra": "6ba195796a762157"} | dict.fromkeys(
+HASHES = {"bert": "6606d6874a67e6ed", "electra": "6ba195796a762157", "modernbert": "c2ade4667d6a5d36"} | dict.fromkeys(
     ("roberta", "xlm-roberta", "camembert"), "baa9ec9efcce8a5b"
 )
 
@@ -64,7 +64,8 @@ BOUND = {torch.float32: 5e-6, torch.float16: 8e-3, torch.bfloat16: 8e-2}
 def test_close_to_float64(family, dtype):
     model = tiny(family, dtype, num_labels=3)
     batch = padded(rows(LENGTHS), PAD[family])
-    batch["token_type_ids"] = (torch.arange(batch["input_ids"].numel()).view_as(batch["input_ids"]) % 3 == 0).long()
+    if family not in UNTYPED:
+        batch["token_type_ids"] = (torch.arange(batch["input_ids"].numel()).view_as(batch["input_ids"]) % 3 == 0).long()
     with torch.no_grad():
         truth = copy.deepcopy(model).double()(**batch).logits
     rk.patch(model)
@@ -85,12 +86,14 @@ def test_close_to_stock_in_float32(family, heads, hidden):
     out = model(**batch, output_hidden_states=True)
     kept = batch["attention_mask"].bool()
     assert type(out) is type(stock) and list(out) == list(stock) and len(out.hidden_states) == len(stock.hidden_states) == 3
+    far = 2e-5 if family in BERTS else 5e-5  # no norm keeps the states between ModernBERT's layers small
     for ours, theirs in zip(out.hidden_states, stock.hidden_states, strict=True):
-        torch.testing.assert_close(ours[kept], theirs[kept], rtol=0, atol=2e-5)
+        torch.testing.assert_close(ours[kept], theirs[kept], rtol=0, atol=far)
         assert not ours[~kept].any(), "padding must be 0"
     if "pooler_output" in stock:
         torch.testing.assert_close(out.pooler_output, stock.pooler_output, rtol=0, atol=2e-5)
-    assert_same_bits(out.last_hidden_state, out.hidden_states[-1])
+    if torch.equal(stock.last_hidden_state, stock.hidden_states[-1]):  # ModernBERT's in transformers 4 is not normed
+        assert_same_bits(out.last_hidden_state, out.hidden_states[-1])
 
 
 LATER = ("quick_gelu", "relu2", "leaky_relu", "mish")
@@ -235,7 +238,7 @@ def test_bits_with_holes_are_the_bits_without():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BERTS)
 def test_bits_do_not_depend_on_how_many_tokens_at_once(family, dtype, monkeypatch):
     """On a CPU the feed-forward layer takes the batch in parts."""
     model, batch = tiny(family, dtype), padded(rows(LENGTHS), PAD[family])

@@ -13,7 +13,7 @@ from torch import nn
 
 import lora
 import rerank_kernels as rk
-from models import FAMILIES, PAD, decoder, padded, rows, tiny
+from models import BERTS, PAD, decoder, padded, rows, tiny
 from rerank_kernels.models import lora as served
 from rerank_kernels.models.bound import Forward
 from rerank_kernels.models.registry import packed_answers
@@ -51,7 +51,7 @@ def test_adapters(family, targets, dtype):
     answers_as_peft(family, TARGETS[targets], dtype)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BERTS)
 def test_adapters_in_the_head(family):
     answers_as_peft(family, TARGETS["all"], saves=False)
 

@@ -33,7 +33,7 @@ from rerank_kernels.models.bound import PatchError
 from rerank_kernels.ops import opaque
 
 ROOT = Path(__file__).parents[2]
-FAMILIES = ("bert", "xlm-roberta")
+FAMILIES = ("bert", "xlm-roberta", "modernbert")
 # lengths, padded left, width: two equal rows, other lengths, wider, a row without tokens
 OTHERS = (((9, 9), False, 0), ((3, 12, 1), False, 20), ((5,), True, 8), ((40, 2), True, 0), ((0, 3), False, 0))
 
@@ -122,9 +122,13 @@ def test_jit_trace_by_place_and_frozen() -> None:
     gives_the_models_bits(model, torch.jit.optimize_for_inference(traced), 0, by_place=True)
 
 
-@pytest.mark.parametrize(("strict", "head"), [(False, True), (True, False)], ids=["classifier", "encoder, strictly"])
-def test_export(strict: bool, head: bool) -> None:
-    model = patched("xlm-roberta" if strict else "bert", head=head)
+@pytest.mark.parametrize(
+    ("family", "strict", "head"),
+    [("bert", False, True), ("xlm-roberta", True, False), ("modernbert", False, True)],
+    ids=["classifier", "encoder, strictly", "ModernBERT"],
+)
+def test_export(family: str, strict: bool, head: bool) -> None:
+    model = patched(family, head=head)
     pad = model.config.pad_token_id
     program = exported(model, batches(pad)[2], strict=strict)  # PyTorch takes a size of 1 for fixed
     gives_the_models_bits(model, program.module(), pad)
