@@ -17,7 +17,7 @@ import toolkit
 from conftest import required
 from tools import pages
 from tools.witness import launches, occupancy
-from tools.witness.kernels import ARCHITECTURES, CUDA, arch_of, of_ptx, of_source, readable
+from tools.witness.kernels import ARCHITECTURES, CUDA, arch_of, of_ptx, of_source, readable, registers_lacking
 from tools.witness.page import PAGE
 from tools.witness.ptx import ptx_kernels
 
@@ -122,6 +122,27 @@ def test_tensor_cores_belong_in_their_room(kit: toolkit.Toolkit, tmp_path: Path)
     assert defects(kit, tmp_path, MMA, room="sm80") == ""
     assert re.search(r"outside the contract: .*mma\.sync(.|\n)*machine code: .*HMMA", defects(kit, tmp_path, MMA))
     assert "no HMMA" in defects(kit, tmp_path, "p[i] = q[i];", room="sm80")
+
+
+def test_a_kernels_text_goes_to_its_end(kit: toolkit.Toolkit) -> None:
+    """Past the braces of an asm statement, which stand at the beginning of a line, too."""
+    ptx = kit.ptx(CUDA / "sm90" / "attention.cu", "90a").read_text()
+    texts = ptx_kernels(ptx)
+    for what in (".entry ", "wgmma.mma_async", "fma.rn.f32"):
+        assert sum(t.count(what) for t in texts.values()) == ptx.count(what) > 0
+
+
+def test_registers_that_a_block_was_not_started_with_are_a_defect(kit: toolkit.Toolkit) -> None:
+    """A block starts with all that its threads may have: with 8 fewer a thread the consumers would wait for ever."""
+    seen = 0
+    for source in ("linear", "attention"):
+        for text in ptx_kernels(kit.ptx(CUDA / "sm90" / f"{source}.cu", "90a").read_text()).values():
+            most = 65536 // int(re.findall(r"\.maxntid (\d+)", text)[0]) // 8 * 8
+            assert registers_lacking(text, most) is None
+            if "setmaxnreg" in text:
+                assert f"start with {most - 8} each" in (registers_lacking(text, most - 8) or "")
+                seen += 1
+    assert seen == 2 * (4 + 2), "float16 and bfloat16, four tiles and two blocks"
 
 
 def test_what_ptxas_has_to_say_of_wgmma_is_a_defect(kit: toolkit.Toolkit, tmp_path: Path) -> None:

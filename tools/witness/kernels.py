@@ -55,10 +55,27 @@ class Kernel:
         told += [f"ptxas waits for every wgmma: {said}" for said in self.serialized]
         if self.family not in SIGN_OF_ZERO_IS_FREE and self.code.from_nothing():
             told.append("a chain of wgmma starts from scale-d = 0, not from registers that hold +0")
+        told += [said] if (said := registers_lacking(self.ptx, self.registers)) else []
         told += [f"{self.stack} bytes of stack, {self.spills} of spills"] if self.stack or self.spills else []
         if streams(self.name) and not self.code.wide("LDG", "LDGSTS") and not self.code.count("UTMALDG"):
             told.append("streams, but loads no 16 bytes at once")
         return told
+
+
+def registers_lacking(ptx: str, registers: int) -> str | None:
+    """Where warpgroups hand registers to each other: a block has those that it was started with, `registers` a thread, and who
+    asks for more waits for ever. One warpgroup gives, the others take; ptxas need not start with all that a thread may have.
+    """
+    gives, takes = (re.search(rf"setmaxnreg\.{way}\.\S+\s+(\d+)", ptx) for way in ("dec", "inc"))
+    threads = re.search(r"\.maxntid\s+(\d+)", ptx)
+    if takes is None:
+        return None
+    assert gives and threads, "setmaxnreg of a kernel that does not say how many threads it has, or where nobody gives"
+    groups, each = int(threads[1]) // 128, -(-registers // 8) * 8
+    wanted = (groups - 1) * int(takes[1]) + int(gives[1])
+    return (
+        f"setmaxnreg: {wanted} registers for {groups} warpgroups that start with {each} each" * (wanted > groups * each) or None
+    )
 
 
 # Kernels for rows whose length or address is not a multiple of 16 bytes, and those that read next to nothing.

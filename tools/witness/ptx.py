@@ -20,8 +20,12 @@ _WHICH_CHIP = re.compile(r"%(smid|nsmid|warpid|nwarpid|gridid|clock|clock64|glob
 
 
 def ptx_kernels(ptx: str) -> dict[str, str]:
-    """Mangled name -> text, from .entry to the closing brace."""
-    return {m[1]: m[0] for m in re.finditer(r"\.entry\s+(\w+)\s*\(.*?^\}", ptx, re.MULTILINE | re.DOTALL)}
+    """Mangled name -> text, from .entry to the closing brace: the last one, since asm statements may have some of their own."""
+    kernels = {}
+    for part in re.split(r"(?=\.(?:entry|func)\b)", ptx):
+        if m := re.match(r"\.entry\s+(\w+)\s*\(.*^\}", part, re.MULTILINE | re.DOTALL):
+            kernels[m[1]] = m[0]
+    return kernels
 
 
 def outside_contract(kernel: str, tensor: str | None = None) -> Counter[str]:
