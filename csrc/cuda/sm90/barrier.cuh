@@ -10,6 +10,8 @@
 namespace rk::sm90 {
 
 constexpr int GROUP = 128;  // threads of a warpgroup: four warps, which issue wgmma together
+// Of a wait: tries at full speed, then such with a nap of about 1 ms before each.
+constexpr int TRIES = 1 << 16, NAPS = 1 << 14;
 
 __device__ __forceinline__ unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
 
@@ -36,14 +38,14 @@ struct Barrier {
             : "memory");
         return yes != 0;
     }
-    // RK_WAITS: a debug build's bound of a wait, in tries; a kernel that would stand for ever traps instead.
+    // A kernel that would stand for ever traps after many seconds, and CUDA says so. What is right waits for microseconds, and
+    // never comes to the naps. They are counted, and no clock is read: a block that was stopped meanwhile has not waited.
     __device__ __forceinline__ void wait(int parity) const {
-#ifdef RK_WAITS
-        for (int tries = 0; !ended(parity); ++tries)
-            if (tries == RK_WAITS) __trap();
-#else
-        while (!ended(parity)) {}
-#endif
+        for (int tries = 0; !ended(parity); ++tries) {
+            if (tries < TRIES) continue;
+            if (tries == TRIES + NAPS) __trap();
+            __nanosleep(1000000);  // about 1 ms, which is the most that it takes
+        }
     }
 };
 
