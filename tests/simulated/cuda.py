@@ -197,7 +197,7 @@ def simulated(
         "apart": lambda device: contextlib.nullcontext(),
         "alive": lambda device: True,
         "capturing": lambda device: False,
-        "ways": launchers,
+        "ways": lambda launcher: range(launchers()[launcher]),
         "force": torch.ops.rerank_kernels_simulated.force_launch,
         "open_room": torch.ops.rerank_kernels_simulated.open_room,
         **({} if trial else {"setting": lambda: "1"}),
