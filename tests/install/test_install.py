@@ -337,6 +337,7 @@ def test_the_messages_of_the_page_are_the_messages_of_the_program() -> None:
         "rerank_kernels/backend/registry.py",
         "rerank_kernels/backend/library.py",
         "rerank_kernels/backend/native/proven.py",
+        "rerank_kernels/backend/native/hopper.py",
     )
     sources = "".join((ROOT / name).read_text() for name in names)
     plain = re.sub(r'"\s*\n\s*f?"', "", sources)

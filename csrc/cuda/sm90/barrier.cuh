@@ -39,13 +39,16 @@ struct Barrier {
         return yes != 0;
     }
     // A kernel that would stand for ever traps after many seconds, and CUDA says so. What is right waits for microseconds, and
-    // never comes to the naps. They are counted, and no clock is read: a block that was stopped meanwhile has not waited.
+    // never comes to the naps. They are counted, and no clock is read: a block that was stopped meanwhile has not waited. All
+    // in one piece: from a loop in C++ the compiler makes code for which registers do not suffice.
     __device__ __forceinline__ void wait(int parity) const {
-        for (int tries = 0; !ended(parity); ++tries) {
-            if (tries < TRIES) continue;
-            if (tries == TRIES + NAPS) __trap();
-            __nanosleep(1000000);  // about 1 ms, which is the most that it takes
-        }
+        asm volatile(
+            "{\n.reg .pred go;\n.reg .u32 tries;\nmov.u32 tries, 0;\nAGAIN:\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 go, [%0], %1;\n@go bra ENDED;\nadd.u32 tries, tries, 1;\n"
+            "setp.lt.u32 go, tries, %2;\n@go bra AGAIN;\nnanosleep.u32 1000000;\nsetp.lt.u32 go, tries, %3;\n@go bra AGAIN;\n"
+            "trap;\nENDED:\n}" ::"r"(at),
+            "r"(parity), "n"(TRIES), "n"(TRIES + NAPS)
+            : "memory");
     }
 };
 
