@@ -239,9 +239,7 @@ def test_every_op_that_is_called_is_in_the_schema() -> None:
     names = {s.partition("(")[0] for s in SIGNATURES}
     called = set(library.called())
     assert called <= names
-    assert names - called == {"force_isa", "numerics_version", "build_info", "loaded_from"}, (
-        "what no file of native/ calls"
-    )
+    assert names - called == {"force_isa", "numerics_version", "build_info", "loaded_from"}, "what no file of native/ calls"
 
 
 # ---- no library -----------------------------------------------------------------------------------------------------------

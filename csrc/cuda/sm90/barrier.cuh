@@ -29,15 +29,6 @@ struct Barrier {
     __device__ __forceinline__ void expect(int bytes) const {
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
     }
-    __device__ __forceinline__ bool ended(int parity) const {
-        int yes;
-        asm volatile(
-            "{\n.reg .pred ended;\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\nselp.b32 %0, 1, 0, ended;\n}"
-            : "=r"(yes)
-            : "r"(at), "r"(parity)
-            : "memory");
-        return yes != 0;
-    }
     // A kernel that would stand for ever traps after many seconds, and CUDA says so. What is right waits for microseconds, and
     // never comes to the naps. They are counted, and no clock is read: a block that was stopped meanwhile has not waited. All
     // in one piece: from a loop in C++ the compiler makes code for which registers do not suffice.
