@@ -227,7 +227,7 @@ def test_the_library_knows_devices_apart() -> None:
         for index in (-1, 64):
             with pytest.raises(RuntimeError, match=f"device must be from 0 to 63, got {index}"):
                 hopper.open_room(hopper.LINEAR, index, True)
-        with pytest.raises(RuntimeError, match="kernel must be one of .*linear_hopper_tensor 8.*, got no_such"):
+        with pytest.raises(RuntimeError, match=r"kernel must be one of .*linear_hopper_tensor 8.*, got no_such"):
             hopper.open_room("no_such", 0, True)
 
 

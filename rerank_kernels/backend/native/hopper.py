@@ -203,9 +203,7 @@ def attentions(here: Here, dtype: torch.dtype) -> Calls:
 
     for width in WIDTHS:
         q, k, v = hard(2, width, 1, 0), hard(1, width, -1, 0), hard(1, width, 2, 3)
-        finite = torch.where(
-            v.isfinite(), v, 0.0
-        )  # what a window hides of others may reach a row or not (NUMERICS.md, section 4)
+        finite = torch.where(v.isfinite(), v, 0.0)  # of others what a window hides may reach a row (NUMERICS.md, 4)
         for left, right, scale, cap in ((-1, -1, 0.125, 0.0), (70, 0, 0.125, 0.0), (20, 20, -0.5, 1.5)):
             what = f"heads of {width}, window {left}, {right}, softcap {cap}"
             values = v if left == right == -1 else finite
