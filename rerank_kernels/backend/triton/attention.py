@@ -250,6 +250,7 @@ def attention_tensor_kernel(
     begin, end, whole = 0, length, 0
     at = row + (length - rows)
     if LEFT:
+        left = tl.minimum(left, tl.maximum(length, rows))  # more hides nothing, and may leave what an int32 can say
         begin = tl.maximum(at - left, 0) // KEYS * KEYS
         whole = tl.cdiv(tl.maximum(at + ROWS - 1 - left, 0), KEYS) * KEYS
     if RIGHT:
@@ -258,6 +259,8 @@ def attention_tensor_kernel(
         whole_end = tl.maximum(tl.minimum(length, at + right + 1), 0) // KEYS * KEYS
     else:
         whole_end = length // KEYS * KEYS
+    # the keys that each row sees: [earliest, latest]
+    earliest, latest = (place - left if LEFT else place), tl.minimum(place + right, length - 1) if RIGHT else place
 
     # rows beyond the last are the last once more: nothing of them is stored
     query = tl.minimum(i, rows - 1)
@@ -272,17 +275,17 @@ def attention_tensor_kernel(
     if LEFT:
         for key in tl.range(begin, tl.minimum(whole, end), KEYS, num_stages=EDGE):
             top, bottom, low, high = _visit(
-                key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, softcap, c, least,
+                key, q_low, q_high, k_first, v_first, k_token, v_token, earliest, latest, length, scale, softcap, c, least,
                 top, bottom, low, high, LEFT, RIGHT, SCALED, CAPPED, D, LOW, HIGH, KEYS, TURNED, True,
             )  # fmt: skip
     for key in tl.range(whole, whole_end, KEYS):
         top, bottom, low, high = _visit(
-            key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, softcap, c, least,
+            key, q_low, q_high, k_first, v_first, k_token, v_token, earliest, latest, length, scale, softcap, c, least,
             top, bottom, low, high, LEFT, RIGHT, SCALED, CAPPED, D, LOW, HIGH, KEYS, TURNED, False,
         )  # fmt: skip
     for key in tl.range(tl.maximum(whole, whole_end), end, KEYS, num_stages=EDGE):
         top, bottom, low, high = _visit(
-            key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, softcap, c, least,
+            key, q_low, q_high, k_first, v_first, k_token, v_token, earliest, latest, length, scale, softcap, c, least,
             top, bottom, low, high, LEFT, RIGHT, SCALED, CAPPED, D, LOW, HIGH, KEYS, TURNED, True,
         )  # fmt: skip
 
@@ -300,7 +303,7 @@ def attention_tensor_kernel(
 
 @triton.jit
 def _visit(
-    key, q_low, q_high, k_first, v_first, k_token, v_token, place, length, left, right, scale, softcap, c, least,
+    key, q_low, q_high, k_first, v_first, k_token, v_token, earliest, latest, length, scale, softcap, c, least,
     top, bottom, low, high,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
     D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, KEYS: tl.constexpr, TURNED: tl.constexpr, MASKED: tl.constexpr,
@@ -311,13 +314,14 @@ def _visit(
     if HIGH > 0:
         s = tl.dot(q_high, tl.trans(_features(k_first, j, k_token, length, D, LOW, HIGH, LOW + HIGH <= D, MASKED)), s)
     if SCALED:
-        s = _score(s, scale, softcap, CAPPED)  # a term that depends on `place` and j would be added here
+        s = _score(s, scale, softcap, CAPPED)  # a term that depends on the query's place and j would be added here
     if MASKED:
-        seen = (j < length)[None, :]
-        if LEFT:
-            seen = seen & (place[:, None] - j[None, :] <= left)
         if RIGHT:
-            seen = seen & (j[None, :] - place[:, None] <= right)
+            seen = j[None, :] <= latest[:, None]
+        else:
+            seen = (j < length)[None, :]
+        if LEFT:
+            seen = seen & (j[None, :] >= earliest[:, None])
         s = tl.where(seen, s, MINUS_INFINITY)
     new_top = larger(top, tl.reduce(s, 1, larger))
     base = tl.where(new_top == MINUS_INFINITY, 0.0, new_top)
@@ -368,14 +372,15 @@ def _store(y_row, total, bottom, i, sees, rows, features, BEGIN: tl.constexpr, W
 def tensor_tiles(d: int, arch: int) -> tuple[AttentionTensorTile, ...]:
     """For heads of d features on this compute capability (90 for 9.0); the first is taken, the others are for the tests.
 
-    Those without spills (tools/witness). With 256 features on Hopper that takes loads at the edges that do not
+    Those without spills (tools/witness). With more than 64 features on Hopper that takes loads at the edges that do not
     pass through registers; elsewhere q and a part of k in registers leave room for few rows.
     """
     wgmma = matrix_instruction(arch) == "wgmma"
     if d > 128:
         return (AttentionTensorTile(128, 8, 2, edge=2),) if wgmma else (AttentionTensorTile(32, 8, 2),)
     if d > 64:
-        return (AttentionTensorTile(64, 8, 2),) if wgmma else (AttentionTensorTile(32, 4, 2), AttentionTensorTile(32, 8, 2))
+        small = AttentionTensorTile(32, 4, 2), AttentionTensorTile(32, 8, 2)
+        return (AttentionTensorTile(64, 8, 3, edge=3),) if wgmma else small
     few, spread = AttentionTensorTile(64, 4, 3), AttentionTensorTile(64, 8, 3)
     return (spread, few) if wgmma else (few, spread)
 
