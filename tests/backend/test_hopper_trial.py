@@ -147,7 +147,7 @@ def test_a_kernel_that_fails_never_serves(monkeypatch: Any) -> None:
     stands = Edit("sm90/linear.cu", "empty[ring.slot].wait(ring.parity ^ 1);", "empty[ring.slot].wait(ring.parity);").only(HALF)
     with on_hopper(edit=stands):
         few(monkeypatch)
-        with pytest.warns(FallbackWarning, match="the trial failed: "):
+        with pytest.warns(FallbackWarning, match="the trial failed: .*deadlock"):
             product()
         assert served(product) == "sm80"
 
