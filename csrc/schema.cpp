@@ -47,7 +47,9 @@ RK_TORCH_LIBRARY(m) {
     // the tiles of mode tensor, room by room, as JSON; csrc/cpu/tables.cpp
     m.def("launch_tables() -> str");
     // the CUDA launchers that have several ways to serve a call, "linear 7, attention 2"; force_launch: which of them one takes,
-    // -1 for its own choice. For tests.
+    // -1 for its own choice. For tests and trials. open_room: whether a launcher of a room for one architecture may serve a
+    // device; at first it may not.
     m.def("launchers() -> str");
     m.def("force_launch(str kernel, int way) -> str");
+    m.def("open_room(str kernel, int device, bool open) -> bool");
 }

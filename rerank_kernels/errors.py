@@ -8,7 +8,9 @@ class BackendError(RuntimeError):
 
 
 class FallbackWarning(RuntimeWarning):
-    """The C++ library is missing, so the pytorch backend serves: slower, and with other bits. Given once per process."""
+    """Something slower serves, and this is said once per process. The C++ library is missing, so the pytorch backend does, with
+    other bits; or the kernels for Hopper failed their trial, so those for every GPU do, with the bits of the contract.
+    """
 
 
 class PatchError(RuntimeError):

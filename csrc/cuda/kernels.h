@@ -3,6 +3,10 @@
 // no launcher waits for the device or allocates.
 #pragma once
 
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
 #include "../args.h"
 
 namespace rk {
@@ -12,17 +16,24 @@ using Stream = void*;  // a cudaStream_t; the torch side needs no CUDA header fo
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A launcher that can serve a call in several ways (tile sizes, one or two kernels) has one of these. Every way serves every
-// call with the same bits; `take` says which: its own choice by shape, or what a test forced (op force_launch).
+// call with the same bits; `take` says which: its own choice by shape, or what was forced (op force_launch). A way is forced
+// for the calls of one thread alone: a trial on one thread must not change what serves another.
 class Choice {
    public:
-    Choice(const char* kernel, int count) : kernel(kernel), count(count), next(first()) { first() = this; }
-    int take(int own) const { return forced < 0 ? own : forced; }
+    Choice(const char* kernel, int count) : kernel(kernel), count(count), next(first()), number(next ? next->number + 1 : 0) {
+        first() = this;
+    }
+    int take(int own) const { return forced() < 0 ? own : forced(); }
+    int forced() const;  // -1: none is; this and what follows is in launch.cpp
+    void force(int way) const;
     const char* const kernel;
     const int count;
-    int forced = -1;
     Choice* const next;
-    static Choice*& first();  // of the list of all; launch.cpp
-    static bool is_forced(const char* kernel);
+    const size_t number;
+    // Of a room that is opened after a trial: a bit for each device on which it may serve (op open_room).
+    std::atomic<uint64_t> devices = 0;
+    static Choice*& first();                   // of the list of all
+    static Choice* named(const char* kernel);  // null if there is none
 };
 
 // ---- linear, and bmm: `batches` products side by side, x [batches, M, K], weight [batches, N, K], out [batches, M, N].
@@ -46,11 +57,14 @@ void attention_tensor(const AttentionArgs& args, const PackedArgs& packed, Strea
 
 // Launchers of a room that a build may lack, since it is compiled for one architecture (toolkit.py, ROOMS); its files put them
 // here when the library is loaded. Each says whether it took the call: not on another GPU, nor where its way to memory does not
-// fit. Then the launcher of the room for every GPU serves, with the same bits; so it does where a test forced a way of it.
+// fit. Then the launcher of the room for every GPU serves, with the same bits; so it does where a test forced a way of it, and
+// on each device where nobody has opened this room: backend/native/hopper.py does, after a trial.
 struct HopperRoom {
     bool (*linear_tensor)(const char* op, const LinearArgs& args, int64_t batches, Stream stream) = nullptr;
     bool (*attention_tensor)(const AttentionArgs& args, const PackedArgs& packed, Stream stream) = nullptr;
 };
 inline HopperRoom hopper;
+// Whether a launcher of such a room is asked; `everywhere` is the one for every GPU.
+bool asked(const char* launcher, const char* everywhere, int device);
 
 }  // namespace rk

@@ -22,6 +22,7 @@ from rerank_kernels.names import OPS
 from rerank_kernels.version import NUMERICS_VERSION
 
 PACKAGE = pathlib.Path(__file__).parent.parent
+ON_A_GPU = ("launchers", "force_launch", "open_room")  # ops that the CUDA library alone has a kernel for
 
 
 @functools.cache
@@ -111,7 +112,7 @@ def _unfit(key: str) -> str | None:
     def there(op: str) -> bool:
         has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key  # its own, or one for every device
         return hasattr(namespace, op) and (
-            (key == "CPU" and op.endswith("_tensor")) or has_kernel(f"rerank_kernels::{op}", key)
+            (key == "CPU" and (op.endswith("_tensor") or op in ON_A_GPU)) or has_kernel(f"rerank_kernels::{op}", key)
         )
 
     if lost := [op for op in called() if not there(op)]:

@@ -34,14 +34,15 @@ def run(args: argparse.Namespace) -> int:
         return _plan(args)
     if args.arch or args.model or args.linear or args.head:
         raise InputError("--arch, --model, --linear and --head belong to --plan")
-    from rerank_kernels.backend.native import proven
+    from rerank_kernels.backend.native import hopper, proven
     from rerank_kernels.backend.registry import BACKENDS, backends
     from rerank_kernels.tables import Column, Table
     from rerank_kernels.verify import environment
 
+    _try_hopper()
     _try_products()
     about = Table([Column("what"), Column("here")])
-    for name, value in {"cublaslt": proven.said(), **environment()}.items():
+    for name, value in {"hopper": hopper.said(), "cublaslt": proven.said(), **environment()}.items():
         if isinstance(value, dict):
             value = "\n".join(f"{k}: {v}" for k, v in value.items())
         about.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
@@ -60,6 +61,20 @@ def run(args: argparse.Namespace) -> int:
         for name, reason in reasons.items():
             console.print(f"{name}: {reason}", markup=False, soft_wrap=not console.is_terminal)
     return 0
+
+
+def _try_hopper() -> None:
+    """The trials of the kernels for Hopper on this machine's GPUs: a verdict lives no longer than its process."""
+    import torch
+
+    from rerank_kernels.backend import registry
+    from rerank_kernels.backend.native import hopper
+
+    if hopper.wrong() or not torch.cuda.is_available() or registry.missing("cuda") is not None:
+        return
+    for index in range(torch.cuda.device_count()):
+        for launcher in hopper.OPS:
+            hopper.before_a_call(launcher, torch.device("cuda", index))
 
 
 def _try_products() -> None:

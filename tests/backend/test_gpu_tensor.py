@@ -13,6 +13,7 @@ import importlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,7 @@ from cases import Case, Tensors, numbers
 from gpu import OnGpu, moved
 from invariants import all_same, same
 from rerank_kernels.backend import registry
+from rerank_kernels.backend.native import hopper
 
 pytestmark = pytest.mark.gpu
 MMA_FILE = "RERANK_KERNELS_MMA_FILE"
@@ -201,6 +203,19 @@ def forced(served: str, op: str, way: int) -> Iterator[None]:
             module.force = None
         else:
             torch.ops.rerank_kernels.force_launch(name, -1)
+
+
+def test_the_kernels_for_hopper_pass_their_trial(served: str, monkeypatch: Any) -> None:
+    if served != "cuda" or torch.cuda.get_device_capability() != hopper.CAPABILITY:
+        pytest.skip("of csrc/cuda/sm90")
+    monkeypatch.delenv(hopper.SETTING, raising=False)
+    device = torch.empty(0, device="cuda").device
+    for launcher, op in hopper.OPS.items():
+        monkeypatch.setattr(hopper, "_here", {})
+        began = time.perf_counter()
+        hopper.before_a_call(launcher, device)
+        conftest.facts.append(f"the trial of Hopper's {op} took {time.perf_counter() - began:.2f} s")
+        assert hopper.of(launcher, device).verdict == hopper.EQUAL
 
 
 def test_the_launchers_with_several_ways_are_known(served: str) -> None:

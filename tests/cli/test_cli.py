@@ -21,7 +21,7 @@ from commands import bad, run, write
 from models import save_cross_encoder, tiny, tokenizer
 from rerank_kernels import cli, verify
 from rerank_kernels.backend import registry
-from rerank_kernels.backend.native import proven
+from rerank_kernels.backend.native import hopper, proven
 from rerank_kernels.cli import models as chosen
 from rerank_kernels.cli import score as score_command
 
@@ -486,6 +486,19 @@ def test_info_says_what_cublaslt_may_do(capsys, monkeypatch) -> None:
     monkeypatch.setenv(proven.SETTING, "1")
     code, out, _ = run(capsys, "info")
     assert code == 0 and ("kinds of products" if torch.cuda.is_available() else "on, and ours serve: ") in out
+
+
+def test_info_says_what_the_kernels_for_hopper_may_do(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv(hopper.SETTING, "maybe")
+    assert f"{hopper.SETTING} must be 0 or 1, or not be set, got 'maybe'" in run(capsys, "info")[1]
+    monkeypatch.setenv(hopper.SETTING, "0")
+    assert f"never taken on compute capability 9.0: {hopper.SETTING}=0" in run(capsys, "info")[1]
+    monkeypatch.delenv(hopper.SETTING)
+    here = hopper.Here(hopper.LINEAR, torch.device("cuda", 0), "3 of 8 results have other bits, at 1 x 8 x 8, float16, way 2")
+    monkeypatch.setattr(hopper, "_here", {(hopper.LINEAR, "cuda:0"): here})
+    code, out, _ = run(capsys, "info")
+    assert code == 0 and "cuda:0, linear and bmm: not taken: 3 of 8 results have other bits, at 1 x 8 x 8" in out
 
 
 def test_info_plan(capsys, monkeypatch) -> None:

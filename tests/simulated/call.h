@@ -16,6 +16,7 @@ class OpCall {
     ~OpCall() { ptxsim_end(); }
     OpCall(const OpCall&) = delete;
     Stream stream() const { return nullptr; }
+    int device() const { return ptxsim_device; }
     Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) const {
         Tensor t = torch::stable::new_empty(like_, shape, dtype);
         if (t.numel() > 0) std::memset(t.mutable_data_ptr(), ptxsim_poison, size_t(t.numel()) * t.element_size());

@@ -33,6 +33,7 @@ import toolkit
 from ptxsim.once import alone
 from ptxsim.program import Kernel, Module
 from rerank_kernels.backend import registry, weights
+from rerank_kernels.backend.native import hopper
 
 ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent
@@ -160,10 +161,17 @@ def missing() -> str | None:
 
 @contextlib.contextmanager
 def simulated(
-    *, arch: str = "80", gpu: Gpu = AMPERE, edit: Edit | None = None, poison: int = 0xFF, **launch: Any
+    *,
+    arch: str = "80",
+    gpu: Gpu = AMPERE,
+    edit: Edit | None = None,
+    poison: int = 0xFF,
+    trial: bool = False,
+    **launch: Any,
 ) -> Iterator[None]:
     """Inside the block ops on CPU tensors are served by backend "cuda" on a GPU like `gpu`. Re-entrant: the inner options hold
-    inside.
+    inside. trial: whether the kernels for Hopper serve after their trial alone; else they do without, whatever the environment
+    says.
     """
     global _options
     loaded = ctypes.CDLL(str(library()))
@@ -181,6 +189,23 @@ def simulated(
     why = "inside simulated() ops on CPU tensors are csrc/cuda's"
     registry.BACKENDS["cpu"] = dataclasses.replace(gone, missing=lambda: why)
     registry.missing.cache_clear()
+    room = {
+        "_here": {},
+        "DEVICES": ("cpu",),
+        "capability": lambda device: divmod(gpu.capability, 10),
+        "processors": lambda device: gpu.multiprocessors,
+        "on": lambda device: contextlib.nullcontext(),
+        "apart": lambda device: contextlib.nullcontext(),
+        "alive": lambda device: True,
+        "capturing": lambda device: False,
+        "ways": lambda launcher: range(launchers()[launcher]),
+        "force": torch.ops.rerank_kernels_simulated.force_launch,
+        "open_room": torch.ops.rerank_kernels_simulated.open_room,
+        **({} if trial else {"setting": lambda: "1"}),
+    }
+    room_before = {name: getattr(hopper, name) for name in room}
+    for name, value in room.items():
+        setattr(hopper, name, value)
     try:
         with torch.library._scoped_library("rerank_kernels", "IMPL") as registered, registry.use("cuda"):
             with warnings.catch_warnings():
@@ -193,6 +218,12 @@ def simulated(
         fill.value = before.poison
         for fact, value in zip(facts, gpu_before, strict=True):
             fact.value = value
+        for name, value in room_before.items():
+            setattr(hopper, name, value)
+        for here in hopper._here.values():  # the library was told something else meanwhile
+            here.told = None
+        for name in hopper.OPS:
+            torch.ops.rerank_kernels_simulated.open_room(name, 0, False)
         registry.BACKENDS.update(registered_as)
         registry.missing.cache_clear()
 

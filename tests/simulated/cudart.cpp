@@ -76,7 +76,7 @@ extern "C" {
 
 // ---- for Python and for the ops
 
-int ptxsim_poison = 0xff, ptxsim_capability = 80, ptxsim_multiprocessors = 108, ptxsim_maps = 1;
+int ptxsim_poison = 0xff, ptxsim_device = 0, ptxsim_capability = 80, ptxsim_multiprocessors = 108, ptxsim_maps = 1;
 
 void ptxsim_connect(Launch launch) { in_python = launch; }
 
@@ -153,7 +153,7 @@ int cudaFuncSetAttribute(const void* host, int attribute, int value) {
     return SUCCESS;
 }
 int cudaGetDevice(int* device) {
-    *device = 0;
+    *device = ptxsim_device;
     return SUCCESS;
 }
 int cudaDeviceGetAttribute(int* value, int attribute, int) {

@@ -10,6 +10,8 @@
 namespace rk::sm90 {
 
 constexpr int GROUP = 128;  // threads of a warpgroup: four warps, which issue wgmma together
+// Of a wait: tries at full speed, then such with a nap of about 1 ms before each.
+constexpr int TRIES = 1 << 16, NAPS = 1 << 14;
 
 __device__ __forceinline__ unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
 
@@ -27,23 +29,17 @@ struct Barrier {
     __device__ __forceinline__ void expect(int bytes) const {
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
     }
-    __device__ __forceinline__ bool ended(int parity) const {
-        int yes;
-        asm volatile(
-            "{\n.reg .pred ended;\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\nselp.b32 %0, 1, 0, ended;\n}"
-            : "=r"(yes)
-            : "r"(at), "r"(parity)
-            : "memory");
-        return yes != 0;
-    }
-    // RK_WAITS: a debug build's bound of a wait, in tries; a kernel that would stand for ever traps instead.
+    // A kernel that would stand for ever traps after many seconds, and CUDA says so. What is right waits for microseconds, and
+    // never comes to the naps. They are counted, and no clock is read: a block that was stopped meanwhile has not waited. All
+    // in one piece: from a loop in C++ the compiler makes code for which registers do not suffice.
     __device__ __forceinline__ void wait(int parity) const {
-#ifdef RK_WAITS
-        for (int tries = 0; !ended(parity); ++tries)
-            if (tries == RK_WAITS) __trap();
-#else
-        while (!ended(parity)) {}
-#endif
+        asm volatile(
+            "{\n.reg .pred go;\n.reg .u32 tries;\nmov.u32 tries, 0;\nAGAIN:\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 go, [%0], %1;\n@go bra ENDED;\nadd.u32 tries, tries, 1;\n"
+            "setp.lt.u32 go, tries, %2;\n@go bra AGAIN;\nnanosleep.u32 1000000;\nsetp.lt.u32 go, tries, %3;\n@go bra AGAIN;\n"
+            "trap;\nENDED:\n}" ::"r"(at),
+            "r"(parity), "n"(TRIES), "n"(TRIES + NAPS)
+            : "memory");
     }
 };
 

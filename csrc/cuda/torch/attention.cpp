@@ -5,6 +5,16 @@
 
 namespace rk {
 
+static void run(const AttentionArgs& args, const PackedArgs& packed, const OpCall& call) {
+    attention(args, packed, call.stream());
+}
+
+static void run_tensor(const AttentionArgs& args, const PackedArgs& packed, const OpCall& call) {
+    const bool ask = hopper.attention_tensor && asked("attention_hopper_tensor", "attention_tensor", call.device());
+    if (ask && hopper.attention_tensor(args, packed, call.stream())) return;
+    attention_tensor(args, packed, call.stream());
+}
+
 template <auto launcher>
 static Tensor attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
                              const std::optional<Tensor>& cu_seqlens_k, int64_t left, int64_t right, double scale,
@@ -26,18 +36,12 @@ static Tensor attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, 
                             .total = given.total,
                             .total_k = given.total_k,
                             .most_keys = keys.anywhere ? ceil_div(given.total_k, args.H_kv) : given.total_k};
-    launcher(args, packed, call.stream());
+    launcher(args, packed, call);
     return out;
 }
 
-static void run_tensor(const AttentionArgs& args, const PackedArgs& packed, Stream stream) {
-    const bool ask = hopper.attention_tensor && !Choice::is_forced("attention_tensor");
-    if (ask && hopper.attention_tensor(args, packed, stream)) return;
-    attention_tensor(args, packed, stream);
-}
-
 RK_TORCH_LIBRARY_IMPL(RK_KEY, m) {
-    m.impl("attention", TORCH_BOX(&attention_cuda<attention>));
+    m.impl("attention", TORCH_BOX(&attention_cuda<run>));
     m.impl("attention_tensor", TORCH_BOX(&attention_cuda<run_tensor>));
 }
 

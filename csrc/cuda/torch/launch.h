@@ -22,6 +22,7 @@ class OpCall {
         TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream_));
     }
     Stream stream() const { return stream_; }
+    int device() const { return device_; }
     Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) const {
         return torch::stable::new_empty(like_, shape, dtype);
     }

@@ -16,7 +16,7 @@ static void run_tensor(const CallArguments& in, const LinearArgs& args, int64_t 
     RK_CHECK(args.x.dtype != Dtype::F32 && args.x.dtype == args.weight.dtype, in.op(),
              "mode 'tensor' takes operands in half precision, both of one dtype");
     const Stream stream = in.call().stream();
-    const bool ask = hopper.linear_tensor && !Choice::is_forced("linear_tensor");
+    const bool ask = hopper.linear_tensor && asked("linear_hopper_tensor", "linear_tensor", in.call().device());
     if (ask && hopper.linear_tensor(in.op(), args, batches, stream)) return;
     linear_tensor(in.op(), args, batches, stream);
 }

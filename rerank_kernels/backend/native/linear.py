@@ -1,11 +1,11 @@
-"""linear and activation by the library; weights are read as nn.Linear holds them."""
+"""linear, bmm and activation by the library; weights are read as nn.Linear holds them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from rerank_kernels.backend.native import proven
+from rerank_kernels.backend.native import hopper, proven
 from rerank_kernels.backend.weights import contiguous
 
 # enum Activation in csrc/numerics.h
@@ -25,6 +25,7 @@ def linear_tensor(
 ) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     weight = contiguous(weight)
+    hopper.before_a_call(hopper.LINEAR, x.device)
     if activation is None and out_dtype == x.dtype and proven.wanted():
         y = proven.linear(x, weight, bias, residual, _plain)
         if y is not None:
@@ -34,6 +35,11 @@ def linear_tensor(
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     return torch.ops.rerank_kernels.linear_tensor(x, weight, bias, CODES[None], residual, x.dtype)
+
+
+def bmm_tensor(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    hopper.before_a_call(hopper.LINEAR, a.device)
+    return torch.ops.rerank_kernels.bmm_tensor(a, b, out_dtype)
 
 
 def activation(x: Tensor, kind: str, up: Tensor | None) -> Tensor:
