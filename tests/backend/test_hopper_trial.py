@@ -147,7 +147,9 @@ def test_a_kernel_that_fails_never_serves(monkeypatch: Any) -> None:
     stands = Edit("sm90/linear.cu", "empty[ring.slot].wait(ring.parity ^ 1);", "empty[ring.slot].wait(ring.parity);").only(HALF)
     with on_hopper(edit=stands):
         few(monkeypatch)
-        with pytest.warns(FallbackWarning, match="the trial failed: .*deadlock"):
+        with pytest.warns(FallbackWarning, match="the trial failed: .*1 problem"):
+            product()
+        with simulated.forced(hopper.LINEAR, 0), pytest.raises(RuntimeError, match="deadlock in block"):
             product()
         assert served(product) == "sm80"
 

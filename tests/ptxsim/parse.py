@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -236,8 +237,43 @@ class ModuleText:
 _PIECE = re.compile(r"\s*(?:([{}])|;|([\w$%]+):(?!:)|(\.(?:loc|file)\b[^\n]*)|([^;]+);)", re.S)
 
 
-def statements(function: Function) -> Iterator[Statement]:
-    """The body, one statement after another."""
+_BRANCH = re.compile(r"(.*\bbra(?:\.uni)?\s+)([\w$%]+)")
+
+
+def statements(function: Function) -> list[Statement]:
+    """The body, one statement after another. A label belongs to the braces around it: where several have one of a name, each
+    gets a name of its own, and so do the branches to it.
+    """
+    found = list(_statements(function))
+    labels = Counter(s.text for s in found if s.kind == "label")
+    if all(count == 1 for count in labels.values()):
+        return found
+    braces, number, places = [0], 0, []
+    for s in found:
+        if s.kind == "{":
+            number += 1
+            braces.append(number)
+        elif s.kind == "}":
+            braces.pop()
+        places.append(tuple(braces))
+    there = {(s.text, at[-1]) for s, at in zip(found, places, strict=True) if s.kind == "label"}
+
+    def own(label: str, at: tuple[int, ...]) -> str:
+        brace = next((b for b in reversed(at) if (label, b) in there), 0)
+        return f"{label}@{brace}" if labels[label] > 1 else label
+
+    out = []
+    for s, at in zip(found, places, strict=True):
+        text = s.text
+        if s.kind == "label":
+            text = own(text, at)
+        elif s.kind == "instruction" and (branch := _BRANCH.fullmatch(text)):
+            text = branch[1] + own(branch[2], at)
+        out.append(Statement(s.kind, text, s.line))
+    return out
+
+
+def _statements(function: Function) -> Iterator[Statement]:
     body, line, at = function.body, function.line, 0
     end = len(body.rstrip())
     while at < end:
