@@ -42,6 +42,22 @@ __device__ __forceinline__ bf16 narrow<bf16>(float x) {
     return h;
 }
 
+// Two neighbours in one register, `a` in the lower half: each has the bits of narrow<T>.
+template <class T>
+__device__ __forceinline__ unsigned round_two(float a, float b);
+template <>
+__device__ __forceinline__ unsigned round_two<f16>(float a, float b) {
+    unsigned both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+    return both;
+}
+template <>
+__device__ __forceinline__ unsigned round_two<bf16>(float a, float b) {
+    unsigned both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+    return both;
+}
+
 // Element i of an array whose dtype is known only at run time: for epilogues, where one instance serves every mix.
 __device__ __forceinline__ float load_as(Dtype dtype, const void* p, int64_t i) {
     if (dtype == Dtype::F32) return static_cast<const float*>(p)[i];

@@ -102,21 +102,6 @@ __device__ __forceinline__ void fetch_part(unsigned to, const T* from, int64_t s
     else each_row([](unsigned at, const T* halves, int some) { copy_halves_one_by_one(at, halves, some); });
 }
 
-template <class T>
-__device__ __forceinline__ unsigned round_two(float a, float b);
-template <>
-__device__ __forceinline__ unsigned round_two<f16>(float a, float b) {
-    unsigned both;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
-    return both;
-}
-template <>
-__device__ __forceinline__ unsigned round_two<bf16>(float a, float b) {
-    unsigned both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
-    return both;
-}
-
 // 1 twice, in half precision.
 template <class T>
 constexpr unsigned ONES = sizeof(T) == 0;

@@ -60,21 +60,6 @@ struct Seen {
     int from, to;  // the keys that a row sees; none: `to` is 0
 };
 
-template <class T>
-__device__ __forceinline__ unsigned round_two(float a, float b);
-template <>
-__device__ __forceinline__ unsigned round_two<f16>(float a, float b) {
-    unsigned both;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
-    return both;
-}
-template <>
-__device__ __forceinline__ unsigned round_two<bf16>(float a, float b) {
-    unsigned both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
-    return both;
-}
-
 __device__ __forceinline__ float larger(float a, float b) {  // a NaN stays
     float most;
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
