@@ -8,22 +8,18 @@ broken there must be caught by what is named beside it.
 from __future__ import annotations
 
 import functools
-import os
-import re
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import conftest
 import contract
+import hopper
 import tensor
 from cases import numbers, offsets
 from conftest import ran, require
+from hopper import HALF, Check, Edit, Mutant, kernels, odd, on_hopper, simulated
 from invariants import same
 from prefill import keys_in_a_cache, steps_against_prefill
 from ptxsim.program import Kernel
@@ -31,12 +27,10 @@ from rerank_kernels.backend import library
 from rerank_kernels.backend.plan import cuda_attention
 from rerank_kernels.ops.attention import attention
 
-simulated = pytest.importorskip("simulated.cuda")
-Edit = simulated.Edit
 LAUNCHER = "attention_hopper_tensor"
-HALF = torch.float16
 NAN, INF = float("nan"), float("inf")
 WAYS = range(2)  # 0: three warpgroups of 64 rows (two for heads of 128) and one that fetches; 1: one, which fetches for itself
+every_way = functools.partial(hopper.every_way, launcher=LAUNCHER, ways=WAYS, kernel="attention_wgmma")
 
 
 @pytest.fixture(autouse=True)
@@ -44,33 +38,10 @@ def _cuda() -> None:
     ran("cuda")
 
 
-def on_hopper(model: int = tensor.H100, **how: Any) -> Any:
-    return tensor.simulated("cuda", model, **{"gpu": simulated.HOPPER, "race": True, **how})
-
-
-def kernels() -> list[str]:
-    """The names of what was launched since they were last asked for."""
-    names = [name for name, *_ in simulated.launched]
-    simulated.launched.clear()
-    return names
-
-
 def packed(lengths: tuple[int, ...], heads: tuple[int, int], d: int, dtype: torch.dtype = HALF) -> dict[str, Tensor]:
     total, (h, h_kv) = sum(lengths), heads
     sizes = {"q": (total, h, d), "k": (total, h_kv, d), "v": (total, h_kv, d)}
     return {**{name: numbers(name, size, dtype) for name, size in sizes.items()}, "cu_seqlens": offsets(lengths)}
-
-
-def every_way(call: Callable[[], Tensor], what: str, model: int = tensor.H100, ways: Any = (-1, *WAYS), **how: Any) -> Tensor:
-    """On a Hopper each way of its launcher, and what it takes itself, gives the bits of mma.sync."""
-    with tensor.simulated("cuda", model):
-        want = call()
-    kernels()
-    for way in ways:
-        with on_hopper(model, **how), simulated.forced(LAUNCHER, way):
-            same(call(), want, f"{what}, way {way}, tensor cores: {model}")
-        assert all("attention_wgmma" in name for name in kernels()), f"{what}: another kernel served"
-    return want
 
 
 def test_the_ways_are_known() -> None:
@@ -216,11 +187,6 @@ def test_keys_that_lie_anywhere() -> None:
         assert all("attention_wgmma" in name for name in kernels())
 
 
-def odd(t: Tensor) -> Tensor:
-    """The same numbers, 2 bytes past a multiple of 16."""
-    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
-
-
 def test_what_tma_cannot_take_is_the_other_rooms_with_the_same_bits() -> None:
     n, cu = 70, offsets((65, 5))
     q, k, v = numbers("qkv", (n, 3, 4, 64), HALF).unbind(1)
@@ -316,38 +282,8 @@ def test_the_plan_says_what_is_launched(d: int) -> None:
 # ---- mutants
 
 
-@dataclass(frozen=True)
-class Mutant:
-    name: str
-    edit: Edit
-    caught_by: str  # in the error's text
-    check: Callable[[Any], None]
-    wide: bool = False  # it takes heads of 128 to see it
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def whole(self) -> Edit:
-        return self.edit if self.wide else self.edit.only(HALF)
-
-
-def run(rows: dict[str, Tensor], ways: Any = WAYS, **options: Any) -> Callable[[Any], None]:
-    """Whether these ways give the bits of the honest mma.sync kernel."""
-
-    def check(edit: Any) -> None:
-        with tensor.simulated("cuda", tensor.H100):
-            want = attention(**rows, mode="tensor", **options)
-        for way in ways:
-            with on_hopper(edit=edit, max_steps=2_000_000), simulated.forced(LAUNCHER, way):
-                same(attention(**rows, mode="tensor", **options), want, f"way {way}")
-
-    return check
-
-
-@functools.cache
-def honest(check: Callable[[Any], None]) -> None:
-    check(None)
+def run(rows: dict[str, Tensor], ways: Any = WAYS, **options: Any) -> Check:
+    return hopper.ways_hold(lambda: attention(**rows, mode="tensor", **options), LAUNCHER, ways)
 
 
 def with_infinite_values() -> dict[str, Tensor]:
@@ -508,18 +444,9 @@ MUTANTS = [
 
 @pytest.fixture(scope="module")
 def compiled() -> None:
-    """Every mutant's PTX, several at a time."""
-    if conftest.missing("cuda"):
-        return
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda m: simulated.ptx("sm90/attention", "80", m.whole), MUTANTS))
+    hopper.compile_all(MUTANTS)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_mutant_is_caught(mutant: Mutant, compiled: None) -> None:
-    honest(mutant.check)
-    with pytest.raises((AssertionError, RuntimeError)) as caught:
-        mutant.check(mutant.whole)
-    assert re.search(mutant.caught_by, str(caught.value), re.IGNORECASE), (
-        f"caught, but not by {mutant.caught_by!r}: {caught.value}"
-    )
+    hopper.is_caught(mutant)

@@ -7,59 +7,34 @@ broken there must be caught by what is named beside it.
 
 from __future__ import annotations
 
-import os
-import re
+import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import conftest
+import hopper
 import tensor
 from cases import Case, numbers
 from conftest import ran, require
+from hopper import HALF, Check, Edit, Mutant, kernels, odd, simulated
 from invariants import all_same, same
 from rerank_kernels.backend import library
 from rerank_kernels.backend.plan import cuda_linear
 from rerank_kernels.ops.linear import bmm, linear
 
-simulated = pytest.importorskip("simulated.cuda")
-Edit = simulated.Edit
 LAUNCHER = "linear_hopper_tensor"
-HALF = torch.float16
 FEW = simulated.Gpu(90, 3)  # multiprocessors
 WAYS = range(8)
+on_hopper = functools.partial(hopper.on_hopper, gpu=FEW)
+every_way = functools.partial(hopper.every_way, launcher=LAUNCHER, ways=WAYS, kernel="linear_hopper", gpu=FEW)
 
 
 @pytest.fixture(autouse=True)
 def _cuda() -> None:
     ran("cuda")
-
-
-def on_hopper(model: int = tensor.H100, gpu: Any = FEW, **how: Any) -> Any:
-    return tensor.simulated("cuda", model, **{"gpu": gpu, "race": True, **how})
-
-
-def kernels() -> list[str]:
-    """The names of what was launched since they were last asked for."""
-    names = [name for name, *_ in simulated.launched]
-    simulated.launched.clear()
-    return names
-
-
-def every_way(call: Callable[[], Tensor], what: str, model: int = tensor.H100, **how: Any) -> None:
-    """On a Hopper each way of its launcher, and what it takes itself, gives the bits of mma.sync."""
-    with tensor.simulated("cuda", model):
-        want = call()
-    kernels()
-    for way in (-1, *WAYS):
-        with on_hopper(model, **how), simulated.forced(LAUNCHER, way):
-            same(call(), want, f"{what}, way {way}, tensor cores: {model}")
-        assert all("linear_hopper" in name for name in kernels()), f"{what}: another kernel served"
 
 
 def product(m: int, n: int, k: int, dtype: torch.dtype = HALF, **options: Any) -> Callable[[], Tensor]:
@@ -150,11 +125,6 @@ def test_a_rows_bits_are_those_that_it_has_alone() -> None:
 # ---- which kernel serves
 
 
-def odd(t: Tensor) -> Tensor:
-    """The same numbers, 2 bytes past a multiple of 16."""
-    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
-
-
 def test_what_tma_cannot_take_is_the_other_rooms_with_the_same_bits() -> None:
     x, w = numbers("x", (40, 72), HALF), numbers("w", (24, 72), HALF)
     short_x, short_w = x[:, :70].contiguous(), w[:, :70].contiguous()
@@ -209,28 +179,9 @@ def test_the_plan_says_what_is_launched() -> None:
 # ---- mutants
 
 
-@dataclass(frozen=True)
-class Mutant:
-    name: str
-    edit: Edit
-    caught_by: str  # in the error's text
-    check: Callable[[Any], None]
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def run(call: Callable[[], Tensor]) -> Callable[[Any], None]:
-    """Whether some ways (together, in turns, one warpgroup) give the bits of the honest mma.sync kernel."""
-
-    def check(edit: Any) -> None:
-        with tensor.simulated("cuda", tensor.H100):
-            want = call()
-        for way in simulated.FEW_HOPPER_WAYS:
-            with on_hopper(gpu=simulated.Gpu(90, 2), edit=edit, max_steps=2_000_000), simulated.forced(LAUNCHER, way):
-                same(call(), want, f"way {way}")
-
-    return check
+def run(call: Callable[[], Tensor]) -> Check:
+    """Some ways: together, in turns, one warpgroup."""
+    return hopper.ways_hold(call, LAUNCHER, simulated.FEW_HOPPER_WAYS, simulated.Gpu(90, 2))
 
 
 def small_bmm() -> Tensor:
@@ -325,18 +276,9 @@ MUTANTS = [
 
 @pytest.fixture(scope="module")
 def compiled() -> None:
-    """Every mutant's PTX, several at a time."""
-    if conftest.missing("cuda"):
-        return
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda m: simulated.ptx("sm90/linear", "80", m.edit.only(HALF)), MUTANTS))
+    hopper.compile_all(MUTANTS)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_mutant_is_caught(mutant: Mutant, compiled: None) -> None:
-    mutant.check(None)
-    with pytest.raises((AssertionError, RuntimeError)) as caught:
-        mutant.check(mutant.edit.only(HALF))
-    assert re.search(mutant.caught_by, str(caught.value), re.IGNORECASE), (
-        f"caught, but not by {mutant.caught_by!r}: {caught.value}"
-    )
+    hopper.is_caught(mutant)

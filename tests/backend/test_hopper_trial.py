@@ -21,6 +21,7 @@ from torch import Tensor
 import tensor
 from cases import numbers, offsets
 from conftest import ran
+from hopper import HALF, Edit, kernels, simulated
 from invariants import same
 from rerank_kernels.backend.native import attention as native_attention
 from rerank_kernels.backend.native import hopper
@@ -29,9 +30,6 @@ from rerank_kernels.errors import BackendError, FallbackWarning
 from rerank_kernels.ops.attention import attention
 from rerank_kernels.ops.linear import bmm, linear
 
-simulated = pytest.importorskip("simulated.cuda")
-Edit = simulated.Edit
-HALF = torch.float16
 SMALL = simulated.Gpu(90, 1)
 CPU = torch.device("cpu")
 FEW = {hopper.LINEAR: simulated.FEW_HOPPER_WAYS, hopper.ATTENTION: (0, 1)}
@@ -84,14 +82,13 @@ CALLS: dict[str, Callable[[], Tensor]] = {hopper.LINEAR: product, hopper.ATTENTI
 
 def room() -> str:
     """Of the one kernel that was launched since this was last asked."""
-    (name,) = [name for name, *_ in simulated.launched]
-    simulated.launched.clear()
+    (name,) = kernels()
     return "sm90" if "linear_hopper" in name or "attention_wgmma" in name else "sm80"
 
 
 def served(call: Callable[[], Tensor]) -> str:
     """The room that serves a call."""
-    simulated.launched.clear()
+    kernels()
     call()
     return room()
 
@@ -113,9 +110,9 @@ def test_kernels_with_equal_bits_are_taken(launcher: str, monkeypatch: Any) -> N
         few(monkeypatch)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            kernels()  # those of tests before this one
             CALLS[launcher]()
-        tried = [name for name, *_ in simulated.launched][:-1]  # the last one is of the call
-        simulated.launched.clear()
+        tried = kernels()[:-1]  # the last one is of the call
         assert served(CALLS[launcher]) == "sm90"
         assert hopper.said() == f"cpu, {hopper.OPS[launcher]}: taken, the trial found every bit equal"
     ours = {name for name in tried if "hopper" in name or "wgmma" in name}
