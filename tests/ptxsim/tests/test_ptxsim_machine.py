@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ptxsim import decode, parse
 from ptxsim.open_bits import open_bits
 from ptxsim.program import Module, run
 from ptxsim.snippets import HEAD, REGISTERS, kernel, refused, rounded, same, signed
@@ -126,6 +128,38 @@ def test_branch_table_and_calls(sched: int) -> None:
     out = np.zeros(32, np.uint32)
     run(kernel(body, 1, before), "k", 1, 32, [out], sched=sched)
     assert out.tolist() == [t if t > 5 else 2 * t + [10, 20, 30, 10][t % 4] for t in range(32)]
+
+
+def labels_found() -> list[int]:
+    """Two loops side by side, then one in another and a branch out of braces that have no such label: four counts."""
+    body = """
+        mov.u32 %r1, 0; mov.u32 %r2, 0; mov.u32 %r3, 0; mov.u32 %r4, 0;
+        { AGAIN: add.u32 %r1, %r1, 1; setp.lt.u32 %p1, %r1, 5; @%p1 bra AGAIN; }
+        { AGAIN: add.u32 %r2, %r2, 1; setp.lt.u32 %p1, %r2, 3; @%p1 bra.uni AGAIN; }
+        { AGAIN: add.u32 %r3, %r3, 1;
+          { AGAIN: add.u32 %r4, %r4, 1; setp.lt.u32 %p1, %r4, 4; @%p1 bra AGAIN; }
+          { setp.lt.u32 %p1, %r4, 5; @%p1 bra AGAIN; } }
+        st.global.v4.u32 [%d1], {%r1, %r2, %r3, %r4};"""
+    out = np.zeros(4, np.uint32)
+    k = Module(kernel(body, 1)).kernel("k")  # run() would keep what it parsed, and a mutant would not be asked
+    params, memory = k.pack([out])
+    k.launch([1, 1, 1], [1, 1, 1], params, 0, memory)
+    return out.tolist()
+
+
+def test_a_label_belongs_to_the_braces_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert labels_found() == [5, 3, 2, 5]
+    twice = "{ SIDE: mov.u32 %r1, 0; } { SIDE: mov.u32 %r1, 1; }"
+    run(kernel(f"{twice} mov.u32 %r2, 2;", 1), "k", 1, 1, [None])
+    refused(kernel(f"{twice} bra SIDE;", 1), "no label SIDE")
+
+    source = inspect.getsource(parse.statements)
+    for old, new in (("if all(count == 1 for count in labels.values()):", "if True:"), ("reversed(at)", "at")):
+        assert source.count(old) == 1
+        mutant = dict(vars(parse))
+        exec(source.replace(old, new), mutant)
+        monkeypatch.setattr(decode, "statements", mutant["statements"])
+        assert labels_found() != [5, 3, 2, 5], f"the control: {new}"
 
 
 def test_random_programs() -> None:
