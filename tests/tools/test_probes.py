@@ -232,6 +232,36 @@ def test_differences_take_two_bits(probe: Any) -> None:
     assert probe("mufu").packed(off).tolist() == [0 | 1 << 2 | 2 << 4 | 3 << 6, 3 | 1 << 6]
 
 
+class Event:
+    """Of a clock that calls put forward."""
+
+    clock = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = Event.clock
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return end.at - self.at
+
+
+def test_a_calls_time_is_the_median_of_the_turns(probe: Any, monkeypatch: Any) -> None:
+    """Two calls ahead and three turns of two; the control: with one call ahead the turns have other medians."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def found(before: int) -> float:
+        took = iter([100.0, 50.0, 1.0, 2.0, 30.0, 40.0, 3.0, 4.0])
+        monkeypatch.setattr(Event, "clock", 0.0)
+        return probe("_times").milliseconds(lambda: setattr(Event, "clock", Event.clock + next(took)), 2, 3, before)
+
+    assert (found(before=2), found(before=1)) == (3.5, 21.5)
+
+
 def test_rates_are_of_libraries_wgmma_and_ours(probe: Any, monkeypatch: Any, capsys: Any) -> None:
     rates = probe("rates")
     for name, value in (("M", 32), ("K", 64), ("N", 32)):

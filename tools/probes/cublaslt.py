@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import _times
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,18 +33,8 @@ TRIALS = ("dtype", "N", "K", "form", "M to", "its bits are ours", "why", "its ch
 TORCH = ("dtype", "N", "K", "bias", "M", "kernels", "= ours", "as at 16384")
 
 
-def milliseconds(call: Callable[[], object], calls: int = 10) -> float:
-    call()
-    times = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / calls)
-    return round(statistics.median(times), 5)
+def milliseconds(call: Callable[[], object]) -> float:
+    return round(_times.milliseconds(call, calls=10, turns=5, before=1), 5)
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:

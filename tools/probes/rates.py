@@ -8,11 +8,11 @@ What a mode on int8 slices or on two halves per float32 could reach, and how far
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import _cubin
+import _times
 import torch
 from _wgmma import RATED
 
@@ -22,19 +22,8 @@ M, K, N = 16384, 768, 3072
 FLOATING = 2.0 * M * K * N
 
 
-def seconds(call: Callable[[], object], calls: int = 20) -> float:
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(7):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e-3 / calls)
-    return statistics.median(times)
+def seconds(call: Callable[[], object], calls: int) -> float:
+    return _times.milliseconds(call, calls, turns=7, before=3) * 1e-3
 
 
 def rate(call: Callable[[], object], work: float = FLOATING, calls: int = 20) -> float | str:
