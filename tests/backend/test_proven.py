@@ -30,7 +30,7 @@ from simulated import served
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tests" / "simulated" / "lt.cpp"
-EQUAL, ZEROS, LAST_ROW, SPLITS, FIRST_SPLITS, WORKSPACE, SHORT_SUMS, FAILS, FAILS_LATER, CLOSED = range(10)
+EQUAL, ZEROS, LAST_ROW, SPLITS, FIRST_SPLITS, WORKSPACE, SHORT_SUMS, FAILS, FAILS_LATER, CLOSED, KEEPS = range(11)
 TRIAL = 3  # calls of cuBLASLt in a trial
 N, K = 136, 40
 KEY = "key = str(device), lt.path, lt.version"
@@ -196,6 +196,14 @@ def test_one_bit_in_a_hard_row_and_it_never_serves(standin: StandIn, monkeypatch
     assert "0 kinds of products by cuBLASLt, 1 by ours" in proven.said()
     assert f"  ours: {form}, float16, N 136, K 40, M 33 to 64: " in proven.said()
     assert "results have other bits than ours, at M = " in proven.said()
+
+
+def test_a_library_that_keeps_the_sign_of_what_underflows_serves_float16_alone(standin: StandIn, monkeypatch: Any) -> None:
+    """Products of float16 do not underflow in float32; those of bfloat16 may, and ours are +0 then."""
+    standin.load(KEEPS)
+    for dtype, served in ((torch.float16, True), (torch.bfloat16, False)):
+        assert same(call(dtype=dtype), ours(monkeypatch, dtype=dtype))
+        assert (f"  ours: {cublaslt.PRODUCT}, {str(dtype)[6:]}, " in proven.said()) is not served
 
 
 @pytest.mark.parametrize(

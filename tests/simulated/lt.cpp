@@ -23,6 +23,7 @@ enum Behaviour {
     FAILS,         // none runs
     FAILS_LATER,   // nor, from the seventh call on, the one that did
     CLOSED,        // it cannot be opened
+    KEEPS_SIGN,    // a sum that underflows keeps its sign: a plain sum, without the + 0 of NUMERICS.md's linear
 };
 
 struct Desc {
@@ -164,6 +165,7 @@ int cublasLtMatmul(void*, Desc* desc, const float* alpha, const u16* A, Layout* 
                 }
                 sum = step(sum, left, right, count, least);
             }
+            if (behaviour != KEEPS_SIGN) sum += 0.0f;
             if (behaviour == ZEROS && sum == 0) sum = -0.0f;
             if (desc->epilogue == 4) sum += wide(static_cast<const u16*>(desc->bias)[n], type);
             if (*beta != 0) sum += *beta * wide(C[m * d->pitch + n], type);
