@@ -201,9 +201,9 @@ def test_one_bit_in_a_hard_row_and_it_never_serves(standin: StandIn, monkeypatch
 def test_a_library_that_keeps_the_sign_of_what_underflows_serves_float16_alone(standin: StandIn, monkeypatch: Any) -> None:
     """Products of float16 do not underflow in float32; those of bfloat16 may, and ours are +0 then."""
     standin.load(KEEPS)
-    for dtype, served in ((torch.float16, True), (torch.bfloat16, False)):
+    for dtype, taken in ((torch.float16, True), (torch.bfloat16, False)):
         assert same(call(dtype=dtype), ours(monkeypatch, dtype=dtype))
-        assert (f"  ours: {cublaslt.PRODUCT}, {str(dtype)[6:]}, " in proven.said()) is not served
+        assert (f"  ours: {cublaslt.PRODUCT}, {str(dtype)[6:]}, " in proven.said()) is not taken
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,12 @@ static_assert(sm80::WORK_BYTES == WORK);
 constexpr int GROUPS = PART / STEP;  // of 16 keys, in a part
 constexpr float NONE_YET = -__builtin_huge_valf();
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int WARPS_OF_64 = 8;
+#else
+constexpr int WARPS_OF_64 = 12;
+#endif
+
 // What follows from the width that a head is filled up to.
 template <int WIDTH>
 struct Head {
@@ -49,7 +55,8 @@ struct Head {
     static constexpr int KEYS = SHAPE.keys(), PARTS = KEYS / PART;  // of a tile
     static constexpr bool Q_IN_REGISTERS = SHAPE.q_in_registers();
     static constexpr int STAGES = SHAPE.stages();
-    static constexpr int REGISTERS_FOR = WIDTH <= 64 ? 12 : WIDTH <= 128 ? 8 : 4;  // warps: three, two, one blocks of 4
+    // warps: three, two, one blocks of 4. Where ptxas wants more registers for heads of 64, on 10.0 and later, two.
+    static constexpr int REGISTERS_FOR = WIDTH <= 32 ? 12 : WIDTH <= 64 ? WARPS_OF_64 : WIDTH <= 128 ? 8 : 4;
 };
 
 // Where piece `piece` of row `row` lies in a tile: no two of eight rows, as ldmatrix reads them, meet in a bank. The pieces of
