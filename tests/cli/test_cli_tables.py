@@ -123,7 +123,7 @@ def test_info(monkeypatch, columns) -> None:
         assert word in said
     said = "\n".join(printed(monkeypatch, columns, "info", "--plan", "--arch", 90, "--linear", 768, 3072))
     squeezed = re.sub(r"[^0-9a-z_.]", "", said)
-    assert "sm_90" in said and "3072" in said and "mma.sync" in squeezed
+    assert "sm_90" in said and "3072" in said and "wgmma" in squeezed
 
 
 @pytest.mark.parametrize("screen", range(1, 160))
