@@ -34,7 +34,7 @@ def page(found: list[Program]) -> str:
             "memory, no atomics, no product that ptxas fused with a sum, and outside mode tensor no instruction outside the "
             "contract. In mode tensor every tile has HMMA, on sm_90 HGMMA, and no other. `make cuda-check` looks. Sizes are "
             "those of usual models: attention in mode tensor does spill, and is slow, where a head has more than 128 features "
-            "and their number is no multiple of 16.",
+            "and their number is no multiple of 16, and on sm_90 where it has a window besides more than 128 features.",
             "",
             "<details><summary>Registers and shared memory of every program</summary>",
             "",

@@ -372,16 +372,18 @@ def _store(y_row, total, bottom, i, sees, rows, features, BEGIN: tl.constexpr, W
 def tensor_tiles(d: int, arch: int) -> tuple[AttentionTensorTile, ...]:
     """For heads of d features on this compute capability (90 for 9.0); the first is taken, the others are for the tests.
 
-    Those without spills (tools/witness). With more than 64 features on Hopper that takes loads at the edges that do not
-    pass through registers; elsewhere q and a part of k in registers leave room for few rows.
+    Those without spills (tools/witness), but for heads of more than 128 with a window on Hopper. With more than 64 features on
+    Hopper that takes loads at the edges that do not pass through registers; elsewhere q and a part of k in registers leave room
+    for few rows.
     """
     wgmma = matrix_instruction(arch) == "wgmma"
     if d > 128:
-        return (AttentionTensorTile(128, 8, 2, edge=2),) if wgmma else (AttentionTensorTile(32, 8, 2),)
+        return (AttentionTensorTile(64, 8, 2, edge=2),) if wgmma else (AttentionTensorTile(32, 8, 2),)
     if d > 64:
         small = AttentionTensorTile(32, 4, 2), AttentionTensorTile(32, 8, 2)
         return (AttentionTensorTile(64, 8, 3, edge=3),) if wgmma else small
-    few, spread = AttentionTensorTile(64, 4, 3), AttentionTensorTile(64, 8, 3)
+    rows = 32 if arch >= 100 else 64
+    few, spread = AttentionTensorTile(rows, 4, 3), AttentionTensorTile(rows, 8, 3)
     return (spread, few) if wgmma else (few, spread)
 
 
