@@ -2,7 +2,8 @@
 // rows that lie there so that no bank is met twice.
 //
 // Order: dot_tensor (NUMERICS.md, "Mode tensor"): one accumulator per output, one mma for every 16 k, ascending. Every kernel
-// takes this one instruction, mma.sync.m16n8k16 with float32 sums, on every architecture: another would add in another order.
+// of this room takes mma.sync.m16n8k16 with float32 sums. Another instruction may serve where a chip adds its terms alike, as
+// wgmma does on a Hopper (csrc/cuda/sm90).
 //
 // Fragments, with g = lane / 4, t = lane % 4 (PTX ISA, "Matrix Fragments for mma.m16n8k16"), halves in pairs of neighbours in
 // k. a [16 m][16 k]: a[0] at m = g, k = 2t; a[1] at g + 8, 2t; a[2] at g, 2t + 8; a[3] at g + 8, 2t + 8. b [8 n][16 k]: b[0] at
